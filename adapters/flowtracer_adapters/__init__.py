@@ -1,0 +1,3 @@
+"""Built-in attention adapters."""
+
+ADAPTERS = ()

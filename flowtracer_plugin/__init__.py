@@ -1,0 +1,1 @@
+"""Trace which tokens carried a language model's answer, and train on them."""
