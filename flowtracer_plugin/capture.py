@@ -1,0 +1,225 @@
+"""Run a model and read its attention: the one module that touches nnsight.
+
+nnsight reads the source of every traced block and runs it beside the forward pass, so the blocks
+here stay plain: reads in the order of execution, no decorator, no `no_grad` around a read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import RLock
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import nnsight
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flowtracer_plugin.attention import (
+    AdapterMismatchError,
+    AttentionAdapter,
+    AttentionCall,
+    AttentionSite,
+    NoAttentionError,
+    find_adapter,
+)
+from flowtracer_plugin.head_mean import add_head_mean, row_probabilities
+
+_locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+"""nnsight runs one trace at a time on a model, however many tracers share it."""
+
+
+class AttentionReader:
+    """Reads the head-averaged attention of one model.
+
+    The model keeps its weights, configuration and attention implementation. nnsight puts a
+    controller around every module's `forward` that does nothing outside a trace.
+    """
+
+    def __init__(
+        self, model: nn.Module, adapter: AttentionAdapter | None = None, *, block: int = 64
+    ) -> None:
+        self.model = model
+        self.adapter = find_adapter(model, None if adapter is None else [adapter])
+        self.sites = self.adapter.sites(model)
+        if not self.sites:
+            raise NoAttentionError(f"{type(model).__name__} has no attention to read")
+        self.block = block
+        self.verified = False
+        self._root = nnsight.NNsight(model)
+        self._lock = _locks.setdefault(model, RLock())
+        self._accepted = _accepted_arguments(model)
+
+    def read(
+        self,
+        input_ids: Int[Tensor, "batch token"],
+        attention_mask: Bool[Tensor, "batch token"],
+        layers: Sequence[int],
+        *,
+        heads: Mapping[int, Int[Tensor, " chosen"]] | None = None,
+        model_inputs: Mapping[str, Any] | None = None,
+    ) -> Float[Tensor, "batch query key"]:
+        """Mean over `layers` and their heads, float32, rows and columns of padding zero.
+
+        The forward pass ends at the last of the layers. `heads` restricts layers to some query
+        heads; `model_inputs` are passed on to the model.
+        """
+        sites = [site for site in self.sites if site.layer in set(layers)]
+        inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
+        length = input_ids.shape[1]
+        total = torch.zeros(len(input_ids), length, length, device=input_ids.device)
+        with self._lock, _evaluating(self.model), torch.no_grad():
+            self._accumulate(inputs, sites, total, heads or {})
+        visible = attention_mask.to(total.device, total.dtype)
+        return total.mul_(visible[:, :, None]).mul_(visible[:, None, :])
+
+    def _accumulate(
+        self,
+        inputs: dict[str, Any],
+        sites: Sequence[AttentionSite],
+        total: Float[Tensor, "batch query key"],
+        heads: Mapping[int, Int[Tensor, " chosen"]],
+    ) -> None:
+        operations = [(site, self._operation(site)) for site in sites]
+        with self._root.trace(**inputs) as run:
+            for site, operation in operations:
+                args, kwargs = operation.inputs
+                add_head_mean(
+                    self.adapter.read(self.model.get_submodule(site.module), args, kwargs),
+                    total,
+                    weight=1 / len(sites),
+                    heads=heads.get(site.layer),
+                    block=self.block,
+                )
+            run.stop()
+
+    def verify(self) -> None:
+        """Check once, on a short input, that what is read is what the model computes.
+
+        At every site the probabilities, times the values, must give the attention output that the
+        model itself went on with, whatever implementation computed it; and a traced forward pass
+        must give the logits of a plain one.
+
+        Raises:
+            AdapterMismatchError: They differ.
+        """
+        if self.verified:
+            return
+        device = next(self.model.parameters()).device
+        ids = torch.arange(16, device=device)[None] % vocabulary_size(self.model)
+        inputs = self._inputs(ids, torch.ones_like(ids, dtype=torch.bool), {})
+        with self._lock, _evaluating(self.model), torch.no_grad():
+            errors, traced = self._reconstruct(inputs)
+            plain = self.model(**inputs).logits
+        for site, error, tolerance in errors:
+            if not error <= tolerance:
+                raise AdapterMismatchError(
+                    f"the adapter {self.adapter.name!r} misreads {site.module}: probabilities "
+                    f"times values differ from the attention output by {error:.1e} of its size, "
+                    f"wanted at most {tolerance:.0e}; mend its read(), or wrap(..., adapter=...) "
+                    "another one"
+                )
+        if not torch.allclose(plain, traced, rtol=1e-4, atol=1e-4):
+            raise AdapterMismatchError("a traced forward pass does not give the model's own logits")
+        self.verified = True
+
+    def _reconstruct(
+        self, inputs: dict[str, Any]
+    ) -> tuple[list[tuple[AttentionSite, float, float]], Tensor]:
+        operations = [(site, self._operation(site)) for site in self.sites]
+        errors: list[tuple[AttentionSite, float, float]] = []
+        with self._root.trace(**inputs):
+            for site, operation in operations:
+                args, kwargs = operation.inputs
+                call = self.adapter.read(self.model.get_submodule(site.module), args, kwargs)
+                errors.append((site, *_output_error(call, operation.output)))
+            logits = nnsight.save(self._root.output.logits)
+        return errors, logits
+
+    def _operation(self, site: AttentionSite) -> Any:
+        """Handle on the attention call.
+
+        Its label carries a counter that changes between versions, so it is looked up in the
+        listing: the last operation of that name is the call, earlier ones are assignments to it.
+        """
+        source = self._root.get(site.module).source
+        wanted = [op for op in source if op.name.rpartition("_")[0] == site.function]
+        if not wanted:
+            raise AdapterMismatchError(
+                f"the adapter {self.adapter.name!r} looks for a call of {site.function!r} in "
+                f"{site.module}, which makes these: {', '.join(op.name for op in source)}"
+            )
+        return wanted[-1]
+
+    def _inputs(
+        self,
+        input_ids: Int[Tensor, "batch token"],
+        attention_mask: Bool[Tensor, "batch token"],
+        model_inputs: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), **model_inputs}
+        if "use_cache" in self._accepted:
+            inputs["use_cache"] = False
+        # Left padding must not shift learned positions. Models that see images count their own.
+        if "position_ids" in self._accepted and not model_inputs:
+            inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
+        return inputs
+
+
+def language_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers such as PEFT's.
+
+    Raises:
+        TypeError: There is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise TypeError(f"wanted a transformers model, found {type(model).__name__}")
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """How many token ids the model can embed."""
+    embedding = language_model(model).get_input_embeddings()
+    return cast("nn.Embedding", embedding).weight.shape[0]
+
+
+def _accepted_arguments(model: nn.Module) -> frozenset[str]:
+    return frozenset(inspect.signature(language_model(model).forward).parameters)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, and with every module's own mode put back: frozen parts may be in eval."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _output_error(call: AttentionCall, output: Any) -> tuple[float, float]:
+    """How far probabilities times values are from the model's attention output, and the bound."""
+    if call.value is None:
+        raise AdapterMismatchError("the adapter reads no values, which the self-check needs")
+    wanted = (output[0] if isinstance(output, tuple) else output).detach().float()
+    with torch.autocast(wanted.device.type, enabled=False):
+        probabilities = row_probabilities(call, slice(0, call.query.shape[2]))
+        groups = call.value.shape[1]
+        folded = rearrange(probabilities, "b (group each) q k -> b group (each q) k", group=groups)
+        found = rearrange(
+            folded @ call.value.detach().float(),
+            "b group (each q) width -> b q (group each) width",
+            q=call.query.shape[2],
+        )
+    # Half precision keeps 8 to 11 bits of the output; TF32 products on a GPU keep 10.
+    bound = 2e-3 if call.value.dtype == torch.float32 else 3e-2
+    return float((found - wanted).abs().max() / wanted.abs().max()), bound

@@ -1,0 +1,124 @@
+"""Head-averaged attention probabilities of one attention call, a block of query rows at a time.
+
+No tensor of shape [head, query, key] ever exists: that is what makes reading attention as light
+as the forward pass itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from flowtracer_plugin.attention import AttentionCall
+
+
+def add_head_mean(
+    call: AttentionCall,
+    total: Float[Tensor, "batch query key"],
+    *,
+    weight: float = 1.0,
+    heads: Int[Tensor, " chosen"] | None = None,
+    block: int = 64,
+) -> None:
+    """Add `weight` times the mean of the call's probabilities over its heads to `total`, in place.
+
+    `heads` restricts the mean to some query heads. Rows of queries that see no key stay as they
+    are. Computed in float32, also under autocast.
+    """
+    with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
+        for start in range(0, call.query.shape[2], block):
+            rows = slice(start, min(start + block, call.query.shape[2]))
+            probabilities = row_probabilities(call, rows, heads)
+            mean = reduce(probabilities, "batch head query key -> batch query key", "mean")
+            total[:, rows, : mean.shape[-1]].add_(mean.to(total.device), alpha=weight)
+
+
+def row_probabilities(
+    call: AttentionCall, rows: slice, heads: Int[Tensor, " chosen"] | None = None
+) -> Float[Tensor, "batch head rows seen"]:
+    """Probabilities of the query rows `rows`, over the keys that they can see at most."""
+    causal = call.mask is None and call.causal and call.query.shape[2] > 1
+    seen = rows.stop if causal else call.key.shape[2]
+    scores = _scores(call, rows, seen, heads)
+    blocked = _blocked(call, rows, seen, causal, heads)
+    if blocked is not None:
+        scores = scores.masked_fill(blocked, -torch.inf)
+    probabilities = _softmax(scores, _chosen_sinks(call, heads))
+    if blocked is None:
+        return probabilities
+    return probabilities.masked_fill(blocked.all(-1, keepdim=True), 0.0)
+
+
+def _scores(
+    call: AttentionCall, rows: slice, seen: int, heads: Int[Tensor, " chosen"] | None
+) -> Float[Tensor, "batch head rows seen"]:
+    query, key = call.query[:, :, rows].detach().float(), call.key[:, :, :seen].detach().float()
+    if heads is not None:
+        key = key[:, heads // (query.shape[1] // key.shape[1])]
+        query = query[:, heads]
+    # Query heads are folded onto the key head they share, so that no key is repeated.
+    groups = key.shape[1]
+    folded = rearrange(
+        query, "batch (group each) query width -> batch group (each query) width", group=groups
+    )
+    scores = torch.matmul(folded * call.scaling, key.mT)
+    scores = rearrange(scores, "b group (each q) k -> b (group each) q k", q=query.shape[2])
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    for added in (call.bias, call.mask):
+        if added is not None and added.dtype != torch.bool:
+            scores = scores + _block(added, rows, seen, heads)
+    return scores
+
+
+def _blocked(
+    call: AttentionCall,
+    rows: slice,
+    seen: int,
+    causal: bool,
+    heads: Int[Tensor, " chosen"] | None,
+) -> Bool[Tensor, "#batch #head rows seen"] | None:
+    """Where the mask forbids a query to look; `None` if it forbids nothing."""
+    device = call.query.device
+    if causal:
+        queries = torch.arange(rows.start, rows.stop, device=device)
+        return (torch.arange(seen, device=device) > queries[:, None])[None, None]
+    if call.mask is None:
+        return None
+    mask = _block(call.mask, rows, seen, heads)
+    if mask.dtype == torch.bool:
+        return ~mask
+    # Additive masks forbid with the most negative number of their dtype, or close to it.
+    return mask <= torch.finfo(mask.dtype).min / 2
+
+
+def _block(
+    added: Float[Tensor, "..."] | Bool[Tensor, "..."],
+    rows: slice,
+    seen: int,
+    heads: Int[Tensor, " chosen"] | None,
+) -> Float[Tensor, "..."] | Bool[Tensor, "..."]:
+    """The part of a mask or bias that belongs to these rows and heads; axes of one broadcast."""
+    if heads is not None and added.shape[1] > 1:
+        added = added[:, heads]
+    # A static cache's mask may be longer than the keys: attention cuts it to them.
+    return added[:, :, rows if added.shape[2] > 1 else slice(None), :seen]
+
+
+def _chosen_sinks(
+    call: AttentionCall, heads: Int[Tensor, " chosen"] | None
+) -> Float[Tensor, " head"] | None:
+    if call.sinks is None or heads is None:
+        return call.sinks
+    return call.sinks[heads]
+
+
+def _softmax(
+    scores: Float[Tensor, "batch head rows seen"], sinks: Float[Tensor, " head"] | None
+) -> Float[Tensor, "batch head rows seen"]:
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.detach().float()[None, :, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
