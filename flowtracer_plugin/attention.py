@@ -62,7 +62,8 @@ class AttentionCall:
         scaling: Factor on the scores.
         softcap: Scores are squashed to `softcap · tanh(score / softcap)`.
         bias: Added to the scores, such as relative position biases.
-        sinks: One learned score per head that takes part in the softmax and is then dropped.
+        sinks: A learned score per head, or per head and query, that takes part in the softmax and
+            is then dropped.
         causal: Whether a missing mask means "each query sees the keys up to its own position".
     """
 
@@ -77,7 +78,7 @@ class AttentionCall:
     scaling: float
     softcap: float | None = None
     bias: Float[Tensor, "#batch #head #query key"] | None = None
-    sinks: Float[Tensor, " head"] | None = None
+    sinks: Float[Tensor, " head"] | Float[Tensor, "#batch head #query 1"] | None = None
     causal: bool = True
 
 

@@ -17,6 +17,7 @@ import nnsight
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -32,6 +33,10 @@ from flowtracer_plugin.head_mean import add_head_mean, row_probabilities
 
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 """nnsight runs one trace at a time on a model, however many tracers share it."""
+
+
+CHECK_TOKENS = 17
+"""Length of the self-check's input: no model has so many heads, so the axes cannot be mixed up."""
 
 
 class AttentionReader:
@@ -73,7 +78,7 @@ class AttentionReader:
         inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
         length = input_ids.shape[1]
         total = torch.zeros(len(input_ids), length, length, device=input_ids.device)
-        with self._lock, _evaluating(self.model), torch.no_grad():
+        with self._running():
             self._accumulate(inputs, sites, total, heads or {})
         visible = attention_mask.to(total.device, total.dtype)
         return total.mul_(visible[:, :, None]).mul_(visible[:, None, :])
@@ -111,10 +116,17 @@ class AttentionReader:
         if self.verified:
             return
         device = next(self.model.parameters()).device
-        ids = torch.arange(16, device=device)[None] % vocabulary_size(self.model)
-        inputs = self._inputs(ids, torch.ones_like(ids, dtype=torch.bool), {})
-        with self._lock, _evaluating(self.model), torch.no_grad():
-            errors, traced = self._reconstruct(inputs)
+        token = torch.arange(CHECK_TOKENS, device=device)[None]
+        for padding in (0, 5):  # without padding, many models pass no mask at all
+            self._verify(token % vocabulary_size(self.model), token >= padding)
+        self.verified = True
+
+    def _verify(
+        self, input_ids: Int[Tensor, "1 token"], attention_mask: Bool[Tensor, "1 token"]
+    ) -> None:
+        inputs = {**self._inputs(input_ids, attention_mask, {}), "return_dict": True}
+        with self._running():
+            errors, traced = self._reconstruct(inputs, attention_mask[0])
             plain = self.model(**inputs).logits
         for site, error, tolerance in errors:
             if not error <= tolerance:
@@ -124,12 +136,11 @@ class AttentionReader:
                     f"wanted at most {tolerance:.0e}; mend its read(), or wrap(..., adapter=...) "
                     "another one"
                 )
-        if not torch.allclose(plain, traced, rtol=1e-4, atol=1e-4):
+        if not _difference(traced, plain) <= _rounding(plain):
             raise AdapterMismatchError("a traced forward pass does not give the model's own logits")
-        self.verified = True
 
     def _reconstruct(
-        self, inputs: dict[str, Any]
+        self, inputs: dict[str, Any], visible: Bool[Tensor, " token"]
     ) -> tuple[list[tuple[AttentionSite, float, float]], Tensor]:
         operations = [(site, self._operation(site)) for site in self.sites]
         errors: list[tuple[AttentionSite, float, float]] = []
@@ -137,9 +148,22 @@ class AttentionReader:
             for site, operation in operations:
                 args, kwargs = operation.inputs
                 call = self.adapter.read(self.model.get_submodule(site.module), args, kwargs)
-                errors.append((site, *_output_error(call, operation.output)))
+                errors.append((site, *_output_error(call, operation.output, visible)))
             logits = nnsight.save(self._root.output.logits)
         return errors, logits
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Everything that a trace needs around it, and an error that a user can act on."""
+        with self._lock, _evaluating(self.model), torch.no_grad():
+            try:
+                yield
+            except OutOfOrderError as error:
+                raise AdapterMismatchError(
+                    f"the adapter {self.adapter.name!r} lists an attention call that "
+                    f"{type(self.model).__name__} does not make, or makes in another order: "
+                    f"{error}; mend its sites(), or wrap(..., adapter=...) another one"
+                ) from error
 
     def _operation(self, site: AttentionSite) -> Any:
         """Handle on the attention call.
@@ -206,20 +230,42 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _output_error(call: AttentionCall, output: Any) -> tuple[float, float]:
+def _output_error(
+    call: AttentionCall, output: Any, visible: Bool[Tensor, " token"]
+) -> tuple[float, float]:
     """How far probabilities times values are from the model's attention output, and the bound."""
     if call.value is None:
         raise AdapterMismatchError("the adapter reads no values, which the self-check needs")
-    wanted = (output[0] if isinstance(output, tuple) else output).detach().float()
+    wanted = output[0] if isinstance(output, tuple) else output
     with torch.autocast(wanted.device.type, enabled=False):
         probabilities = row_probabilities(call, slice(0, call.query.shape[2]))
-        groups = call.value.shape[1]
-        folded = rearrange(probabilities, "b (group each) q k -> b group (each q) k", group=groups)
-        found = rearrange(
-            folded @ call.value.detach().float(),
-            "b group (each q) width -> b q (group each) width",
-            q=call.query.shape[2],
+        value = call.value[:, :, : probabilities.shape[-1]].detach().float()
+        folded = rearrange(
+            probabilities, "b (group each) q k -> b group (each q) k", group=value.shape[1]
         )
+        found = rearrange(
+            folded @ value, "b group (each q) width -> b q (group each) width", q=len(visible)
+        )
+    if wanted.shape == found.transpose(1, 2).shape:  # PyTorch's own functions put heads first
+        wanted = wanted.transpose(1, 2)
+    if wanted.numel() != found.numel():
+        raise AdapterMismatchError(
+            f"probabilities times values have the shape {list(found.shape)}, "
+            f"the attention output has {list(wanted.shape)}"
+        )
+    # What a padding token looks at is up to the implementation, and never used.
+    wanted, found = wanted.reshape(found.shape)[:, visible], found[:, visible]
+    return _difference(found, wanted), _rounding(call.value)
+
+
+def _difference(found: Float[Tensor, "*shape"], wanted: Float[Tensor, "*shape"]) -> float:
+    """Root mean square of the difference, as a share of the size of what was wanted."""
+    wanted = wanted.detach().float()
+    size = wanted.norm().clamp(min=torch.finfo(wanted.dtype).tiny)
+    return float((found.detach().float() - wanted).norm() / size)
+
+
+def _rounding(computed: Float[Tensor, "..."]) -> float:
+    """The share of a value that the implementation's own rounding may account for."""
     # Half precision keeps 8 to 11 bits of the output; TF32 products on a GPU keep 10.
-    bound = 2e-3 if call.value.dtype == torch.float32 else 3e-2
-    return float((found - wanted).abs().max() / wanted.abs().max()), bound
+    return 2e-3 if computed.dtype == torch.float32 else 3e-2

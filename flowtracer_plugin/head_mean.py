@@ -45,7 +45,7 @@ def row_probabilities(
     blocked = _blocked(call, rows, seen, causal, heads)
     if blocked is not None:
         scores = scores.masked_fill(blocked, -torch.inf)
-    probabilities = _softmax(scores, _chosen_sinks(call, heads))
+    probabilities = _softmax(scores, _sink_column(call, rows, heads))
     if blocked is None:
         return probabilities
     return probabilities.masked_fill(blocked.all(-1, keepdim=True), 0.0)
@@ -107,18 +107,20 @@ def _block(
     return added[:, :, rows if added.shape[2] > 1 else slice(None), :seen]
 
 
-def _chosen_sinks(
-    call: AttentionCall, heads: Int[Tensor, " chosen"] | None
-) -> Float[Tensor, " head"] | None:
-    if call.sinks is None or heads is None:
-        return call.sinks
-    return call.sinks[heads]
+def _sink_column(
+    call: AttentionCall, rows: slice, heads: Int[Tensor, " chosen"] | None
+) -> Float[Tensor, "#batch #head #rows 1"] | None:
+    if call.sinks is None:
+        return None
+    sinks = call.sinks if call.sinks.ndim == 4 else call.sinks[None, :, None, None]
+    return _block(sinks, rows, 1, heads).detach().float()
 
 
 def _softmax(
-    scores: Float[Tensor, "batch head rows seen"], sinks: Float[Tensor, " head"] | None
+    scores: Float[Tensor, "batch head rows seen"],
+    sinks: Float[Tensor, "#batch #head #rows 1"] | None,
 ) -> Float[Tensor, "batch head rows seen"]:
     if sinks is None:
         return scores.softmax(-1)
-    column = sinks.detach().float()[None, :, None, None].expand(*scores.shape[:3], 1)
+    column = sinks.expand(*scores.shape[:3], 1)
     return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]

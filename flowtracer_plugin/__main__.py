@@ -1,0 +1,5 @@
+"""`python -m flowtracer_plugin` is the command `flowtracer`."""
+
+from flowtracer_plugin.cli import main
+
+main()

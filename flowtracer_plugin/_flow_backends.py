@@ -1,0 +1,109 @@
+"""The kinds of array that hold a graph, and the few operations in which they differ.
+
+Everything else is written once, for numpy and torch alike: `xp` is whichever of the two modules
+owns the array, and only functions that both spell the same way are called on it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+
+class Backend(NamedTuple):
+    """What one kind of array needs; `entries` and `assemble` are None for dense arrays.
+
+    Attributes:
+        xp: numpy or torch, the library of the masks and of everything that is one number per token.
+        read: a matrix as float32 or float64, off the autograd tape, in its library's normal form.
+        mask: a list or array as an array of `xp`, where the given matrix lies.
+        solve: `(I + S) x = b`, or `(I + S.T) x = b` if `transposed`, S strictly lower triangular.
+        entries: the query, the key and the value of every stored number; the values are no copy.
+        assemble: a matrix like the given one, from queries, keys and values in row order.
+        sparsify: the sparse form of one dense graph.
+    """
+
+    xp: Any
+    read: Callable[[Any], Any]
+    mask: Callable[[Any, Any], Any]
+    solve: Callable[..., Any]
+    entries: Callable[[Any], tuple[Any, Any, Any]] | None = None
+    assemble: Callable[[Any, Any, Any, Any], Any] | None = None
+    sparsify: Callable[[Any], Any] | None = None
+
+
+def backend_of(array: Any) -> Backend:
+    """The backend for this array; no library is imported that the caller has not imported."""
+    if isinstance(array, np.ndarray):
+        from flowtracer_plugin._flow_numpy import NUMPY
+
+        return NUMPY
+    torch, sparse = sys.modules.get("torch"), sys.modules.get("scipy.sparse")
+    if torch is not None and isinstance(array, torch.Tensor):
+        from flowtracer_plugin._flow_torch import TORCH, TORCH_CSR
+
+        return {torch.strided: TORCH, torch.sparse_csr: TORCH_CSR}.get(array.layout) or _refuse(
+            f"a torch tensor with layout {array.layout}; call .to_sparse_csr() first"
+        )
+    if sparse is not None and sparse.issparse(array):
+        from flowtracer_plugin._flow_scipy import SCIPY
+
+        return SCIPY
+    return _refuse(f"{type(array).__name__}; convert it first, for example with numpy.asarray")
+
+
+def _refuse(found: str) -> Backend:
+    raise TypeError(
+        "attention must be a numpy array, a torch tensor (dense or sparse CSR), a scipy sparse "
+        f"array, or a list of sparse ones, got {found}"
+    )
+
+
+def dtype_name(array: Any) -> str:
+    """The name that numpy and torch share for a dtype, such as "float32"."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def working_dtype(array: Any) -> str:
+    """The precision to compute in: half becomes single, whole numbers become double.
+
+    Raises:
+        TypeError: for complex and extended precision, and for anything that is not a number.
+    """
+    name = dtype_name(array)
+    if name in ("float32", "float64"):
+        return name
+    if name in ("float16", "bfloat16"):
+        return "float32"
+    if name.startswith(("bool", "int", "uint")):
+        return "float64"
+    raise TypeError(f"attention must hold real numbers of at most 64 bits, got dtype {name}")
+
+
+def negated(edges: Any) -> Any:
+    """A negated copy of a graph, or of each of a tuple of sparse ones."""
+    return tuple(-one for one in edges) if isinstance(edges, tuple) else -edges
+
+
+def scale(edges: Any, factors: Any, *, of: Literal["query", "key"]) -> Any:
+    """Multiply, in place, every row (query) or every column (key) by the factor of its token."""
+    if isinstance(edges, tuple):
+        return tuple(scale(one, each, of=of) for one, each in zip(edges, factors, strict=True))
+    backend = backend_of(edges)
+    if backend.entries is None:
+        edges *= factors[..., :, None] if of == "query" else factors[..., None, :]
+    else:
+        query, key, values = backend.entries(edges)
+        values *= factors[query if of == "query" else key]
+    return edges
+
+
+def solve(system: Any, rhs: Any, *, transposed: bool = False) -> Any:
+    """Substitution in a graph, a batch, or a tuple of sparse graphs with one row of `rhs` each."""
+    if isinstance(system, tuple):
+        rows = zip(system, rhs, strict=True)
+        return backend_of(rhs).xp.stack([solve(*row, transposed=transposed) for row in rows])
+    return backend_of(system).solve(system, rhs, transposed=transposed)

@@ -1,0 +1,51 @@
+"""Dense numpy arrays: BLAS substitution through scipy.linalg."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy.linalg import solve_triangular
+
+from flowtracer_plugin._flow_backends import Backend, working_dtype
+
+
+def read(attention: np.ndarray) -> Float[np.ndarray, "..."]:
+    """The attention as floats, in the machine's byte order."""
+    return np.asarray(attention, dtype=working_dtype(attention))
+
+
+def mask(values: Any, like: Any) -> np.ndarray:
+    """The mask as a numpy array, whatever it holds."""
+    return np.asarray(values)
+
+
+def solve(
+    system: Float[np.ndarray, "*batch token token"],
+    rhs: Float[np.ndarray, "*batch token"],
+    *,
+    transposed: bool,
+) -> Float[np.ndarray, "*batch token"]:
+    """Substitution, one graph after the other."""
+    if system.ndim == 3:
+        rows = zip(system, rhs, strict=True)
+        return np.stack([solve(one, b, transposed=transposed) for one, b in rows])
+    return solve_triangular(
+        system,
+        rhs,
+        lower=True,
+        trans="T" if transposed else "N",
+        unit_diagonal=True,
+        check_finite=False,
+    )
+
+
+def sparsify(edges: Float[np.ndarray, "query key"]) -> Any:
+    """The graph as a scipy csr_array."""
+    from scipy.sparse import csr_array
+
+    return csr_array(edges)
+
+
+NUMPY = Backend(xp=np, read=read, mask=mask, solve=solve, sparsify=sparsify)

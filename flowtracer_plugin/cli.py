@@ -1,0 +1,166 @@
+"""The command `flowtracer`: the public API from a shell, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from flowtracer_plugin.trace import FlowTrace
+
+app = typer.Typer(
+    help="Trace which tokens carried a language model's answer.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line; mistakes end in one sentence on stderr and exit code 1."""
+    try:
+        app()
+    except (ValueError, LookupError, TypeError, OSError, RuntimeError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    typer.secho(f"error: {error}", err=True, fg="red")
+    typer.echo("(--traceback shows where it arose)", err=True)
+    raise SystemExit(1) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from flowtracer_plugin import __version__
+
+        typer.echo(f"flowtracer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def trace(
+    model: Annotated[str, typer.Option(help="Folder of a model, or its id on the hub.")],
+    prompt: Annotated[str, typer.Option(help="The question; - reads it from standard input.")],
+    response: Annotated[
+        str | None, typer.Option(help="An answer to trace; without one the model generates it.")
+    ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Let the model answer (as without --response).")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of a generated answer.")] = 256,
+    sample: Annotated[bool, typer.Option(help="Sample instead of decoding greedily.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    answer: Annotated[
+        str,
+        typer.Option(
+            help="How to find the answer: auto, boxed, answer_tag, hash, phrase, after_think, "
+            "last_number, last_word, or re:PATTERN with one group."
+        ),
+    ] = "auto",
+    layers: Annotated[
+        str, typer.Option(help="middle, early, late, all, middle:5, or numbers such as 4,5,6.")
+    ] = "middle",
+    target: Annotated[str, typer.Option(help="answer, or decision.")] = "answer",
+    question: Annotated[str, typer.Option(help="prompt, all, or user.")] = "prompt",
+    chat: Annotated[
+        bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print the trace as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page to this file.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the trace to this file.")] = None,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where errors arise.")
+    ] = False,
+) -> None:
+    """Show which tokens carried the answer.
+
+    Example: flowtracer trace --model Qwen/Qwen3-0.6B --prompt "What is 17 * 3?" --html trace.html
+    """
+    if generate and response is not None:
+        raise typer.BadParameter("pass --response or --generate, not both")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded, tokenizer = _load(model, device, dtype)
+    import flowtracer_plugin as ft
+
+    tracer = ft.wrap(
+        loaded,
+        tokenizer,
+        layers=_layers(layers),
+        question=question,
+        target=target,
+        answer=_finder(answer),
+    )
+    asked: Any = text
+    if chat and tokenizer.chat_template is not None:
+        asked = [{"role": "user", "content": text}]
+    if response is not None:
+        result = tracer.trace(asked, response)
+    else:
+        from transformers import set_seed
+
+        set_seed(seed)
+        result = tracer.generate(
+            asked, max_new_tokens=max_new_tokens, do_sample=sample, progress=sys.stderr.isatty()
+        )
+    _show(result, as_json=json, html=html, save=save)
+
+
+def _show(result: FlowTrace, *, as_json: bool, html: Path | None, save: Path | None) -> None:
+    if as_json:
+        typer.echo(result.to_json())
+    else:
+        from rich.console import Console
+
+        Console().print(result)
+    for path in (html and result.to_html(html), save and result.save(save)):
+        if path:
+            typer.echo(f"wrote {path}", err=True)
+
+
+def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar() if not sys.stderr.isatty() else None
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name!r} has no config.json; wanted the folder of a Hugging Face model")
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.to(chosen).eval(), tokenizer
+
+
+def _layers(text: str) -> str | list[int]:
+    parts = text.split(",")
+    return (
+        [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else text
+    )
+
+
+def _finder(text: str) -> Any:
+    import re
+
+    pattern = text.removeprefix("re:")
+    return text if pattern == text else re.compile(pattern)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Prompts and responses into token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""A text, or chat messages with `role` and `content`."""
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[list[int], str]:
+    """Token ids of a prompt, and the text that they stand for.
+
+    Raises:
+        ValueError: The prompt is empty, or the tokenizer has no chat template for messages.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty, so there is no question to trace from")
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"]), prompt
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "chat messages need a tokenizer with a chat template, and this one has none; "
+            "pass the prompt as a string"
+        )
+    messages = [dict(message) for message in prompt]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]), text
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:
+    """Token ids of a response as it continues the prompt.
+
+    Some tokenizers put a space before a text that stands alone, so the two are encoded together
+    where that leaves the prompt's tokens as they are.
+    """
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    before, joint = encode(prompt), encode(prompt + response)
+    if joint[: len(before)] == before:
+        return joint[len(before) :]
+    return encode(response)
+
+
+def user_text(prompt: Prompt) -> str | None:
+    """What the user said last."""
+    if isinstance(prompt, str):
+        return prompt
+    return next((m["content"] for m in reversed(prompt) if m["role"] == "user"), None)

@@ -1,0 +1,220 @@
+"""Reach, throughput and edge flow: how much of one unit, injected over the question, passes where.
+
+With `L[k, i]` the attention that the later token k pays to the earlier token i, the reach
+`h = 1[answer] + L.T h` is the influence of a token on the answer, and the throughput is `f = h g`
+with `g = mu / h + L g`: two substitutions with one triangular matrix, all of whose terms are
+non-negative, so that nothing cancels. The answer-conditioned matrix of the paper (section 3) is
+never built. The same algebra runs on numpy and torch, dense and sparse.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from flowtracer_plugin._flow_backends import backend_of, dtype_name, negated, scale, solve
+from flowtracer_plugin._flow_border import rows_without
+from flowtracer_plugin.graph import FlowGraph
+
+QUESTION_WEIGHTS = ("uniform", "reach")
+BOUNDARIES = ("literal", "absorbing")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Flow:
+    """One unit of flow from the question to the answer; arrays are of the graph's kind and device.
+
+    Attributes:
+        graph: the graph that was solved.
+        reach: `h`, the influence of each token on the answer: the expected number of visits of a
+            walk that starts at every answer token and steps back along attention. At most the
+            number of answer tokens if the attention of each token sums to at most one.
+        throughput: `f`, the share of the unit that passes through each token, in [0, 1]. Exactly 0
+            where the answer is out of reach.
+        source: `mu`, what is injected at each token; sums to 1 over the question.
+        potential: `g`, throughput per reach, up to one power of two that the whole graph shares.
+        question_reached: how many question tokens reach the answer and so share the unit; an int,
+            or one number per batch row.
+        boundary: "literal" or "absorbing", as passed to `solve_graph`.
+    """
+
+    graph: FlowGraph
+    reach: Float[Any, "*batch token"]
+    throughput: Float[Any, "*batch token"]
+    source: Float[Any, "*batch token"]
+    potential: Float[Any, "*batch token"]
+    question_reached: int | Int[Any, " batch"]
+    boundary: str
+
+    def edge_flow(self) -> Any:
+        """The share of the unit that travels on each edge, laid out and stored like the edges.
+
+        `phi[k, i] = f(i) P[i, k]`, which is `h(k) L[k, i] g(i)`: what enters a token, injected
+        or along edges, equals its throughput, and so does what leaves it, along edges or into the
+        sink.
+
+        >>> attention = np.array([[0, 0, 0], [1, 0, 0], [0.75, 0.25, 0]])
+        >>> solve_flow(attention, [1, 0, 0], [0, 0, 1]).edge_flow()
+        array([[0.  , 0.  , 0.  ],
+               [0.25, 0.  , 0.  ],
+               [0.75, 0.25, 0.  ]])
+        """
+        leaving = self.potential
+        if self.boundary == "absorbing":
+            leaving = leaving * ~self.graph.answer
+        # f / g is the reach in the scale of g: it keeps its precision where the reach itself,
+        # as reported, has underflowed
+        arriving = self.throughput / (self.potential + (self.potential == 0))
+        copy = scale(negated(self.graph.edges), -arriving, of="query")
+        return scale(copy, leaving, of="key")
+
+    def sink_flow(self) -> Float[Any, "*batch token"]:
+        """The share of the unit that leaves each token for the sink; sums to 1 over the answer.
+
+        >>> solve_flow(np.tril(np.ones((3, 3))), [1, 0, 0], [0, 1, 1]).sink_flow().round(3)
+        array([0.   , 0.333, 0.667])
+        """
+        return _into_sink(self.graph.answer, self.reach, self.throughput)
+
+
+def solve_flow(
+    attention: Any,
+    question: Any,
+    answer: Any,
+    *,
+    question_weights: str = "uniform",
+    boundary: str = "literal",
+) -> Flow:
+    """Trace how one unit, injected over the question, flows along attention into the answer.
+
+    Args:
+        attention: `[query, key]` or `[batch, query, key]`, lower triangular; a numpy array, a
+            torch tensor (dense or sparse CSR), a scipy sparse array, or a list of sparse ones.
+        question: where the unit is injected: booleans, or 0 and 1, of shape `[token]` or
+            `[batch, token]`.
+        answer: the tokens that are connected to the sink, likewise.
+        question_weights: "uniform" injects the same at every question token that reaches the
+            answer; "reach" injects in proportion to its influence.
+        boundary: "literal" lets influence pass through answer tokens to later ones; "absorbing"
+            ends it at the first answer token that it meets.
+
+    Raises:
+        TypeError, ValueError: as `FlowGraph.from_attention`; and ValueError if no question token
+            reaches the answer.
+        FloatingPointError: the numbers do not fit the precision of the attention.
+
+    >>> flow = solve_flow(np.tril(np.ones((4, 4))), [1, 0, 0, 0], [0, 0, 0, 1])
+    >>> flow.throughput
+    array([1. , 0.5, 0.5, 1. ])
+    >>> flow.reach
+    array([4., 2., 1., 1.])
+    """
+    graph = FlowGraph.from_attention(attention, question, answer)
+    return solve_graph(graph, question_weights=question_weights, boundary=boundary)
+
+
+def solve_graph(
+    graph: FlowGraph, *, question_weights: str = "uniform", boundary: str = "literal"
+) -> Flow:
+    """`solve_flow` for a graph that has been made, and perhaps pruned, before.
+
+    >>> graph = FlowGraph.from_attention(np.tril(np.ones((4, 4))), [1, 0, 0, 0], [0, 0, 0, 1])
+    >>> solve_graph(graph.prune(top_k=1)).throughput
+    array([1., 0., 0., 1.])
+    """
+    _check_option("question_weights", question_weights, QUESTION_WEIGHTS)
+    _check_option("boundary", boundary, BOUNDARIES)
+    edges, question, answer = graph.edges, graph.question, graph.answer
+    xp, dtype = backend_of(answer).xp, (edges[0] if isinstance(edges, tuple) else edges).dtype
+    unit = _unit(xp.finfo(dtype))
+    with np.errstate(all="ignore"):  # _check_flow finds what does not fit
+        system = negated(edges)
+        if boundary == "absorbing":
+            scale(system, ~answer, of="key")
+        scaled = _reach(system, xp.asarray(answer, dtype=dtype) * unit)
+        source = _source(question & (scaled > 0), scaled, question_weights)
+        potential = _potential(system, scaled, source)
+        reach, throughput = scaled / unit, scaled * potential
+        reached = (question & (scaled > 0)).sum(-1)
+        _check_flow(reached, throughput, _into_sink(answer, reach, throughput))
+    return Flow(
+        graph=graph,
+        reach=reach,
+        throughput=throughput,
+        source=source,
+        potential=potential,
+        question_reached=reached if reached.ndim else int(reached),
+        boundary=boundary,
+    )
+
+
+def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _unit(finfo: Any) -> float:
+    """What the sink holds while we compute: the square root of the largest power of two.
+
+    Throughput does not change when reach is scaled. With the sink in the middle of the upper half
+    of the exponents, reach may shrink to 1e-57 of it in float32 (1e-461 in float64) on its way,
+    and `1 / reach` fits as well.
+    """
+    return 2.0 ** (math.frexp(float(finfo.max))[1] // 2)
+
+
+def _reach(system: Any, sink: Float[Any, "*batch token"]) -> Float[Any, "*batch token"]:
+    """`h` for the system `-L`, in the unit of the sink."""
+    reach = solve(system, sink, transposed=True)
+    # a subnormal number has lost the digits that 1 / h needs: it counts as out of reach
+    return reach * (reach >= backend_of(reach).xp.finfo(reach.dtype).smallest_normal)
+
+
+def _source(
+    reached: Bool[Any, "*batch token"], reach: Float[Any, "*batch token"], weights: str
+) -> Float[Any, "*batch token"]:
+    """`mu`: one unit over the question tokens that are reached; nan where there is none."""
+    share = reached * (reach if weights == "reach" else backend_of(reach).xp.ones_like(reach))
+    return share / share.sum(-1, keepdims=True)
+
+
+def _potential(
+    system: Any, reach: Float[Any, "*batch token"], source: Float[Any, "*batch token"]
+) -> Float[Any, "*batch token"]:
+    """`g` for the system `-L`, whose rows of tokens without reach are zeroed in place.
+
+    Flow never enters these tokens. Left in, a dead end whose potential overflows would turn what
+    it is not even connected to into nan (0 times infinity).
+    """
+    scale(system, reach > 0, of="query")
+    return solve(system, source / (reach + (reach == 0)))
+
+
+def _into_sink(
+    answer: Bool[Any, "*batch token"],
+    reach: Float[Any, "*batch token"],
+    throughput: Float[Any, "*batch token"],
+) -> Float[Any, "*batch token"]:
+    """`f(a) / h(a)`: the sink has reach 1, and so has the edge from each answer token to it."""
+    return answer * throughput / backend_of(reach).xp.where(answer, reach, 1)
+
+
+def _check_flow(reached: Any, throughput: Any, sunk: Any) -> None:
+    """Raise if a row has no source, or if its numbers did not fit: then the unit gets lost."""
+    conserved = (abs(sunk.sum(-1) - 1) < 1e-3) & (throughput <= 1 + 1e-3).all(-1)
+    if bool(((reached > 0) & conserved).all()):
+        return
+    name = dtype_name(throughput)
+    if not bool((reached > 0).all()):
+        raise ValueError(
+            f"no question token reaches the answer{rows_without(reached > 0)}: every path has "
+            f"weight 0, or less than {name} can hold (float64 attention holds more)"
+        )
+    raise FloatingPointError(
+        f"the flow does not fit {name}{rows_without(conserved)}: influence grows along rows of "
+        "attention that sum to more than 1; normalise the rows, or pass float64"
+    )

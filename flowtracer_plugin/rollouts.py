@@ -1,0 +1,150 @@
+"""The flow of padded rollouts, as a trainer holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from flowtracer_plugin.flow import solve_flow
+from flowtracer_plugin.spans import AnswerFinder, FoundAnswer, answer_mask, question_mask
+from flowtracer_plugin.trace import FlowOptions
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FlowBatch:
+    """The flow of padded rollouts, on the device of the model. Rows without an answer are 0.
+
+    Attributes:
+        prompt_length: Columns before the completions.
+        throughput: Flow through every token, prompt and completion.
+        reach: Influence of every token on the answer.
+        reasoning_share: Share of each row's flow that enters the completion at a token other than
+            the answer.
+        answers: What was found in each row.
+    """
+
+    prompt_length: int
+    throughput: Float[Tensor, "batch token"]
+    reach: Float[Tensor, "batch token"]
+    reasoning_share: Float[Tensor, " batch"]
+    answers: tuple[FoundAnswer | None, ...]
+
+    @property
+    def completion_throughput(self) -> Float[Tensor, "batch completion"]:
+        """Throughput of the completion tokens."""
+        return self.throughput[:, self.prompt_length :]
+
+    @property
+    def found(self) -> Bool[Tensor, " batch"]:
+        """Rows with an answer that the question reaches."""
+        return self.reach.sum(-1) > 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class RolloutMasks:
+    """Where flow enters and leaves each row; both empty in rows without an answer.
+
+    Attributes:
+        question: Where flow is injected.
+        target: Where it ends.
+        answers: What was found in each row.
+    """
+
+    question: Bool[Tensor, "batch token"]
+    target: Bool[Tensor, "batch token"]
+    answers: tuple[FoundAnswer | None, ...]
+
+
+def rollout_masks(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Int[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    prompt_length: int,
+    options: FlowOptions,
+    finder: AnswerFinder,
+) -> RolloutMasks:
+    """Find the answers; only token ids and masks are copied to the host for it."""
+    rows, visible = ids.cpu().numpy(), mask.cpu().numpy()
+    question, answer = np.zeros_like(visible), np.zeros_like(visible)
+    answers: list[FoundAnswer | None] = []
+    for row, seen in enumerate(visible):
+        asked, said = np.flatnonzero(seen[:prompt_length]), np.flatnonzero(seen[prompt_length:])
+        found = answer_mask(tokenizer, rows[row, prompt_length:][said].tolist(), finder)
+        answers.append(None if found is None else found[1])
+        if found is not None:
+            question[row, asked] = question_mask(
+                tokenizer, rows[row, asked].tolist(), options.question
+            )
+            answer[row, prompt_length + said] = found[0]
+    target = target_mask(answer, options)
+    return RolloutMasks(
+        question=torch.tensor(question, device=ids.device),
+        target=torch.tensor(target, device=ids.device),
+        answers=tuple(answers),
+    )
+
+
+def target_mask(
+    answer: Bool[np.ndarray, "*batch token"], options: FlowOptions
+) -> Bool[np.ndarray, "*batch token"]:
+    """The rows at which flow ends: the answer's, or those whose logits choose the answer."""
+    return answer if options.target == "answer" else np.roll(answer, -1, axis=-1)
+
+
+def solve_rollouts(
+    attention: Float[Tensor, "batch query key"],
+    masks: RolloutMasks,
+    prompt_length: int,
+    options: FlowOptions,
+) -> FlowBatch:
+    """Solve the rows that have an answer; the others come back as 0."""
+    throughput, reach = torch.zeros(2, *attention.shape[:2], device=attention.device)
+    share = torch.zeros(len(attention), device=attention.device)
+    rows = masks.target.any(-1).nonzero().squeeze(-1)
+    if len(rows):
+        target = masks.target[rows]
+        flow = solve_flow(
+            attention[rows],
+            masks.question[rows],
+            target,
+            question_weights=options.question_weights,
+            boundary=options.boundary,
+        )
+        throughput[rows], reach[rows] = flow.throughput, flow.reach
+        landing = flow.edge_flow()[:, prompt_length:, :prompt_length].sum(-1)
+        share[rows] = landing.masked_fill(target[:, prompt_length:], 0.0).sum(-1)
+    return FlowBatch(
+        prompt_length=prompt_length,
+        throughput=throughput,
+        reach=reach,
+        reasoning_share=share,
+        answers=masks.answers,
+    )
+
+
+def join_batches(parts: Sequence[FlowBatch]) -> FlowBatch:
+    """The rows of several batches below each other."""
+    return FlowBatch(
+        prompt_length=parts[0].prompt_length,
+        throughput=torch.cat([part.throughput for part in parts]),
+        reach=torch.cat([part.reach for part in parts]),
+        reasoning_share=torch.cat([part.reasoning_share for part in parts]),
+        answers=tuple(answer for part in parts for answer in part.answers),
+    )
+
+
+def drop_first_token(
+    attention: Float[Tensor, "batch query key"], mask: Bool[Tensor, "batch token"]
+) -> Float[Tensor, "batch query key"]:
+    """What is paid to the first unpadded token goes to the others; rows keep their sum."""
+    first = mask.int().argmax(-1)
+    column = torch.zeros_like(mask).scatter_(1, first[:, None], value=True)[:, None, :]
+    kept = attention.masked_fill(column, 0.0)
+    before, after = attention.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
+    return kept * torch.where(after > 0, before / after.clamp_min(1e-30), 0.0)

@@ -1,0 +1,120 @@
+"""Traces on disk: safetensors with a JSON header. Reading one never runs code."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_bytes
+
+from flowtracer_plugin.trace import FlowOptions, FlowTrace, Spans
+
+FORMAT = "flowtracer.trace"
+VERSION = 1
+_ARRAYS = ("token_ids", "reach", "throughput")
+_MASKS = ("question", "answer", "target")
+
+
+def save(trace: FlowTrace, path: Path) -> Path:
+    """Write `trace` to `path`, whole or not at all, and return `path`."""
+    arrays = {name: getattr(trace, name) for name in _ARRAYS}
+    arrays |= {name: getattr(trace.spans, name) for name in _MASKS}
+    # Above the diagonal there is nothing: half the file.
+    arrays["attention"] = trace.attention[np.tril_indices(len(trace.attention))]
+    header = {
+        "tokens": trace.tokens,
+        "prompt_length": trace.spans.prompt_length,
+        "rule": trace.spans.rule,
+        "answer_text": trace.spans.answer_text,
+        "model": trace.model,
+        "options": asdict(trace.options),
+        "layers": trace.layers,
+    }
+    metadata = {"format": FORMAT, "version": str(VERSION), "trace": json.dumps(header)}
+    write_atomically(path, to_bytes(arrays, metadata))
+    return path
+
+
+def load(path: str | Path) -> FlowTrace:
+    """Read a trace that `FlowTrace.save` wrote; every number comes back bit for bit.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a trace, is damaged, or was written by a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no trace at {str(path)!r}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            _check(metadata, path)
+            arrays = {name: file.get_tensor(name) for name in (*_ARRAYS, *_MASKS, "attention")}
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is not a trace, or is damaged: {error}") from error
+    return _assemble(json.loads(metadata["trace"]), arrays)
+
+
+def _check(metadata: dict[str, str], path: Path) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{str(path)!r} is a safetensors file, but not a trace; wanted one that "
+            "FlowTrace.save() wrote"
+        )
+    if int(metadata["version"]) > VERSION:
+        raise ValueError(
+            f"{str(path)!r} has format version {metadata['version']}, this flowtracer-plugin reads "
+            f"versions up to {VERSION}; upgrade flowtracer-plugin"
+        )
+
+
+def _assemble(header: dict[str, Any], arrays: dict[str, Any]) -> FlowTrace:
+    options = header["options"]
+    layers = options["layers"]
+    options["layers"] = layers if isinstance(layers, str) else tuple(layers)
+    return FlowTrace(
+        token_ids=arrays["token_ids"],
+        tokens=tuple(header["tokens"]),
+        spans=Spans(
+            prompt_length=header["prompt_length"],
+            rule=header["rule"],
+            answer_text=header["answer_text"],
+            **{name: arrays[name] for name in _MASKS},
+        ),
+        attention=_unpack(arrays["attention"], len(arrays["token_ids"])),
+        reach=arrays["reach"],
+        throughput=arrays["throughput"],
+        model=header["model"],
+        options=FlowOptions(**options),
+        layers=tuple(header["layers"]),
+    )
+
+
+def _unpack(packed: Float[np.ndarray, " edge"], length: int) -> Float[np.ndarray, "query key"]:
+    attention = np.zeros((length, length), packed.dtype)
+    attention[np.tril_indices(length)] = packed
+    return attention
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a crash leaves the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        # mkstemp's file is for its owner alone; a result should be as readable as any other.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,313 @@
+"""The result: which tokens carried one answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from flowtracer_plugin import backbone
+from flowtracer_plugin.backbone import FlowPath, StepGraph
+from flowtracer_plugin.flow import Flow, solve_flow
+
+if TYPE_CHECKING:
+    import networkx
+    from rich.console import RenderableType
+
+Region = Literal["prompt", "question", "response", "answer"]
+
+JSON_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlowOptions:
+    """How a trace is made. The defaults are the paper's; the choices are explained in the README.
+
+    Attributes:
+        layers: `"middle"` third of the attention layers, `"early"`, `"late"`, `"all"`, five evenly
+            spaced ones as `"middle:5"`, or layer numbers.
+        question: `"prompt"` (without special tokens and never the first), `"all"`, or `"user"`.
+        answer: How the answer is found in the response.
+        target: Rows of the answer tokens, or `"decision"`: of the tokens before them, whose logits
+            choose them.
+        question_weights: Flow is injected in equal parts, or in proportion to `"reach"`.
+        boundary: `"literal"`, or `"absorbing"`: flow ends at the first answer token it meets.
+        first_token: `"keep"`, or `"drop"`: what is paid to the first token, a common attention
+            sink, goes to the others in proportion.
+    """
+
+    layers: str | tuple[int, ...] = "middle"
+    question: str = "prompt"
+    answer: str = "auto"
+    target: Literal["answer", "decision"] = "answer"
+    question_weights: Literal["uniform", "reach"] = "uniform"
+    boundary: Literal["literal", "absorbing"] = "literal"
+    first_token: Literal["keep", "drop"] = "keep"
+
+    def __post_init__(self) -> None:
+        """Refuse values that no option has.
+
+        Raises:
+            ValueError: A value is not among the choices.
+        """
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+
+
+_CHOICES = {
+    "question": ("prompt", "all", "user", "mask"),
+    "target": ("answer", "decision"),
+    "question_weights": ("uniform", "reach"),
+    "boundary": ("literal", "absorbing"),
+    "first_token": ("keep", "drop"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spans:
+    """Which tokens are what. All masks cover prompt and response.
+
+    Attributes:
+        prompt_length: Tokens before the response.
+        question: Where flow is injected.
+        answer: The answer's tokens.
+        target: Where flow ends: the answer's tokens, or the ones that decide them.
+        rule: Name of the finder that found the answer.
+        answer_text: The answer as the finder saw it.
+    """
+
+    prompt_length: int
+    question: Bool[np.ndarray, " token"]
+    answer: Bool[np.ndarray, " token"]
+    target: Bool[np.ndarray, " token"]
+    rule: str
+    answer_text: str
+
+    @property
+    def response(self) -> Bool[np.ndarray, " token"]:
+        """The response's tokens, the answer among them."""
+        return np.arange(len(self.question)) >= self.prompt_length
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The most specific region of every token."""
+        names = np.where(self.response, "response", "prompt")
+        names = np.where(self.question, "question", names)
+        return tuple(np.where(self.answer, "answer", names).tolist())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankedToken:
+    """A token that stands out.
+
+    Attributes:
+        index: Its position in the trace.
+        text: What it decodes to.
+        region: Where it lies.
+        throughput: Flow through it; the question injects 1.
+        score: By what it was ranked, see `FlowTrace.hubs` and `FlowTrace.checkpoints`.
+    """
+
+    index: int
+    text: str
+    region: Region
+    throughput: float
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FlowTrace:
+    """What carried one answer, token by token.
+
+    Attributes:
+        token_ids: Prompt and response as the model saw them.
+        tokens: What each decodes to; joined, they are `text`. A token in the middle of a character
+            that several tokens spell is empty.
+        spans: Question, response and answer.
+        attention: Head mean over the selected layers; rows are queries.
+        reach: Influence of each token on the answer, `h`.
+        throughput: Flow through each token, `f`, when the question injects 1.
+        model: Name of the model.
+        options: How the trace was made.
+        layers: Numbers of the layers that were averaged.
+    """
+
+    token_ids: Int[np.ndarray, " token"]
+    tokens: tuple[str, ...]
+    spans: Spans
+    attention: Float[np.ndarray, "query key"]
+    reach: Float[np.ndarray, " token"]
+    throughput: Float[np.ndarray, " token"]
+    model: str
+    options: FlowOptions
+    layers: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """Prompt and response."""
+        return "".join(self.tokens)
+
+    @cached_property
+    def flow(self) -> Flow:
+        """The solved flow, with its edges."""
+        return solve_flow(
+            self.attention,
+            self.spans.question,
+            self.spans.target,
+            question_weights=self.options.question_weights,
+            boundary=self.options.boundary,
+        )
+
+    @cached_property
+    def reasoning_share(self) -> float:
+        """Share of the flow that enters the response at a token other than the answer.
+
+        The rest jumps from the prompt straight to the answer.
+        """
+        length = self.spans.prompt_length
+        landing = self.flow.edge_flow()[length:, :length].sum(1)
+        return float(landing[~self.spans.target[length:]].sum())
+
+    def hubs(self, count: int = 10) -> tuple[RankedToken, ...]:
+        """Tokens with much flow that many later tokens draw on, the strongest first.
+
+        Score: throughput × effective number of outgoing edges, in edges.
+        """
+        return self._ranked(backbone.hub_scores(self.flow), count)
+
+    def checkpoints(self, count: int = 10) -> tuple[RankedToken, ...]:
+        """Tokens with much flow that gather it from many, the strongest first.
+
+        Score: throughput × effective number of incoming edges, in edges.
+        """
+        return self._ranked(backbone.checkpoint_scores(self.flow), count)
+
+    def paths(self, count: int = 5) -> tuple[FlowPath, ...]:
+        """The most probable ways from the question to the answer, the likeliest first."""
+        return backbone.likely_paths(self.flow, count)
+
+    def steps(self) -> StepGraph:
+        """Lines or sentences, and the flow between them."""
+        bounds = backbone.step_bounds(self.tokens, self.spans.prompt_length)
+        return backbone.step_graph(self.flow, self.tokens, bounds, self.spans.regions)
+
+    def _ranked(self, scores: Float[np.ndarray, " token"], count: int) -> tuple[RankedToken, ...]:
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count!r}")
+        order = np.argsort(-scores, kind="stable")[:count]
+        return tuple(self._token(int(i), float(scores[i])) for i in order if scores[i] > 0)
+
+    def _token(self, index: int, score: float) -> RankedToken:
+        return RankedToken(
+            index=index,
+            text=self.tokens[index],
+            region=self.spans.regions[index],
+            throughput=float(self.throughput[index]),
+            score=score,
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the trace to one file, which `flowtracer_plugin.load` reads back exactly."""
+        from flowtracer_plugin.storage import save
+
+        return save(self, Path(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the attention, as plain Python values."""
+        regions = self.spans.regions
+        return {
+            "schema": JSON_SCHEMA_VERSION,
+            "model": self.model,
+            "layers": list(self.layers),
+            "options": asdict(self.options),
+            "text": self.text,
+            "prompt_length": self.spans.prompt_length,
+            "answer": {
+                "text": self.spans.answer_text,
+                "rule": self.spans.rule,
+                "tokens": np.flatnonzero(self.spans.answer).tolist(),
+            },
+            "reasoning_share": self.reasoning_share,
+            "question_reached": int(self.flow.question_reached),
+            "tokens": [
+                {
+                    "index": index,
+                    "id": int(self.token_ids[index]),
+                    "text": text,
+                    "region": regions[index],
+                    "throughput": float(self.throughput[index]),
+                    "reach": float(self.reach[index]),
+                }
+                for index, text in enumerate(self.tokens)
+            ],
+            "hubs": [asdict(token) for token in self.hubs()],
+            "checkpoints": [asdict(token) for token in self.checkpoints()],
+            "paths": [asdict(path) for path in self.paths()],
+            "steps": _step_dict(self.steps()),
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as a JSON document."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page and return its path."""
+        from flowtracer_plugin.report import write_page
+
+        return write_page(self, Path(path))
+
+    def to_networkx(self, *, minimum: float = 0.0) -> networkx.DiGraph[int]:
+        """The tokens as nodes and the flow between them as edges, those above `minimum`.
+
+        Raises:
+            ModuleNotFoundError: networkx is missing; it comes with the extra `viz`.
+        """
+        import networkx
+
+        graph: networkx.DiGraph[int] = networkx.DiGraph()
+        for index, text in enumerate(self.tokens):
+            graph.add_node(
+                index,
+                text=text,
+                region=self.spans.regions[index],
+                throughput=float(self.throughput[index]),
+            )
+        edges = self.flow.edge_flow()
+        for later, earlier in np.argwhere(edges > minimum).tolist():
+            graph.add_edge(earlier, later, flow=float(edges[later, earlier]))
+        return graph
+
+    def _repr_html_(self) -> str:
+        from flowtracer_plugin.report import render_notebook
+
+        return render_notebook(self)
+
+    def __rich__(self) -> RenderableType:
+        """What `rich.print(trace)` shows."""
+        from flowtracer_plugin.report.terminal import render_trace
+
+        return render_trace(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"FlowTrace({len(self.tokens)} tokens, answer {self.spans.answer_text!r} "
+            f"by {self.spans.rule!r}, layers {list(self.layers)} of {self.model})"
+        )
+
+
+def _step_dict(graph: StepGraph) -> dict[str, Any]:
+    flows: Sequence[Sequence[int]] = np.argwhere(graph.edges > 0).tolist()
+    return {
+        "steps": [asdict(step) for step in graph.steps],
+        "edges": [
+            {"source": earlier, "target": later, "flow": float(graph.edges[later, earlier])}
+            for later, earlier in flows
+        ],
+    }
