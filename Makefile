@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types reasoner clean
+.PHONY: demo test lint types package reasoner clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -18,6 +18,9 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+package: $(STAMP)
+	$(BIN)/python tests/check_wheel.py
 
 reasoner: $(STAMP)
 	$(BIN)/python examples/reasoner/train.py
