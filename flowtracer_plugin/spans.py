@@ -182,7 +182,7 @@ def decode_tokens(
         ValueError: An id is not in the tokenizer's vocabulary.
 
     Example:
-        >>> decode_tokens(tokenizer, tokenizer.encode("5 €")).pieces  # doctest: +SKIP
+        >>> decode_tokens(tokenizer, tokenizer.encode("5 €")).pieces
         ('5', ' ', '', '', '€')
     """
     chunks = _token_bytes(tokenizer, _checked_ids(tokenizer, ids))
@@ -202,16 +202,20 @@ def decode_tokens(
 
 
 def _checked_ids(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
-    size, added = len(tokenizer), tokenizer.added_tokens_decoder
-    for token in {int(token) for token in ids}:
-        # added tokens may lie beyond the size, with gaps below them
-        inside = 0 <= token < size and tokenizer.convert_ids_to_tokens(token) is not None
-        if not inside and token not in added:
-            raise ValueError(
-                f"wanted ids of the tokenizer's {size} tokens, found {token!r}; where the model's "
-                "embedding is padded beyond the tokenizer, suppress those ids when sampling"
-            )
+    unknown = [token for token in set(ids) if not _knows(tokenizer, int(token))]
+    if unknown:
+        raise ValueError(
+            f"wanted ids of the tokenizer's {len(tokenizer)} tokens, found {min(unknown)!r}; where "
+            "the model's embedding is padded beyond the tokenizer, suppress those ids when sampling"
+        )
     return [int(token) for token in ids]
+
+
+def _knows(tokenizer: transformers.PreTrainedTokenizerBase, token: int) -> bool:
+    # the size alone does not tell: ids may have gaps, and then lie beyond it
+    if tokenizer.is_fast:
+        return token >= 0 and tokenizer.convert_ids_to_tokens(token) is not None
+    return 0 <= token < len(tokenizer) or token in tokenizer.added_tokens_decoder
 
 
 # Not tokenizers' DecodeStream: it is silent until the bytes are valid UTF-8 (in the garbage of an
@@ -244,9 +248,7 @@ def _stored_bytes(name: str, alone: str) -> bytes | None:
     return None
 
 
-_CONTEXT = (
-    8  # tokens decoded ahead of one: whether it has a space shows only in the middle of a text
-)
+_CONTEXT = 8  # tokens decoded ahead of one, whose space shows only in the middle of a text
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of one
 _BYTE_NAME = re.compile("<0x([0-9A-Fa-f]{2})>")  # sentencepiece's byte fallback
@@ -293,7 +295,7 @@ def answer_mask(
         TypeError: As `find_answer` does.
 
     Example:
-        >>> answer_mask(tokenizer, tokenizer.encode("x=10"))  # doctest: +SKIP
+        >>> answer_mask(tokenizer, tokenizer.encode("x=10"))
         (array([False, False,  True,  True]), FoundAnswer(start=2, end=4, rule='last_number'))
     """
     decoded, special = decode_tokens(tokenizer, response_ids), _special_ids(tokenizer)
@@ -339,7 +341,7 @@ def question_mask(
             boolean mask of the prompt's length, or `user_text` is missing or not in the prompt.
 
     Example:
-        >>> question_mask(tokenizer, tokenizer.encode("Once upon"))  # doctest: +SKIP
+        >>> question_mask(tokenizer, tokenizer.encode("Hi!"))
         array([False,  True,  True])
     """
     length = len(prompt_ids)
