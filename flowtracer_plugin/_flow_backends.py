@@ -64,7 +64,7 @@ def _refuse(found: str) -> Backend:
 
 def dtype_name(array: Any) -> str:
     """The name that numpy and torch share for a dtype, such as "float32"."""
-    return str(array.dtype).removeprefix("torch.")
+    return getattr(array.dtype, "name", str(array.dtype).removeprefix("torch."))
 
 
 def working_dtype(array: Any) -> str:

@@ -16,12 +16,8 @@ Entries = tuple[Int[np.ndarray, " edge"], Int[np.ndarray, " edge"], Float[np.nda
 
 
 def read(attention: Any) -> csr_array:
-    """The attention as floats in CSR, every edge stored once; the caller's matrix is untouched."""
-    matrix = csr_array(attention, dtype=working_dtype(attention))
-    if not matrix.has_canonical_format:
-        matrix = matrix.copy()
-        matrix.sum_duplicates()
-    return matrix
+    """The attention as floats in CSR; what is stored twice counts as its sum once assembled."""
+    return csr_array(attention, dtype=working_dtype(attention))
 
 
 def entries(edges: csr_array) -> Entries:
@@ -31,7 +27,7 @@ def entries(edges: csr_array) -> Entries:
 
 
 def assemble(like: csr_array, query: Any, key: Any, value: Any) -> csr_array:
-    """A matrix of the same shape from other edges."""
+    """A matrix of the same shape from other edges, in canonical format."""
     return csr_array((value, (query, key)), shape=like.shape)
 
 

@@ -74,7 +74,9 @@ def assemble(like: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """A matrix of the same shape from other edges, sorted by query and key."""
     counts = torch.bincount(query, minlength=like.shape[0])
     start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return torch.sparse_csr_tensor(start, key.long(), value, size=like.shape)
+    return torch.sparse_csr_tensor(
+        start, key.long(), value, size=like.shape, check_invariants=False
+    )
 
 
 def solve_csr(

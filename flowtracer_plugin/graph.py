@@ -154,17 +154,19 @@ def _place_in_row(query: Any, xp: Any) -> Any:
 def _strongest_slots(
     rows: Float[Any, "row slot"], top_k: int | None, mass: float | None
 ) -> Bool[Any, "row slot"]:
-    """Which values a pruning rule keeps, row by row; never a zero."""
+    """Which values a pruning rule keeps, row by row; zeros may be among them."""
     xp = backend_of(rows).xp
     order = xp.argsort(-rows, stable=True)
     row = xp.arange(len(rows), device=rows.device)[:, None]
-    needed: Any = top_k
-    if mass is not None:
-        held = xp.cumsum(xp.asarray(rows[row, order], dtype=xp.float64), -1)
-        needed = (held < mass * held[:, -1:]).sum(-1, keepdims=True) + 1
     kept = xp.zeros_like(rows, dtype=xp.bool)
-    kept[row, order] = xp.arange(rows.shape[1], device=rows.device) < needed + xp.zeros_like(row)
-    return kept & (rows > 0)
+    if top_k is not None:
+        kept[row, order[:, :top_k]] = True
+    if mass is not None:
+        falling = xp.asarray(rows[row, order], dtype=xp.float64)
+        # summed from the weakest up, so that mass=1 keeps even what vanishes beside the strongest
+        rest = xp.flip(xp.cumsum(xp.flip(falling, (1,)), 1), (1,))
+        kept[row, order] = rest > (1 - mass) * rest[:, :1]
+    return kept
 
 
 def _total(edges: Any) -> Any:
