@@ -1,0 +1,211 @@
+"""What a reader sees of the tokens: whole characters, steps of heat, marks."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from flowtracer_plugin.trace import FlowTrace, Region
+
+HEAT_SHARES = (0.40, 0.25, 0.15, 0.08, 0.03)
+"""A token's heat is the number of these top shares that it belongs to, from 0 to 5; the widest one
+is the share of tokens that the paper gives more credit."""
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_BIDI = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A token, or the tokens that spell one character together.
+
+    Attributes:
+        index: Its number in reading order.
+        first: Its first token.
+        last: Its last token.
+        text: What it decodes to, made visible.
+        region: Where it lies.
+        throughput: The largest of its tokens.
+        rank: Place by throughput among the prompt's or the response's units; the first is 1.
+        heat: From 0, for the most part of the text, to 5.
+    """
+
+    index: int
+    first: int
+    last: int
+    text: str
+    region: Region
+    throughput: float
+    rank: int
+    heat: int
+
+    @property
+    def lines(self) -> list[str]:
+        """The text, split where it holds line breaks."""
+        return self.text.split("\n")
+
+    @property
+    def inline(self) -> str:
+        """The text on one line."""
+        return self.text.replace("\n", "⏎")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reading:
+    """A trace's tokens as they are shown.
+
+    Attributes:
+        trace: What is shown.
+        starts: First token of each unit.
+        prompt_units: How many of the units are the prompt's.
+    """
+
+    trace: FlowTrace
+    starts: Int[np.ndarray, " unit"]
+    prompt_units: int
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """In reading order."""
+        throughput = self.throughput
+        ranks, heats = self._ranks_and_heats(throughput)
+        stops = [*self.starts[1:].tolist(), len(self.trace.tokens)]
+        regions = self.trace.spans.regions
+        return tuple(
+            Unit(
+                index=index,
+                first=first,
+                last=stop - 1,
+                text=visible("".join(self.trace.tokens[first:stop])) or "∅",
+                region="answer" if "answer" in regions[first:stop] else regions[stop - 1],
+                throughput=float(throughput[index]),
+                rank=int(ranks[index]),
+                heat=int(heats[index]),
+            )
+            for index, (first, stop) in enumerate(zip(self.starts.tolist(), stops, strict=True))
+        )
+
+    @cached_property
+    def throughput(self) -> Float[np.ndarray, " unit"]:
+        """The largest throughput of each unit's tokens."""
+        return np.maximum.reduceat(self.trace.throughput, self.starts)
+
+    @property
+    def prompt(self) -> tuple[Unit, ...]:
+        """The prompt's units."""
+        return self.units[: self.prompt_units]
+
+    @property
+    def response(self) -> tuple[Unit, ...]:
+        """The response's units."""
+        return self.units[self.prompt_units :]
+
+    def unit_of(self, token: int) -> Unit:
+        """The unit that a token is part of."""
+        return self.units[int(np.searchsorted(self.starts, token, side="right")) - 1]
+
+    def units_of(self, tokens: Sequence[int]) -> tuple[Unit, ...]:
+        """The units that ascending `tokens` are part of, each once."""
+        return tuple(dict.fromkeys(map(self.unit_of, tokens)))
+
+    def context(self, unit: Unit, width: int = 6) -> tuple[str, str]:
+        """What is written before and after a unit, on one line."""
+        before = self.units[max(unit.index - width, 0) : unit.index]
+        after = self.units[unit.index + 1 : unit.index + 1 + width]
+        return "".join(one.inline for one in before), "".join(one.inline for one in after)
+
+    def _ranks_and_heats(
+        self, throughput: Float[np.ndarray, " unit"]
+    ) -> tuple[Int[np.ndarray, " unit"], Int[np.ndarray, " unit"]]:
+        ranks, heats = np.zeros_like(self.starts), np.zeros_like(self.starts)
+        for part in (slice(self.prompt_units), slice(self.prompt_units, None)):
+            order = np.argsort(-throughput[part], kind="stable")
+            ranks[part][order] = np.arange(1, len(order) + 1)
+            # Rounded, as credit.top_tokens does: 0.4 · 5 must not be more than 2.
+            limits = np.ceil(np.round(np.multiply(HEAT_SHARES, len(order)), 9))
+            heats[part] = (ranks[part][:, None] <= limits).sum(1) * (throughput[part] > 0)
+        return ranks, heats
+
+
+def read(trace: FlowTrace) -> Reading:
+    """The tokens of `trace` as units.
+
+    A token without text joins the next one that has some, or the one before at the end of prompt
+    or response.
+    """
+    length = trace.spans.prompt_length
+    prompt = _starts(trace.tokens[:length])
+    response = _starts(trace.tokens[length:]) + length
+    return Reading(trace=trace, starts=np.concatenate([prompt, response]), prompt_units=len(prompt))
+
+
+def _starts(tokens: Sequence[str]) -> Int[np.ndarray, " unit"]:
+    stops = np.flatnonzero([bool(text) for text in tokens]) + 1
+    return np.concatenate([[0], stops[:-1]]).astype(np.int64)[: len(tokens)]
+
+
+def standouts(
+    reading: Reading, scores: Float[np.ndarray, " token"], count: int
+) -> tuple[tuple[Unit, float], ...]:
+    """The `count` units of the reasoning that score highest, with their effective edges.
+
+    `scores` are those of `backbone.hub_scores` or `backbone.checkpoint_scores`. Question and answer
+    are left out: all flow starts in one and ends in the other, so that they would fill the list of
+    every trace.
+    """
+    best: dict[int, tuple[Unit, float]] = {}
+    for token in np.argsort(-scores, kind="stable").tolist():
+        unit = reading.unit_of(token)
+        if scores[token] > 0 and unit.region == "response":
+            edges = float(scores[token] / reading.trace.throughput[token])
+            best.setdefault(unit.index, (unit, edges))
+        if len(best) == count:
+            break
+    return tuple(best.values())
+
+
+def visible(text: str) -> str:
+    """`text` with every character that cannot be seen, or that reorders others, spelled out.
+
+    Line breaks and tabs stay. The result can be written as UTF-8.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    text = _BIDI.sub(_code, _CONTROLS.sub(_picture, text))
+    if text and all(unicodedata.category(one) in _UNSEEN for one in text if one not in "\n\t"):
+        return re.sub(r"[^\n\t]", _code, text)
+    return text
+
+
+def _picture(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "␡" if code == 0x7F else _code(match)
+
+
+def _code(match: re.Match[str]) -> str:
+    return f"⟨U+{ord(match[0]):04X}⟩"
+
+
+def percent(share: float) -> str:
+    """A share in per cent with three significant digits, never as an exponent."""
+    number = float(f"{100 * share:.3g}")
+    if 0 < number < 0.001:
+        return "<\N{NO-BREAK SPACE}0.001\N{NO-BREAK SPACE}%"
+    decimals = min(2 - int(np.floor(np.log10(number))), 3) if number else 0
+    return f"{number:.{max(decimals, 0)}f}\N{NO-BREAK SPACE}%"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Whole numbers in ascending order as `3–5, 8`."""
+    cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
+    runs = [run.tolist() for run in np.split(np.array(numbers), cuts) if len(run)]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)

@@ -1,0 +1,169 @@
+"""A trace in the terminal. Everything that colour says, plain text says too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.constrain import Constrain
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from flowtracer_plugin.backbone import checkpoint_scores, hub_scores
+from flowtracer_plugin.report.display import (
+    HEAT_SHARES,
+    Reading,
+    Unit,
+    percent,
+    ranges,
+    read,
+    standouts,
+    visible,
+)
+from flowtracer_plugin.trace import FlowTrace
+
+# Most terminals are dark: there the brightest is the hottest. It can be read on white ones too.
+_HEAT = (
+    "",
+    "#ffffff on #1e3148",
+    "#ffffff on #21456d",
+    "#ffffff on #235b98",
+    "#ffffff on #2a73c0",
+    "#0d1116 on #5aa7f7",
+)
+_COLD = {"prompt": "dim", "question": "dim", "response": "", "answer": ""}
+_REGION = {"prompt": "", "question": "italic", "response": "", "answer": "bold underline"}
+_BARS = "▁▂▃▄▅▆▇█"
+_SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+_MARKS = 8
+_PATHS = 5
+_WIDEST = 100
+
+
+def render_trace(trace: FlowTrace) -> RenderableType:
+    """What `rich.print(trace)` shows, at any width, with or without colour."""
+    reading = read(trace)
+    hubs = standouts(reading, hub_scores(trace.flow), _MARKS)
+    checkpoints = standouts(reading, checkpoint_scores(trace.flow), _MARKS)
+    return Group(
+        _title(reading),
+        "",
+        _body(reading, {unit.index: place for place, (unit, _) in enumerate(hubs, start=1)}),
+        "",
+        Text("throughput along the response", style="bold"),
+        Sparkline(values=reading.throughput[reading.prompt_units :]),
+        "",
+        _table(reading, "hubs", "much flow that many later tokens draw on", hubs),
+        "",
+        _table(reading, "checkpoints", "much flow, gathered from many", checkpoints),
+        "",
+        _paths(reading),
+    )
+
+
+def _title(reading: Reading) -> Text:
+    trace = reading.trace
+    answer = visible(trace.spans.answer_text).replace("\n", "⏎")
+    tokens = trace.spans.answer.nonzero()[0].tolist()
+    spent = f"token{'s' * (len(tokens) > 1)} {ranges(tokens)}".replace("–", "-")
+    layers = ranges(sorted(trace.layers)).replace("–", "-")
+    return Text.assemble(
+        (f"answer '{answer}'", "bold"),
+        f" found by rule '{visible(trace.spans.rule)}' in {spent}\n",
+        (f"{percent(trace.reasoning_share)}", "bold"),
+        " of the flow passes through the reasoning, the rest jumps straight to the answer\n",
+        f"{trace.flow.question_reached} of {int(trace.spans.question.sum())} question tokens "
+        f"reached · {len(trace.tokens)} tokens · {visible(trace.model)}, layers {layers}",
+    )
+
+
+def _body(reading: Reading, hubs: dict[int, int]) -> RenderableType:
+    parts = [("prompt", reading.prompt), ("response", reading.response)]
+    texts = [
+        (Text(name, style="dim"), Padding(_text(units, hubs), (0, 0, 0, 2)))
+        for name, units in parts
+        if units
+    ]
+    return Group(*(line for part in texts for line in part), "", _legend())
+
+
+def _text(units: Sequence[Unit], hubs: dict[int, int]) -> Text:
+    text = Text(tab_size=4)
+    for before, unit, after in zip([None, *units], units, [*units[1:], None], strict=False):
+        opens = unit.region == "answer" != (before and before.region)
+        closes = unit.region == "answer" != (after and after.region)
+        shown = "«" * opens + _marked(unit, hubs.get(unit.index)) + "»" * closes
+        text.append(shown, style=_HEAT[unit.heat] or _COLD[unit.region])
+        text.stylize(_REGION[unit.region], len(text) - len(shown))
+    return text
+
+
+def _marked(unit: Unit, hub: int | None) -> str:
+    text = unit.text.replace("\n", "⏎\n")
+    if hub is None:
+        return text
+    token = text.rstrip("\n")
+    return f"[{token}]{str(hub).translate(_SUPERSCRIPT)}{text[len(token) :]}"
+
+
+def _legend() -> Text:
+    legend = Text("[hub]¹ «answer»  by throughput, top ", style="dim")
+    for heat, share in enumerate(HEAT_SHARES, start=1):
+        legend.append(f" {100 * share:.0f} ", style=f"not dim {_HEAT[heat]}")
+    return legend.append(" %")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sparkline:
+    """Bars as wide as the terminal, each the highest value of its bin; heights are square roots.
+
+    Attributes:
+        values: Throughput in reading order.
+    """
+
+    values: Float[np.ndarray, " unit"]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        """One line of block characters."""
+        width = min(len(self.values), options.max_width)
+        if not width:
+            return
+        peaks = np.maximum.reduceat(self.values, np.arange(width) * len(self.values) // width)
+        # The answer holds all flow: scaled to it, every other bar would be flat.
+        highest = float(np.partition(peaks, -2)[-2]) if width > 1 else float(peaks[0])
+        heights = np.sqrt(np.minimum(peaks / (highest or 1.0), 1))
+        yield Text("".join(_BARS[round(7 * height)] for height in heights.tolist()))
+
+
+def _table(
+    reading: Reading, title: str, meaning: str, rows: Sequence[tuple[Unit, float]]
+) -> RenderableType:
+    heading = Text.assemble((title, "bold"), f"  {meaning}")
+    if not rows:
+        return heading.append(": none in the reasoning")
+    table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
+    widest = max(cell_len(unit.inline) for unit, _ in rows) + 2
+    table.add_column("", justify="right", width=2)
+    table.add_column("before", justify="right", no_wrap=True, ratio=1)
+    table.add_column("token", no_wrap=True, width=min(max(widest, 5), 14), style="bold")
+    table.add_column("after", no_wrap=True, ratio=1)
+    for name, width in (("flow", 7), ("edges", 5), ("index", 5)):
+        table.add_column(name, justify="right", no_wrap=True, width=width)
+    for place, (unit, edges) in enumerate(rows, start=1):
+        before, after = reading.context(unit, width=4)
+        cells = (before, f"⟨{unit.inline}⟩", after, percent(unit.throughput), f"{edges:.1f}")
+        table.add_row(str(place), *map(Text, cells), str(unit.last))
+    return Group(heading, Constrain(table, _WIDEST))
+
+
+def _paths(reading: Reading) -> RenderableType:
+    lines = [Text.assemble(("likeliest paths", "bold"), "  flow spreads over very many")]
+    for path in reading.trace.paths(_PATHS):
+        tokens = " → ".join(f"⟨{unit.inline}⟩" for unit in reading.units_of(path.tokens))
+        lines.append(Text(f"{percent(path.probability):>9}  {tokens}"))
+    return Group(*lines)

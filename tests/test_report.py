@@ -1,0 +1,461 @@
+"""The page, the notebook cell and the terminal view of a trace."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import subprocess
+from html.parser import HTMLParser
+from io import StringIO
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from flowtracer_plugin.credit import token_credit
+from flowtracer_plugin.flow import solve_flow
+from flowtracer_plugin.report import render_notebook, render_page, write_page
+from flowtracer_plugin.report.display import HEAT_SHARES, percent, ranges, read, visible
+from flowtracer_plugin.report.payload import EDGES_PER_UNIT, page_data
+from flowtracer_plugin.report.terminal import render_trace
+from flowtracer_plugin.trace import FlowOptions, FlowTrace, Spans
+
+HOSTILE = (
+    "<script>document.title='hacked'</script>",
+    "</script><script>document.title='hacked'</script>",
+    "<img src=x onerror=\"document.title='hacked'\">",
+    "<svg/onload=document.title='hacked'>",
+    "\"' onmouseover=document.title='hacked' x='",
+    "</title></style></div>",
+    "<!--",
+    "]]>",
+    "&lt;b&gt;",
+    "{{ 7 * 7 }}",
+    "{% include 'page.css' %}",
+    "javascript:alert(1)",
+    "\x00",
+    "\x1b[31m",
+    "[bold red]",
+    "[/]",
+    "\ud83d",
+    "\u202edesrever",
+    "\u2028",
+    "\u200b",
+    "\ufeff",
+    "\r",
+    "\x85",
+    "\udfff\ud800",
+)
+
+
+def make_trace(tokens, *, prompt=3, answer=(-2,), attention=None, **changes):
+    """A trace with smooth made-up attention, solved for real."""
+    length = len(tokens)
+    if attention is None:
+        rows = np.random.default_rng(0).random((length, length)) ** 3 + 1e-3
+        attention = np.tril(rows) / np.tril(rows).sum(1, keepdims=True)
+    question, found = np.zeros(length, bool), np.zeros(length, bool)
+    question[1:prompt] = True
+    found[list(answer)] = True
+    flow = solve_flow(attention, question, found)
+    spans = {"rule": "boxed", "answer_text": tokens[answer[0]], **changes.pop("spans", {})}
+    return FlowTrace(
+        token_ids=np.arange(length),
+        tokens=tuple(tokens),
+        spans=Spans(prompt_length=prompt, question=question, answer=found, target=found, **spans),
+        attention=attention,
+        reach=flow.reach,
+        throughput=flow.throughput,
+        **{"model": "tiny", "options": FlowOptions(), "layers": (2, 3, 4), **changes},
+    )
+
+
+WORDS = ("<s>", "What", " is", " 3", " +", " 4", "?", "\n", "It", " is", " 7", ".")
+
+
+@pytest.fixture
+def trace():
+    return make_trace(("<s>", *WORDS * 4), prompt=13)
+
+
+@pytest.fixture
+def hostile():
+    tokens = ("<s>", "a", "b", *HOSTILE, "c", "7", ".")
+    return make_trace(
+        tokens,
+        model=HOSTILE[0],
+        options=FlowOptions(answer=HOSTILE[1]),
+        spans={"rule": HOSTILE[2], "answer_text": HOSTILE[4] + HOSTILE[16]},
+    )
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the scripts, and the text of the tokens."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.scripts, self.tokens, self.styles = [], [], [], []
+        self._inside, self._depth = None, 0
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        if tag in ("script", "style"):
+            self._inside = self.scripts if tag == "script" else self.styles
+            self._inside.append("")
+        elif tag == "div" and attrs.get("class") == "text":
+            self._depth = 1
+        elif self._depth and tag == "span":
+            self._depth = 2
+            self.tokens.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = None
+        if tag == "div":
+            self._depth = 0
+        elif self._depth and tag == "span":
+            self._depth = 1
+
+    def handle_data(self, data):
+        if self._inside is not None:
+            self._inside[-1] += data
+        elif self._depth == 2:
+            self.tokens[-1] += data
+
+    @property
+    def data(self):
+        return json.loads(self.scripts[0])
+
+
+def printed(trace, width=80, **console):
+    file = StringIO()
+    Console(file=file, width=width, **console).print(render_trace(trace))
+    return file.getvalue()
+
+
+# The page
+
+
+def test_page_holds_every_token_escaped(trace):
+    html = render_page(trace)
+    shown = [text.replace("\n", "⏎") for text in trace.tokens]
+    assert Page(html).tokens == shown
+    assert "<span>&lt;s&gt;</span>" in html
+    assert Page(html).data["tokens"] == list(trace.tokens)
+
+
+def test_hostile_text_becomes_text_and_nothing_else(trace, hostile):
+    harmless, page = Page(render_page(trace)), Page(render_page(hostile))
+    known = {(tag, name) for tag, attrs in harmless.tags for name in (*attrs, None)}
+    assert {(tag, name) for tag, attrs in page.tags for name in (*attrs, None)} <= known
+    values = [value for _, attrs in page.tags for value in attrs.values() if value]
+    assert not any("hacked" in value or "alert" in value for value in values)
+    assert len(page.scripts) == 2
+    assert page.scripts[1] == harmless.scripts[1]
+    assert page.tokens == [visible(text) for text in hostile.tokens]
+
+
+def test_exact_texts_come_back_from_the_data(hostile):
+    page = Page(render_page(hostile))
+    assert page.data["tokens"] == list(hostile.tokens)
+    assert re.search(r"[<>&\u2028\u2029]|[^\x00-\x7f]", page.scripts[0]) is None
+
+
+def test_page_with_lone_surrogates_can_be_written(hostile, tmp_path):
+    path = tmp_path / "new" / "page.html"
+    assert write_page(hostile, path) == path
+    assert path.read_text("utf-8") == render_page(hostile)
+    assert hostile.to_html(str(path)) == path
+
+
+def test_page_loads_nothing(trace):
+    html = render_page(trace)
+    assert re.findall(r"https?://[^\"' <]*", html) == ["https://arxiv.org/abs/2606.10646"]
+    links = [attrs["href"] for _, attrs in Page(html).tags if "href" in attrs]
+    assert {link for link in links if not link.startswith("#")} == {
+        "https://arxiv.org/abs/2606.10646"
+    }
+    assert not any("src" in attrs or "style" in attrs for _, attrs in Page(html).tags)
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|innerHTML|\beval\b", html)
+
+
+def test_policy_allows_this_script_and_this_style_only(trace):
+    page = Page(render_page(trace))
+    (policy,) = [attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    for rule, content in (("script-src", page.scripts[1]), ("style-src", page.styles[0])):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert rules[rule] == f"'sha256-{digest}'"
+
+
+def test_page_says_what_was_found(trace):
+    html = render_page(trace)
+    share = f"{100 * trace.reasoning_share:.1f}"
+    for said in (
+        "found by rule <q>boxed</q> in tokens 47",
+        "tiny",
+        "layers 2–4",
+        "49 tokens",
+        f"{share}\N{NO-BREAK SPACE}%",
+        "12 of 12",
+        "Attention is not causation",
+    ):
+        assert said in html
+
+
+def test_page_is_deterministic(trace):
+    again = make_trace(("<s>", *WORDS * 4), prompt=13)
+    assert render_page(trace) == render_page(again)
+
+
+def test_page_survives_the_smallest_traces():
+    for tokens in (("a", "b", "7"), ("a", "b", "", "7"), ("a", "b", "7", "")):
+        trace = make_trace(tokens, prompt=2, answer=(len(tokens) - 1,))
+        page = Page(render_page(trace))
+        assert page.data["tokens"] == list(tokens)
+        assert "7" in printed(trace)
+
+
+@pytest.mark.slow
+def test_page_grows_with_the_length_of_the_text():
+    length, offsets = 8192, 2 ** np.arange(13)
+    attention = np.zeros((length, length), np.float32)
+    for offset in offsets:
+        later = np.arange(offset, length)
+        attention[later, later - offset] = 0.1 + (later * 7919 % 101) / 101
+    attention[1:] /= attention[1:].sum(1, keepdims=True)
+    trace = make_trace([f" tok{i % 97}" for i in range(length)], prompt=400, attention=attention)
+    assert len(render_page(trace).encode()) < 1_500_000
+    assert len(render_notebook(trace).encode()) < 1_500_000
+
+
+# What is shown
+
+
+def test_tokens_without_text_join_the_character_they_spell():
+    tokens = ("<s>", "a", "", "", "🎀", "", " is", "", "7", "", "")
+    trace = make_trace(tokens, prompt=6, answer=(8,))
+    reading = read(trace)
+    spans = [(unit.first, unit.last, unit.text) for unit in reading.units]
+    joined = [(0, 0, "<s>"), (1, 1, "a"), (2, 5, "🎀"), (6, 6, " is"), (7, 10, "7")]
+    assert spans == joined
+    assert reading.units[2].throughput == trace.throughput[2:6].max()
+    assert reading.unit_of(9) is reading.units[4]
+    assert reading.units[4].region == "answer"
+    page = Page(render_page(trace))
+    assert page.tokens == [text for *_, text in joined]
+    assert page.data["starts"] == [0, 1, 2, 6, 7]
+
+
+def test_part_without_any_text_is_shown_as_empty():
+    assert [unit.text for unit in read(make_trace(("", "", "", "7"), answer=(3,))).units] == [
+        "∅",
+        "7",
+    ]
+
+
+def test_shaded_tokens_are_those_with_more_credit(trace):
+    weights = token_credit(trace.throughput, trace.spans.response)
+    shaded = [unit.first for unit in read(trace).response if unit.heat]
+    assert shaded == np.flatnonzero(weights > 1).tolist()
+    assert HEAT_SHARES[0] == max(HEAT_SHARES)
+
+
+def test_known_edges_are_the_strongest(trace):
+    data, edges = page_data(read(trace)), trace.flow.edge_flow()
+    for side, flows, sign in (("sources", edges, -1), ("targets", edges.T, 1)):
+        pairs = np.reshape(data[side], (-1, EDGES_PER_UNIT, 2))
+        for token, row in enumerate(flows):
+            shares = np.rint(1000 * row / (trace.throughput[token] or 1))
+            best = sorted((-flow, other) for other, flow in enumerate(row) if shares[other])
+            expected = [[sign * (other - token), shares[other]] for _, other in best]
+            kept = [pair for pair in pairs[token].tolist() if pair[0]]
+            assert kept == expected[:EDGES_PER_UNIT]
+
+
+def test_characters_that_cannot_be_seen_are_spelled_out():
+    assert visible("a\x00\x1b\x7f\t\n") == "a␀␛␡\t\n"
+    assert visible("\ud83dx\u202e") == "⟨U+D83D⟩x⟨U+202E⟩"
+    assert visible("\u200d") == "⟨U+200D⟩"
+    assert visible("👩\u200d🚀 — é") == "👩\u200d🚀 — é"
+    assert visible(" \n\n") == " \n\n"
+
+
+def test_percent_and_ranges():
+    shares = {
+        0.0: "0",
+        1.0: "100",
+        0.99999: "100",
+        0.1234: "12.3",
+        0.00012345: "0.012",
+        1e-9: "<0.001",
+    }
+    assert {share: percent(share).replace("\N{NO-BREAK SPACE}", "")[:-1] for share in shares} == (
+        shares
+    )
+    assert ranges([1, 2, 3, 5, 7, 8]) == "1–3, 5, 7–8"
+    assert ranges([]) == ""
+
+
+# The notebook cell
+
+
+def test_notebook_cell_is_a_frame_that_runs_nothing(hostile):
+    html = render_notebook(hostile)
+    ((tag, attrs),) = Page(html).tags
+    assert tag == "iframe"
+    assert attrs["sandbox"] == ""
+    inner = Page(attrs["srcdoc"])
+    assert inner.scripts == []
+    assert inner.tokens[: len(hostile.tokens)] == [visible(text) for text in hostile.tokens]
+    assert type(html) is str
+    assert hostile._repr_html_() == html
+
+
+# The terminal
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_terminal_view_fits_and_says_everything_in_plain_text(trace, width):
+    text = printed(trace, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "answer ' 7' found by rule 'boxed' in token 47" in text
+    assert "« 7»" in text
+    assert "¹" in text
+    for said in ("hubs", "checkpoints", "likeliest paths", "⟩ → ⟨", "█", "layers 2-4"):
+        assert said in " ".join(text.split())
+    assert "\x1b" not in text
+
+
+def test_terminal_view_without_colour_keeps_its_marks(trace, monkeypatch):
+    coloured = printed(trace, force_terminal=True, color_system="truecolor")
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = printed(trace, force_terminal=True, color_system="truecolor")
+    assert "48;2;" in coloured
+    assert "48;2;" not in plain
+    assert "« 7»" in plain
+
+
+def test_terminal_view_shows_hostile_text_as_text(hostile):
+    text = printed(hostile, 200)
+    assert "[bold red]" in text
+    assert "␛[31m" in text
+    assert "⟨U+202E⟩desrever" in text
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]", text)
+    text.encode()
+
+
+def test_trace_prints_itself(trace):
+    file = StringIO()
+    Console(file=file, width=80).print(trace)
+    assert file.getvalue() == printed(trace)
+
+
+# A real browser
+
+
+CHROMIUM_OPTIONS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--enable-logging=stderr",
+    "--v=0",
+    "--virtual-time-budget=5000",
+)
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Loads a page in Chromium; gives the DOM after its scripts ran, and what the console said."""
+
+    def load(html: str, fragment: str = "") -> tuple[str, str]:
+        path = tmp_path / "page.html"
+        path.write_text(html, "utf-8")
+        command = [os.environ["FLOWTRACER_CHROMIUM"], *CHROMIUM_OPTIONS]
+        command += [
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            path.as_uri() + fragment,
+        ]
+        run = subprocess.run(
+            command, capture_output=True, timeout=120, check=True, encoding="utf-8"
+        )
+        return run.stdout, "\n".join(re.findall(r".*CONSOLE.*", run.stderr))
+
+    return load
+
+
+@pytest.mark.browser
+def test_browser_runs_nothing_from_the_data(browse, hostile):
+    dom, console = browse(render_page(hostile), "#t10")
+    page = Page(dom)
+    assert console == ""
+    assert "<title>What carried the answer" in dom
+    assert page.tokens == [visible(text) for text in hostile.tokens]
+    assert ("html", {"lang": "en", "class": "inspecting selecting"}) in page.tags
+    assert len(page.scripts) == 2
+
+
+@pytest.mark.browser
+def test_browser_shows_several_notebook_cells(browse, hostile):
+    dom, console = browse(render_notebook(hostile) + render_notebook(hostile))
+    assert console == ""
+    assert [tag for tag, _ in Page(dom).tags if tag == "iframe"] == ["iframe"] * 2
+
+
+DRIVER = """<script>
+const units = [...document.querySelectorAll("#pane .text > span")];
+const seen = {};
+const classes = () => document.documentElement.className;
+const count = (name) => document.querySelectorAll(`#pane .${name}`).length;
+const key = (name) => document.activeElement.dispatchEvent(
+  new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true }));
+units[20].dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
+seen.hover = document.getElementById("where").textContent;
+units[20].click();
+seen.selected = [classes(), count("selected"), count("upstream"), count("downstream")];
+key("Escape");
+seen.reset = [classes(), count("upstream")];
+units[5].click();
+key("Escape");
+key("ArrowRight");
+seen.moved = document.getElementById("where").textContent;
+key("j");
+seen.mark = document.activeElement.matches("[data-hub], [data-checkpoint]");
+key("Enter");
+seen.entered = document.activeElement.classList.contains("selected");
+document.querySelector("td [data-unit]").click();
+seen.table = document.activeElement.dataset.hub;
+document.querySelector("#steplist button:last-child").dispatchEvent(
+  new PointerEvent("pointerover", { bubbles: true }));
+seen.arcs = document.querySelectorAll("#steplist.picking path.downstream").length > 0;
+const box = document.getElementById("ribbon").getBoundingClientRect();
+document.getElementById("ribbon").dispatchEvent(
+  new MouseEvent("click", { bubbles: true, clientX: box.right - 1, clientY: box.top + 5 }));
+seen.ribbon = units.indexOf(document.activeElement) === units.length - 1;
+document.body.setAttribute("data-seen", JSON.stringify(seen));
+</script>"""
+
+
+@pytest.mark.browser
+def test_browser_page_answers_pointer_and_keyboard(browse, trace):
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render_page(trace))
+    dom, console = browse(html + DRIVER)
+    assert console == ""
+    (seen,) = [
+        json.loads(attrs["data-seen"]) for _, attrs in Page(dom).tags if "data-seen" in attrs
+    ]
+    assert seen["hover"].startswith("token 20 · reasoning · rank ")
+    assert seen["selected"] == ["inspecting selecting", 1, EDGES_PER_UNIT, EDGES_PER_UNIT]
+    assert seen["reset"] == ["", 0]
+    assert seen["moved"].startswith("token 6 ·")
+    assert all(seen[name] for name in ("mark", "entered", "arcs", "ribbon"))
+    assert seen["table"] == "1"
