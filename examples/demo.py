@@ -9,14 +9,11 @@ import argparse
 import math
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from flowtracer_plugin.grpo import FlowGRPOConfig, FlowGRPOTrainer
-from reasoner.problems import Problem, is_correct, make_problems
 from rich.console import Console
 from tqdm import tqdm
 from transformers import (
@@ -31,10 +28,10 @@ from transformers import (
 from transformers.utils import logging
 
 import flowtracer_plugin as ft
+from flowtracer_plugin.grpo import FlowGRPOConfig, FlowGRPOTrainer
 
-MODEL = Path(__file__).parent / "reasoner" / "model"
 HELD_OUT = 1024
-RESPONSE_TOKENS = 52
+BATCH = 128
 
 console = Console()
 
@@ -53,18 +50,17 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # more threads only wait for each other on a model this small
     set_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(MODEL)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
-    held_out = make_problems(HELD_OUT, seed=1, split="held_out")
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, padding_side="left")
 
     console.rule("1  Train with flow credit")
-    before = sampled_accuracy(model, tokenizer, held_out, "accuracy before")
+    before = measured(model, tokenizer)
     train(model, tokenizer, arguments.steps, arguments.out)
-    after = sampled_accuracy(model, tokenizer, held_out, "accuracy after")
+    after = measured(model, tokenizer)
     report(before, after, arguments.steps)
 
     console.rule("2  Trace one solved problem")
-    trace = solved_trace(model, tokenizer, held_out)
+    trace = solved_trace(model, tokenizer)
     console.print(trace)
 
     console.rule("3  The same as a page")
@@ -97,7 +93,7 @@ def train(
             max_steps=steps,
             per_device_train_batch_size=64,
             num_generations=8,
-            max_completion_length=RESPONSE_TOKENS,
+            max_completion_length=MAX_NEW_TOKENS,
             learning_rate=2e-4,
             lr_scheduler_type="constant",
             bf16=False,
@@ -132,35 +128,15 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
-@torch.no_grad()
-def sampled_accuracy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    title: str,
-    batch: int = 256,
-) -> tuple[float, float]:
-    """Share of right answers when sampling at temperature 1, and its standard error."""
-    model.eval()
-    right = 0
-    for start in tqdm(range(0, len(problems), batch), desc=title, unit="batch"):
-        part = problems[start : start + batch]
-        inputs = tokenizer([p.prompt for p in part], return_tensors="pt", padding=True)
-        inputs = inputs.to(model.device)
-        ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=RESPONSE_TOKENS,
-            do_sample=True,
-            top_k=0,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        texts = tokenizer.batch_decode(
-            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        right += sum(is_correct(text, p.answer) for text, p in zip(texts, part, strict=True))
-    share = right / len(problems)
-    return share, math.sqrt(share * (1 - share) / len(problems))
+def measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[float, float]:
+    """Share of held-out problems that are solved when sampling, and its standard error."""
+    parts = tqdm(range(0, HELD_OUT, BATCH), desc="held-out accuracy", unit="batch")
+    problems = make_problems(HELD_OUT, seed=1, split="held_out")
+    shares = [
+        accuracy(model, tokenizer, problems[start : start + BATCH], sample=True) for start in parts
+    ]
+    share = sum(shares) / len(shares)
+    return share, math.sqrt(share * (1 - share) / HELD_OUT)
 
 
 def report(before: tuple[float, float], after: tuple[float, float], steps: int) -> None:
@@ -180,14 +156,12 @@ def report(before: tuple[float, float], after: tuple[float, float], steps: int) 
     )
 
 
-def solved_trace(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
-) -> ft.FlowTrace:
+def solved_trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ft.FlowTrace:
     """The trace of the first held-out problem that the model solves."""
     tracer = ft.wrap(model, tokenizer)
-    for problem in problems:
+    for problem in make_problems(HELD_OUT, seed=1, split="held_out"):
         try:
-            trace = tracer.generate(problem.prompt, max_new_tokens=RESPONSE_TOKENS)
+            trace = tracer.generate(problem.prompt, max_new_tokens=MAX_NEW_TOKENS)
         except ft.AnswerNotFoundError:
             continue
         if is_correct(trace.text, problem.answer):

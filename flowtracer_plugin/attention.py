@@ -38,7 +38,7 @@ class AttentionSite:
     Attributes:
         layer: The decoder layer's number, counted from 0 as the model counts it.
         module: Dotted path of the attention module below the model.
-        function: Name by which the module's `forward` calls the attention function.
+        function: What the module's `forward` calls to attend, as written there.
     """
 
     layer: int

@@ -32,8 +32,12 @@ class InterfaceAdapter(AttentionAdapter):
         return bool(self.sites(model))
 
     def sites(self, model: nn.Module) -> tuple[AttentionSite, ...]:
-        found = (_site(path, module) for path, module in model.named_modules())
-        return tuple(sorted((site for site in found if site), key=lambda site: site.layer))
+        found = [(module, _site(path, module)) for path, module in model.named_modules()]
+        sites = [(module, site) for module, site in found if site]
+        # Beside causal attention, the other kind looks at an encoder's states or at an image.
+        causal = [site for module, site in sites if getattr(module, "is_causal", True)]
+        chosen = causal or [site for _, site in sites]
+        return tuple(sorted(chosen, key=lambda site: site.layer))
 
     def read(
         self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -89,7 +93,7 @@ def _attention_function(module_type: type[nn.Module]) -> str | None:
 def _sinks(module: nn.Module, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     for sinks in (kwargs.get("sinks"), kwargs.get("s_aux"), getattr(module, "sinks", None)):
         if isinstance(sinks, torch.Tensor):
-            return sinks.reshape(-1)
+            return sinks if sinks.ndim == 4 else sinks.reshape(-1)
     return None
 
 

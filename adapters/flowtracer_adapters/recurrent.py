@@ -19,8 +19,8 @@ class RecurrentAdapter(AttentionAdapter):
     name: ClassVar[str] = "recurrent"
 
     def matches(self, model: nn.Module) -> bool:
-        config = getattr(model, "config", None)
-        return getattr(config, "model_type", None) in RECURRENT_TYPES
+        configs = (module.config for module in model.modules() if hasattr(module, "config"))
+        return getattr(next(configs, None), "model_type", None) in RECURRENT_TYPES
 
     def sites(self, model: nn.Module) -> tuple[AttentionSite, ...]:
         raise NoAttentionError(

@@ -1,0 +1,33 @@
+"""What the whole suite shares: threads, and what a machine must have for some of the tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the models are tiny, and test machines share their cores
+
+
+def _folder(variable: str) -> bool:
+    return Path(os.environ.get(variable) or "/nonexistent").exists()
+
+
+MISSING = {
+    "gpu": None if torch.cuda.is_available() else "no CUDA device",
+    "real_model": None if _folder("FLOWTRACER_MODELS") else "FLOWTRACER_MODELS names no folder",
+    "browser": None if _folder("FLOWTRACER_CHROMIUM") else "FLOWTRACER_CHROMIUM names no file",
+}
+"""Why tests with this marker cannot run here."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what cannot run here, or fail it if FLOWTRACER_REQUIRE lists its marker."""
+    required = os.environ.get("FLOWTRACER_REQUIRE", "").split()
+    for marker, reason in MISSING.items():
+        if reason and item.get_closest_marker(marker):
+            if marker in required:
+                pytest.fail(f"FLOWTRACER_REQUIRE lists {marker!r}, but there is {reason}")
+            pytest.skip(reason)
