@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ from transformers.utils import logging
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.grpo import FlowGRPOConfig, FlowGRPOTrainer
+
+if not __package__:  # run as a script, this file would not find its neighbours
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.reasoner.problems import is_correct, make_problems
+from examples.reasoner.train import MAX_NEW_TOKENS, MODEL_DIR, accuracy
 
 HELD_OUT = 1024
 BATCH = 128
