@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
-
-Normalization = Literal["none", "mean_one"]
+from jaxtyping import Bool, Float, Int
 
 
 def token_credit(
     throughput: Float[Any, "*batch token"],
-    mask: Bool[Any, "*batch token"],
+    mask: Bool[Any, "*batch token"] | Int[Any, "*batch token"],
     *,
     top_fraction: float = 0.4,
     gamma: float = 1.5,
-    normalize: Normalization = "none",
+    normalize: str = "none",
 ) -> Float[Any, "*batch token"]:
     """Weight `gamma` for the tokens that carry the most flow, 1 for the others, 0 outside `mask`.
 
-    In each row the `ceil(top_fraction · n)` of its `n` masked tokens with the highest throughput
-    are chosen; of equal ones the earlier; never one without throughput, so that a row without any
-    flow gets weight 1 throughout. With `normalize="mean_one"` the weights of a row's masked tokens
-    are divided by their mean. Section 2 of the design and the paper's recipe: 0.4, 1.5, none.
+    The chosen tokens are `top_tokens`; a row without any flow gets weight 1 throughout. With
+    `normalize="mean_one"` the weights of a row's masked tokens are divided by their mean, unless
+    that is 0: then each is 1. Section 2 of the design and the paper's recipe: 0.4, 1.5, none.
 
     Args:
-        throughput: numpy array or torch tensor; weights come back as the same kind.
+        throughput: numpy array or torch tensor; weights come back as the same kind and dtype.
         mask: Which tokens compete and are weighted: the response tokens of one rollout a row.
         top_fraction: Share of a row's tokens that is chosen, from 0 to 1.
         gamma: Weight of the chosen tokens; at least 0.
-        normalize: Whether a row's weights keep its mean credit.
+        normalize: `"none"`, or `"mean_one"`: a row's weights keep its mean credit.
 
     Raises:
         ValueError: Shapes differ, an option is out of range, or throughput is negative or not
@@ -42,18 +39,46 @@ def token_credit(
         >>> token_credit(np.array([0.1, 0.6, 0.3, 0.0]), np.ones(4, bool), top_fraction=0.5)
         array([1. , 1.5, 1.5, 1. ])
     """
-    _validate(throughput, mask, top_fraction, gamma, normalize)
+    if not (gamma >= 0 and math.isfinite(gamma)):
+        raise ValueError(f"gamma must be a number of at least 0, got {gamma!r}")
+    if normalize not in ("none", "mean_one"):
+        raise ValueError(f"normalize must be 'none' or 'mean_one', got {normalize!r}")
+    chosen, counted = top_tokens(throughput, mask, top_fraction=top_fraction), mask != 0
     xp = _library(throughput)
-    competing = xp.where(mask, throughput, -1.0)
-    order = _descending(competing)
-    rank = order.argsort(-1)
-    limit = xp.ceil(xp.round(mask.sum(-1) * top_fraction, decimals=9))
-    chosen = (rank < limit[..., None]) & (competing > 0)
-    weights = xp.where(mask, xp.where(chosen, gamma, 1.0), 0.0)
-    if normalize == "mean_one":
-        total = weights.sum(-1)[..., None]
-        weights = weights * mask.sum(-1)[..., None] / xp.where(total > 0, total, 1.0)
-    return weights if isinstance(weights, np.ndarray) else weights.to(throughput.dtype)
+    uniform = xp.where(counted, throughput * 0 + 1, 0.0)
+    weights = xp.where(chosen, gamma, uniform)
+    if normalize == "none":
+        return weights
+    total, count = weights.sum(-1)[..., None], uniform.sum(-1)[..., None]
+    return xp.where(total > 0, weights * count / xp.where(total > 0, total, 1.0), uniform)
+
+
+def top_tokens(
+    throughput: Float[Any, "*batch token"],
+    mask: Bool[Any, "*batch token"] | Int[Any, "*batch token"],
+    *,
+    top_fraction: float = 0.4,
+) -> Bool[Any, "*batch token"]:
+    """The `ceil(top_fraction · n)` of each row's `n` masked tokens that carry the most flow.
+
+    Of equal ones the earlier, and never one without any flow.
+
+    Raises:
+        ValueError: Shapes differ, `top_fraction` is out of range, or throughput is negative or not
+            finite.
+
+    Examples:
+        >>> top_tokens(np.array([0.1, 0.6, 0.3, 0.0]), np.array([1, 0, 1, 1]), top_fraction=0.5)
+        array([ True, False,  True, False])
+    """
+    _validate(throughput, mask, top_fraction)
+    xp, counted = _library(throughput), mask != 0
+    competing = xp.where(counted, throughput, -1.0)
+    rank = _descending(competing).argsort(-1)
+    # A table of whole numbers: on tensors of float32, 0.4 · 5 can be more than 2.
+    limits = [math.ceil(round(top_fraction * n, 9)) for n in range(mask.shape[-1] + 1)]
+    limit = _beside(throughput, limits)[counted.sum(-1)]
+    return (rank < limit[..., None]) & (competing > 0)
 
 
 def _library(array: Any) -> ModuleType:
@@ -64,16 +89,21 @@ def _library(array: Any) -> ModuleType:
     return torch
 
 
+def _beside(array: Any, values: list[int]) -> Any:
+    """The values as an array of the same library, on the same device."""
+    if isinstance(array, np.ndarray):
+        return np.array(values)
+    return _library(array).tensor(values, device=array.device)
+
+
 def _descending(values: Float[Any, "*batch token"]) -> Any:
     """Indices from the largest value to the smallest, equal ones in their order."""
     if isinstance(values, np.ndarray):
         return np.argsort(-values, axis=-1, kind="stable")
-    return values.argsort(-1, descending=True, stable=True)
+    return values.argsort(dim=-1, descending=True, stable=True)
 
 
-def _validate(
-    throughput: Any, mask: Any, top_fraction: float, gamma: float, normalize: str
-) -> None:
+def _validate(throughput: Any, mask: Any, top_fraction: float) -> None:
     if tuple(throughput.shape) != tuple(mask.shape):
         raise ValueError(
             f"mask must have the shape of throughput, {tuple(throughput.shape)}, "
@@ -81,9 +111,5 @@ def _validate(
         )
     if not 0 <= top_fraction <= 1:
         raise ValueError(f"top_fraction must be between 0 and 1, got {top_fraction!r}")
-    if not (gamma >= 0 and math.isfinite(gamma)):
-        raise ValueError(f"gamma must be a number of at least 0, got {gamma!r}")
-    if normalize not in ("none", "mean_one"):
-        raise ValueError(f"normalize must be 'none' or 'mean_one', got {normalize!r}")
     if not bool(((throughput >= 0) & (throughput < math.inf)).all()):
         raise ValueError("throughput must be finite and not negative")

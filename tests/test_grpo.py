@@ -1,0 +1,955 @@
+"""TRL: token-level credit in real trainers, and the reward in trainers that know nothing of it."""
+
+import importlib
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+import flowtracer_plugin as ft
+from flowtracer_plugin import _grpo_checks
+from flowtracer_plugin.attention import NoAttentionError
+from flowtracer_plugin.grpo import (
+    FlowCreditMixin,
+    FlowGRPOConfig,
+    FlowGRPOTrainer,
+    FlowReward,
+    UnsupportedTrainerError,
+    attach_flow_credit,
+)
+from tests import reference
+from tests.grpo_worker import (
+    PROMPTS,
+    WORDS,
+    build,
+    config,
+    reward,
+    save_policy,
+    scripted,
+    word_tokenizer,
+)
+from tests.test_credit import slow_credit
+from tests.tiny import eager_attention
+
+ROOT = Path(__file__).parent.parent
+METRICS = ("answer_found", "weight_mean", "top_share", "reasoning_share", "seconds")
+LAYERS = {"middle": (2, 3), "all": tuple(range(6)), "late:1": (4,)}
+TEXTS = ["then 4 plus 3 is 7 apples so", "so 1 then #### 9", "is 2 <eos>", "so 8 then then 5 is"]
+ANSWERS = [5, 4, 1, 4]
+"""Where in each of `TEXTS` the answer stands."""
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+]
+
+# Half of TrainingArguments' fields do not hold what they declare, which the suite's checker minds.
+FlowGRPOConfig.__init__ = inspect.unwrap(FlowGRPOConfig.__init__)
+
+
+@pytest.fixture(autouse=True)
+def _silent(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Without the suite's type checker, which refuses some values before our own code does."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory):
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+def score(trainer, rows=4):
+    """One generation batch: what the trainer makes of it, and the plain advantages."""
+    trainer.model.train()
+    inputs = [{"prompt": PROMPTS[row // 2]} for row in range(rows)]
+    plain = GRPOTrainer._generate_and_score_completions(trainer, inputs)["advantages"]
+    return trainer._generate_and_score_completions(inputs), plain
+
+
+def weights(trainer, rows=4):
+    rollouts, plain = score(trainer, rows)
+    return quotient(rollouts["advantages"], plain)
+
+
+def quotient(advantages, plain):
+    """The weights, without the rounding of a product that is divided again."""
+    assert plain.all()
+    return (advantages / plain[:, None]).round(decimals=5)
+
+
+def words(text):
+    return word_tokenizer()(text)["input_ids"]
+
+
+def same_parameters(one, other):
+    ours, theirs = one.model.state_dict(), other.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def logged(trainer, name):
+    return [step[f"flow/{name}"] for step in trainer.state.log_history if f"flow/{name}" in step]
+
+
+# credit
+
+
+def test_it_trains_and_logs(policy, tmp_path):
+    trainer = build(FlowGRPOTrainer, policy, tmp_path, max_steps=3)
+    before = {name: part.clone() for name, part in trainer.model.named_parameters()}
+    trainer.train()
+    for name, part in trainer.model.named_parameters():
+        assert not torch.equal(part, before[name]), name
+    assert all(len(logged(trainer, name)) == 3 for name in METRICS)
+    assert sum(logged(trainer, "answer_found")) > 0
+    assert 1 < max(logged(trainer, "weight_mean")) < 1.5
+    assert all(0 <= share <= 1 for share in logged(trainer, "top_share") if share is not None)
+    assert min(logged(trainer, "seconds")) > 0
+
+
+def slow_weights(model, text, prompt, place, *, layers, target, **options):
+    """By eager attention and the loops of `reference`, one row without padding."""
+    asked, said = words(prompt), words(text)
+    attention = eager_attention(model, asked + said, layers)
+    tokens = np.arange(len(asked) + len(said))
+    question = (tokens > 0) & (tokens < len(asked))
+    wanted = tokens == len(asked) + place - (target == "decision")
+    throughput = reference.flow(attention.numpy(), question, wanted)["throughput"]
+    return slow_credit(throughput[len(asked) :], np.ones(len(said)), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"flow_layers": "all", "flow_gamma": 3.0, "flow_top_fraction": 0.2},
+        {"flow_layers": "late:1", "flow_target": "decision", "flow_normalize": "mean_one"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "default",
+)
+def test_weights_are_those_of_the_slow_definitions(policy, tmp_path, options):
+    trainer = build(
+        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), bf16=False, **options
+    )
+    found = weights(trainer)
+    for row, text in enumerate(TEXTS):
+        wanted = slow_weights(
+            trainer.model,
+            text,
+            PROMPTS[row // 2],
+            ANSWERS[row],
+            layers=LAYERS[options.get("flow_layers", "middle")],
+            target=options.get("flow_target", "answer"),
+            top_fraction=options.get("flow_top_fraction", 0.4),
+            gamma=options.get("flow_gamma", 1.5),
+            normalize=options.get("flow_normalize", "none"),
+        )
+        padding = [1.0] * (found.shape[1] - len(wanted))
+        np.testing.assert_allclose(found[row], [*wanted, *padding], atol=1e-5)
+    assert len(found.unique()) > 1
+    metrics = trainer._metrics["train"]
+    assert metrics["flow/answer_found"] == [1.0]
+    lengths = [len(words(text)) for text in TEXTS]
+    mean = sum(found[row, :length].sum() for row, length in enumerate(lengths)) / sum(lengths)
+    assert metrics["flow/weight_mean"] == pytest.approx([float(mean)])
+
+
+def test_top_share_is_the_flow_of_the_top_tokens(policy, tmp_path):
+    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), flow_gamma=1.0)
+    score(trainer)
+    shares, reasoning = [], []
+    for row, text in enumerate(TEXTS):
+        asked, said = words(PROMPTS[row // 2]), words(text)
+        attention = eager_attention(trainer.model, asked + said, LAYERS["middle"]).numpy()
+        tokens = np.arange(len(asked) + len(said))
+        answer = tokens == len(asked) + ANSWERS[row]
+        solved = reference.flow(attention, (tokens > 0) & (tokens < len(asked)), answer)
+        flow = np.sort(solved["throughput"][len(asked) :])[::-1]
+        shares.append(flow[: math.ceil(0.4 * len(said))].sum() / flow.sum())
+        landing = solved["edge_flow"][len(asked) :, : len(asked)].sum(-1)
+        reasoning.append(landing[~answer[len(asked) :]].sum())
+    metrics = trainer._metrics["train"]
+    assert metrics["flow/top_share"] == pytest.approx([np.mean(shares)], rel=1e-5)
+    assert metrics["flow/reasoning_share"] == pytest.approx([np.mean(reasoning)], rel=1e-5)
+
+
+UNIFORM = [
+    {"loss_type": "dapo"},
+    {"loss_type": "grpo", "beta": 0.04, "num_iterations": 2, "gradient_accumulation_steps": 2},
+    {"loss_type": "bnpo", "num_iterations": 2, "flow_normalize": "mean_one"},
+    {"loss_type": "dr_grpo", "beta": 0.04, "gradient_accumulation_steps": 2},
+    {"loss_type": "cispo", "steps_per_generation": 2},
+    {"loss_type": "sapo", "gradient_checkpointing": False},
+    {"loss_type": "vespo", "num_iterations": 2},
+    {"loss_type": "luspo", "mask_truncated_completions": True},
+    {"loss_type": "dapo", "bf16": True},
+]
+
+
+def train_both(policy, folder, ours, theirs=None, **options):
+    """The same training with flow credit and without it."""
+    plain = {name: value for name, value in options.items() if not name.startswith("flow_")}
+    pair = []
+    for kind, chosen in ((FlowGRPOTrainer, {**options, **ours}), (GRPOTrainer, plain)):
+        trainer = build(kind, policy, folder, **chosen)
+        trainer.train()
+        pair.append(trainer)
+    return pair
+
+
+@pytest.mark.parametrize(
+    "options", UNIFORM, ids=lambda options: "-".join(map(str, options.values()))
+)
+def test_uniform_credit_trains_bit_identically_to_plain_grpo(policy, tmp_path, options):
+    ours, plain = train_both(policy, tmp_path, {"flow_gamma": 1.0}, max_steps=4, **options)
+    assert same_parameters(ours, plain)
+    assert sum(logged(ours, "answer_found")) > 0
+    start = AutoModelForCausalLM.from_pretrained(policy).state_dict()
+    assert not torch.equal(ours.model.state_dict()["lm_head.weight"], start["lm_head.weight"])
+
+
+def test_unequal_credit_trains_otherwise(policy, tmp_path):
+    ours, plain = train_both(policy, tmp_path, {"flow_gamma": 1.5}, max_steps=4)
+    assert not same_parameters(ours, plain)
+
+
+def test_uniform_credit_is_plain_grpo_under_lora_with_dropout(policy, tmp_path):
+    lora = LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
+    shared = {"max_steps": 3, "peft_config": lora, "beta": 0.04}
+    ours, plain = train_both(policy, tmp_path, {"flow_gamma": 1.0}, **shared)
+    assert same_parameters(ours, plain)
+    assert sum(logged(ours, "answer_found")) > 0
+    other, _ = train_both(policy, tmp_path, {"flow_gamma": 2.0}, **shared)
+    assert not same_parameters(other, plain)
+
+
+def test_the_pass_draws_no_random_number_and_leaves_every_mode(policy, tmp_path):
+    lora = LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
+    trainer = build(
+        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), peft_config=lora
+    )
+    rollouts, plain = score(trainer)
+    trainer.model.get_submodule("base_model.model.model.layers.1").eval()
+    modes = [module.training for module in trainer.model.modules()]
+    before = torch.get_rng_state()
+    trainer._flow_credit.spread({**rollouts, "advantages": plain})
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in trainer.model.modules()] == modes
+    assert all(part.grad is None for part in trainer.model.parameters())
+
+
+def test_modes_are_restored_when_the_model_fails(policy, tmp_path):
+    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    rollouts, plain = score(trainer)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    trainer.model.model.layers[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer._flow_credit.spread({**rollouts, "advantages": plain})
+    assert all(module.training for module in trainer.model.modules())
+
+
+def test_the_number_of_forward_passes_does_not_depend_on_the_rollouts(policy, tmp_path):
+    passes = []
+    for texts in (TEXTS, ["so then", "so"], ["so 1", "so then", "then"]):
+        trainer = build(
+            FlowGRPOTrainer,
+            policy,
+            tmp_path,
+            rollout_func=scripted(texts),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=3,
+        )
+        counted = []
+        trainer.model.model.embed_tokens.register_forward_hook(
+            lambda *_, counted=counted: counted.append(torch.is_grad_enabled())
+        )
+        rollouts, plain = score(trainer, rows=6)
+        counted.clear()
+        trainer._flow_credit.spread({**rollouts, "advantages": plain})
+        passes.append(counted)
+    assert passes == [[False] * 3] * 3
+
+
+# rollouts that are not plain
+
+
+def test_a_completion_without_an_answer_gets_plain_credit(policy, tmp_path):
+    texts = [TEXTS[0], "so then is plus"]
+    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(texts))
+    found = weights(trainer)
+    assert found[0].unique().tolist() == [1.0, 1.5]
+    assert found[1].tolist() == [1.0] * 8
+    assert trainer._metrics["train"]["flow/answer_found"] == [0.5]
+
+
+def test_a_batch_without_any_answer_has_plain_credit(policy, tmp_path):
+    texts = ["so then is plus", "so"]
+    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(texts))
+    assert weights(trainer).unique().tolist() == [1.0]
+    metrics = trainer._metrics["train"]
+    assert metrics["flow/answer_found"] == [0.0]
+    assert metrics["flow/weight_mean"] == [1.0]
+    assert math.isnan(metrics["flow/top_share"][0])
+    assert math.isnan(metrics["flow/reasoning_share"][0])
+
+
+def test_the_last_token_can_stand_in_for_the_answer(policy, tmp_path):
+    texts = [TEXTS[0], "so then is plus <eos>"]
+    trainer = build(
+        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(texts), flow_no_answer="last"
+    )
+    found = weights(trainer)
+    options = {"top_fraction": 0.4, "gamma": 1.5, "normalize": "none"}
+    for row, place in ((0, ANSWERS[0]), (1, 3)):
+        wanted = slow_weights(
+            trainer.model,
+            texts[row],
+            PROMPTS[0],
+            place,
+            layers=LAYERS["middle"],
+            target="answer",
+            **options,
+        )
+        assert found[row, : len(wanted)].tolist() == wanted
+    assert trainer._metrics["train"]["flow/answer_found"] == [0.5]
+
+
+def test_a_missing_answer_can_be_an_error_and_its_remedies_work(policy, tmp_path):
+    texts = [TEXTS[0], "so then is plus"]
+    trainer = build(
+        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(texts), flow_no_answer="raise"
+    )
+    message = r"no answer found in 2 of 4 completions; set flow_answer .* flow_no_answer='uniform'"
+    with pytest.raises(ft.AnswerNotFoundError, match=message):
+        score(trainer)
+    hidden = build(
+        FlowGRPOTrainer,
+        policy,
+        tmp_path,
+        rollout_func=scripted([TEXTS[2], "so then"]),
+        flow_no_answer="raise",
+        mask_truncated_completions=True,
+    )
+    assert score(hidden)[0]["advantages"].isfinite().all()
+
+
+def test_a_truncated_completion_that_is_hidden_gets_weight_one(policy, tmp_path):
+    texts = ["so 3 then 7 <eos>", "so 3 then 7 is"]
+    trainer = build(
+        FlowGRPOTrainer,
+        policy,
+        tmp_path,
+        rollout_func=scripted(texts),
+        mask_truncated_completions=True,
+    )
+    rollouts, plain = score(trainer)
+    assert rollouts["completion_mask"].sum(-1).tolist() == [5, 0, 5, 0]
+    found = quotient(rollouts["advantages"], plain)
+    assert found[1].tolist() == [1.0] * 5
+    assert found[0].unique().tolist() == [1.0, 1.5]
+    assert trainer._metrics["train"]["flow/answer_found"] == [1.0]
+
+
+def test_a_batch_that_is_all_hidden_stays_finite(policy, tmp_path):
+    trainer = build(
+        FlowGRPOTrainer,
+        policy,
+        tmp_path,
+        rollout_func=scripted(["so 3", "so 3 is"]),
+        mask_truncated_completions=True,
+        max_steps=1,
+    )
+    assert weights(trainer).unique().tolist() == [1.0]
+    assert math.isnan(trainer._metrics["train"]["flow/weight_mean"][0])
+    trainer.train()
+    assert all(part.isfinite().all() for part in trainer.model.parameters())
+
+
+def test_a_tools_tokens_are_read_but_do_not_compete(policy, tmp_path):
+    asked, said = words(PROMPTS[0]), words(TEXTS[0])
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    attention = eager_attention(model, asked + said, LAYERS["middle"]).numpy()
+    tokens = np.arange(len(asked) + len(said))
+    question, answer = (tokens > 0) & (tokens < len(asked)), tokens == len(asked) + ANSWERS[0]
+    throughput = reference.flow(attention, question, answer)["throughput"][len(asked) :]
+    tool = np.argsort(-throughput)[1]  # it would have been chosen
+    mask = [int(place != tool) for place in range(len(said))]
+    trainer = build(
+        FlowGRPOTrainer,
+        policy,
+        tmp_path,
+        rollout_func=scripted(TEXTS, [mask, [1] * 5, [1] * 3, [1] * 6]),
+        flow_gamma=3.0,
+    )
+    wanted = slow_credit(throughput, mask, 0.4, 3.0, "none")
+    assert weights(trainer)[0].tolist() == [weight or 1.0 for weight in wanted]
+
+
+@pytest.mark.parametrize("sign", ["positive", "negative"])
+def test_only_advantages_of_the_chosen_sign_are_reweighted(policy, tmp_path, sign):
+    options = {"rollout_func": scripted(TEXTS)}
+    rollouts, plain = score(build(FlowGRPOTrainer, policy, tmp_path, flow_sign=sign, **options))
+    both = weights(build(FlowGRPOTrainer, policy, tmp_path, **options))
+    chosen = plain > 0 if sign == "positive" else plain < 0
+    assert chosen.any()
+    assert not chosen.all()
+    found = quotient(rollouts["advantages"], plain)
+    assert torch.equal(found[chosen], both[chosen])
+    assert found[~chosen].unique().tolist() == [1.0]
+
+
+def test_mean_one_keeps_the_mean_weight_of_every_completion(policy, tmp_path):
+    trainer = build(
+        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), flow_normalize="mean_one"
+    )
+    rollouts, plain = score(trainer)
+    found, mask = quotient(rollouts["advantages"], plain), rollouts["completion_mask"]
+    torch.testing.assert_close((found * mask).sum(-1) / mask.sum(-1), torch.ones(4))
+    assert len(found.unique()) > 2
+    assert trainer._metrics["train"]["flow/weight_mean"] == pytest.approx([1.0])
+
+
+def test_advantages_that_are_per_token_already_are_multiplied(policy, tmp_path):
+    class PerToken(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            rollouts = super()._generate_and_score_completions(inputs)
+            steps = torch.arange(1.0, rollouts["completion_ids"].shape[1] + 1)
+            return {**rollouts, "advantages": rollouts["advantages"][:, None] * steps}
+
+    class Both(FlowCreditMixin, PerToken):
+        pass
+
+    trainer = build(Both, policy, tmp_path, rollout_func=scripted(TEXTS))
+    plain = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    wanted = weights(plain) * torch.arange(1.0, 9.0)
+    torch.testing.assert_close(weights(trainer), wanted)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_flow_that_is_not_finite_never_becomes_credit(policy, tmp_path, monkeypatch, wrong):
+    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    trace = trainer._flow_credit._tracer.trace_ids
+
+    def broken(*arguments, **options):
+        batch = trace(*arguments, **options)
+        batch.throughput[1, -1] = wrong
+        return batch
+
+    monkeypatch.setattr(trainer._flow_credit._tracer, "trace_ids", broken)
+    with pytest.raises(ValueError, match="throughput must be finite"):
+        score(trainer)
+
+
+def test_images_are_refused(policy, tmp_path):
+    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    rollouts, _ = score(trainer)
+    with pytest.raises(NotImplementedError, match="flow credit reads text only"):
+        trainer._flow_credit.spread({**rollouts, "pixel_values": torch.zeros(1)})
+
+
+# trainers
+
+
+def test_evaluation_is_that_of_plain_grpo(policy, tmp_path):
+    def evaluate(kind):
+        trainer = build(kind, policy, tmp_path, per_device_eval_batch_size=4)
+        trainer.eval_dataset = trainer.train_dataset.select(range(4))
+        torch.manual_seed(0)
+        result = trainer.evaluate()
+        timed = ("runtime", "per_second", "preparation_time")
+        return {name: value for name, value in result.items() if not name.endswith(timed)}
+
+    ours = evaluate(FlowGRPOTrainer)
+    assert ours == evaluate(GRPOTrainer)
+    assert not any("flow" in name for name in ours)
+
+
+def test_attached_credit_is_that_of_the_trainer(policy, tmp_path):
+    ours = build(FlowGRPOTrainer, policy, tmp_path, max_steps=4)
+    ours.train()
+    attached = build(GRPOTrainer, policy, tmp_path, max_steps=4)
+    assert attach_flow_credit(attached) is attached
+    attached.train()
+    assert same_parameters(ours, attached)
+    for name in METRICS[:-1]:
+        assert logged(ours, name) == logged(attached, name)
+
+
+def test_every_option_can_be_attached(policy, tmp_path):
+    trainer = attach_flow_credit(
+        build(GRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS)),
+        top_fraction=0.2,
+        gamma=2.0,
+        layers=[0, 5],
+        answer=re.compile(r"so (\d)"),
+        target="decision",
+        sign="positive",
+        normalize="none",
+        no_answer="uniform",
+    )
+    rollouts, plain = score(trainer)
+    assert trainer._metrics["train"]["flow/answer_found"] == [0.5]
+    assert sorted(quotient(rollouts["advantages"], plain).unique().tolist()) in ([1, 2], [1])
+    assert trainer._flow_credit._tracer.layers == (0, 5)
+    assert trainer._flow_credit._tracer.options.target == "decision"
+
+
+def test_attaching_twice_is_an_error(policy, tmp_path):
+    for kind in (FlowGRPOTrainer, GRPOTrainer):
+        trainer = build(kind, policy, tmp_path)
+        if kind is GRPOTrainer:
+            attach_flow_credit(trainer)
+        with pytest.raises(ValueError, match="has flow credit already; attach it once"):
+            attach_flow_credit(trainer)
+
+
+def test_a_model_that_was_wrapped_anew_is_traced(policy, tmp_path):
+    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    before = weights(trainer)
+    trainer.model = AutoModelForCausalLM.from_pretrained(policy)
+    torch.nn.init.normal_(trainer.model.model.embed_tokens.weight)
+    after = weights(trainer)
+    assert trainer._flow_credit._tracer.model is trainer.model
+    assert not torch.equal(before, after)
+
+
+def test_args_have_a_default(policy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)
+    for model in (policy, AutoModelForCausalLM.from_pretrained(policy)):
+        trainer = FlowGRPOTrainer(
+            model,
+            reward,
+            processing_class=word_tokenizer(),
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        )
+        assert isinstance(trainer.args, FlowGRPOConfig)
+        assert trainer.args.output_dir == f"{Path(policy).name}-FlowGRPO"
+        assert trainer._flow_credit.options.gamma == 1.5
+
+
+def test_the_model_card_names_the_paper(policy, tmp_path):
+    trainer = build(FlowGRPOTrainer, policy, tmp_path)
+    trainer.create_model_card(model_name="mine")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "How Does Reasoning Flow?" in card
+    assert "2606.10646" in card
+    assert "flowtracer" in card
+
+
+@pytest.mark.slow
+def test_two_processes_stay_one_model(policy, tmp_path):
+    """`accelerate launch --cpu` would start one process and say nothing."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [*launch, str(ROOT / "tests/grpo_worker.py"), policy, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["processes"] == second["processes"] == 2
+    # One pass a step, and before the first those of the tracer's self-check.
+    assert first["passes"] == second["passes"]
+    assert len(first["passes"]) > len(first["log"]) == 2
+    assert not any(first["passes"])  # none in training mode
+    assert first["log"][0].keys() == second["log"][0].keys()
+    for ours, theirs in zip(first["log"], second["log"], strict=True):
+        assert ours["flow/answer_found"] == theirs["flow/answer_found"] == 0.5
+        for name in METRICS:
+            assert ours[f"flow/{name}"] == theirs[f"flow/{name}"]
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# guard rails
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("top_fraction", 1.5, "flow credit: top_fraction must be between 0 and 1, got 1.5"),
+        ("gamma", -1.0, "flow credit: gamma must be at least 0, got -1.0"),
+        ("gamma", math.nan, "flow credit: gamma must be at least 0, got nan"),
+        ("target", "last", "target must be one of answer, decision, got 'last'"),
+        ("sign", "plus", "sign must be one of both, positive, negative, got 'plus'"),
+        ("normalize", "mean", "normalize must be one of none, mean_one, got 'mean'"),
+        ("answer", "boxd", "name of an answer finder.*found 'boxd'"),
+        ("no_answer", "skip", "no_answer must be one of uniform, raise, last, got 'skip'"),
+    ],
+)
+def test_options_out_of_range(policy, tmp_path, option, value, message):
+    with pytest.raises(ValueError, match=message):
+        config(FlowGRPOConfig, tmp_path, **{f"flow_{option}": value})
+    with pytest.raises(ValueError, match=message):
+        attach_flow_credit(build(GRPOTrainer, policy, tmp_path), **{option: value})
+
+
+def test_layers_and_finders_that_do_not_exist_are_found_at_construction(policy, tmp_path):
+    with pytest.raises(ValueError, match="layers must be one of"):
+        build(FlowGRPOTrainer, policy, tmp_path, flow_layers="upper")
+
+
+def test_help_has_no_bare_percent_sign_and_options_parse():
+    from trl import TrlParser
+
+    parser = TrlParser((FlowGRPOConfig,))
+    parser.format_help()
+    (parsed,) = parser.parse_args_and_config(
+        ["--output_dir", "x", "--flow_gamma", "2", "--flow_sign", "positive", "--use_cpu", "true"]
+    )
+    assert (parsed.flow_gamma, parsed.flow_sign) == (2.0, "positive")
+
+
+def test_sequence_level_importance_sampling_is_refused(policy, tmp_path):
+    message = "no effect with importance_sampling_level='sequence'.* Set importance_sampling_level"
+    with pytest.raises(ValueError, match=message):
+        config(FlowGRPOConfig, tmp_path, importance_sampling_level="sequence")
+    trainer = build(GRPOTrainer, policy, tmp_path, importance_sampling_level="sequence")
+    with pytest.raises(ValueError, match=message):
+        attach_flow_credit(trainer)
+
+
+def test_the_loss_check_alone_sees_sequence_level_importance_sampling(policy, tmp_path):
+    trainer = build(GRPOTrainer, policy, tmp_path)
+    _grpo_checks.check_loss(trainer)
+    trainer.importance_sampling_level = "sequence"
+    with pytest.raises(UnsupportedTrainerError, match="one advantage per token"):
+        _grpo_checks.check_loss(trainer)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"loss_type": case["loss_type"], "beta": 0.04} for case in UNIFORM),
+        {"top_entropy_quantile": 0.2},
+        {"entropy_coef": 0.1},
+        {"delta": 2.0},
+        {"off_policy_mask_threshold": 0.5},
+        {"use_bias_correction_kl": True, "beta": 0.04},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_the_loss_check_accepts_every_token_level_loss_and_leaves_no_trace(
+    policy, tmp_path, options
+):
+    trainer = build(GRPOTrainer, policy, tmp_path, **options)
+    before = {name: repr(value) for name, value in vars(trainer).items()}
+    _grpo_checks.check_loss(trainer)
+    assert {name: repr(value) for name, value in vars(trainer).items()} == before
+
+
+@pytest.mark.parametrize("broken", ["mean", "unsqueeze", "missing"])
+def test_a_loss_that_does_not_read_advantages_per_token_is_refused(policy, tmp_path, broken):
+    class Host(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            if broken == "missing":
+                return super()._compute_loss(model, {**inputs, "advantages": inputs["weights"]})
+            advantages = inputs["advantages"]
+            advantages = advantages.mean(-1) if broken == "mean" else advantages.unsqueeze(1)
+            return super()._compute_loss(model, {**inputs, "advantages": advantages})
+
+    with pytest.raises(UnsupportedTrainerError, match="that of Host does not"):
+        attach_flow_credit(build(Host, policy, tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:.*experimental")
+def test_gmpo_is_refused(policy, tmp_path):
+    from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+
+    trainer = GMPOTrainer(
+        policy,
+        reward,
+        args=config(GMPOConfig, tmp_path),
+        processing_class=word_tokenizer(),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+    )
+    with pytest.raises(UnsupportedTrainerError, match=r"that of GMPOTrainer does not .*FlowReward"):
+        attach_flow_credit(trainer)
+
+    class Mixed(FlowCreditMixin, GMPOTrainer):
+        pass
+
+    with pytest.raises(UnsupportedTrainerError, match="that of Mixed does not"):
+        build(Mixed, policy, tmp_path)
+
+
+def rloo(policy, folder, reward_funcs, rows=None):
+    return RLOOTrainer(
+        policy,
+        reward_funcs,
+        args=config(RLOOConfig, folder),
+        processing_class=word_tokenizer(),
+        train_dataset=Dataset.from_dict(rows or {"prompt": PROMPTS * 4}),
+    )
+
+
+def test_hosts_that_are_no_grpo_trainer_are_refused(policy, tmp_path):
+    class Mixed(FlowCreditMixin, RLOOTrainer):
+        pass
+
+    with pytest.raises(UnsupportedTrainerError, match=r"Mixed is none.*FlowReward"):
+        Mixed(policy, reward)
+    with pytest.raises(UnsupportedTrainerError, match=r"RLOOTrainer is none.*FlowReward"):
+        attach_flow_credit(rloo(policy, tmp_path, reward))
+    with pytest.raises(UnsupportedTrainerError, match="str is none"):
+        attach_flow_credit("GRPOTrainer")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_plain_config_is_refused(policy, tmp_path):
+    with pytest.raises(TypeError, match=r"needs args=FlowGRPOConfig\(...\), got GRPOConfig"):
+        FlowGRPOTrainer(
+            policy,
+            reward,
+            args=config(GRPOConfig, tmp_path),
+            processing_class=word_tokenizer(),
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        )
+
+
+@pytest.mark.parametrize("installed", ["0.26.0", "1.15.2", "2.0.0", "2.1"])
+def test_other_releases_of_trl_are_refused(installed):
+    with pytest.raises(ImportError, match=rf"needs trl>=1.16,<2, and {installed} is installed"):
+        _grpo_checks.check_trl(installed)
+
+
+@pytest.mark.parametrize("installed", ["1.16.0", "1.16.3", "1.20.0"])
+def test_known_releases_of_trl_are_accepted(installed):
+    _grpo_checks.check_trl(installed)
+
+
+def test_the_installed_release_is_checked(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(_grpo_checks, "version", {"trl": "1.15.0"}.__getitem__)
+    with pytest.raises(ImportError, match=r"and 1\.15\.0 is installed"):
+        attach_flow_credit(build(GRPOTrainer, policy, tmp_path))
+
+
+def test_without_trl_the_message_says_what_to_install(monkeypatch):
+    class Missing:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name.partition(".")[0] == "trl":
+                raise ModuleNotFoundError("No module named 'trl'", name="trl")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trl"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "flowtracer_plugin.grpo")
+    monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'flowtracer-plugin\[trl\]'"):
+        importlib.import_module("flowtracer_plugin.grpo")
+
+
+def test_a_tokenizer_is_found_in_a_processor_and_missed_elsewhere(policy, tmp_path):
+    tokenizer = word_tokenizer()
+    assert _grpo_checks.find_tokenizer(SimpleNamespace(tokenizer=tokenizer)) is tokenizer
+    trainer = build(GRPOTrainer, policy, tmp_path)
+    trainer.processing_class = None
+    with pytest.raises(ValueError, match=r"processing_class=NoneType; pass processing_class="):
+        attach_flow_credit(trainer)
+
+
+def test_a_model_without_attention_is_refused(tmp_path):
+    mamba = MambaForCausalLM(
+        MambaConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
+    with pytest.raises(NoAttentionError):
+        build(FlowGRPOTrainer, mamba, tmp_path)
+
+
+# reward
+
+
+@pytest.fixture
+def tracer(policy):
+    return ft.wrap(AutoModelForCausalLM.from_pretrained(policy), word_tokenizer())
+
+
+def call(flow_reward, texts=TEXTS, prompts=None, **columns):
+    return flow_reward(
+        prompts=prompts or [PROMPTS[row // 2] for row in range(len(texts))],
+        completions=list(texts),
+        completion_ids=[words(text) for text in texts],
+        **columns,
+    )
+
+
+def test_the_reward_is_the_reasoning_share(tracer):
+    scores = call(FlowReward(tracer))
+    for row, text in enumerate(TEXTS):
+        trace = tracer.trace_tokens(words(PROMPTS[row // 2]), words(text))
+        assert scores[row] == pytest.approx(trace.reasoning_share, rel=1e-5)
+    assert all(0 < share <= 1 for share in scores)
+    assert len(set(scores)) == 4
+
+
+def test_no_answer_is_no_opinion(tracer):
+    scores = call(FlowReward(tracer, batch_size=2), ["so then", "", "so", "is 3", ""])
+    assert [score is None for score in scores] == [True, True, True, False, True]
+    assert call(FlowReward(tracer), ["", ""]) == [None, None]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_the_reward_does_not_depend_on_the_batch(tracer, batch_size):
+    wanted = call(FlowReward(tracer))
+    assert call(FlowReward(tracer, batch_size=batch_size)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_messages_go_through_the_chat_template_as_trl_does_it(tracer, monkeypatch):
+    seen, trace = [], tracer.trace_ids
+    monkeypatch.setattr(tracer, "trace_ids", lambda *a, **k: seen.append(a) or trace(*a, **k))
+    messages = [{"role": "user", "content": PROMPTS[0]}]
+    scores = FlowReward(tracer)(
+        prompts=[messages],
+        completions=[[{"role": "assistant", "content": TEXTS[0]}]],
+        completion_ids=[words(TEXTS[0])],
+    )
+    wanted = word_tokenizer().apply_chat_template(messages, add_generation_prompt=True)
+    assert seen[0][0][0].tolist() == wanted["input_ids"]
+    assert scores == pytest.approx(call(FlowReward(tracer), TEXTS[:1], [f"{PROMPTS[0]} so then"]))
+
+
+def test_trainers_that_give_no_ids_get_a_score_for_the_text(tracer):
+    flow_reward = FlowReward(tracer)
+    wanted = call(flow_reward)
+    prompts = [PROMPTS[row // 2] for row in range(4)]
+    assert flow_reward(prompts=prompts, completions=TEXTS) == wanted
+    messages = [[{"role": "assistant", "content": text}] for text in TEXTS]
+    assert flow_reward(prompts=prompts, completions=messages) == wanted
+
+
+def given_outcome(prompts, completions, completion_ids, outcome, **columns):
+    return outcome
+
+
+def test_an_outcome_is_scaled_and_a_negative_one_stays(tracer):
+    texts = [*TEXTS[:2], "so then", "so then", *TEXTS[2:]]
+    outcome = [1.0, -1.0, 1.0, -1.0, 0.0, None]
+    shares = call(FlowReward(tracer), texts)
+    scores = call(FlowReward(tracer, outcome=given_outcome), texts, outcome=outcome)
+    assert scores == [pytest.approx(shares[0]), -1.0, 0.0, -1.0, 0.0, None]
+
+
+def test_the_reward_leaves_mode_and_random_numbers_alone(tracer):
+    tracer.model.train()
+    tracer.model.model.layers[0].eval()
+    modes = [module.training for module in tracer.model.modules()]
+    before = torch.get_rng_state()
+    call(FlowReward(tracer))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in tracer.model.modules()] == modes
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["the policy", "another model"])
+def test_the_reward_trains_in_unmodified_grpo(policy, tmp_path, tracer, shared):
+    model = tracer.model if shared else policy
+    flow_reward = FlowReward(tracer, name="reasoning")
+    trainer = build(GRPOTrainer, model, tmp_path, [reward, flow_reward], max_steps=3)
+    trainer.train()
+    means = [step.get("rewards/reasoning/mean") for step in trainer.state.log_history]
+    assert any(mean is not None and 0 < mean <= 1 for mean in means)
+    found = [step["reasoning/answer_found"] for step in trainer.state.log_history[:3]]
+    assert all(0 <= share <= 1 for share in found)
+    assert max(found) > 0
+
+
+def test_credit_and_reward_trace_one_model_together(policy, tmp_path, tracer):
+    flow_reward = FlowReward(tracer)
+    trainer = build(
+        FlowGRPOTrainer, tracer.model, tmp_path, [reward, flow_reward], rollout_func=scripted(TEXTS)
+    )
+    alone = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    assert torch.equal(weights(trainer), weights(alone))
+    trainer.train()
+    assert logged(trainer, "answer_found") == [1.0, 1.0]
+
+
+def right_digit(prompts, completions, completion_ids, digit, **columns):
+    """A reward that needs a column of the data set."""
+    return [float(str(wanted) in text) for wanted, text in zip(digit, completions, strict=True)]
+
+
+@pytest.mark.parametrize("kind", [GRPOTrainer, RLOOTrainer])
+def test_columns_reach_the_outcome(policy, tmp_path, tracer, kind):
+    rows = {"prompt": PROMPTS * 4, "digit": [7] * 16}
+    rewards = [FlowReward(tracer, outcome=right_digit), reward]
+    if kind is GRPOTrainer:
+        trainer = build(GRPOTrainer, policy, tmp_path, rewards, rows=rows)
+    else:
+        trainer = rloo(policy, tmp_path, rewards, rows)
+    trainer.train()
+    assert "rewards/flow_reward/mean" in trainer.state.log_history[0]
+
+
+def test_the_reward_can_be_pickled(tracer):
+    flow_reward = FlowReward(tracer, outcome=given_outcome, name="mine", batch_size=3)
+    again = pickle.loads(pickle.dumps(flow_reward))
+    outcome = [1.0, 0.5, 0.25, 2.0]
+    assert call(again, outcome=outcome) == call(flow_reward, outcome=outcome)
+    assert (again.__name__, again.batch_size) == ("mine", 3)
+    assert again.tracer.layers == tracer.layers
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("wrong", ["nothing", "none", "model"])
+def test_a_reward_without_a_tracer_says_how_to_make_one(policy, wrong):
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    arguments = {"nothing": (), "none": (None,), "model": (model,)}[wrong]
+    with pytest.raises(TypeError, match=r"FlowReward\(flowtracer_plugin.wrap\(model, tokenizer\)"):
+        FlowReward(*arguments)
+    assert call(FlowReward(ft.wrap(model, word_tokenizer())))
+
+
+def test_a_reward_needs_a_tokenizer(tracer):
+    with pytest.raises(ValueError, match=r"no tokenizer; make it with wrap\(model, tokenizer\)"):
+        FlowReward(ft.wrap(tracer.model))
+
+
+async def async_outcome(**columns):
+    return []
+
+
+class AsyncOutcome:
+    async def __call__(self, **columns):
+        return []
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "outcome", ["accuracy", async_outcome, AsyncOutcome(), torch.nn.Linear(1, 1)]
+)
+def test_an_outcome_must_be_a_plain_function(tracer, outcome):
+    with pytest.raises(TypeError, match="outcome must be a reward function that is not async"):
+        FlowReward(tracer, outcome=outcome)
