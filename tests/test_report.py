@@ -196,7 +196,7 @@ def test_page_says_what_was_found(trace):
     html = render_page(trace)
     share = f"{100 * trace.reasoning_share:.1f}"
     for said in (
-        "found by rule <q>boxed</q> in tokens 47",
+        "found by rule <q>boxed</q> in token 47",
         "tiny",
         "layers 2–4",
         "49 tokens",

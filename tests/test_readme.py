@@ -1,0 +1,83 @@
+"""What the documents promise."""
+
+import contextlib
+import io
+import re
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "adapters/README.md")]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_first_program_prints_what_the_readme_says(tmp_path, monkeypatch):
+    (language, program), (_, printed) = BLOCKS[:2]
+    assert language == "python"
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(compile(program, "README.md", "exec"), {})
+    assert output.getvalue() == printed
+    assert "<html" in (tmp_path / "trace.html").read_text()
+
+
+def test_the_readme_is_short_and_shows_its_output_early():
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    assert lines.index("```text") < 30
+    assert README.index(BLOCKS[1][1]) < len("\n".join(lines[:30]))
+
+
+def test_the_models_that_the_readme_names_are_the_ones_that_are_tested():
+    from tests.families import FAMILIES
+
+    compared = README.partition("in the tests:")[2].partition(".")[0]
+    named = {name.strip() for name in compared.split(",")}
+    assert {name.removesuffix("_text") for name in FAMILIES} == named
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.parent.name + "-" + path.stem)
+def test_links_between_documents_lead_somewhere(document):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text())
+    assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+def test_the_commands_that_the_documents_name_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for document in DOCUMENTS:
+        for command in re.findall(
+            r"^make ([a-z ]+?)(?:  .*)?$", document.read_text(), re.MULTILINE
+        ):
+            for target in command.split():
+                assert f"\n{target}:" in makefile, target
+
+
+def test_the_options_that_the_readme_shows_for_the_command_exist():
+    from typer.testing import CliRunner
+
+    from flowtracer_plugin.cli import app
+
+    described = CliRunner().invoke(app, ["trace", "--help"], terminal_width=200).output
+    shown = {flag for language, text in BLOCKS if language == "bash" for flag in text.split()}
+    for flag in {flag for flag in shown if flag.startswith("--")}:
+        assert flag in described, flag
+
+
+def test_the_pinned_versions_cover_what_the_package_needs():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [
+        *project["dependencies"],
+        *chain.from_iterable(project["optional-dependencies"].values()),
+    ]
+    names = {re.split(r"[<>=\[]", need)[0].lower() for need in needed} - {"flowtracer-plugin"}
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().split()
+    }
+    assert names - pinned == set()
