@@ -16,8 +16,11 @@ from scipy.special import entr
 
 from flowtracer_plugin.flow import Flow
 
-STEP_END = re.compile(r"\n+|(?<=[.!?])\s+")
-"""A step is a line, or a sentence within one."""
+STEP_END = re.compile(
+    r"\n\s*|(?<=[.!?])(?<!^\d\.)(?<!^\d\d\.)\s+|(?<=[。！？])\s*",  # noqa: RUF001
+    re.MULTILINE,
+)
+"""A step is a line, or a sentence within one; the number of a list's item is no sentence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +159,10 @@ def step_bounds(pieces: Sequence[str], prompt_length: int) -> tuple[tuple[int, i
 
 def _bounds(pieces: Sequence[str]) -> list[tuple[int, int]]:
     text = "".join(pieces)
-    ends = np.array([match.end() for match in STEP_END.finditer(text)], dtype=np.int64)
+    # Blank space around the text is no step of its own.
+    found = STEP_END.finditer(text, len(text) - len(text.lstrip()))
+    last = len(text.rstrip())
+    ends = np.array([match.end() for match in found if match.end() < last], dtype=np.int64)
     # A token that begins with a space belongs to the word after it, not to the step before.
     indents = [len(piece) - len(piece.lstrip()) if piece.strip() else 0 for piece in pieces]
     starts = np.cumsum([0, *map(len, pieces)])[:-1] + indents

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -35,12 +35,13 @@ def _fail(error: Exception) -> NoReturn:
     raise SystemExit(1) from None
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        from flowtracer_plugin import __version__
+def _version(wanted: bool) -> bool:
+    if not wanted:
+        return False
+    from flowtracer_plugin import __version__
 
-        typer.echo(f"flowtracer {__version__}")
-        raise typer.Exit
+    typer.echo(f"flowtracer {__version__}")
+    raise typer.Exit
 
 
 @app.callback()
@@ -75,13 +76,22 @@ def trace(
     layers: Annotated[
         str, typer.Option(help="middle, early, late, all, middle:5, or numbers such as 4,5,6.")
     ] = "middle",
-    target: Annotated[str, typer.Option(help="answer, or decision.")] = "answer",
-    question: Annotated[str, typer.Option(help="prompt, all, or user.")] = "prompt",
+    target: Annotated[
+        Literal["answer", "decision"],
+        typer.Option(help="Trace to the answer, or to the tokens whose logits choose it."),
+    ] = "answer",
+    question: Annotated[
+        Literal["prompt", "all", "user"],
+        typer.Option(help="Trace from the prompt, also from its special tokens, or from --prompt."),
+    ] = "prompt",
     chat: Annotated[
         bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
     ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Precision of the model; auto is that of its files."),
+    ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the trace as JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page to this file.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the trace to this file.")] = None,
@@ -91,11 +101,14 @@ def trace(
 ) -> None:
     """Show which tokens carried the answer.
 
-    Example: flowtracer trace --model Qwen/Qwen3-0.6B --prompt "What is 17 * 3?" --html trace.html
+    For example:
+
+    flowtracer trace --model Qwen/Qwen3-0.6B --prompt "What is 17 * 3?"
     """
     if generate and response is not None:
         raise typer.BadParameter("pass --response or --generate, not both")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    finder = _finder(answer)
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     loaded, tokenizer = _load(model, device, dtype)
     import flowtracer_plugin as ft
 
@@ -105,7 +118,7 @@ def trace(
         layers=_layers(layers),
         question=question,
         target=target,
-        answer=_finder(answer),
+        answer=finder,
     )
     asked: Any = text
     if chat and tokenizer.chat_template is not None:
@@ -135,17 +148,44 @@ def _show(result: FlowTrace, *, as_json: bool, html: Path | None, save: Path | N
 
 
 def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
-    import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar() if not sys.stderr.isatty() else None
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+    talk: Any = logging
+    if not sys.stderr.isatty():
+        talk.disable_progress_bar()
+    chosen, here = _device(device), Path(name).exists()
+    if here and not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name!r} has no config.json; wanted the folder of a Hugging Face model")
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        cause = str(error).partition("\n")[0].rstrip(" .:")
+        raise ValueError(
+            f"cannot load {name!r}: {cause}; wanted a folder that save_pretrained() of model and "
+            "tokenizer wrote"
+            if here
+            else f"there is no folder {name!r}, and no such model could be had from the hub: "
+            f"{cause}; check its id and the connection, and if it is gated, hf auth login"
+        ) from error
     return model.to(chosen).eval(), tokenizer
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter if PyTorch is built without CUDA
+        raise typer.BadParameter(
+            f"PyTorch has no {name!r} on this machine; wanted auto, cpu, cuda, cuda:1 or mps",
+            param_hint="--device",
+        ) from error
+    return name
 
 
 def _layers(text: str) -> str | list[int]:
@@ -158,8 +198,18 @@ def _layers(text: str) -> str | list[int]:
 def _finder(text: str) -> Any:
     import re
 
-    pattern = text.removeprefix("re:")
-    return text if pattern == text else re.compile(pattern)
+    from flowtracer_plugin.spans import FINDERS, find_answer
+
+    pattern, names = text.removeprefix("re:"), ["auto", *FINDERS]
+    if text in names:
+        return text
+    try:
+        if pattern == text:
+            raise ValueError(f"wanted {', '.join(names)} or re:PATTERN, found {text!r}")
+        find_answer("", re.compile(pattern))
+    except (ValueError, re.error) as error:
+        raise typer.BadParameter(str(error), param_hint="--answer") from error
+    return re.compile(pattern)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from flowtracer_plugin.graph import FlowGraph
 
 QUESTION_WEIGHTS = ("uniform", "reach")
 BOUNDARIES = ("literal", "absorbing")
+UNREACHED = ("raise", "zero")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -88,6 +89,7 @@ def solve_flow(
     *,
     question_weights: str = "uniform",
     boundary: str = "literal",
+    unreached: str = "raise",
 ) -> Flow:
     """Trace how one unit, injected over the question, flows along attention into the answer.
 
@@ -101,10 +103,12 @@ def solve_flow(
             answer; "reach" injects in proportion to its influence.
         boundary: "literal" lets influence pass through answer tokens to later ones; "absorbing"
             ends it at the first answer token that it meets.
+        unreached: "raise" if no question token reaches the answer, or "zero": such a graph, or row
+            of a batch, carries no flow and has 0 in `question_reached`.
 
     Raises:
         TypeError, ValueError: as `FlowGraph.from_attention`; and ValueError if no question token
-            reaches the answer.
+            reaches the answer, unless `unreached` is "zero".
         FloatingPointError: the numbers do not fit the precision of the attention.
 
     >>> flow = solve_flow(np.tril(np.ones((4, 4))), [1, 0, 0, 0], [0, 0, 0, 1])
@@ -114,11 +118,17 @@ def solve_flow(
     array([4., 2., 1., 1.])
     """
     graph = FlowGraph.from_attention(attention, question, answer)
-    return solve_graph(graph, question_weights=question_weights, boundary=boundary)
+    return solve_graph(
+        graph, question_weights=question_weights, boundary=boundary, unreached=unreached
+    )
 
 
 def solve_graph(
-    graph: FlowGraph, *, question_weights: str = "uniform", boundary: str = "literal"
+    graph: FlowGraph,
+    *,
+    question_weights: str = "uniform",
+    boundary: str = "literal",
+    unreached: str = "raise",
 ) -> Flow:
     """`solve_flow` for a graph that has been made, and perhaps pruned, before.
 
@@ -128,6 +138,7 @@ def solve_graph(
     """
     _check_option("question_weights", question_weights, QUESTION_WEIGHTS)
     _check_option("boundary", boundary, BOUNDARIES)
+    _check_option("unreached", unreached, UNREACHED)
     edges, question, answer = graph.edges, graph.question, graph.answer
     xp, dtype = backend_of(answer).xp, (edges[0] if isinstance(edges, tuple) else edges).dtype
     unit = _unit(xp.finfo(dtype))
@@ -140,7 +151,8 @@ def solve_graph(
         potential = _potential(system, scaled, source)
         reach, throughput = scaled / unit, scaled * potential
         reached = (question & (scaled > 0)).sum(-1)
-        _check_flow(reached, reach, _into_sink(answer, reach, throughput))
+        sunk = _into_sink(answer, reach, throughput)
+        _check_flow(reached, reach, sunk, zero=unreached == "zero")
     return Flow(
         graph=graph,
         reach=reach,
@@ -177,9 +189,10 @@ def _reach(system: Any, sink: Float[Any, "*batch token"]) -> Float[Any, "*batch 
 def _source(
     reached: Bool[Any, "*batch token"], reach: Float[Any, "*batch token"], weights: str
 ) -> Float[Any, "*batch token"]:
-    """`mu`: one unit over the question tokens that are reached; nan where there is none."""
+    """`mu`: one unit over the question tokens that are reached; 0 where there is none."""
     share = reached * (reach if weights == "reach" else backend_of(reach).xp.ones_like(reach))
-    return share / share.sum(-1, keepdims=True)
+    total = share.sum(-1, keepdims=True)
+    return share / (total + (total == 0))
 
 
 def _potential(
@@ -203,20 +216,23 @@ def _into_sink(
     return answer * throughput / backend_of(reach).xp.where(answer, reach, 1)
 
 
-def _check_flow(reached: Any, reach: Any, sunk: Any) -> None:
-    """Raise if a row has no source, or if its numbers did not fit: then the unit gets lost."""
+def _check_flow(reached: Any, reach: Any, sunk: Any, *, zero: bool) -> None:
+    """Raise if numbers did not fit, for the unit gets lost then, or a row has no source.
+
+    With `zero` a row may have none.
+    """
+    connected = (reached > 0) | ~backend_of(reach).xp.isfinite(reach).all(-1)
     # nan or infinity at any token makes the sum nan, which fails the comparison
-    conserved = abs(sunk.sum(-1) - 1) < 1e-3
-    if bool(conserved.all()):
+    sound = (abs(sunk.sum(-1) - 1) < 1e-3) | (~connected & zero)
+    if bool(sound.all()):
         return
     name = dtype_name(reach)
-    connected = (reached > 0) | ~backend_of(reach).xp.isfinite(reach).all(-1)
-    if not bool(connected.all()):
+    if not zero and not bool(connected.all()):
         raise ValueError(
             f"no question token reaches the answer{rows_without(connected)}: every path has "
             f"weight 0, or less than {name} can hold (float64 attention holds more)"
         )
     raise FloatingPointError(
-        f"the flow does not fit {name}{rows_without(conserved)}: influence grows along rows of "
+        f"the flow does not fit {name}{rows_without(sound)}: influence grows along rows of "
         "attention that sum to more than 1; normalise the rows, or pass float64"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,21 +22,23 @@ def select_layers(selection: str | Sequence[int], available: Sequence[int]) -> t
                 f"this model's attention layers are {list(available)}"
             )
         return tuple(sorted(set(selection)))
-    name, _, number = selection.partition(":")
-    count = len(available)
+    third = round(len(available) / 3)
     bands = {
         "all": slice(None),
-        "early": slice(0, max(1, count // 3)),
-        "middle": slice(count // 3, max(count // 3 + 1, 2 * count // 3)),
-        "late": slice(2 * count // 3, None),
+        "early": slice(0, third),
+        "middle": slice(third, len(available) - third),
+        "late": slice(len(available) - third, None),
     }
-    if name not in bands or (number and not number.isdecimal()) or number == "0":
+    wanted = re.fullmatch(rf"({'|'.join(bands)})(?::([1-9][0-9]*))?", selection)
+    if wanted is None:
         raise ValueError(
             f"layers must be one of {', '.join(bands)}, such a name with a number as in "
             f"'middle:5', or layer numbers, got {selection!r}"
         )
-    band = tuple(available[bands[name]])
-    if not number:
+    name, number = wanted.groups()
+    # One or two layers have no thirds: then all of them count.
+    band = tuple(available[bands[name]] or available)
+    if number is None:
         return band
     picks = np.linspace(0, len(band) - 1, min(int(number), len(band))).round().astype(int)
     return tuple(band[pick] for pick in picks)

@@ -18,7 +18,9 @@ from flowtracer_plugin.trace import FlowOptions
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FlowBatch:
-    """The flow of padded rollouts, on the device of the model. Rows without an answer are 0.
+    """The flow of padded rollouts, on the device of the model.
+
+    Rows without an answer are 0, and so are those whose question does not reach it.
 
     Attributes:
         prompt_length: Columns before the completions.
@@ -103,7 +105,7 @@ def solve_rollouts(
     prompt_length: int,
     options: FlowOptions,
 ) -> FlowBatch:
-    """Solve the rows that have an answer; the others come back as 0."""
+    """Solve the rows whose question reaches an answer; the others come back as 0."""
     throughput, reach = torch.zeros(2, *attention.shape[:2], device=attention.device)
     share = torch.zeros(len(attention), device=attention.device)
     rows = masks.target.any(-1).nonzero().squeeze(-1)
@@ -115,8 +117,10 @@ def solve_rollouts(
             target,
             question_weights=options.question_weights,
             boundary=options.boundary,
+            unreached="zero",
         )
-        throughput[rows], reach[rows] = flow.throughput, flow.reach
+        reached = torch.as_tensor(flow.question_reached)[:, None] > 0
+        throughput[rows], reach[rows] = flow.throughput, flow.reach * reached
         landing = flow.edge_flow()[:, prompt_length:, :prompt_length].sum(-1)
         share[rows] = landing.masked_fill(target[:, prompt_length:], 0.0).sum(-1)
     return FlowBatch(

@@ -88,6 +88,15 @@ def _after_think(text: str) -> Span | None:
     return _trimmed(text, len(text) - len(answer), len(text)) if marker else None
 
 
+def _last_word(text: str) -> Span | None:
+    words = ((m.start(), m.start() + len(m[0].rstrip(_CLOSING))) for m in _WORD.finditer(text))
+    return _last_filled(text, words, _OPENING)
+
+
+_WORD = re.compile(r"\S+")
+_OPENING = "\"'“‘*_`"  # noqa: RUF001
+_CLOSING = _OPENING + "”’.,;:!?…。！？"  # noqa: RUF001
+
 # Every pattern stops before its own next match, which keeps it linear and lets the last match win.
 _ANSWER_TAG = r"<answer>((?:(?!</?answer>)[\s\S])*+)</answer>"
 _HASH = r"#{4,}((?:(?!####)[^\n])*+)"
@@ -106,9 +115,13 @@ FINDERS: Mapping[str, Finder] = MappingProxyType(
         "phrase": _last_group(_PHRASE, " \t\r*$"),
         "after_think": _after_think,
         "last_number": _last_group(_NUMBER),
+        "last_word": _last_word,
     }
 )
-"""The built-in finders, in the order in which "auto" tries them. Each takes the last match."""
+"""The built-in finders, in the order in which "auto" tries them. Each takes the last match.
+
+"auto" leaves out "last_word", which finds something in nearly every text.
+"""
 
 
 def find_answer(text: str, finder: AnswerFinder = "auto") -> FoundAnswer | None:
@@ -150,7 +163,9 @@ def _rules(finder: AnswerFinder) -> Mapping[str, Finder]:
             f"wanted the name of an answer finder, one of {['auto', *FINDERS]}, found {finder!r}; "
             "for a regex pass re.compile(...)"
         )
-    return FINDERS if finder == "auto" else {finder: FINDERS[finder]}
+    if finder == "auto":
+        return {name: find for name, find in FINDERS.items() if name != "last_word"}
+    return {finder: FINDERS[finder]}
 
 
 def _checked_span(text: str, span: object, name: str) -> Span | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -53,29 +52,30 @@ def load(path: str | Path) -> FlowTrace:
     if not path.is_file():
         raise FileNotFoundError(f"no trace at {str(path)!r}")
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            _check(metadata, path)
-            arrays = {name: file.get_tensor(name) for name in (*_ARRAYS, *_MASKS, "attention")}
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is not a trace, or is damaged: {error}") from error
+        return _read(path)
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"cannot read {str(path)!r} as a trace: {error}") from error
+
+
+def _read(path: Path) -> FlowTrace:
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                "wanted a file that FlowTrace.save() wrote, this one is something else"
+            )
+        if int(metadata["version"]) > VERSION:
+            raise ValueError(
+                f"it has format version {metadata['version']}, this flowtracer-plugin reads "
+                f"versions up to {VERSION}; upgrade flowtracer-plugin"
+            )
+        arrays = {name: file.get_tensor(name) for name in (*_ARRAYS, *_MASKS, "attention")}
     return _assemble(json.loads(metadata["trace"]), arrays)
 
 
-def _check(metadata: dict[str, str], path: Path) -> None:
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{str(path)!r} is a safetensors file, but not a trace; wanted one that "
-            "FlowTrace.save() wrote"
-        )
-    if int(metadata["version"]) > VERSION:
-        raise ValueError(
-            f"{str(path)!r} has format version {metadata['version']}, this flowtracer-plugin reads "
-            f"versions up to {VERSION}; upgrade flowtracer-plugin"
-        )
-
-
 def _assemble(header: dict[str, Any], arrays: dict[str, Any]) -> FlowTrace:
+    if {len(arrays[name]) for name in (*_ARRAYS, *_MASKS)} != {len(header["tokens"])}:
+        raise ValueError("its header and its arrays differ in length")
     options = header["options"]
     layers = options["layers"]
     options["layers"] = layers if isinstance(layers, str) else tuple(layers)
@@ -106,15 +106,12 @@ def _unpack(packed: Float[np.ndarray, " edge"], length: int) -> Float[np.ndarray
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a crash leaves the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Not tempfile: its files are for their owner alone, and a result is as readable as any other.
+    temporary = path.parent / f".{token_hex(8)}.part"
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
-        # mkstemp's file is for its owner alone; a result should be as readable as any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

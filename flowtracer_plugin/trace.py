@@ -45,10 +45,10 @@ class FlowOptions:
     layers: str | tuple[int, ...] = "middle"
     question: str = "prompt"
     answer: str = "auto"
-    target: Literal["answer", "decision"] = "answer"
-    question_weights: Literal["uniform", "reach"] = "uniform"
-    boundary: Literal["literal", "absorbing"] = "literal"
-    first_token: Literal["keep", "drop"] = "keep"
+    target: str = "answer"
+    question_weights: str = "uniform"
+    boundary: str = "literal"
+    first_token: str = "keep"
 
     def __post_init__(self) -> None:
         """Refuse values that no option has.
@@ -175,19 +175,20 @@ class FlowTrace:
         landing = self.flow.edge_flow()[length:, :length].sum(1)
         return float(landing[~self.spans.target[length:]].sum())
 
-    def hubs(self, count: int = 10) -> tuple[RankedToken, ...]:
+    def hubs(self, count: int = 10, *, within: str = "reasoning") -> tuple[RankedToken, ...]:
         """Tokens with much flow that many later tokens draw on, the strongest first.
 
-        Score: throughput × effective number of outgoing edges, in edges.
+        Score: throughput × effective number of outgoing edges, in edges. Ranked are the response's
+        tokens before and around the answer, or with `within="all"` every token.
         """
-        return self._ranked(backbone.hub_scores(self.flow), count)
+        return self._ranked(backbone.hub_scores(self.flow), count, within)
 
-    def checkpoints(self, count: int = 10) -> tuple[RankedToken, ...]:
+    def checkpoints(self, count: int = 10, *, within: str = "reasoning") -> tuple[RankedToken, ...]:
         """Tokens with much flow that gather it from many, the strongest first.
 
-        Score: throughput × effective number of incoming edges, in edges.
+        Score: throughput × effective number of incoming edges, in edges. Ranked as in `hubs`.
         """
-        return self._ranked(backbone.checkpoint_scores(self.flow), count)
+        return self._ranked(backbone.checkpoint_scores(self.flow), count, within)
 
     def paths(self, count: int = 5) -> tuple[FlowPath, ...]:
         """The most probable ways from the question to the answer, the likeliest first."""
@@ -198,19 +199,25 @@ class FlowTrace:
         bounds = backbone.step_bounds(self.tokens, self.spans.prompt_length)
         return backbone.step_graph(self.flow, self.tokens, bounds, self.spans.regions)
 
-    def _ranked(self, scores: Float[np.ndarray, " token"], count: int) -> tuple[RankedToken, ...]:
+    def _ranked(
+        self, scores: Float[np.ndarray, " token"], count: int, within: str
+    ) -> tuple[RankedToken, ...]:
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count!r}")
-        order = np.argsort(-scores, kind="stable")[:count]
-        return tuple(self._token(int(i), float(scores[i])) for i in order if scores[i] > 0)
-
-    def _token(self, index: int, score: float) -> RankedToken:
-        return RankedToken(
-            index=index,
-            text=self.tokens[index],
-            region=self.spans.regions[index],
-            throughput=float(self.throughput[index]),
-            score=score,
+        if within not in ("reasoning", "all"):
+            raise ValueError(f"within must be 'reasoning' or 'all', got {within!r}")
+        regions = self.spans.regions
+        eligible = (scores > 0) & ((within == "all") | (np.array(regions) == "response"))
+        order = np.argsort(-scores, kind="stable")
+        return tuple(
+            RankedToken(
+                index=index,
+                text=self.tokens[index],
+                region=regions[index],
+                throughput=float(self.throughput[index]),
+                score=float(scores[index]),
+            )
+            for index in order[eligible[order]][:count].tolist()
         )
 
     def save(self, path: str | Path) -> Path:
@@ -255,7 +262,9 @@ class FlowTrace:
 
     def to_json(self) -> str:
         """`to_dict` as a JSON document."""
-        return json.dumps(self.to_dict(), ensure_ascii=False)
+        text = json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+        # Half a surrogate pair, as in an undecodable file name, cannot be written but as an escape.
+        return text.encode(errors="backslashreplace").decode()
 
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page and return its path."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -15,7 +16,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from flowtracer_plugin.attention import AttentionAdapter
-from flowtracer_plugin.capture import AttentionReader, language_model, vocabulary_size
+from flowtracer_plugin.capture import (
+    AttentionReader,
+    evaluating,
+    language_model,
+    vocabulary_size,
+)
 from flowtracer_plugin.encoding import Prompt, encode_prompt, encode_response, user_text
 from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.layers import select_layers
@@ -27,7 +33,13 @@ from flowtracer_plugin.rollouts import (
     solve_rollouts,
     target_mask,
 )
-from flowtracer_plugin.spans import AnswerFinder, answer_mask, decode_tokens, question_mask
+from flowtracer_plugin.spans import (
+    AnswerFinder,
+    answer_mask,
+    decode_tokens,
+    find_answer,
+    question_mask,
+)
 from flowtracer_plugin.trace import FlowOptions, FlowTrace, Spans
 
 TokenMask = Bool[np.ndarray, " token"]
@@ -78,14 +90,17 @@ def wrap(
             belong to the model.
         TypeError: `model` is no transformers model.
     """
+    if question == "mask":
+        raise ValueError("question='mask' needs the mask: pass it to trace(..., question=)")
+    _check_finder(answer)
     options = FlowOptions(
         layers=layers if isinstance(layers, str) else tuple(layers),
         question=question,
         answer=_finder_name(answer),
-        target=cast(Any, target),
-        question_weights=cast(Any, question_weights),
-        boundary=cast(Any, boundary),
-        first_token=cast(Any, first_token),
+        target=target,
+        question_weights=question_weights,
+        boundary=boundary,
+        first_token=first_token,
     )
     language_model(model)
     reader = AttentionReader(model, adapter, block=block)
@@ -101,14 +116,36 @@ def _finder_name(finder: AnswerFinder) -> str:
     return finder if isinstance(finder, str) else getattr(finder, "__name__", repr(finder))
 
 
+def _check_finder(finder: AnswerFinder) -> None:
+    """Refuse an unknown finder now, not after a long generation."""
+    if isinstance(finder, str | re.Pattern):
+        find_answer("", finder)
+
+
 def _check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     known, embedded = len(tokenizer), vocabulary_size(model)
-    # Embeddings are often padded beyond the tokenizer by a few per cent, never the other way round.
-    if not embedded / 2 <= known <= embedded:
+    # Embeddings are often padded beyond the tokenizer by a few per cent. Of a tokenizer, a token
+    # for images may lie beyond the embeddings of its text-only models (Gemma 3).
+    if not embedded / 2 <= known or tokenizer.vocab_size > embedded:
         raise ValueError(
             f"the tokenizer knows {known} tokens and the model embeds {embedded}: they do not "
             "belong together; load both from the same path"
         )
+
+
+def _rebuilt(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: FlowOptions,
+    answer: AnswerFinder,
+    adapter: AttentionAdapter,
+    block: int,
+    verified: bool,
+) -> FlowTracer:
+    """The tracer that was pickled."""
+    reader = AttentionReader(model, adapter, block=block)
+    reader.verified = verified
+    return FlowTracer(reader, tokenizer, options, answer)
 
 
 class FlowTracer:
@@ -133,6 +170,12 @@ class FlowTracer:
             f"FlowTracer({type(self.model).__name__}, layers {list(self.layers)}, "
             f"adapter {self._reader.adapter.name!r})"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the lock and nnsight's handles on the model, which are made anew.
+        reader = self._reader
+        parts = self.model, self.tokenizer, self.options, self._answer
+        return _rebuilt, (*parts, reader.adapter, reader.block, reader.verified)
 
     def attention(
         self,
@@ -191,7 +234,16 @@ class FlowTracer:
         answer: AnswerFinder | None = None,
         question: Sequence[bool] | TokenMask | None = None,
     ) -> FlowTrace:
-        """`trace` for token ids, such as sampled ones."""
+        """`trace` for token ids, such as sampled ones.
+
+        Raises:
+            ValueError: As for `trace`, or the tracer's rule is `question="user"`, which needs text.
+        """
+        if question is None and self.options.question == "user":
+            raise ValueError(
+                "question='user' needs to know what the user said, and token ids do not tell; "
+                "pass trace_tokens(..., question=mask)"
+            )
         return self._trace(list(prompt_ids), list(response_ids), answer, question, None)
 
     def generate(
@@ -206,26 +258,31 @@ class FlowTracer:
     ) -> FlowTrace:
         """Let the model answer `prompt`, then trace its answer; greedy unless `do_sample`.
 
+        The answer ends at the model's end token, after `max_new_tokens`, or where the context ends.
+
         Raises:
             AnswerNotFoundError: There is no answer in what the model said; the message quotes it.
             ValueError: As for `trace`.
         """
         tokenizer = self._require_tokenizer()
+        _check_finder(self._answer if answer is None else answer)
         prompt_ids, _ = encode_prompt(tokenizer, prompt)
         self._check_length(len(prompt_ids) + 1)
+        most = min(max_new_tokens, self._context() - len(prompt_ids))
         device = next(self.model.parameters()).device
         inputs = torch.tensor([prompt_ids], device=device)
-        generated = cast(Any, self.model).generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature if do_sample else None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            streamer=_Progress(max_new_tokens) if progress else None,
-        )
+        with evaluating(self.model):
+            generated = cast(Any, self.model).generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=most,
+                do_sample=do_sample,
+                temperature=temperature if do_sample else None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id or 0,
+                streamer=_Progress(most) if progress else None,
+            )
         ids = generated[0, len(prompt_ids) :].tolist()
         return self._trace(prompt_ids, ids, answer, None, user_text(prompt))
 
@@ -252,13 +309,25 @@ class FlowTracer:
             completion_mask: 0 on padding.
             batch_size: Rows in one forward pass; all by default.
             answer: How to find the answers, instead of the tracer's own finder.
+
+        Raises:
+            ValueError: There are no rows, `batch_size` is below 1, or as for `attention`.
         """
+        if not len(prompt_ids):
+            raise ValueError("wanted at least one rollout, found none")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+        if self.options.question == "user":
+            raise ValueError(
+                "question='user' needs to know what the user said, and token ids do not tell; "
+                "wrap the model with question='prompt'"
+            )
         ids = torch.cat([prompt_ids, completion_ids], dim=1)
         mask = torch.cat([prompt_mask, completion_mask], dim=1).bool()
         tokenizer, finder = self._require_tokenizer(), self._answer if answer is None else answer
         length = prompt_ids.shape[1]
         parts = []
-        for rows in _chunks(len(ids), batch_size):
+        for rows in _chunks(len(ids), batch_size or len(ids)):
             # Rows without an answer run through the model too: every process of a distributed run
             # must make the same forward passes.
             attention = self._edges(ids[rows], mask[rows])
@@ -350,7 +419,8 @@ class FlowTracer:
                 "input_ids and attention_mask must both be [batch, token], got "
                 f"{tuple(input_ids.shape)} and {tuple(mask.shape)}"
             )
-        self._check_length(input_ids.shape[1])
+        # Padding does not count: positions begin at the first token that is visible.
+        self._check_length(int(mask.bool().sum(-1).max()))
         size = vocabulary_size(self.model)
         if not bool(((input_ids >= 0) & (input_ids < size)).all()):
             raise ValueError(
@@ -359,18 +429,20 @@ class FlowTracer:
             )
 
     def _check_length(self, length: int) -> None:
-        config = language_model(self.model).config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit is not None and length > limit:
+        limit = self._context()
+        if length > limit:
             raise ValueError(
                 f"prompt and response have {length} tokens, more than the model's context of "
                 f"{limit}; shorten them"
             )
 
+    def _context(self) -> int:
+        config = language_model(self.model).config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
-def _chunks(count: int, size: int | None) -> Iterator[slice]:
-    step = size or max(count, 1)
-    return (slice(start, start + step) for start in range(0, count, step))
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
 
 
 def _model_name(model: nn.Module) -> str:

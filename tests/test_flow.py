@@ -544,6 +544,35 @@ def test_a_batch_names_the_rows_that_do_not_reach_the_answer(kind):
         solve_flow(attention, *masks)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weights", ["uniform", "reach"])
+def test_rows_that_do_not_reach_the_answer_may_carry_no_flow(kind, weights):
+    cut = chain(3, 0.5)
+    cut[1, 0] = 0
+    rows = [chain(3, 0.5), cut]
+    attention = [held_as(kind, row) for row in rows]
+    if kind in DENSE:
+        attention = held_as(kind, np.stack(rows))
+    masks = [held_as(kind, np.stack([mask(3, token)] * 2)) for token in (0, 2)]
+    flow = solve_flow(attention, *masks, question_weights=weights, unreached="zero")
+    np.testing.assert_allclose(dense(flow.throughput), [[1, 1, 1], [0, 0, 0]])
+    np.testing.assert_allclose(dense(flow.reach), [[0.25, 0.5, 1], [0, 0.5, 1]])
+    np.testing.assert_allclose(dense(flow.sink_flow()), [[0, 0, 1], [0, 0, 0]])
+    assert not dense(flow.edge_flow())[1].any()
+    assert flow.question_reached.tolist() == [1, 0]
+    alone = solve_flow(held_as(kind, cut), [1, 0, 0], [0, 0, 1], unreached="zero")
+    assert alone.question_reached == 0
+    assert not dense(alone.throughput).any()
+
+
+def test_numbers_that_do_not_fit_are_refused_beside_rows_that_carry_no_flow():
+    huge = np.tril(np.full((60, 60), 1e30, np.float32))
+    cut = np.zeros((60, 60), np.float32)
+    masks = [np.stack([mask(60, token)] * 2) for token in (0, 59)]
+    with pytest.raises(FloatingPointError, match=r"does not fit float32 in batch rows \[1\]"):
+        solve_flow(np.stack([cut, huge]), *masks, unreached="zero")
+
+
 def test_a_chain_too_long_for_float32_is_solved_in_float64_as_the_message_says():
     parts = chain(60, 1e-3), mask(60, 0), mask(60, 59)
     with pytest.raises(ValueError, match=r"less than float32 can hold \(float64 attention"):
@@ -556,6 +585,7 @@ def test_a_chain_too_long_for_float32_is_solved_in_float64_as_the_message_says()
     [
         ({"question_weights": "equal"}, "question_weights must be one of uniform, reach, got"),
         ({"boundary": "open"}, "boundary must be one of literal, absorbing, got 'open'"),
+        ({"unreached": "skip"}, "unreached must be one of raise, zero, got 'skip'"),
     ],
 )
 def test_unknown_options(chosen, message):

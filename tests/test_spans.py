@@ -342,7 +342,32 @@ def test_every_found_span_is_filled_and_auto_agrees_with_its_rule(text):
     by_name = {name: find_answer(text, name) for name in FINDERS}
     for found in filter(None, by_name.values()):
         assert text[found.start : found.end].strip() == text[found.start : found.end] != ""
+    del by_name["last_word"]  # the one that auto does not try
     assert find_answer(text) == next(filter(None, by_name.values()), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("So it is Paris.", "Paris"),
+        ("yes", "yes"),
+        ('He said "maybe".', "maybe"),
+        ("It is **blue**!\n", "blue"),
+        ("about .5", ".5"),
+        ("he left ...", "left"),
+        ("答案是 四十二。", "四十二"),
+        ("f(x)", "f(x)"),
+        ("", None),
+        (" \n", None),
+        ("...", None),
+    ],
+)
+def test_last_word_is_stripped_of_what_closes_a_sentence(text, answer):
+    assert answer_text(text, "last_word") == answer
+
+
+def test_auto_never_takes_just_any_word():
+    assert find_answer("no idea") is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""Slow definitions of what a trace derives from its flow: every path, one after the other."""
+
+import numpy as np
+
+from tests import reference
+
+
+def all_paths(attention, question, answer, question_weights="uniform", boundary="literal"):
+    """Every way from the question into the sink, with its probability."""
+    weight = np.triu(np.asarray(attention, dtype=np.float64).T, 1)
+    shares = reference.conditioned(weight, answer, boundary)
+    mu = reference.source(weight, question, answer, question_weights, boundary)
+    size, found = len(weight), {}
+
+    def walk(path, probability):
+        if shares[path[-1], size] > 0:
+            found[path] = probability * shares[path[-1], size]
+        for later in range(path[-1] + 1, size):
+            if shares[path[-1], later] > 0:
+                walk((*path, later), probability * shares[path[-1], later])
+
+    for start in range(size):
+        if mu[start] > 0:
+            walk((start,), mu[start])
+    return found
+
+
+def reasoning_share(paths, prompt_length, target):
+    """Chance that the first response token of a way is no target."""
+    share = 0.0
+    for path, probability in paths.items():
+        entered = [token for token in path if token >= prompt_length]
+        if entered and not target[entered[0]]:
+            share += probability
+    return share
+
+
+def effective_number(parts):
+    """Exponential of the entropy of the parts' shares: how many equal parts they are worth."""
+    total = sum(parts)
+    shares = [part / total for part in parts if part > 0]
+    return np.prod([share**-share for share in shares]) if shares else 1.0
+
+
+def hub_and_checkpoint_scores(flow):
+    """From the dictionary that `reference.flow` makes."""
+    hubs, checkpoints = [], []
+    for token, through in enumerate(flow["throughput"]):
+        leaving = [*flow["edge_flow"][:, token], flow["sink_flow"][token]]
+        entering = [*flow["edge_flow"][token], flow["source"][token]]
+        hubs.append(through * effective_number(leaving))
+        checkpoints.append(through * effective_number(entering))
+    return np.array(hubs), np.array(checkpoints)
+
+
+def step_sums(flow, bounds):
+    """Edges between steps, inflow and flow into the sink, summed edge by edge."""
+    step_of = {token: s for s, (start, stop) in enumerate(bounds) for token in range(start, stop)}
+    edges, inflow, sink = np.zeros((len(bounds),) * 2), np.zeros(len(bounds)), np.zeros(len(bounds))
+    for later, row in enumerate(flow["edge_flow"]):
+        for earlier, amount in enumerate(row):
+            if step_of[later] != step_of[earlier]:
+                edges[step_of[later], step_of[earlier]] += amount
+                inflow[step_of[later]] += amount
+    for token, step in step_of.items():
+        inflow[step] += flow["source"][token]
+        sink[step] += flow["sink_flow"][token]
+    return edges, inflow, sink
+
+
+def drop_first(attention, first=0):
+    """Without what is paid to the first token; each row keeps its sum if anything is left."""
+    dropped = np.array(attention, dtype=np.float64)
+    for row in dropped:
+        before, row[first] = row.sum(), 0.0
+        if row.sum() > 0:
+            row *= before / row.sum()
+    return dropped
+
+
+def reasoning_share_by_walk(flow, prompt_length, target):
+    """The same for long texts: what has not entered the response yet, carried on token by token."""
+    size, share = len(flow["throughput"]), 0.0
+    waiting = np.array(flow["source"])
+    for earlier in range(prompt_length):
+        for later in range(earlier + 1, size):
+            part = flow["edge_flow"][later, earlier] / max(flow["throughput"][earlier], 1e-300)
+            if later < prompt_length:
+                waiting[later] += waiting[earlier] * part
+            elif not target[later]:
+                share += waiting[earlier] * part
+    return share
