@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,17 +149,13 @@ class FlowCredit:
 
     def _wrap(self) -> FlowTracer:
         options, trainer = self.options, self._trainer
-        with warnings.catch_warnings():
-            # TRL laid its own `forward` over one that a FlowReward's tracer had wrapped, and calls
-            # it: nothing is lost.
-            warnings.filterwarnings("ignore", ".*`forward` was replaced after nnsight wrapped")
-            return wrap(
-                trainer.model,
-                find_tokenizer(trainer.processing_class),
-                layers=options.layers,
-                answer=options.answer,
-                target=options.target,
-            )
+        return wrap(
+            trainer.model,
+            find_tokenizer(trainer.processing_class),
+            layers=options.layers,
+            answer=options.answer,
+            target=options.target,
+        )
 
     def _signed(self, advantages: Float[Tensor, "..."]) -> Bool[Tensor, "batch #completion"]:
         """Where the advantage has a sign that is reweighted."""

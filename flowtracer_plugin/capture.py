@@ -7,6 +7,7 @@ here stay plain: reads in the order of execution, no decorator, no `no_grad` aro
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
@@ -57,7 +58,7 @@ class AttentionReader:
             raise NoAttentionError(f"{type(model).__name__} has no attention to read")
         self.block = block
         self.verified = False
-        self._root = nnsight.NNsight(model)
+        self._root = _instrumented(model)
         # However the model is wrapped, its first attention module is the same.
         self._lock = _locks.setdefault(model.get_submodule(self.sites[0].module), RLock())
         self._accepted = _accepted_arguments(model)
@@ -197,6 +198,14 @@ class AttentionReader:
         if "position_ids" in self._accepted and not model_inputs:
             inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
         return inputs
+
+
+def _instrumented(model: nn.Module) -> nnsight.NNsight:
+    with warnings.catch_warnings():
+        # Another library may have laid its own `forward` over one that was instrumented before, as
+        # TRL does, and calls it: nothing is lost.
+        warnings.filterwarnings("ignore", ".*`forward` was replaced after nnsight wrapped")
+        return nnsight.NNsight(model)
 
 
 def language_model(model: nn.Module) -> PreTrainedModel:
