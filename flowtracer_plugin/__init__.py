@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flowtracer_plugin.answers import find_answer
     from flowtracer_plugin.attention import (
         AdapterMismatchError,
         AttentionAdapter,
@@ -20,16 +21,16 @@ if TYPE_CHECKING:
     from flowtracer_plugin.flow import Flow, solve_flow, solve_graph
     from flowtracer_plugin.graph import FlowGraph
     from flowtracer_plugin.rollouts import FlowBatch
-    from flowtracer_plugin.spans import find_answer
+    from flowtracer_plugin.spans import AnswerNotFoundError
     from flowtracer_plugin.storage import load
     from flowtracer_plugin.trace import FlowOptions, FlowTrace
-    from flowtracer_plugin.tracer import AnswerNotFoundError, FlowTracer, wrap
+    from flowtracer_plugin.tracer import FlowTracer, wrap
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterMismatchError": "attention",
-    "AnswerNotFoundError": "tracer",
+    "AnswerNotFoundError": "spans",
     "AttentionAdapter": "attention",
     "AttentionCall": "attention",
     "AttentionSite": "attention",
@@ -41,7 +42,7 @@ _HOMES = {
     "FlowTracer": "tracer",
     "NoAttentionError": "attention",
     "UnsupportedArchitectureError": "attention",
-    "find_answer": "spans",
+    "find_answer": "answers",
     "load": "storage",
     "register_adapter": "attention",
     "solve_flow": "flow",

@@ -14,10 +14,11 @@ from torch import Tensor
 from trl.extras.profiling import profiling_context
 
 from flowtracer_plugin._grpo_checks import check_trainer, find_tokenizer
+from flowtracer_plugin.answers import AnswerFinder, Span, find_answer
 from flowtracer_plugin.credit import token_credit, top_tokens
 from flowtracer_plugin.rollouts import FlowBatch
-from flowtracer_plugin.spans import AnswerFinder, Span, find_answer
-from flowtracer_plugin.tracer import AnswerNotFoundError, FlowTracer, wrap
+from flowtracer_plugin.spans import AnswerNotFoundError
+from flowtracer_plugin.tracer import FlowTracer, wrap
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,7 +158,7 @@ class FlowCredit:
             target=options.target,
         )
 
-    def _signed(self, advantages: Float[Tensor, "..."]) -> Bool[Tensor, "batch #completion"]:
+    def _signed(self, advantages: Float[Tensor, "..."]) -> Bool[Tensor, " batch #completion"]:
         """Where the advantage has a sign that is reweighted."""
         per_token = _per_token(advantages)
         if self.options.sign == "both":
@@ -208,5 +209,5 @@ class _FinderOrLast:
         return (end - 1, end) if end else None
 
 
-def _per_token(advantages: Float[Tensor, "..."]) -> Float[Tensor, "batch #completion"]:
+def _per_token(advantages: Float[Tensor, "..."]) -> Float[Tensor, " batch #completion"]:
     return advantages[:, None] if advantages.ndim == 1 else advantages

@@ -7,6 +7,7 @@ here stay plain: reads in the order of execution, no decorator, no `no_grad` aro
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flowtracer_plugin.attention import (
     AdapterMismatchError,
@@ -224,6 +225,62 @@ def vocabulary_size(model: nn.Module) -> int:
     """How many token ids the model can embed."""
     embedding = language_model(model).get_input_embeddings()
     return cast("nn.Embedding", embedding).weight.shape[0]
+
+
+def context_length(model: nn.Module) -> int:
+    """How many tokens the model has positions for; without a limit, more than any text has."""
+    config = language_model(model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Refuse more tokens than the model has positions for.
+
+    Raises:
+        ValueError: There are more.
+    """
+    if length > (limit := context_length(model)):
+        raise ValueError(
+            f"prompt and response have {length} tokens, more than the model's context of "
+            f"{limit}; shorten them"
+        )
+
+
+def check_input(model: nn.Module, input_ids: Tensor, mask: Tensor) -> None:
+    """Refuse what the model cannot read.
+
+    Raises:
+        ValueError: Shapes differ, a token is outside the vocabulary, or there are too many.
+    """
+    if input_ids.ndim != 2 or input_ids.shape != mask.shape:
+        raise ValueError(
+            "input_ids and attention_mask must both be [batch, token], got "
+            f"{tuple(input_ids.shape)} and {tuple(mask.shape)}"
+        )
+    # Padding does not count: positions begin at the first token that is visible.
+    check_length(model, int(mask.bool().sum(-1).max()))
+    size = vocabulary_size(model)
+    if not bool(((input_ids >= 0) & (input_ids < size)).all()):
+        raise ValueError(
+            f"token ids must be between 0 and {size - 1}, the model's vocabulary, got "
+            f"{int(input_ids.min())} to {int(input_ids.max())}"
+        )
+
+
+def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer of another model.
+
+    Raises:
+        ValueError: It knows tokens that the model does not embed, or far fewer.
+    """
+    known, embedded = len(tokenizer), vocabulary_size(model)
+    # Embeddings are often padded beyond the tokenizer by a few per cent. Of a tokenizer, a token
+    # for images may lie beyond the embeddings of its text-only models (Gemma 3).
+    if not embedded / 2 <= known or tokenizer.vocab_size > embedded:
+        raise ValueError(
+            f"the tokenizer knows {known} tokens and the model embeds {embedded}: they do not "
+            "belong together; load both from the same path"
+        )
 
 
 def _accepted_arguments(model: nn.Module) -> frozenset[str]:

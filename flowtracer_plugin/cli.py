@@ -198,7 +198,7 @@ def _layers(text: str) -> str | list[int]:
 def _finder(text: str) -> Any:
     import re
 
-    from flowtracer_plugin.spans import FINDERS, find_answer
+    from flowtracer_plugin.answers import FINDERS, find_answer
 
     pattern, names = text.removeprefix("re:"), ["auto", *FINDERS]
     if text in names:

@@ -24,8 +24,8 @@ except ModuleNotFoundError as error:
 
 from flowtracer_plugin._grpo_checks import UnsupportedTrainerError, check_host, check_level
 from flowtracer_plugin._grpo_credit import CreditOptions, FlowCredit
+from flowtracer_plugin.answers import AnswerFinder
 from flowtracer_plugin.reward import FlowReward
-from flowtracer_plugin.spans import AnswerFinder
 
 __all__ = [
     "CreditOptions",
@@ -55,7 +55,7 @@ class FlowGRPOConfig(GRPOConfig):
             Attention layers that are averaged: `"middle"`, `"early"`, `"late"`, `"all"`, or such a
             name with a number, as in `"middle:5"` for five evenly spaced ones.
         flow_answer (`str`, *optional*, defaults to `"auto"`):
-            Name of the answer finder, a key of `flowtracer_plugin.spans.FINDERS`, or `"auto"`. A
+            Name of the answer finder, a key of `flowtracer_plugin.answers.FINDERS`, or `"auto"`. A
             pattern or a function of your own goes to [`attach_flow_credit`].
         flow_target (`str`, *optional*, defaults to `"answer"`):
             Where flow ends: at the rows of the `"answer"` tokens, or at those of the `"decision"`,

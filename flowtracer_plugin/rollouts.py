@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flowtracer_plugin.answers import AnswerFinder, FoundAnswer
 from flowtracer_plugin.flow import solve_flow
-from flowtracer_plugin.spans import AnswerFinder, FoundAnswer, answer_mask, question_mask
+from flowtracer_plugin.spans import answer_mask, question_mask, target_mask
 from flowtracer_plugin.trace import FlowOptions
 
 
@@ -84,19 +85,12 @@ def rollout_masks(
                 tokenizer, rows[row, asked].tolist(), options.question
             )
             answer[row, prompt_length + said] = found[0]
-    target = target_mask(answer, options)
+    target = target_mask(answer, options.target)
     return RolloutMasks(
         question=torch.tensor(question, device=ids.device),
         target=torch.tensor(target, device=ids.device),
         answers=tuple(answers),
     )
-
-
-def target_mask(
-    answer: Bool[np.ndarray, "*batch token"], options: FlowOptions
-) -> Bool[np.ndarray, "*batch token"]:
-    """The rows at which flow ends: the answer's, or those whose logits choose the answer."""
-    return answer if options.target == "answer" else np.roll(answer, -1, axis=-1)
 
 
 def solve_rollouts(

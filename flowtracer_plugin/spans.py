@@ -1,39 +1,27 @@
-"""Which tokens are question, response and answer.
+"""Which tokens are question and answer.
 
-Finders look for the answer in the text, and `decode_tokens` says which of the sampled tokens hold
-each character of it: tokenising the text again would give other ids than those that were sampled.
+Finders look for the answer in the text (`answers.py`), and `decode_tokens` says which of the
+sampled tokens hold each character of it: tokenising the text again would give other ids than those
+that were sampled.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
+from flowtracer_plugin.answers import AnswerFinder, FoundAnswer, Span, find_answer, finder_name
+
 if TYPE_CHECKING:
     import transformers
 
-Span = tuple[int, int]
-Finder = Callable[[str], Span | None]
-AnswerFinder = str | re.Pattern[str] | Finder
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FoundAnswer:
-    """Where the answer stands: characters `[start, end)` of the response text, never empty.
-
-    `rule` names the finder that matched: a key of `FINDERS`, "regex", or the name of a callable.
-    """
-
-    start: int
-    end: int
-    rule: str
+Region = Literal["prompt", "question", "response", "answer"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,140 +37,6 @@ class DecodedTokens:
     pieces: tuple[str, ...]
     starts: Int[np.ndarray, " token"]
     ends: Int[np.ndarray, " token"]
-
-
-def _trimmed(text: str, start: int, end: int, chars: str | None = None) -> Span | None:
-    kept = text[start:end].lstrip(chars)
-    start, kept = end - len(kept), kept.rstrip(chars)
-    return (start, start + len(kept)) if kept else None
-
-
-def _last_filled(text: str, spans: Iterable[Span], chars: str | None = None) -> Span | None:
-    trimmed = (_trimmed(text, start, end, chars) for start, end in reversed(list(spans)))
-    return next((span for span in trimmed if span), None)
-
-
-def _last_group(pattern: str | re.Pattern[str], chars: str | None = None) -> Finder:
-    compiled = re.compile(pattern, re.IGNORECASE) if isinstance(pattern, str) else pattern
-    return lambda text: _last_filled(text, (m.span(1) for m in compiled.finditer(text)), chars)
-
-
-_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
-
-
-def _boxed(text: str) -> Span | None:
-    opened: list[re.Match[str]] = []
-    closed: list[Span] = []
-    for brace in _BRACE.finditer(text):
-        if brace[0] == "}" and opened:
-            opening = opened.pop()
-            if len(opening[0]) > 1:
-                closed.append((opening.end(), brace.start()))
-        elif brace[0].endswith("{") and brace[0] != r"\{":
-            opened.append(brace)
-    return _last_filled(text, sorted(closed))
-
-
-def _after_think(text: str) -> Span | None:
-    _, marker, answer = text.rpartition("</think>")
-    return _trimmed(text, len(text) - len(answer), len(text)) if marker else None
-
-
-def _last_word(text: str) -> Span | None:
-    words = ((m.start(), m.start() + len(m[0].rstrip(_CLOSING))) for m in _WORD.finditer(text))
-    return _last_filled(text, words, _OPENING)
-
-
-_WORD = re.compile(r"\S+")
-_OPENING = "\"'“‘*_`"  # noqa: RUF001
-_CLOSING = _OPENING + "”’.,;:!?…。！？"  # noqa: RUF001
-
-# Every pattern stops before its own next match, which keeps it linear and lets the last match win.
-_ANSWER_TAG = r"<answer>((?:(?!</?answer>)[\s\S])*+)</answer>"
-_HASH = r"#{4,}((?:(?!####)[^\n])*+)"
-_CUE = r"(?:\b(?:the|my|our|final|correct)\s+answer\s+is\b|\banswer[\s*]*:)"
-# a full stop ends the sentence only before a space or a closing mark: "3.5" goes on
-_STOP = r"(?:\n|[。！？]|(?<![.!?])[.!?]++(?=[\s*$\"')\]]|\Z))"  # noqa: RUF001
-_PHRASE = rf"{_CUE}[\s:=*$]*+((?:(?!{_CUE}|{_STOP})[\s\S])*+)"
-_UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?"
-_NUMBER = rf"(?<![a-z0-9_])(?<!\d\.)((?:(?<![)\]])[-+\u2212])?{_UNSIGNED}(?:/{_UNSIGNED})?)"
-
-FINDERS: Mapping[str, Finder] = MappingProxyType(
-    {
-        "boxed": _boxed,
-        "answer_tag": _last_group(_ANSWER_TAG),
-        "hash": _last_group(_HASH),
-        "phrase": _last_group(_PHRASE, " \t\r*$"),
-        "after_think": _after_think,
-        "last_number": _last_group(_NUMBER),
-        "last_word": _last_word,
-    }
-)
-"""The built-in finders, in the order in which "auto" tries them. Each takes the last match.
-
-"auto" leaves out "last_word", which finds something in nearly every text.
-"""
-
-
-def find_answer(text: str, finder: AnswerFinder = "auto") -> FoundAnswer | None:
-    r"""Where the answer stands in `text`, or None where the finder finds none.
-
-    Args:
-        text: What the model answered.
-        finder: A key of `FINDERS`; "auto" for the first of them that matches; a compiled regex
-            whose only group is the answer (the last match counts); or a function from the text to
-            the answer's span `(start, end)` or None.
-
-    Raises:
-        ValueError: No finder has that name, the regex has not exactly one group, or the function's
-            span is empty or not in the text.
-        TypeError: The function returned neither None nor a tuple of two integers.
-
-    Example:
-        >>> find_answer(r"Three and four make \boxed{7}.")
-        FoundAnswer(start=27, end=28, rule='boxed')
-    """
-    spans = ((rule, find(text)) for rule, find in _rules(finder).items())
-    found = (FoundAnswer(start=span[0], end=span[1], rule=rule) for rule, span in spans if span)
-    return next(found, None)
-
-
-def _rules(finder: AnswerFinder) -> Mapping[str, Finder]:
-    if isinstance(finder, re.Pattern):
-        if finder.groups != 1:
-            raise ValueError(
-                f"wanted a regex with exactly one group, the answer, found {finder.groups} in "
-                f"{finder.pattern!r}; write (...) around the answer, (?:...) around anything else"
-            )
-        return {"regex": _last_group(finder, "")}  # strips nothing
-    if not isinstance(finder, str):
-        name = getattr(finder, "__name__", type(finder).__name__)
-        return {name: lambda text: _checked_span(text, finder(text), name)}
-    if finder != "auto" and finder not in FINDERS:
-        raise ValueError(
-            f"wanted the name of an answer finder, one of {['auto', *FINDERS]}, found {finder!r}; "
-            "for a regex pass re.compile(...)"
-        )
-    if finder == "auto":
-        return {name: find for name, find in FINDERS.items() if name != "last_word"}
-    return {finder: FINDERS[finder]}
-
-
-def _checked_span(text: str, span: object, name: str) -> Span | None:
-    if span is None:
-        return None
-    if not isinstance(span, tuple) or [type(part) for part in span] != [int, int]:
-        raise TypeError(
-            f"wanted None or a tuple of two integers from the answer finder {name!r}, "
-            f"found {span!r}; return (start, end), as re.Match.span() does"
-        )
-    start, end = span
-    if not 0 <= start < end <= len(text):
-        raise ValueError(
-            f"wanted 0 <= start < end <= {len(text)} from the answer finder {name!r}, "
-            f"found {span!r}; return None where there is no answer"
-        )
-    return start, end
 
 
 def decode_tokens(
@@ -385,6 +239,92 @@ def question_mask(
             "pass question='all' or a boolean mask with a True"
         )
     return mask
+
+
+def target_mask(
+    answer: Bool[np.ndarray, "*batch token"], target: str
+) -> Bool[np.ndarray, "*batch token"]:
+    """Where flow ends: the answer's rows, or the "decision" rows, whose logits choose them."""
+    return answer if target == "answer" else np.roll(answer, -1, axis=-1)
+
+
+class AnswerNotFoundError(ValueError):
+    """The response holds nothing that the answer finder takes for an answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spans:
+    """Which tokens are what. All masks cover prompt and response.
+
+    Attributes:
+        prompt_length: Tokens before the response.
+        question: Where flow is injected.
+        answer: The answer's tokens.
+        target: Where flow ends: the answer's tokens, or the ones that decide them.
+        rule: Name of the finder that found the answer.
+        answer_text: The answer as the finder saw it.
+    """
+
+    prompt_length: int
+    question: Bool[np.ndarray, " token"]
+    answer: Bool[np.ndarray, " token"]
+    target: Bool[np.ndarray, " token"]
+    rule: str
+    answer_text: str
+
+    @property
+    def response(self) -> Bool[np.ndarray, " token"]:
+        """The response's tokens, the answer among them."""
+        return np.arange(len(self.question)) >= self.prompt_length
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The most specific region of every token."""
+        names = np.where(self.response, "response", "prompt")
+        names = np.where(self.question, "question", names)
+        return tuple(np.where(self.answer, "answer", names).tolist())
+
+
+def find_spans(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    *,
+    finder: AnswerFinder,
+    question: str | Sequence[bool] | Bool[np.ndarray, "..."],
+    user_text: str | None,
+    target: str,
+) -> Spans:
+    """Question, answer and target of one response, over the tokens of prompt and response.
+
+    Raises:
+        AnswerNotFoundError: The finder finds no answer; the message quotes the response.
+        ValueError: The response is empty, or as `question_mask` and `answer_mask` do.
+    """
+    if not len(response_ids):
+        raise ValueError("the response is empty, so there is no answer to trace")
+    found = answer_mask(tokenizer, response_ids, finder)
+    text = decode_tokens(tokenizer, response_ids).text
+    if found is None:
+        shown = text if len(text) <= _QUOTED else f"…{text[-_QUOTED:]}"
+        raise AnswerNotFoundError(
+            f"no answer found by {finder_name(finder)!r} in the response {shown!r}; say how to "
+            "find it with answer=: a finder's name, re.compile(...) with one group, or a function "
+            "from text to (start, end)"
+        )
+    source = question_mask(tokenizer, prompt_ids, question, user_text)
+    answer = np.concatenate([np.zeros(len(prompt_ids), bool), found[0]])
+    return Spans(
+        prompt_length=len(prompt_ids),
+        question=np.concatenate([source, np.zeros(len(response_ids), bool)]),
+        answer=answer,
+        target=target_mask(answer, target),
+        rule=found[1].rule,
+        answer_text=text[found[1].start : found[1].end],
+    )
+
+
+_QUOTED = 160  # characters of a response in an error
 
 
 def _user_mask(

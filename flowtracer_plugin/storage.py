@@ -13,7 +13,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from flowtracer_plugin.trace import FlowOptions, FlowTrace, Spans
+from flowtracer_plugin.spans import Spans
+from flowtracer_plugin.trace import FlowOptions, FlowTrace
 
 FORMAT = "flowtracer.trace"
 VERSION = 1

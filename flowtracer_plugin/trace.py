@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from flowtracer_plugin import backbone
 from flowtracer_plugin.backbone import FlowPath, StepGraph
 from flowtracer_plugin.flow import Flow, solve_flow
+from flowtracer_plugin.spans import Region, Spans
 
 if TYPE_CHECKING:
     import networkx
     from rich.console import RenderableType
-
-Region = Literal["prompt", "question", "response", "answer"]
 
 JSON_SCHEMA_VERSION = 1
 
@@ -68,39 +67,6 @@ _CHOICES = {
     "boundary": ("literal", "absorbing"),
     "first_token": ("keep", "drop"),
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spans:
-    """Which tokens are what. All masks cover prompt and response.
-
-    Attributes:
-        prompt_length: Tokens before the response.
-        question: Where flow is injected.
-        answer: The answer's tokens.
-        target: Where flow ends: the answer's tokens, or the ones that decide them.
-        rule: Name of the finder that found the answer.
-        answer_text: The answer as the finder saw it.
-    """
-
-    prompt_length: int
-    question: Bool[np.ndarray, " token"]
-    answer: Bool[np.ndarray, " token"]
-    target: Bool[np.ndarray, " token"]
-    rule: str
-    answer_text: str
-
-    @property
-    def response(self) -> Bool[np.ndarray, " token"]:
-        """The response's tokens, the answer among them."""
-        return np.arange(len(self.question)) >= self.prompt_length
-
-    @property
-    def regions(self) -> tuple[Region, ...]:
-        """The most specific region of every token."""
-        names = np.where(self.response, "response", "prompt")
-        names = np.where(self.question, "question", names)
-        return tuple(np.where(self.answer, "answer", names).tolist())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

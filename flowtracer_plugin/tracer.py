@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -15,12 +14,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from flowtracer_plugin.answers import AnswerFinder, find_answer, finder_name
 from flowtracer_plugin.attention import AttentionAdapter
 from flowtracer_plugin.capture import (
     AttentionReader,
+    check_input,
+    check_length,
+    check_tokenizer,
+    context_length,
     evaluating,
     language_model,
-    vocabulary_size,
 )
 from flowtracer_plugin.encoding import Prompt, encode_prompt, encode_response, user_text
 from flowtracer_plugin.flow import solve_flow
@@ -31,22 +34,11 @@ from flowtracer_plugin.rollouts import (
     join_batches,
     rollout_masks,
     solve_rollouts,
-    target_mask,
 )
-from flowtracer_plugin.spans import (
-    AnswerFinder,
-    answer_mask,
-    decode_tokens,
-    find_answer,
-    question_mask,
-)
-from flowtracer_plugin.trace import FlowOptions, FlowTrace, Spans
+from flowtracer_plugin.spans import decode_tokens, find_spans
+from flowtracer_plugin.trace import FlowOptions, FlowTrace
 
 TokenMask = Bool[np.ndarray, " token"]
-
-
-class AnswerNotFoundError(ValueError):
-    """The response holds nothing that the answer finder takes for an answer."""
 
 
 def wrap(
@@ -96,7 +88,7 @@ def wrap(
     options = FlowOptions(
         layers=layers if isinstance(layers, str) else tuple(layers),
         question=question,
-        answer=_finder_name(answer),
+        answer=finder_name(answer),
         target=target,
         question_weights=question_weights,
         boundary=boundary,
@@ -106,31 +98,14 @@ def wrap(
     reader = AttentionReader(model, adapter, block=block)
     reader.verified = not verify
     if tokenizer is not None:
-        _check_tokenizer(model, tokenizer)
+        check_tokenizer(model, tokenizer)
     return FlowTracer(reader, tokenizer, options, answer)
-
-
-def _finder_name(finder: AnswerFinder) -> str:
-    if isinstance(finder, re.Pattern):
-        return str(finder.pattern)
-    return finder if isinstance(finder, str) else getattr(finder, "__name__", repr(finder))
 
 
 def _check_finder(finder: AnswerFinder) -> None:
     """Refuse an unknown finder now, not after a long generation."""
     if isinstance(finder, str | re.Pattern):
         find_answer("", finder)
-
-
-def _check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    known, embedded = len(tokenizer), vocabulary_size(model)
-    # Embeddings are often padded beyond the tokenizer by a few per cent. Of a tokenizer, a token
-    # for images may lie beyond the embeddings of its text-only models (Gemma 3).
-    if not embedded / 2 <= known or tokenizer.vocab_size > embedded:
-        raise ValueError(
-            f"the tokenizer knows {known} tokens and the model embeds {embedded}: they do not "
-            "belong together; load both from the same path"
-        )
 
 
 def _rebuilt(
@@ -192,7 +167,7 @@ class FlowTracer:
             AdapterMismatchError: On first use, if what is read is not what the model computes.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        self._check_input(input_ids, mask)
+        check_input(self.model, input_ids, mask)
         self._reader.verify()
         return self._reader.read(input_ids, mask.bool(), self.layers, model_inputs=model_inputs)
 
@@ -252,13 +227,14 @@ class FlowTracer:
         *,
         max_new_tokens: int = 256,
         do_sample: bool = False,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         answer: AnswerFinder | None = None,
         progress: bool = False,
     ) -> FlowTrace:
         """Let the model answer `prompt`, then trace its answer; greedy unless `do_sample`.
 
         The answer ends at the model's end token, after `max_new_tokens`, or where the context ends.
+        Sampling uses the model's own generation config, unless `temperature` is given.
 
         Raises:
             AnswerNotFoundError: There is no answer in what the model said; the message quotes it.
@@ -267,19 +243,22 @@ class FlowTracer:
         tokenizer = self._require_tokenizer()
         _check_finder(self._answer if answer is None else answer)
         prompt_ids, _ = encode_prompt(tokenizer, prompt)
-        self._check_length(len(prompt_ids) + 1)
-        most = min(max_new_tokens, self._context() - len(prompt_ids))
+        check_length(self.model, len(prompt_ids) + 1)
+        most = min(max_new_tokens, context_length(self.model) - len(prompt_ids))
         device = next(self.model.parameters()).device
         inputs = torch.tensor([prompt_ids], device=device)
+        # Sampling follows the model's own generation config; greedy decoding has no use for one.
+        greedy = {"temperature": None, "top_p": None, "top_k": None}
+        choice = (
+            ({} if temperature is None else {"temperature": temperature}) if do_sample else greedy
+        )
         with evaluating(self.model):
             generated = cast(Any, self.model).generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=most,
                 do_sample=do_sample,
-                temperature=temperature if do_sample else None,
-                top_p=None,
-                top_k=None,
+                **choice,
                 pad_token_id=tokenizer.pad_token_id or 0,
                 streamer=_Progress(most) if progress else None,
             )
@@ -351,8 +330,16 @@ class FlowTracer:
         question: Sequence[bool] | TokenMask | None,
         user_text: str | None,
     ) -> FlowTrace:
-        finder = self._answer if finder is None else finder
-        spans = self._spans(prompt_ids, response_ids, finder, question, user_text)
+        tokenizer = self._require_tokenizer()
+        spans = find_spans(
+            tokenizer,
+            prompt_ids,
+            response_ids,
+            finder=self._answer if finder is None else finder,
+            question=self.options.question if question is None else question,
+            user_text=user_text,
+            target=self.options.target,
+        )
         device = next(self.model.parameters()).device
         ids = torch.tensor([prompt_ids + response_ids], device=device)
         attention = self._edges(ids, torch.ones_like(ids, dtype=torch.bool))[0].cpu().numpy()
@@ -366,7 +353,7 @@ class FlowTracer:
         )
         return FlowTrace(
             token_ids=np.array(prompt_ids + response_ids),
-            tokens=decode_tokens(self._require_tokenizer(), prompt_ids + response_ids).pieces,
+            tokens=decode_tokens(tokenizer, prompt_ids + response_ids).pieces,
             spans=spans,
             attention=attention,
             reach=flow.reach,
@@ -376,69 +363,10 @@ class FlowTracer:
             layers=self.layers,
         )
 
-    def _spans(
-        self,
-        prompt_ids: list[int],
-        response_ids: list[int],
-        finder: AnswerFinder,
-        question: Sequence[bool] | TokenMask | None,
-        user_text: str | None,
-    ) -> Spans:
-        tokenizer = self._require_tokenizer()
-        if not response_ids:
-            raise ValueError("the response is empty, so there is no answer to trace")
-        found = answer_mask(tokenizer, response_ids, finder)
-        text = decode_tokens(tokenizer, response_ids).text
-        if found is None:
-            raise AnswerNotFoundError(
-                f"no answer found by {_finder_name(finder)!r} in the response {_shorten(text)!r}; "
-                "say how to find it with answer=: a finder's name, re.compile(...) with one group, "
-                "or a function from text to (start, end)"
-            )
-        rule = self.options.question if question is None else question
-        source = question_mask(tokenizer, prompt_ids, cast(Any, rule), user_text)
-        nothing = np.zeros(len(response_ids), bool)
-        answer = np.concatenate([np.zeros(len(prompt_ids), bool), found[0]])
-        return Spans(
-            prompt_length=len(prompt_ids),
-            question=np.concatenate([source, nothing]),
-            answer=answer,
-            target=target_mask(answer, self.options),
-            rule=found[1].rule,
-            answer_text=text[found[1].start : found[1].end],
-        )
-
     def _require_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             raise ValueError("this tracer has no tokenizer; make it with wrap(model, tokenizer)")
         return self.tokenizer
-
-    def _check_input(self, input_ids: Tensor, mask: Tensor) -> None:
-        if input_ids.ndim != 2 or input_ids.shape != mask.shape:
-            raise ValueError(
-                "input_ids and attention_mask must both be [batch, token], got "
-                f"{tuple(input_ids.shape)} and {tuple(mask.shape)}"
-            )
-        # Padding does not count: positions begin at the first token that is visible.
-        self._check_length(int(mask.bool().sum(-1).max()))
-        size = vocabulary_size(self.model)
-        if not bool(((input_ids >= 0) & (input_ids < size)).all()):
-            raise ValueError(
-                f"token ids must be between 0 and {size - 1}, the model's vocabulary, got "
-                f"{int(input_ids.min())} to {int(input_ids.max())}"
-            )
-
-    def _check_length(self, length: int) -> None:
-        limit = self._context()
-        if length > limit:
-            raise ValueError(
-                f"prompt and response have {length} tokens, more than the model's context of "
-                f"{limit}; shorten them"
-            )
-
-    def _context(self) -> int:
-        config = language_model(self.model).config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
@@ -447,10 +375,6 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
 
 def _model_name(model: nn.Module) -> str:
     return language_model(model).config.name_or_path or type(model).__name__
-
-
-def _shorten(text: str, limit: int = 160) -> str:
-    return text if len(text) <= limit else f"…{text[-limit:]}"
 
 
 class _Progress:

@@ -19,7 +19,8 @@ from flowtracer_plugin.report import render_notebook, render_page, write_page
 from flowtracer_plugin.report.display import HEAT_SHARES, percent, ranges, read, visible
 from flowtracer_plugin.report.payload import EDGES_PER_UNIT, page_data
 from flowtracer_plugin.report.terminal import render_trace
-from flowtracer_plugin.trace import FlowOptions, FlowTrace, Spans
+from flowtracer_plugin.spans import Spans
+from flowtracer_plugin.trace import FlowOptions, FlowTrace
 
 HOSTILE = (
     "<script>document.title='hacked'</script>",

@@ -15,7 +15,8 @@ import flowtracer_plugin as ft
 from flowtracer_plugin import backbone
 from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.rollouts import RolloutMasks, solve_rollouts
-from flowtracer_plugin.trace import FlowOptions, FlowTrace, RankedToken, Spans
+from flowtracer_plugin.spans import Spans
+from flowtracer_plugin.trace import FlowOptions, FlowTrace, RankedToken
 from tests import reference, reference_backbone
 from tests.strategies import problems
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer

@@ -8,6 +8,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.attention import AttentionAdapter
+from flowtracer_plugin.capture import check_input
 from flowtracer_plugin.rollouts import RolloutMasks, solve_rollouts
 from flowtracer_plugin.trace import FlowOptions
 from tests import reference, reference_backbone
@@ -442,7 +443,7 @@ def test_input_and_mask_must_fit_together(tracer):
     # behind the border, because these tests check shapes at the border itself
     for ids, mask in ((torch.ones(1, 3), torch.ones(1, 2)), (torch.ones(3), torch.ones(3))):
         with pytest.raises(ValueError, match=r"must both be \[batch, token\], got \("):
-            tracer._check_input(ids.long(), mask.long())
+            check_input(tracer.model, ids.long(), mask.long())
 
 
 def test_a_model_without_attention_is_refused():

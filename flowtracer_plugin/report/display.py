@@ -11,7 +11,8 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float, Int
 
-from flowtracer_plugin.trace import FlowTrace, Region
+from flowtracer_plugin.spans import Region
+from flowtracer_plugin.trace import FlowTrace
 
 HEAT_SHARES = (0.40, 0.25, 0.15, 0.08, 0.03)
 """A token's heat is the number of these top shares that it belongs to, from 0 to 5; the widest one
