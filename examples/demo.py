@@ -156,6 +156,8 @@ def report(before: tuple[float, float], after: tuple[float, float], steps: int) 
         f"({gain / noise:.0f} times its standard error)",
         highlight=False,
     )
+    if gain < 3 * noise:
+        raise SystemExit("training did not raise the accuracy beyond the noise")
     console.print(
         "Plain GRPO learns this task too: the run shows that everything works together, not that "
         "flow credit learns faster.",

@@ -1,4 +1,4 @@
-"""Torch tensors, dense and sparse CSR, on any device; nothing is copied to the host on the way."""
+"""Torch tensors, dense and sparse CSR, on any device; no graph is copied to the host."""
 
 from __future__ import annotations
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -21,19 +19,9 @@ class UnsupportedTrainerError(TypeError):
 
 def check_trainer(trainer: Any) -> None:
     """Raise as `FlowCredit` says."""
-    check_trl(version("trl"))
     check_host(type(trainer))
     check_level(trainer.importance_sampling_level)
     check_loss(trainer)
-
-
-def check_trl(installed: str) -> None:
-    """Raises ImportError for a TRL release whose trainers are not known to work."""
-    if not Version("1.16") <= Version(installed) < Version("2"):
-        raise ImportError(
-            f"flow credit needs trl>=1.16,<2, and {installed} is installed; "
-            "run: pip install 'flowtracer-plugin[trl]'"
-        )
 
 
 def check_host(host: type) -> None:

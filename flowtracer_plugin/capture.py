@@ -29,6 +29,7 @@ from flowtracer_plugin.attention import (
     AttentionCall,
     AttentionSite,
     NoAttentionError,
+    UnsupportedArchitectureError,
     find_adapter,
 )
 from flowtracer_plugin.head_mean import add_head_mean, row_probabilities
@@ -52,6 +53,9 @@ class AttentionReader:
     def __init__(
         self, model: nn.Module, adapter: AttentionAdapter | None = None, *, block: int = 64
     ) -> None:
+        if block < 1:
+            raise ValueError(f"block must be at least 1 query row, got {block!r}")
+        _check_wrapper(model)
         self.model = model
         self.adapter = find_adapter(model, None if adapter is None else [adapter])
         self.sites = self.adapter.sites(model)
@@ -132,6 +136,11 @@ class AttentionReader:
         with self._running():
             errors, traced = self._reconstruct(inputs, attention_mask[0])
             plain = self.model(**inputs).logits
+        if not torch.isfinite(plain).all():
+            raise ValueError(
+                f"{type(self.model).__name__} computes logits that are not finite on a short text: "
+                "its weights are damaged, or too large for its dtype; load it in another dtype"
+            )
         for site, error, tolerance in errors:
             if not error <= tolerance:
                 raise AdapterMismatchError(
@@ -157,9 +166,15 @@ class AttentionReader:
         return errors, logits
 
     @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """The model in evaluation mode, while other readers of it wait."""
+        with self._lock, evaluating(self.model):
+            yield
+
+    @contextmanager
     def _running(self) -> Iterator[None]:
         """Everything that a trace needs around it, and an error that a user can act on."""
-        with self._lock, evaluating(self.model), torch.no_grad():
+        with self.exclusive(), torch.no_grad():
             try:
                 yield
             except OutOfOrderError as error:
@@ -169,6 +184,18 @@ class AttentionReader:
                     f"{error}; mend its sites(), or wrap(..., adapter=...) another one. Or does "
                     "another thread run the model at the same time?"
                 ) from error
+            finally:
+                self._restore()
+
+    def _restore(self) -> None:
+        """Put the attention modules' own code back, so that the model can be compiled.
+
+        nnsight instruments a module's code when its source is first asked for, and would leave it.
+        """
+        for site in self.sites:
+            state = vars(self.model.get_submodule(site.module)).get("__nnsight__")
+            if state is not None:
+                state.body, state.sourced, state.compiled = state.original, False, None
 
     def _operation(self, site: AttentionSite) -> Any:
         """Handle on the attention call.
@@ -215,6 +242,11 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     Raises:
         TypeError: There is none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"wanted a loaded model, found {model!r}; load it first, with "
+            "AutoModelForCausalLM.from_pretrained(...)"
+        )
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
@@ -225,6 +257,21 @@ def vocabulary_size(model: nn.Module) -> int:
     """How many token ids the model can embed."""
     embedding = language_model(model).get_input_embeddings()
     return cast("nn.Embedding", embedding).weight.shape[0]
+
+
+def _check_wrapper(model: nn.Module) -> None:
+    """Refuse PEFT methods that put virtual tokens before the text."""
+    if "peft" not in sys.modules:
+        return
+    from peft import PeftModel
+
+    for module in model.modules():
+        if isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
+            raise UnsupportedArchitectureError(
+                f"{module.active_peft_config.peft_type.value} puts virtual tokens before the text, "
+                "and attention to them belongs to no token; trace the base model, or a model with "
+                "LoRA or another method that changes weights"
+            )
 
 
 def context_length(model: nn.Module) -> int:
@@ -271,15 +318,16 @@ def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Non
     """Refuse a tokenizer of another model.
 
     Raises:
-        ValueError: It knows tokens that the model does not embed, or far fewer.
+        ValueError: It knows tokens that the model does not embed, or fewer than 90 % of them.
     """
     known, embedded = len(tokenizer), vocabulary_size(model)
-    # Embeddings are often padded beyond the tokenizer by a few per cent. Of a tokenizer, a token
-    # for images may lie beyond the embeddings of its text-only models (Gemma 3).
-    if not embedded / 2 <= known or tokenizer.vocab_size > embedded:
+    # Embeddings are often padded beyond the tokenizer, by at most a few per cent. Of a tokenizer, a
+    # token for images may lie beyond the embeddings of its text-only models (Gemma 3).
+    if known < 0.9 * embedded or tokenizer.vocab_size > embedded:
         raise ValueError(
             f"the tokenizer knows {known} tokens and the model embeds {embedded}: they do not "
-            "belong together; load both from the same path"
+            "belong together; load both from the same path (wrap(..., verify=False) takes them as "
+            "they are)"
         )
 
 

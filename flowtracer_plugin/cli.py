@@ -136,15 +136,18 @@ def trace(
 
 
 def _show(result: FlowTrace, *, as_json: bool, html: Path | None, save: Path | None) -> None:
+    # Files first, and the trace before the page: what was computed must not be lost to a full
+    # disk or to a reader of standard output that has gone.
+    if save:
+        typer.echo(f"wrote {result.save(save)}", err=True)
+    if html:
+        typer.echo(f"wrote {result.to_html(html)}", err=True)
     if as_json:
         typer.echo(result.to_json())
-    else:
-        from rich.console import Console
+        return
+    from rich.console import Console
 
-        Console().print(result)
-    for path in (html and result.to_html(html), save and result.save(save)):
-        if path:
-            typer.echo(f"wrote {path}", err=True)
+    Console().print(result)
 
 
 def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
@@ -156,7 +159,8 @@ def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     if not sys.stderr.isatty():
         talk.disable_progress_bar()
     chosen, here = _device(device), Path(name).exists()
-    if here and not (Path(name) / "config.json").is_file():
+    kinds = ("config.json", "adapter_config.json")  # a whole model, or an adapter of PEFT
+    if here and not any((Path(name) / kind).is_file() for kind in kinds):
         raise ValueError(f"{name!r} has no config.json; wanted the folder of a Hugging Face model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

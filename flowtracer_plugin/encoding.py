@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,11 +11,18 @@ Prompt = str | Sequence[Mapping[str, str]]
 """A text, or chat messages with `role` and `content`."""
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[list[int], str]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    template_options: Mapping[str, Any] | None = None,
+) -> tuple[list[int], str]:
     """Token ids of a prompt, and the text that they stand for.
 
+    `template_options` go to the chat template, such as `tools` or `enable_thinking`.
+
     Raises:
-        ValueError: The prompt is empty, or the tokenizer has no chat template for messages.
+        ValueError: The prompt is empty, a message has no role or content, or the tokenizer has no
+            chat template for messages.
     """
     if not prompt:
         raise ValueError("the prompt is empty, so there is no question to trace from")
@@ -26,7 +34,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[l
             "pass the prompt as a string"
         )
     messages = [dict(message) for message in prompt]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    for message in messages:
+        if "role" not in message or "content" not in message:
+            raise ValueError(f"a chat message needs 'role' and 'content', got {message!r}")
+    text = str(
+        tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **(template_options or {})
+        )
+    )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]), text
 
 

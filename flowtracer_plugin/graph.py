@@ -166,6 +166,7 @@ def _strongest_slots(
         # summed from the weakest up, so that mass=1 keeps even what vanishes beside the strongest
         rest = xp.flip(xp.cumsum(xp.flip(falling, (1,)), 1), (1,))
         kept[row, order] = rest > (1 - mass) * rest[:, :1]
+        kept[row, order[:, :1]] |= falling[:, :1] > 0  # 1 - mass may round to 1
     return kept
 
 

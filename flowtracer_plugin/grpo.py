@@ -11,16 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-try:
-    from trl.trainer.grpo_config import GRPOConfig
-    from trl.trainer.grpo_trainer import GRPOTrainer
-    from trl.trainer.utils import get_config_model_id
-except ModuleNotFoundError as error:
-    if error.name != "trl":
-        raise
-    raise ModuleNotFoundError(
-        "flowtracer_plugin.grpo needs TRL; run: pip install 'flowtracer-plugin[trl]'", name="trl"
-    ) from error
+from flowtracer_plugin._trl_version import check_trl
+
+check_trl()
+
+# ruff: noqa: E402 (TRL may be imported only now)
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import get_config_model_id
 
 from flowtracer_plugin._grpo_checks import UnsupportedTrainerError, check_host, check_level
 from flowtracer_plugin._grpo_credit import CreditOptions, FlowCredit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,10 +30,12 @@ class FlowReward:
         outcome: Another reward function, called with the same arguments.
         name: Under which TRL logs the reward.
         batch_size: Completions in one forward pass.
+        chat_template_kwargs: What the trainer passes to the chat template too, such as `tools` or
+            `enable_thinking`: the score is that of the prompt as rendered here.
 
     Raises:
         TypeError: `tracer` is no tracer, or `outcome` no plain function.
-        ValueError: The tracer has no tokenizer.
+        ValueError: The tracer has no tokenizer, or `batch_size` is below 1.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class FlowReward:
         outcome: Callable[..., Sequence[float | None]] | None = None,
         name: str = "flow_reward",
         batch_size: int = 8,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(tracer, FlowTracer):
             raise TypeError(
@@ -59,7 +62,10 @@ class FlowReward:
         self.tracer = tracer
         self.tokenizer = tracer.tokenizer
         self.outcome = outcome
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
         self.batch_size = batch_size
+        self.chat_template_kwargs = chat_template_kwargs
         self.__name__ = name
 
     def __call__(
@@ -70,7 +76,9 @@ class FlowReward:
         **columns: Any,
     ) -> list[float | None]:
         """One score per completion; `completion_ids` where the trainer has them."""
-        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        encoded = [
+            encode_prompt(self.tokenizer, prompt, self.chat_template_kwargs) for prompt in prompts
+        ]
         if completion_ids is None:
             said = [
                 encode_response(self.tokenizer, text, _content(completion))

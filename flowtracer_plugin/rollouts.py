@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flowtracer_plugin.answers import AnswerFinder, FoundAnswer
 from flowtracer_plugin.flow import solve_flow
-from flowtracer_plugin.spans import answer_mask, question_mask, target_mask
+from flowtracer_plugin.spans import answer_mask, knows_ids, question_mask, target_mask
 from flowtracer_plugin.trace import FlowOptions
 
 
@@ -21,7 +21,8 @@ from flowtracer_plugin.trace import FlowOptions
 class FlowBatch:
     """The flow of padded rollouts, on the device of the model.
 
-    Rows without an answer are 0, and so are those whose question does not reach it.
+    Rows without an answer are 0, and so are those whose question does not reach it, or in which an
+    id was sampled that the tokenizer does not have.
 
     Attributes:
         prompt_length: Columns before the completions.
@@ -64,6 +65,34 @@ class RolloutMasks:
     answers: tuple[FoundAnswer | None, ...]
 
 
+def check_rollouts(
+    prompt_ids: Tensor, completion_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor
+) -> None:
+    """Refuse ids and masks that are not those of one batch.
+
+    Raises:
+        ValueError: Shapes differ, there are no rows, or prompts are padded on the right.
+    """
+    for name, ids, mask in (
+        ("prompt", prompt_ids, prompt_mask),
+        ("completion", completion_ids, completion_mask),
+    ):
+        if ids.ndim != 2 or ids.shape != mask.shape or len(ids) != len(prompt_ids):
+            raise ValueError(
+                f"{name}_ids and {name}_mask must both be [batch, {name}] with the batch of "
+                f"prompt_ids, got {tuple(ids.shape)} and {tuple(mask.shape)} beside prompt_ids "
+                f"{tuple(prompt_ids.shape)}"
+            )
+    if not len(prompt_ids):
+        raise ValueError("wanted at least one rollout, found none")
+    seen = prompt_mask.bool()
+    if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
+        raise ValueError(
+            "prompts must be padded on the left, as for generation, and some have padding after "
+            "their tokens; encode them with padding_side='left'"
+        )
+
+
 def rollout_masks(
     tokenizer: PreTrainedTokenizerBase,
     ids: Int[Tensor, "batch token"],
@@ -78,7 +107,10 @@ def rollout_masks(
     answers: list[FoundAnswer | None] = []
     for row, seen in enumerate(visible):
         asked, said = np.flatnonzero(seen[:prompt_length]), np.flatnonzero(seen[prompt_length:])
-        found = answer_mask(tokenizer, rows[row, prompt_length:][said].tolist(), finder)
+        sampled = rows[row, prompt_length:][said].tolist()
+        # Without a prompt, or with an id that only a padded embedding has, there is no answer.
+        readable = len(asked) > 0 and knows_ids(tokenizer, sampled)
+        found = answer_mask(tokenizer, sampled, finder) if readable else None
         answers.append(None if found is None else found[1])
         if found is not None:
             question[row, asked] = question_mask(

@@ -70,6 +70,11 @@ def decode_tokens(
     )
 
 
+def knows_ids(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
+    """Whether every id is one of the tokenizer's; a padded embedding has more."""
+    return all(_knows(tokenizer, int(token)) for token in set(ids))
+
+
 def _checked_ids(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
     unknown = [token for token in set(ids) if not _knows(tokenizer, int(token))]
     if unknown:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from secrets import token_hex
@@ -105,13 +107,27 @@ def _unpack(packed: Float[np.ndarray, " edge"], length: int) -> Float[np.ndarray
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a crash leaves the old file or the new one, never half."""
+    """Write `content` to `path` so that a crash leaves the old file or the new one, never half.
+
+    A link is followed, an existing file keeps its permissions, and a device or pipe is written to.
+
+    Raises:
+        IsADirectoryError: `path` is a directory.
+    """
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"wanted the name of a file, found the directory {str(path)!r}")
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: its files are for their owner alone, and a result is as readable as any other.
     temporary = path.parent / f".{token_hex(8)}.part"
     try:
         with temporary.open("xb") as file:
             file.write(content)
+        if path.exists():
+            shutil.copymode(path, temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ JSON_SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlowOptions:
-    """How a trace is made. The defaults are the paper's; the choices are explained in the README.
+    """How a trace is made. The defaults are the paper's.
 
     Attributes:
         layers: `"middle"` third of the attention layers, `"early"`, `"late"`, `"all"`, five evenly

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, SupportsIndex, cast
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from flowtracer_plugin.capture import (
     check_length,
     check_tokenizer,
     context_length,
-    evaluating,
     language_model,
 )
 from flowtracer_plugin.encoding import Prompt, encode_prompt, encode_response, user_text
@@ -30,6 +30,7 @@ from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.layers import select_layers
 from flowtracer_plugin.rollouts import (
     FlowBatch,
+    check_rollouts,
     drop_first_token,
     join_batches,
     rollout_masks,
@@ -45,7 +46,7 @@ def wrap(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    layers: str | Sequence[int] = "middle",
+    layers: str | int | Iterable[SupportsIndex] = "middle",
     question: str = "prompt",
     answer: AnswerFinder = "auto",
     target: str = "answer",
@@ -61,9 +62,9 @@ def wrap(
     Options that shape the trace are explained at `FlowOptions`.
 
     Args:
-        model: A transformers model, also inside PEFT's wrapper; on any device, in any dtype.
+        model: A transformers model, also with PEFT's LoRA; on any device, in any dtype.
         tokenizer: The model's; needed for everything that involves text.
-        layers: Which attention layers are averaged.
+        layers: Which attention layers are averaged: a name, or numbers.
         question: Which prompt tokens flow is injected at.
         answer: Finder of the answer in a response: a name (`"auto"`, `"boxed"`, …), a compiled
             pattern with one group, or a function from text to a span.
@@ -73,7 +74,8 @@ def wrap(
         first_token: `"keep"` or `"drop"`.
         adapter: How to read this architecture, if the built-in adapters cannot.
         block: Query rows that are computed at a time: memory against speed.
-        verify: Whether the first trace checks that what is read is what the model computes.
+        verify: Whether to check that the tokenizer fits the model, and on the first trace that what
+            is read is what the model computes.
 
     Raises:
         UnsupportedArchitectureError: No adapter knows the model.
@@ -86,7 +88,7 @@ def wrap(
         raise ValueError("question='mask' needs the mask: pass it to trace(..., question=)")
     _check_finder(answer)
     options = FlowOptions(
-        layers=layers if isinstance(layers, str) else tuple(layers),
+        layers=layers if isinstance(layers, str) else _numbers(layers),
         question=question,
         answer=finder_name(answer),
         target=target,
@@ -97,9 +99,15 @@ def wrap(
     language_model(model)
     reader = AttentionReader(model, adapter, block=block)
     reader.verified = not verify
-    if tokenizer is not None:
+    if verify and tokenizer is not None:
         check_tokenizer(model, tokenizer)
     return FlowTracer(reader, tokenizer, options, answer)
+
+
+def _numbers(layers: int | Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """Layer numbers as plain integers, from anything that counts, such as a numpy array."""
+    numbers: Iterable[SupportsIndex] = [layers] if isinstance(layers, int) else layers
+    return tuple(operator.index(number) for number in numbers)
 
 
 def _check_finder(finder: AnswerFinder) -> None:
@@ -252,12 +260,15 @@ class FlowTracer:
         choice = (
             ({} if temperature is None else {"temperature": temperature}) if do_sample else greedy
         )
-        with evaluating(self.model):
+        with self._reader.exclusive():
             generated = cast(Any, self.model).generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=most,
                 do_sample=do_sample,
+                num_beams=1,
+                num_return_sequences=1,
+                return_dict_in_generate=False,
                 **choice,
                 pad_token_id=tokenizer.pad_token_id or 0,
                 streamer=_Progress(most) if progress else None,
@@ -290,10 +301,10 @@ class FlowTracer:
             answer: How to find the answers, instead of the tracer's own finder.
 
         Raises:
-            ValueError: There are no rows, `batch_size` is below 1, or as for `attention`.
+            ValueError: Ids and masks do not fit, prompts are padded on the right, there are no
+                rows, `batch_size` is below 1, or as for `attention`.
         """
-        if not len(prompt_ids):
-            raise ValueError("wanted at least one rollout, found none")
+        check_rollouts(prompt_ids, completion_ids, prompt_mask, completion_mask)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
         if self.options.question == "user":
@@ -306,7 +317,8 @@ class FlowTracer:
         tokenizer, finder = self._require_tokenizer(), self._answer if answer is None else answer
         length = prompt_ids.shape[1]
         parts = []
-        for rows in _chunks(len(ids), batch_size or len(ids)):
+        for start in range(0, len(ids), size := batch_size or len(ids)):
+            rows = slice(start, start + size)
             # Rows without an answer run through the model too: every process of a distributed run
             # must make the same forward passes.
             attention = self._edges(ids[rows], mask[rows])
@@ -367,10 +379,6 @@ class FlowTracer:
         if self.tokenizer is None:
             raise ValueError("this tracer has no tokenizer; make it with wrap(model, tokenizer)")
         return self.tokenizer
-
-
-def _chunks(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, count, size))
 
 
 def _model_name(model: nn.Module) -> str:

@@ -136,7 +136,7 @@ def test_page_and_file_are_written_and_named(trace, tmp_path, wanted):
     page, file = tmp_path / "new" / "a.html", tmp_path / "a.flow"
     ran = trace("--response", RESPONSE, "--html", page, "--save", file)
     assert ran.code == 0
-    assert ran.err == f"wrote {page}\nwrote {file}\n"
+    assert ran.err == f"wrote {file}\nwrote {page}\n"
     assert "apples" in page.read_text(encoding="utf-8")
     loaded = ft.load(file)
     assert loaded.text == wanted.text
@@ -324,3 +324,41 @@ def test_the_traceback_can_be_shown(monkeypatch, tmp_path):
     )
     with pytest.raises(ValueError, match=r"has no config\.json"):
         cli.main()
+
+
+def test_files_are_written_even_if_nobody_reads_the_output(plain_model, tmp_path):
+    command = [Path(sys.executable).parent / "flowtracer", "trace", "--model", plain_model]
+    arguments = ["--prompt", PROMPT, "--response", RESPONSE, "--json"]
+    files = ["--html", tmp_path / "x.html", "--save", tmp_path / "x.flow"]
+    process = subprocess.Popen(
+        [*command, *arguments, *files], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    process.stderr.read()
+    process.stderr.close()
+    process.wait()
+    assert ft.load(tmp_path / "x.flow").text == PROMPT + RESPONSE
+    assert "<html" in (tmp_path / "x.html").read_text()
+
+
+def test_a_page_that_cannot_be_written_does_not_lose_the_trace(flowtracer, plain_model, tmp_path):
+    ran = flowtracer(
+        *("trace", "--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE),
+        *("--html", tmp_path, "--save", tmp_path / "x.flow"),
+    )
+    assert ran.code == 1
+    assert "found the directory" in ran.said
+    assert ft.load(tmp_path / "x.flow")
+
+
+def test_an_adapter_of_peft_is_a_model_too(flowtracer, plain_model, tmp_path):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(plain_model)
+    lora = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"]))
+    with quiet_transformers():
+        lora.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    ran = flowtracer("trace", "--model", tmp_path, "--prompt", PROMPT, "--response", RESPONSE)
+    assert ran.code == 0, ran.err

@@ -493,7 +493,6 @@ def test_torch_csr_with_narrow_indices():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", ["torch", "torch_csr"])
 @settings(laws, max_examples=20)
@@ -507,7 +506,6 @@ def test_cuda_agrees_and_stays_on_the_device(kind, dtype, problem, chosen):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_batches_and_pruning():
     attention = torch.rand(3, 600, 600, dtype=torch.float64).tril() / 300
     question, answer = torch.arange(600) < 50, torch.arange(600) > 590

@@ -418,3 +418,15 @@ solve_graph(graph.to_sparse())
 assert "torch" not in sys.modules, "sparse"
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_smallest_share_keeps_the_strongest_edge():
+    graph = FlowGraph.from_attention(np.tril(np.ones((4, 4))), [1, 0, 0, 0], [0, 0, 0, 1])
+    assert (graph.prune(mass=1e-18).edges > 0).sum(1).tolist() == [0, 1, 1, 1]
+
+
+def test_a_masked_array_is_refused_and_the_remedy_works():
+    attention = np.ma.masked_greater(np.tril(np.ones((3, 3))), 2)
+    with pytest.raises(TypeError, match=r"pass attention\.filled\(0\)"):
+        FlowGraph.from_attention(attention, [1, 0, 0], [0, 0, 1])
+    assert FlowGraph.from_attention(attention.filled(0), [1, 0, 0], [0, 0, 1]).edges.sum() == 3

@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 import flowtracer_plugin as ft
-from flowtracer_plugin import _grpo_checks
+from flowtracer_plugin import _grpo_checks, _trl_version
 from flowtracer_plugin.attention import NoAttentionError
 from flowtracer_plugin.grpo import (
     FlowCreditMixin,
@@ -740,36 +741,36 @@ def test_a_plain_config_is_refused(policy, tmp_path):
         )
 
 
-@pytest.mark.parametrize("installed", ["0.26.0", "1.15.2", "2.0.0", "2.1"])
-def test_other_releases_of_trl_are_refused(installed):
-    with pytest.raises(ImportError, match=rf"needs trl>=1.16,<2, and {installed} is installed"):
-        _grpo_checks.check_trl(installed)
+def import_again(monkeypatch, installed):
+    """`flowtracer_plugin.grpo`, imported where TRL has this version; None where it is missing."""
+
+    def version(name):
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(_trl_version, "version", version)
+    monkeypatch.delitem(sys.modules, "flowtracer_plugin.grpo")
+    return importlib.import_module("flowtracer_plugin.grpo")
 
 
-@pytest.mark.parametrize("installed", ["1.16.0", "1.16.3", "1.20.0"])
-def test_known_releases_of_trl_are_accepted(installed):
-    _grpo_checks.check_trl(installed)
+@pytest.mark.parametrize("installed", ["0.20.0", "1.15.2", "1.17.0", "2.1"])
+def test_other_releases_of_trl_are_refused_before_they_are_imported(installed, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trl"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=rf"needs trl>=1.16,<1.17, and {installed} is installed"):
+        import_again(monkeypatch, installed)
+    assert "trl" not in sys.modules
 
 
-def test_the_installed_release_is_checked(policy, tmp_path, monkeypatch):
-    monkeypatch.setattr(_grpo_checks, "version", {"trl": "1.15.0"}.__getitem__)
-    with pytest.raises(ImportError, match=r"and 1\.15\.0 is installed"):
-        attach_flow_credit(build(GRPOTrainer, policy, tmp_path))
+@pytest.mark.parametrize("installed", ["1.16.0", "1.16.3"])
+def test_known_releases_of_trl_are_accepted(installed, monkeypatch):
+    assert import_again(monkeypatch, installed).FlowGRPOTrainer
 
 
 def test_without_trl_the_message_says_what_to_install(monkeypatch):
-    class Missing:
-        @staticmethod
-        def find_spec(name, path=None, target=None):
-            if name.partition(".")[0] == "trl":
-                raise ModuleNotFoundError("No module named 'trl'", name="trl")
-
-    for name in [name for name in sys.modules if name.partition(".")[0] == "trl"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "flowtracer_plugin.grpo")
-    monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'flowtracer-plugin\[trl\]'"):
-        importlib.import_module("flowtracer_plugin.grpo")
+        import_again(monkeypatch, None)
 
 
 def test_a_tokenizer_is_found_in_a_processor_and_missed_elsewhere(policy, tmp_path):

@@ -17,7 +17,7 @@ ADAPTERS = ROOT / "adapters" / "flowtracer_adapters"
 
 # A module may import modules of earlier lines only; those of one line do not know each other.
 LAYERS = [
-    {"_flow_backends"},
+    {"_flow_backends", "_trl_version"},
     {"_flow_numpy", "_flow_torch"},
     {"_flow_scipy"},
     {"_flow_border"},
@@ -54,6 +54,7 @@ LATE = {
     ("_flow_backends", "_flow_scipy"),
     ("_flow_numpy", "scipy.sparse"),
     ("credit", "torch"),
+    ("capture", "peft"),
 }
 LAZY = {"__init__", "cli"}  # these must not load anything, so all of their imports are late
 

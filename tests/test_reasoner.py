@@ -125,4 +125,4 @@ def test_the_model_is_right_often_but_not_always(tokenizer):
     problems = make_problems(256, 11, "held_out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        assert 0.25 <= accuracy(model, tokenizer, problems, sample=True) <= 0.65
+        assert 0.3 <= accuracy(model, tokenizer, problems, sample=True) <= 0.6
