@@ -1,12 +1,15 @@
 """What the documents promise."""
 
 import contextlib
+import inspect
 import io
 import re
 from itertools import chain
 from pathlib import Path
 
 import pytest
+
+import flowtracer_plugin as ft
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,6 +27,60 @@ def test_the_first_program_prints_what_the_readme_says(tmp_path, monkeypatch):
         exec(compile(program, "README.md", "exec"), {})
     assert output.getvalue() == printed
     assert "<html" in (tmp_path / "trace.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def reasoner():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = ROOT / "examples/reasoner/model"
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def names_for_the_snippets(reasoner, folder):
+    """What a reader of the later snippets has already."""
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+    from examples.demo import accuracy_reward
+    from flowtracer_adapters import InterfaceAdapter
+    from flowtracer_plugin.grpo import FlowGRPOConfig
+
+    model, tokenizer = reasoner
+    data = Dataset.from_list([{"prompt": "Ann has 4 apples. How many apples?\n", "answer": 4}])
+    config = FlowGRPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to=[])
+    tracer = ft.wrap(model, tokenizer)
+    trace = tracer.trace("Ann has 4 apples. How many apples?\n", r"The answer is \boxed{4}")
+    return {
+        "ft": ft,
+        "model": model,
+        "tokenizer": tokenizer,
+        "tracer": tracer,
+        "trace": trace,
+        "attention": trace.attention,
+        "question": trace.spans.question,
+        "answer": trace.spans.answer,
+        "accuracy": accuracy_reward,
+        "config": config,
+        "data": data,
+        "GRPOTrainer": lambda *args, **named: GRPOTrainer(*args, args=config, **named),
+        "your_trainer": GRPOTrainer(model, accuracy_reward, args=config, train_dataset=data),
+        "MyAdapter": InterfaceAdapter,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_the_later_snippets_run(reasoner, tmp_path, monkeypatch):
+    # TRL's own fields do not hold what they declare, which the type checks of the tests refuse.
+    from flowtracer_plugin.grpo import FlowGRPOConfig
+
+    monkeypatch.setattr(FlowGRPOConfig, "__init__", inspect.unwrap(FlowGRPOConfig.__init__))
+    monkeypatch.chdir(tmp_path)
+    names = names_for_the_snippets(reasoner, tmp_path)
+    snippets = [text for language, text in BLOCKS if language == "python"][1:]
+    assert len(snippets) == 3
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
 
 
 def test_the_readme_is_short_and_shows_its_output_early():
