@@ -28,8 +28,8 @@ class FlowPath:
     """One way from the question to the answer.
 
     Attributes:
-        tokens: Indices of its tokens in order: the first is a question token, the last an answer
-            token.
+        tokens: Indices of its tokens in order: the first is a question token, the last one of the
+            target's.
         probability: Chance that one unit of flow takes exactly this way.
     """
 

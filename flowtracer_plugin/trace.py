@@ -31,7 +31,8 @@ class FlowOptions:
     Attributes:
         layers: `"middle"` third of the attention layers, `"early"`, `"late"`, `"all"`, five evenly
             spaced ones as `"middle:5"`, or layer numbers.
-        question: `"prompt"` (without special tokens and never the first), `"all"`, or `"user"`.
+        question: `"prompt"` (without special tokens and never the first), `"all"`, or `"user"`;
+            `"mask"` says that `trace` was given one.
         answer: How the answer is found in the response.
         target: Rows of the answer tokens, or `"decision"`: of the tokens before them, whose logits
             choose them.
@@ -133,9 +134,9 @@ class FlowTrace:
 
     @cached_property
     def reasoning_share(self) -> float:
-        """Share of the flow that enters the response at a token other than the answer.
+        """Share of the flow that enters the response at a token other than the target.
 
-        The rest jumps from the prompt straight to the answer.
+        The rest jumps from the prompt straight to the answer's tokens, or to those that decide it.
         """
         length = self.spans.prompt_length
         landing = self.flow.edge_flow()[length:, :length].sum(1)

@@ -185,7 +185,7 @@ class FlowTracer:
         response: str,
         *,
         answer: AnswerFinder | None = None,
-        question: Sequence[bool] | TokenMask | None = None,
+        question: str | Sequence[bool] | TokenMask | None = None,
     ) -> FlowTrace:
         """What carried the answer of `response` to `prompt`.
 
@@ -197,7 +197,7 @@ class FlowTracer:
             prompt: Text or chat messages.
             response: What the model answered.
             answer: How to find the answer, instead of the tracer's own finder.
-            question: Mask over the prompt's tokens, instead of the tracer's rule.
+            question: A mask over the prompt's tokens or another rule, instead of the tracer's.
 
         Raises:
             AnswerNotFoundError: There is no answer in the response.
@@ -215,14 +215,11 @@ class FlowTracer:
         response_ids: Sequence[int],
         *,
         answer: AnswerFinder | None = None,
-        question: Sequence[bool] | TokenMask | None = None,
+        question: str | Sequence[bool] | TokenMask | None = None,
     ) -> FlowTrace:
-        """`trace` for token ids, such as sampled ones.
-
-        Raises:
-            ValueError: As for `trace`, or the tracer's rule is `question="user"`, which needs text.
-        """
-        if question is None and self.options.question == "user":
+        """`trace` for token ids, such as sampled ones; `question="user"` raises, it needs text."""
+        rule = self.options.question if question is None else question
+        if isinstance(rule, str) and rule == "user":
             raise ValueError(
                 "question='user' needs to know what the user said, and token ids do not tell; "
                 "pass trace_tokens(..., question=mask)"
@@ -339,7 +336,7 @@ class FlowTracer:
         prompt_ids: list[int],
         response_ids: list[int],
         finder: AnswerFinder | None,
-        question: Sequence[bool] | TokenMask | None,
+        question: str | Sequence[bool] | TokenMask | None,
         user_text: str | None,
     ) -> FlowTrace:
         tokenizer = self._require_tokenizer()
@@ -355,7 +352,10 @@ class FlowTracer:
         device = next(self.model.parameters()).device
         ids = torch.tensor([prompt_ids + response_ids], device=device)
         attention = self._edges(ids, torch.ones_like(ids, dtype=torch.bool))[0].cpu().numpy()
-        options = self.options if question is None else replace(self.options, question="mask")
+        options = self.options
+        if question is not None:
+            named = question if isinstance(question, str) else "mask"
+            options = replace(options, question=named)
         flow = solve_flow(
             attention,
             spans.question,

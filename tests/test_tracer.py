@@ -114,6 +114,14 @@ def test_a_mask_is_the_question(model, tracer):
     assert tracer.options.question == "prompt"
 
 
+def test_another_rule_may_name_the_question_for_one_trace(tracer, tokenizer):
+    trace = tracer.trace(PROMPT, RESPONSE, question="all")
+    assert trace.options.question == "all"
+    assert trace.spans.question.sum() == trace.spans.prompt_length
+    with pytest.raises(ValueError, match="token ids do not tell"):
+        tracer.trace_tokens(tokenizer(PROMPT)["input_ids"], [3], question="user")
+
+
 def test_the_answer_may_be_found_otherwise_for_one_trace(tracer):
     trace = tracer.trace(PROMPT, RESPONSE, answer=re.compile(r"(had) 3"))
     assert (trace.spans.answer_text, trace.spans.rule) == ("had", "regex")
