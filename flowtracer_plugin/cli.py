@@ -53,51 +53,69 @@ def _root(
     pass
 
 
+ModelName = Annotated[str, typer.Option(help="Folder of a model, or its id on the hub.")]
+Prompt = Annotated[str, typer.Option(help="The question; - reads it from standard input.")]
+Response = Annotated[
+    str | None, typer.Option(help="An answer to trace; without one the model generates it.")
+]
+Generate = Annotated[
+    bool, typer.Option("--generate", help="Let the model answer (as without --response).")
+]
+Length = Annotated[int, typer.Option(min=1, help="Length of a generated answer.")]
+Sample = Annotated[bool, typer.Option(help="Sample instead of decoding greedily.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+Answer = Annotated[
+    str,
+    typer.Option(
+        help="How to find the answer: auto, boxed, answer_tag, hash, phrase, after_think, "
+        "last_number, last_word, or re:PATTERN with one group."
+    ),
+]
+Layers = Annotated[
+    str, typer.Option(help="middle, early, late, all, middle:5, or numbers such as 4,5,6.")
+]
+Target = Annotated[
+    Literal["answer", "decision"],
+    typer.Option(help="Trace to the answer, or to the tokens whose logits choose it."),
+]
+Question = Annotated[
+    Literal["prompt", "all", "user"],
+    typer.Option(help="Trace from the prompt, also from its special tokens, or from --prompt."),
+]
+Chat = Annotated[
+    bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Precision of the model; auto is that of its files."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the trace as JSON.")]
+PageFile = Annotated[Path | None, typer.Option(help="Write a page to this file.")]
+TraceFile = Annotated[Path | None, typer.Option(help="Write the trace to this file.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where errors arise.")]
+
+
 @app.command()
 def trace(
-    model: Annotated[str, typer.Option(help="Folder of a model, or its id on the hub.")],
-    prompt: Annotated[str, typer.Option(help="The question; - reads it from standard input.")],
-    response: Annotated[
-        str | None, typer.Option(help="An answer to trace; without one the model generates it.")
-    ] = None,
-    generate: Annotated[
-        bool, typer.Option("--generate", help="Let the model answer (as without --response).")
-    ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of a generated answer.")] = 256,
-    sample: Annotated[bool, typer.Option(help="Sample instead of decoding greedily.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    answer: Annotated[
-        str,
-        typer.Option(
-            help="How to find the answer: auto, boxed, answer_tag, hash, phrase, after_think, "
-            "last_number, last_word, or re:PATTERN with one group."
-        ),
-    ] = "auto",
-    layers: Annotated[
-        str, typer.Option(help="middle, early, late, all, middle:5, or numbers such as 4,5,6.")
-    ] = "middle",
-    target: Annotated[
-        Literal["answer", "decision"],
-        typer.Option(help="Trace to the answer, or to the tokens whose logits choose it."),
-    ] = "answer",
-    question: Annotated[
-        Literal["prompt", "all", "user"],
-        typer.Option(help="Trace from the prompt, also from its special tokens, or from --prompt."),
-    ] = "prompt",
-    chat: Annotated[
-        bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
-    ] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Precision of the model; auto is that of its files."),
-    ] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print the trace as JSON.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page to this file.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write the trace to this file.")] = None,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where errors arise.")
-    ] = False,
+    model: ModelName,
+    prompt: Prompt,
+    response: Response = None,
+    generate: Generate = False,
+    max_new_tokens: Length = 256,
+    sample: Sample = False,
+    seed: Seed = 0,
+    answer: Answer = "auto",
+    layers: Layers = "middle",
+    target: Target = "answer",
+    question: Question = "prompt",
+    chat: Chat = True,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    json: AsJson = False,
+    html: PageFile = None,
+    save: TraceFile = None,
+    traceback: Traceback = False,
 ) -> None:
     """Show which tokens carried the answer.
 
