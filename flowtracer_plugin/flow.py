@@ -64,14 +64,31 @@ class Flow:
                [0.25, 0.  , 0.  ],
                [0.75, 0.25, 0.  ]])
         """
+        arriving, leaving = self._ends()
+        copy = scale(negated(self.graph.edges), -arriving, of="query")
+        return scale(copy, leaving, of="key")
+
+    def inflow(self, tokens: Bool[Any, "*batch token"]) -> Float[Any, "*batch token"]:
+        """The share of the unit that enters each token along edges from `tokens`.
+
+        These are sums of rows of `edge_flow`, without another matrix of its size.
+
+        >>> attention = np.array([[0, 0, 0], [1, 0, 0], [0.75, 0.25, 0]])
+        >>> flow = solve_flow(attention, [1, 0, 0], [0, 0, 1])
+        >>> flow.inflow(np.array([True, False, False]))
+        array([0.  , 0.25, 0.75])
+        """
+        arriving, leaving = self._ends()
+        return arriving * _product(self.graph.edges, leaving * tokens)
+
+    def _ends(self) -> tuple[Float[Any, "*batch token"], Float[Any, "*batch token"]]:
+        """What an edge's attention is multiplied with at its later and its earlier token."""
         leaving = self.potential
         if self.boundary == "absorbing":
             leaving = leaving * ~self.graph.answer
         # f / g is the reach in the scale of g: it keeps its precision where the reach itself,
         # as reported, has underflowed
-        arriving = self.throughput / (self.potential + (self.potential == 0))
-        copy = scale(negated(self.graph.edges), -arriving, of="query")
-        return scale(copy, leaving, of="key")
+        return self.throughput / (self.potential + (self.potential == 0)), leaving
 
     def sink_flow(self) -> Float[Any, "*batch token"]:
         """The share of the unit that leaves each token for the sink; sums to 1 over the answer.
@@ -162,6 +179,14 @@ def solve_graph(
         question_reached=reached if reached.ndim else int(reached),
         boundary=boundary,
     )
+
+
+def _product(edges: Any, values: Float[Any, "*batch token"]) -> Float[Any, "*batch token"]:
+    """Each graph's matrix times its vector."""
+    if isinstance(edges, tuple):
+        pairs = zip(edges, values, strict=True)
+        return backend_of(values).xp.stack([one @ vector for one, vector in pairs])
+    return (edges @ values[..., None])[..., 0]
 
 
 def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -147,8 +147,10 @@ def solve_rollouts(
         )
         reached = torch.as_tensor(flow.question_reached)[:, None] > 0
         throughput[rows], reach[rows] = flow.throughput, flow.reach * reached
-        landing = flow.edge_flow()[:, prompt_length:, :prompt_length].sum(-1)
-        share[rows] = landing.masked_fill(target[:, prompt_length:], 0.0).sum(-1)
+        prompt = (torch.arange(target.shape[1], device=target.device) < prompt_length).expand_as(
+            target
+        )
+        share[rows] = flow.inflow(prompt).masked_fill(prompt | target, 0.0).sum(-1)
     return FlowBatch(
         prompt_length=prompt_length,
         throughput=throughput,

@@ -138,9 +138,8 @@ class FlowTrace:
 
         The rest jumps from the prompt straight to the answer's tokens, or to those that decide it.
         """
-        length = self.spans.prompt_length
-        landing = self.flow.edge_flow()[length:, :length].sum(1)
-        return float(landing[~self.spans.target[length:]].sum())
+        response = self.spans.response
+        return float(self.flow.inflow(~response)[response & ~self.spans.target].sum())
 
     def hubs(self, count: int = 10, *, within: str = "reasoning") -> tuple[RankedToken, ...]:
         """Tokens with much flow that many later tokens draw on, the strongest first.

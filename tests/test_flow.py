@@ -61,6 +61,11 @@ def agree(found, expected, dtype="float64"):
         np.testing.assert_allclose(
             dense(getattr(found, name)()), expected[name], **TOLERANCE[dtype], err_msg=name
         )
+    question = dense(found.graph.question)
+    entering = (expected["edge_flow"] * question[..., None, :]).sum(-1)
+    np.testing.assert_allclose(
+        dense(found.inflow(found.graph.question)), entering, **TOLERANCE[dtype], err_msg="inflow"
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
