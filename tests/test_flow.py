@@ -61,10 +61,10 @@ def agree(found, expected, dtype="float64"):
         np.testing.assert_allclose(
             dense(getattr(found, name)()), expected[name], **TOLERANCE[dtype], err_msg=name
         )
-    question = dense(found.graph.question)
-    entering = (expected["edge_flow"] * question[..., None, :]).sum(-1)
+    tokens = found.graph.question | found.graph.answer
+    entering = (expected["edge_flow"] * dense(tokens)[..., None, :]).sum(-1)
     np.testing.assert_allclose(
-        dense(found.inflow(found.graph.question)), entering, **TOLERANCE[dtype], err_msg="inflow"
+        dense(found.inflow(tokens)), entering, **TOLERANCE[dtype], err_msg="inflow"
     )
 
 
