@@ -38,12 +38,17 @@ class AttentionSite:
     Attributes:
         layer: The decoder layer's number, counted from 0 as the model counts it.
         module: Dotted path of the attention module below the model.
-        function: What the module's `forward` calls to attend, as written there.
+        function: What the module's `forward` calls to attend, as written there. A slash goes into
+            a method that it calls: `"self._attn/torch.matmul"`.
+        occurrence: Which of several calls of that function, in the order written; -1 is the last.
+        visit: Which of several runs of the module in one forward pass, counted from 0.
     """
 
     layer: int
     module: str
     function: str
+    occurrence: int = -1
+    visit: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +70,8 @@ class AttentionCall:
         sinks: A learned score per head, or per head and query, that takes part in the softmax and
             is then dropped.
         causal: Whether a missing mask means "each query sees the keys up to its own position".
+        key_tokens: For keys that are not the tokens themselves: the share of each token in each
+            key. A key that stands for several tokens divides its probability among them.
     """
 
     query: Float[Tensor, "batch head query width"]
@@ -80,6 +87,20 @@ class AttentionCall:
     bias: Float[Tensor, "#batch #head #query key"] | None = None
     sinks: Float[Tensor, " head"] | Float[Tensor, "#batch head #query 1"] | None = None
     causal: bool = True
+    key_tokens: Float[Tensor, "#batch key token"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionWeights:
+    """Probabilities that the model computed itself, for architectures that always do.
+
+    Attributes:
+        weights: After the softmax, as the model multiplies them with the values.
+        value: What they are multiplied with; read by the adapter's self-check.
+    """
+
+    weights: Float[Tensor, "batch head query key"]
+    value: Float[Tensor, "batch group key value_width"] | None = None
 
 
 class AttentionAdapter(ABC):
@@ -111,7 +132,7 @@ class AttentionAdapter(ABC):
     @abstractmethod
     def read(
         self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> AttentionCall:
+    ) -> AttentionCall | AttentionWeights:
         """The attention call that `module` is about to make with these arguments."""
 
 
