@@ -1,6 +1,6 @@
 """The contract between the tracer and an architecture: where a model attends, and how to read it.
 
-An adapter describes; it never runs the model. `capture` runs it and hands the arguments of each
+An adapter describes; it never runs the model. `reader` runs it and hands the arguments of each
 attention call to the adapter, and `head_mean` turns what comes back into numbers.
 """
 
@@ -112,10 +112,13 @@ class AttentionAdapter(ABC):
         name: Shown to users, and the name under which it is found.
         generic: Whether it discovers its sites by looking, and so gives way to adapters that know
             an architecture.
+        interface: Whether its sites are calls of transformers' attention interface, which start
+            with the module. The backend of that name can read these only.
     """
 
     name: ClassVar[str]
     generic: ClassVar[bool] = False
+    interface: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:

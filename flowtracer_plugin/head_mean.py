@@ -11,11 +11,11 @@ from einops import rearrange, reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from flowtracer_plugin.attention import AttentionCall
+from flowtracer_plugin.attention import AttentionCall, AttentionWeights
 
 
 def add_head_mean(
-    call: AttentionCall,
+    call: AttentionCall | AttentionWeights,
     total: Float[Tensor, "batch query key"],
     *,
     weight: float = 1.0,
@@ -27,18 +27,26 @@ def add_head_mean(
     `heads` restricts the mean to some query heads. Rows of queries that see no key stay as they
     are. Computed in float32, also under autocast.
     """
-    with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
-        for start in range(0, call.query.shape[2], block):
-            rows = slice(start, min(start + block, call.query.shape[2]))
+    given = call.weights if isinstance(call, AttentionWeights) else call.query
+    with torch.no_grad(), torch.autocast(given.device.type, enabled=False):
+        for start in range(0, given.shape[2], block):
+            rows = slice(start, min(start + block, given.shape[2]))
             probabilities = row_probabilities(call, rows, heads)
             mean = reduce(probabilities, "batch head query key -> batch query key", "mean")
+            if isinstance(call, AttentionCall) and call.key_tokens is not None:
+                mean = mean @ call.key_tokens[:, : mean.shape[-1]].float()
             total[:, rows, : mean.shape[-1]].add_(mean.to(total.device), alpha=weight)
 
 
 def row_probabilities(
-    call: AttentionCall, rows: slice, heads: Int[Tensor, " chosen"] | None = None
+    call: AttentionCall | AttentionWeights,
+    rows: slice,
+    heads: Int[Tensor, " chosen"] | None = None,
 ) -> Float[Tensor, "batch head rows seen"]:
     """Probabilities of the query rows `rows`, over the keys that they can see at most."""
+    if isinstance(call, AttentionWeights):
+        every = slice(None) if heads is None else heads
+        return call.weights[:, every, rows].detach().float()
     causal = call.mask is None and call.causal and call.query.shape[2] > 1
     seen = rows.stop if causal else call.key.shape[2]
     scores = _scores(call, rows, seen, heads)

@@ -17,17 +17,19 @@ from transformers import PreTrainedTokenizerBase
 
 from flowtracer_plugin.answers import AnswerFinder, find_answer, finder_name
 from flowtracer_plugin.attention import AttentionAdapter
-from flowtracer_plugin.capture import (
-    AttentionReader,
+from flowtracer_plugin.causal_lm import (
     check_input,
     check_length,
     check_tokenizer,
     context_length,
+    input_device,
     language_model,
+    unwrapped,
 )
 from flowtracer_plugin.encoding import Prompt, encode_prompt, encode_response, user_text
 from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.layers import select_layers
+from flowtracer_plugin.reader import AttentionReader
 from flowtracer_plugin.rollouts import (
     FlowBatch,
     check_rollouts,
@@ -54,6 +56,7 @@ def wrap(
     boundary: str = "literal",
     first_token: str = "keep",
     adapter: AttentionAdapter | None = None,
+    backend: str = "nnsight",
     block: int = 64,
     verify: bool = True,
 ) -> FlowTracer:
@@ -73,6 +76,9 @@ def wrap(
         boundary: `"literal"` or `"absorbing"`.
         first_token: `"keep"` or `"drop"`.
         adapter: How to read this architecture, if the built-in adapters cannot.
+        backend: `"nnsight"` reads any model; `"interface"`, for models that call transformers'
+            attention interface, also works with tensor parallelism, in several threads at once,
+            and without source code.
         block: Query rows that are computed at a time: memory against speed.
         verify: Whether to check that the tokenizer fits the model, and on the first trace that what
             is read is what the model computes.
@@ -96,11 +102,11 @@ def wrap(
         boundary=boundary,
         first_token=first_token,
     )
-    language_model(model)
-    reader = AttentionReader(model, adapter, block=block)
+    language_model(unwrapped(model))
+    reader = AttentionReader(model, adapter, backend=backend, block=block)
     reader.verified = not verify
     if verify and tokenizer is not None:
-        check_tokenizer(model, tokenizer)
+        check_tokenizer(reader.model, tokenizer)
     return FlowTracer(reader, tokenizer, options, answer)
 
 
@@ -122,11 +128,12 @@ def _rebuilt(
     options: FlowOptions,
     answer: AnswerFinder,
     adapter: AttentionAdapter,
+    backend: str,
     block: int,
     verified: bool,
 ) -> FlowTracer:
     """The tracer that was pickled."""
-    reader = AttentionReader(model, adapter, block=block)
+    reader = AttentionReader(model, adapter, backend=backend, block=block)
     reader.verified = verified
     return FlowTracer(reader, tokenizer, options, answer)
 
@@ -158,24 +165,35 @@ class FlowTracer:
         # Without the lock and nnsight's handles on the model, which are made anew.
         reader = self._reader
         parts = self.model, self.tokenizer, self.options, self._answer
-        return _rebuilt, (*parts, reader.adapter, reader.block, reader.verified)
+        return _rebuilt, (*parts, reader.adapter, reader.backend.name, reader.block, reader.verified)
 
     def attention(
         self,
-        input_ids: Int[Tensor, "batch token"],
-        attention_mask: Int[Tensor, "batch token"] | Bool[Tensor, "batch token"] | None = None,
+        input_ids: Int[Tensor, "batch query"],
+        attention_mask: Int[Tensor, "batch key"] | Bool[Tensor, "batch key"] | None = None,
         *,
         model_inputs: Mapping[str, Any] | None = None,
     ) -> Float[Tensor, "batch query key"]:
         """Mean over the selected layers and all heads, float32, padding rows and columns 0.
+
+        Args:
+            input_ids: Tokens.
+            attention_mask: 0 on padding.
+            model_inputs: What else the model takes, such as images. `position_ids` that restart
+                mean packed texts; with `past_key_values` the keys are the cached tokens and the
+                input, the mask covers both, and the cache stays as it is.
 
         Raises:
             ValueError: Shapes differ, a token is outside the vocabulary, or the input is longer
                 than the model's context.
             AdapterMismatchError: On first use, if what is read is not what the model computes.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        check_input(self.model, input_ids, mask)
+        cache = (model_inputs or {}).get("past_key_values")
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        mask = attention_mask
+        if mask is None:
+            mask = input_ids.new_ones(len(input_ids), input_ids.shape[-1] + cached)
+        check_input(self.model, input_ids, mask, cached=cached)
         self._reader.verify()
         return self._reader.read(input_ids, mask.bool(), self.layers, model_inputs=model_inputs)
 
@@ -250,7 +268,7 @@ class FlowTracer:
         prompt_ids, _ = encode_prompt(tokenizer, prompt)
         check_length(self.model, len(prompt_ids) + 1)
         most = min(max_new_tokens, context_length(self.model) - len(prompt_ids))
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         inputs = torch.tensor([prompt_ids], device=device)
         # Sampling follows the model's own generation config; greedy decoding has no use for one.
         greedy = {"temperature": None, "top_p": None, "top_k": None}
@@ -349,7 +367,7 @@ class FlowTracer:
             user_text=user_text,
             target=self.options.target,
         )
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         ids = torch.tensor([prompt_ids + response_ids], device=device)
         attention = self._edges(ids, torch.ones_like(ids, dtype=torch.bool))[0].cpu().numpy()
         options = self.options

@@ -39,7 +39,7 @@ from flowtracer_plugin.attention import (
     known_adapters,
     register_adapter,
 )
-from flowtracer_plugin.capture import AttentionReader
+from flowtracer_plugin.reader import AttentionReader
 from tests.families import FAMILIES, LAYERS, redrawn, tiny_model
 
 GUIDE = Path(__file__).parents[1] / "adapters" / "README.md"
@@ -363,6 +363,6 @@ def test_the_guides_example_can_be_shipped(tmp_path, monkeypatch):
 
 
 def test_the_guide_names_the_length_of_the_self_check():
-    from flowtracer_plugin.capture import CHECK_TOKENS
+    from flowtracer_plugin.reader import CHECK_TOKENS
 
     assert f"{CHECK_TOKENS} tokens" in GUIDE.read_text()

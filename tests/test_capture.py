@@ -36,7 +36,8 @@ from flowtracer_plugin.attention import (
     AttentionAdapter,
     AttentionCall,
 )
-from flowtracer_plugin.capture import AttentionReader, language_model, vocabulary_size
+from flowtracer_plugin.causal_lm import language_model, vocabulary_size
+from flowtracer_plugin.reader import AttentionReader
 from flowtracer_plugin.head_mean import add_head_mean
 from tests.families import FAMILIES, LAYERS, VOCABULARY, WINDOW, redrawn, tiny_model
 from tests.reference_attention import eager_attentions, eager_head_mean
@@ -510,7 +511,7 @@ class TwiceAssigned(LlamaAttention):
 
 def call_label(reader: AttentionReader) -> str:
     site = reader.sites[0]
-    return reader._operation(site).name
+    return reader.backend._operation(site).name
 
 
 def test_a_call_is_found_whatever_number_its_label_has():

@@ -8,7 +8,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.attention import AttentionAdapter
-from flowtracer_plugin.capture import check_input
+from flowtracer_plugin.causal_lm import check_input
 from flowtracer_plugin.rollouts import RolloutMasks, solve_rollouts
 from flowtracer_plugin.trace import FlowOptions
 from tests import reference, reference_backbone

@@ -1,0 +1,172 @@
+"""What a loaded transformers model says about itself, and which inputs it can take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flowtracer_plugin.attention import UnsupportedArchitectureError
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The model inside nnsight's, `torch.compile`'s and the data-parallel wrappers.
+
+    Those run the same modules, but compile them, or talk to other processes about gradients.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return unwrapped(model.module)
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        return unwrapped(model._orig_mod)
+    if type(model).__module__.partition(".")[0] in {"nnsight", "nnterp"}:
+        return unwrapped(model._module)
+    return model
+
+
+def language_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers such as PEFT's.
+
+    Raises:
+        TypeError: There is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"wanted a loaded model, found {model!r}; load it first, with "
+            "AutoModelForCausalLM.from_pretrained(...)"
+        )
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise TypeError(f"wanted a transformers model, found {type(model).__name__}")
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the model takes its inputs; weights that accelerate holds elsewhere do not count."""
+    devices = (parameter.device for parameter in model.parameters())
+    held = next((device for device in devices if device.type != "meta"), None)
+    if held is not None:
+        return held
+    hooks = (vars(module).get("_hf_hook") for module in model.modules())
+    placed = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in placed if device is not None), "cpu"))
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """How many token ids the model can embed."""
+    embedding = language_model(model).get_input_embeddings()
+    return cast("nn.Embedding", embedding).weight.shape[0]
+
+
+def context_length(model: nn.Module) -> int:
+    """How many tokens the model has positions for; without a limit, more than any text has."""
+    config = language_model(model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def check_wrapper(model: nn.Module) -> None:
+    """Refuse PEFT methods that put virtual tokens before the text.
+
+    Raises:
+        UnsupportedArchitectureError: The model uses one.
+    """
+    if "peft" not in sys.modules:
+        return
+    from peft import PeftModel
+
+    for module in model.modules():
+        if isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
+            raise UnsupportedArchitectureError(
+                f"{module.active_peft_config.peft_type.value} puts virtual tokens before the text, "
+                "and attention to them belongs to no token; trace the base model, or a model with "
+                "LoRA or another method that changes weights"
+            )
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Refuse more tokens than the model has positions for.
+
+    Raises:
+        ValueError: There are more.
+    """
+    if length > (limit := context_length(model)):
+        raise ValueError(
+            f"prompt and response have {length} tokens, more than the model's context of "
+            f"{limit}; shorten them"
+        )
+
+
+def check_input(model: nn.Module, input_ids: Tensor, mask: Tensor, *, cached: int = 0) -> None:
+    """Refuse what the model cannot read; `cached` tokens before the input are in a cache.
+
+    Raises:
+        ValueError: Shapes differ, a token is outside the vocabulary, or there are too many.
+    """
+    wanted = (*input_ids.shape[:1], input_ids.shape[-1] + cached)
+    if input_ids.ndim != 2 or tuple(mask.shape) != wanted:
+        raise ValueError(
+            "input_ids and attention_mask must both be [batch, token], got "
+            f"{tuple(input_ids.shape)} and {tuple(mask.shape)}"
+            + (f"; the mask must cover the {cached} cached tokens too" if cached else "")
+        )
+    # Padding does not count: positions begin at the first token that is visible.
+    check_length(model, int(mask.bool().sum(-1).max()))
+    size = vocabulary_size(model)
+    if not bool(((input_ids >= 0) & (input_ids < size)).all()):
+        raise ValueError(
+            f"token ids must be between 0 and {size - 1}, the model's vocabulary, got "
+            f"{int(input_ids.min())} to {int(input_ids.max())}"
+        )
+
+
+def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer of another model.
+
+    Raises:
+        ValueError: It knows tokens that the model does not embed, or fewer than 90 % of them.
+    """
+    known, embedded = len(tokenizer), vocabulary_size(model)
+    # Embeddings are often padded beyond the tokenizer, by at most a few per cent. Of a tokenizer, a
+    # token for images may lie beyond the embeddings of its text-only models (Gemma 3).
+    if known < 0.9 * embedded or tokenizer.vocab_size > embedded:
+        raise ValueError(
+            f"the tokenizer knows {known} tokens and the model embeds {embedded}: they do not "
+            "belong together; load both from the same path (wrap(..., verify=False) takes them as "
+            "they are)"
+        )
+
+
+_in_evaluation: WeakKeyDictionary[nn.Module, list[list[nn.Module]]] = WeakKeyDictionary()
+_modes = Lock()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, and with every module's own mode put back: frozen parts may be in eval.
+
+    Several threads may be in here at once; the last one out puts the modes back.
+    """
+    key = language_model(model)
+    with _modes:
+        training = [module for module in model.modules() if module.training]
+        _in_evaluation.setdefault(key, []).append(training)
+        for module in training:
+            module.training = False
+    try:
+        yield
+    finally:
+        with _modes:
+            if len(_in_evaluation[key]) > 1:
+                # The others hold the modules in evaluation mode: one of them puts these back too.
+                mine = _in_evaluation[key].pop()
+                _in_evaluation[key][0].extend(mine)
+            else:
+                for module in _in_evaluation.pop(key)[0]:
+                    module.training = True

@@ -1,0 +1,236 @@
+"""Read the attention of a model: which layers, on which inputs, checked on first use."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from threading import RLock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from flowtracer_plugin.attention import (
+    AdapterMismatchError,
+    AttentionAdapter,
+    AttentionSite,
+    NoAttentionError,
+    find_adapter,
+)
+from flowtracer_plugin.backends import Backend
+from flowtracer_plugin.capture import NnsightBackend
+from flowtracer_plugin.causal_lm import (
+    check_wrapper,
+    evaluating,
+    input_device,
+    language_model,
+    unwrapped,
+    vocabulary_size,
+)
+from flowtracer_plugin.head_mean import add_head_mean
+from flowtracer_plugin.interception import InterfaceBackend
+from flowtracer_plugin.parallel import average_heads, check_backend, may_stop, uncompiled
+from flowtracer_plugin.self_check import (
+    SiteReport,
+    check_report,
+    difference,
+    report_site,
+    rounding,
+)
+
+BACKENDS = {backend.name: backend for backend in (NnsightBackend, InterfaceBackend)}
+
+CHECK_TOKENS = 17
+"""Length of the self-check's input: no model has so many heads, so the axes cannot be mixed up."""
+
+CHECK_PADDING = (0, 5)
+"""Padding of the self-check's inputs: without it, many models pass no mask at all."""
+
+_locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+"""However many readers share a model, and however it is wrapped, one lock by its first site."""
+
+
+class AttentionReader:
+    """Reads the head-averaged attention of one model.
+
+    The model keeps its weights, configuration and attention implementation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: AttentionAdapter | None = None,
+        *,
+        backend: str = "nnsight",
+        block: int = 64,
+    ) -> None:
+        if block < 1:
+            raise ValueError(f"block must be at least 1 query row, got {block!r}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        model = unwrapped(model)
+        check_wrapper(model)
+        check_backend(model, backend)
+        self.model = model
+        self.adapter = find_adapter(model, None if adapter is None else [adapter])
+        self.sites = self.adapter.sites(model)
+        if not self.sites:
+            raise NoAttentionError(f"{type(model).__name__} has no attention to read")
+        self.block = block
+        self.verified = False
+        self.backend: Backend = BACKENDS[backend](model, self.adapter, self.sites)
+        self._lock = _locks.setdefault(model.get_submodule(self.sites[0].module), RLock())
+        self._accepted = frozenset(inspect.signature(language_model(model).forward).parameters)
+
+    def read(
+        self,
+        input_ids: Int[Tensor, "batch query"],
+        attention_mask: Bool[Tensor, "batch key"],
+        layers: Sequence[int],
+        *,
+        heads: Mapping[int, Int[Tensor, " chosen"]] | None = None,
+        model_inputs: Mapping[str, Any] | None = None,
+    ) -> Float[Tensor, "batch query key"]:
+        """Mean over `layers` and their heads, float32, rows and columns of padding zero.
+
+        The forward pass ends at the last of the layers. `heads` restricts layers to some query
+        heads; `model_inputs` are passed on to the model. There are more keys than queries if they
+        hold a cache, which stays as it is.
+        """
+        sites = [site for site in self.sites if site.layer in set(layers)]
+        inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
+        total = torch.zeros(*input_ids.shape, attention_mask.shape[1], device=input_ids.device)
+
+        def receive(site: AttentionSite, args: Any, kwargs: Any, _output: Any) -> None:
+            add_head_mean(
+                self.adapter.read(self.model.get_submodule(site.module), args, kwargs),
+                total,
+                weight=1 / len(sites),
+                heads=(heads or {}).get(site.layer),
+                block=self.block,
+            )
+
+        with self._running():
+            self.backend.run(inputs, sites, receive, whole=not may_stop(self.model))
+        average_heads(self.model, total)
+        seen = attention_mask.to(total.device)
+        rows = ~seen[:, -input_ids.shape[1] :]  # filled, not multiplied: 0 times NaN is NaN
+        return total.masked_fill_(rows[:, :, None], 0).masked_fill_(~seen[:, None, :], 0)
+
+    def verify(self) -> None:
+        """Check once, on a short input, that what is read is what the model computes.
+
+        At every site the probabilities, times the values, must give the attention output that the
+        model itself went on with, whatever implementation computed it; no token may attend to later
+        ones; and a read forward pass must give the logits of a plain one.
+
+        Raises:
+            AdapterMismatchError: They differ.
+            UnsupportedArchitectureError: Tokens attend to later tokens.
+        """
+        if not self.verified:
+            for report in self.inspect():
+                check_report(report, self.adapter.name)
+            self.verified = True
+
+    def inspect(self) -> tuple[SiteReport, ...]:
+        """What the self-check finds at each site, on texts without and with padding.
+
+        Raises:
+            AdapterMismatchError: Reading changes the logits, or the model runs an attention module
+                another number of times than the adapter lists it.
+            ValueError: The model computes logits that are not finite.
+        """
+        token = torch.arange(CHECK_TOKENS, device=input_device(self.model))[None]
+        ids = token % vocabulary_size(self.model)
+        found = [self._inspect(ids, token >= padding) for padding in CHECK_PADDING]
+        return tuple(
+            max(reports, key=lambda report: (report.difference, report.ahead))
+            for reports in zip(*found, strict=True)
+        )
+
+    def _inspect(
+        self, input_ids: Int[Tensor, "1 token"], attention_mask: Bool[Tensor, "1 token"]
+    ) -> list[SiteReport]:
+        reports: list[SiteReport] = []
+
+        def receive(site: AttentionSite, args: Any, kwargs: Any, output: Any) -> None:
+            call = self.adapter.read(self.model.get_submodule(site.module), args, kwargs)
+            reports.append(report_site(site, call, output, attention_mask[0]))
+
+        inputs = self._inputs(input_ids, attention_mask, {})
+        with self._running():
+            read = self.backend.run(inputs, self.sites, receive, whole=True).logits
+            with self._counted() as visits:
+                plain = self.model(**inputs).logits
+        self._check_runs(visits)
+        if not torch.isfinite(plain).all():
+            raise ValueError(
+                f"{type(self.model).__name__} computes logits that are not finite on a short text: "
+                "its weights are damaged, or too large for its dtype; load it in another dtype"
+            )
+        if not difference(read, plain) <= rounding(plain):
+            raise AdapterMismatchError("a traced forward pass does not give the model's own logits")
+        return reports
+
+    def _check_runs(self, visits: Counter[str]) -> None:
+        listed = Counter(site.module for site in self.sites)
+        for path, runs in visits.items():
+            if runs != listed[path]:
+                raise AdapterMismatchError(
+                    f"{type(self.model).__name__} runs {path} {runs} times in one forward pass, "
+                    f"and the adapter {self.adapter.name!r} lists {listed[path]} visits of it; "
+                    "mend its sites()"
+                )
+
+    @contextmanager
+    def _counted(self) -> Iterator[Counter[str]]:
+        """How often each attention module runs meanwhile."""
+        visits: Counter[str] = Counter()
+        with ExitStack() as hooks:
+            for path in {site.module for site in self.sites}:
+                module = self.model.get_submodule(path)
+                hook = module.register_forward_pre_hook(lambda *_, path=path: visits.update([path]))
+                hooks.callback(hook.remove)
+            yield visits
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """The model in evaluation mode, while other readers of it wait."""
+        with self._lock, evaluating(self.model):
+            yield
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Everything that a run needs around it."""
+        turn = evaluating(self.model) if self.backend.threads else self.exclusive()
+        with turn, torch.no_grad(), uncompiled(self.model):
+            try:
+                yield
+            finally:
+                self.backend.release()
+
+    def _inputs(
+        self,
+        input_ids: Int[Tensor, "batch query"],
+        attention_mask: Bool[Tensor, "batch key"],
+        model_inputs: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), **model_inputs}
+        if "use_cache" in self._accepted:
+            inputs["use_cache"] = False
+        if "past_key_values" in model_inputs:  # the forward pass will add to it
+            inputs["past_key_values"] = copy.deepcopy(model_inputs["past_key_values"])
+        if "position_ids" in model_inputs and bool(attention_mask.all()):
+            # Positions that restart mean packed texts, but only where there is no mask.
+            del inputs["attention_mask"]
+        # Left padding must not shift learned positions. Models that see images count their own.
+        if "position_ids" in self._accepted and not set(model_inputs) - {"past_key_values"}:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
+            inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
+        return inputs
