@@ -163,3 +163,13 @@ def _checked_span(text: str, span: object, name: str) -> Span | None:
             f"found {span!r}; return None where there is no answer"
         )
     return start, end
+
+
+def check_finder(finder: AnswerFinder) -> None:
+    """Refuse an unknown finder now, not after a long generation.
+
+    Raises:
+        ValueError: There is no finder of that name, or the pattern has not one group.
+    """
+    if isinstance(finder, str | re.Pattern):
+        find_answer("", finder)

@@ -37,6 +37,3 @@ class Backend(ABC):
         If `whole`, calls come with what they returned, and the model's output is returned; else
         the forward pass ends after the last site.
         """
-
-    def release(self) -> None:
-        """Take back what reading may have left in the model."""

@@ -77,6 +77,8 @@ class NnsightBackend(Backend):
                 f"nnsight needs the source of {type(self._model).__name__} and of this package, "
                 f'and one has none here ({error}); wrap(..., backend="interface") needs none'
             ) from error
+        finally:
+            self._release()
 
     def _trace(
         self,
@@ -126,7 +128,7 @@ class NnsightBackend(Backend):
             )
         return wanted[occurrence]
 
-    def release(self) -> None:
+    def _release(self) -> None:
         """Put the attention modules' own code back, so that the model can be compiled.
 
         nnsight instruments a module's code when its source is first asked for, and would leave it.

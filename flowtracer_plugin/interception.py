@@ -140,7 +140,8 @@ def _entry(module: nn.Module) -> tuple[MutableMapping[str, Any], str]:
             f"{type(module).__name__} does not use transformers' attention interface, so "
             'backend="interface" cannot see it; leave backend= out'
         )
-    return table, module.config._attn_implementation
+    config: Any = module.config
+    return table, config._attn_implementation
 
 
 _watched_entries: Counter[tuple[int, str]] = Counter()

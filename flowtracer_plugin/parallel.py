@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, distributed, nn
 
@@ -31,7 +30,7 @@ def check_backend(model: nn.Module, backend: str) -> None:
     """
     if backend == "nnsight" and tensor_parallel_group(model) is not None:
         raise UnsupportedArchitectureError(
-            "nnsight cannot read a tensor parallel model; wrap(..., backend=\"interface\") can"
+            'nnsight cannot read a tensor parallel model; wrap(..., backend="interface") can'
         )
 
 
@@ -57,9 +56,7 @@ def _waits(module: nn.Module) -> bool:
     if getattr(hook, "offload", False) or hasattr(module, "ds_id"):
         return True
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(
-        module, fsdp.FSDPModule | fsdp.FullyShardedDataParallel
-    )
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule | fsdp.FullyShardedDataParallel)
 
 
 @contextmanager

@@ -210,10 +210,7 @@ class AttentionReader:
         """Everything that a run needs around it."""
         turn = evaluating(self.model) if self.backend.threads else self.exclusive()
         with turn, torch.no_grad(), uncompiled(self.model):
-            try:
-                yield
-            finally:
-                self.backend.release()
+            yield
 
     def _inputs(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, SupportsIndex, cast
@@ -12,10 +11,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from flowtracer_plugin.answers import AnswerFinder, find_answer, finder_name
+from flowtracer_plugin.answers import AnswerFinder, check_finder, finder_name
 from flowtracer_plugin.attention import AttentionAdapter
 from flowtracer_plugin.causal_lm import (
     check_input,
@@ -29,6 +27,7 @@ from flowtracer_plugin.causal_lm import (
 from flowtracer_plugin.encoding import Prompt, encode_prompt, encode_response, user_text
 from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.layers import select_layers
+from flowtracer_plugin.progress import GenerationProgress
 from flowtracer_plugin.reader import AttentionReader
 from flowtracer_plugin.rollouts import (
     FlowBatch,
@@ -92,7 +91,7 @@ def wrap(
     """
     if question == "mask":
         raise ValueError("question='mask' needs the mask: pass it to trace(..., question=)")
-    _check_finder(answer)
+    check_finder(answer)
     options = FlowOptions(
         layers=layers if isinstance(layers, str) else _numbers(layers),
         question=question,
@@ -114,12 +113,6 @@ def _numbers(layers: int | Iterable[SupportsIndex]) -> tuple[int, ...]:
     """Layer numbers as plain integers, from anything that counts, such as a numpy array."""
     numbers: Iterable[SupportsIndex] = [layers] if isinstance(layers, int) else layers
     return tuple(operator.index(number) for number in numbers)
-
-
-def _check_finder(finder: AnswerFinder) -> None:
-    """Refuse an unknown finder now, not after a long generation."""
-    if isinstance(finder, str | re.Pattern):
-        find_answer("", finder)
 
 
 def _rebuilt(
@@ -165,7 +158,13 @@ class FlowTracer:
         # Without the lock and nnsight's handles on the model, which are made anew.
         reader = self._reader
         parts = self.model, self.tokenizer, self.options, self._answer
-        return _rebuilt, (*parts, reader.adapter, reader.backend.name, reader.block, reader.verified)
+        return _rebuilt, (
+            *parts,
+            reader.adapter,
+            reader.backend.name,
+            reader.block,
+            reader.verified,
+        )
 
     def attention(
         self,
@@ -264,7 +263,7 @@ class FlowTracer:
             ValueError: As for `trace`.
         """
         tokenizer = self._require_tokenizer()
-        _check_finder(self._answer if answer is None else answer)
+        check_finder(self._answer if answer is None else answer)
         prompt_ids, _ = encode_prompt(tokenizer, prompt)
         check_length(self.model, len(prompt_ids) + 1)
         most = min(max_new_tokens, context_length(self.model) - len(prompt_ids))
@@ -286,7 +285,7 @@ class FlowTracer:
                 return_dict_in_generate=False,
                 **choice,
                 pad_token_id=tokenizer.pad_token_id or 0,
-                streamer=_Progress(most) if progress else None,
+                streamer=GenerationProgress(most) if progress else None,
             )
         ids = generated[0, len(prompt_ids) :].tolist()
         return self._trace(prompt_ids, ids, answer, None, user_text(prompt))
@@ -401,18 +400,3 @@ class FlowTracer:
 
 def _model_name(model: nn.Module) -> str:
     return language_model(model).config.name_or_path or type(model).__name__
-
-
-class _Progress:
-    """A progress bar as a transformers streamer: one call for the prompt, one for each token."""
-
-    def __init__(self, total: int) -> None:
-        self._bar: tqdm[Any] = tqdm(total=total, desc="generating", unit="token")
-        self._started = False
-
-    def put(self, value: Tensor) -> None:
-        self._bar.update(int(self._started))
-        self._started = True
-
-    def end(self) -> None:
-        self._bar.close()

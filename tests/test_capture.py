@@ -37,8 +37,8 @@ from flowtracer_plugin.attention import (
     AttentionCall,
 )
 from flowtracer_plugin.causal_lm import language_model, vocabulary_size
-from flowtracer_plugin.reader import AttentionReader
 from flowtracer_plugin.head_mean import add_head_mean
+from flowtracer_plugin.reader import AttentionReader
 from tests.families import FAMILIES, LAYERS, VOCABULARY, WINDOW, redrawn, tiny_model
 from tests.reference_attention import eager_attentions, eager_head_mean
 

@@ -25,8 +25,9 @@ LAYERS = [
     {"flow"},
     {"attention", "layers", "answers", "encoding", "credit", "backbone"},
     {"spans"},
-    {"head_mean"},
-    {"capture"},
+    {"head_mean", "backends", "causal_lm", "progress"},
+    {"capture", "interception", "self_check", "parallel"},
+    {"reader"},
     {"trace"},
     {"storage", "rollouts"},
     {"tracer"},
@@ -54,7 +55,7 @@ LATE = {
     ("_flow_backends", "_flow_scipy"),
     ("_flow_numpy", "scipy.sparse"),
     ("credit", "torch"),
-    ("capture", "peft"),
+    ("causal_lm", "peft"),
 }
 LAZY = {"__init__", "cli"}  # these must not load anything, so all of their imports are late
 

@@ -5,7 +5,22 @@ They are found through the same entry point as anyone else's; `adapters/README.m
 
 from flowtracer_adapters.interface import InterfaceAdapter
 from flowtracer_adapters.recurrent import RecurrentAdapter
+from flowtracer_adapters.torch_sdpa import FalconAdapter, TorchAttentionAdapter
+from flowtracer_adapters.weights import WeightsAdapter
 
-ADAPTERS = (RecurrentAdapter(), InterfaceAdapter())
+ADAPTERS = (
+    RecurrentAdapter(),
+    FalconAdapter(),
+    InterfaceAdapter(),
+    TorchAttentionAdapter(),
+    WeightsAdapter(),
+)
 
-__all__ = ["ADAPTERS", "InterfaceAdapter", "RecurrentAdapter"]
+__all__ = [
+    "ADAPTERS",
+    "FalconAdapter",
+    "InterfaceAdapter",
+    "RecurrentAdapter",
+    "TorchAttentionAdapter",
+    "WeightsAdapter",
+]

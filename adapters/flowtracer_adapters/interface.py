@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import torch
 from torch import nn
 
+from flowtracer_adapters.masks import visible_keys
+from flowtracer_adapters.source import code, definition, layer_number, text_attention
 from flowtracer_plugin.attention import AttentionAdapter, AttentionCall, AttentionSite
 
 DISPATCHER = "ALL_ATTENTION_FUNCTIONS"
@@ -27,67 +28,72 @@ class InterfaceAdapter(AttentionAdapter):
 
     name: ClassVar[str] = "interface"
     generic: ClassVar[bool] = True
+    interface: ClassVar[bool] = True
 
     def matches(self, model: nn.Module) -> bool:
         return bool(self.sites(model))
 
     def sites(self, model: nn.Module) -> tuple[AttentionSite, ...]:
-        found = [(module, _site(path, module)) for path, module in model.named_modules()]
-        sites = [(module, site) for module, site in found if site]
-        # Beside causal attention, the other kind looks at an encoder's states or at an image.
-        causal = [site for module, site in sites if getattr(module, "is_causal", True)]
-        chosen = causal or [site for _, site in sites]
-        return tuple(sorted(chosen, key=lambda site: site.layer))
+        return interface_sites(model)
 
     def read(
         self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> AttentionCall:
-        query, key, value = args[1:4]
-        mask = args[4] if len(args) > 4 else kwargs.get("attention_mask")
-        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 4):
-            raise NotImplementedError(
-                "wanted an attention mask of shape [batch, head, query, key], found "
-                f"{type(mask).__name__}{list(getattr(mask, 'shape', []))}: flash and flex "
-                "attention keep their mask to themselves; load the model with "
-                'attn_implementation="sdpa"'
-            )
-        scaling = kwargs.get("scaling")
-        return AttentionCall(
-            query=query,
-            key=key,
-            value=value,
-            mask=mask,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-            softcap=kwargs.get("softcap"),
-            bias=kwargs.get("position_bias"),
-            sinks=_sinks(module, kwargs),
-            causal=_causal(module, kwargs),
-        )
+        return interface_call(module, args, kwargs)
 
 
-def _site(path: str, module: nn.Module) -> AttentionSite | None:
-    function = _attention_function(type(module))
-    layer = getattr(module, "layer_idx", None)
-    if function is None or layer is None or getattr(module, "is_cross_attention", False):
-        return None
-    return AttentionSite(layer=layer, module=path, function=function)
+def interface_sites(model: nn.Module) -> tuple[AttentionSite, ...]:
+    """Every call of the attention interface between tokens of the text, in layer order."""
+    found = [(p, m, name) for p, m in text_attention(model) if (name := _function(type(m)))]
+    # Beside causal attention, the other kind looks at an encoder's states or at an image.
+    causal = [entry for entry in found if getattr(entry[1], "is_causal", True)]
+    paths: dict[nn.Module, str] = {}
+    visits: Counter[nn.Module] = Counter()
+    sites: dict[tuple[nn.Module, int], AttentionSite] = {}
+    for path, module, function in causal or found:
+        first = paths.setdefault(module, path)
+        layer = layer_number(path, module, shared=path != first)
+        if layer is None or (module, layer) in sites:
+            continue
+        # A module that several layers share is run once for each of them.
+        site = AttentionSite(layer=layer, module=first, function=function, visit=visits[module])
+        sites[module, layer] = site
+        visits[module] += 1
+    return tuple(sorted(sites.values(), key=lambda site: site.layer))
 
 
-def _attention_function(module_type: type[nn.Module]) -> str | None:
+def interface_call(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> AttentionCall:
+    """What the attention interface was called with."""
+    query, key, value = args[1:4]
+    mask = args[4] if len(args) > 4 else kwargs.get("attention_mask")
+    scaling = kwargs.get("scaling")
+    return AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        mask=visible_keys(module, query, key, mask, kwargs),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap=kwargs.get("softcap"),
+        bias=kwargs.get("position_bias"),
+        sinks=_sinks(module, kwargs),
+        causal=_causal(module, kwargs),
+    )
+
+
+def _function(module_type: type[nn.Module]) -> str | None:
     """The name that `forward` gives to the function from the table, if it takes one."""
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(module_type.forward)))
-    except (OSError, TypeError):  # built at run time or compiled: nothing to look at
+    compiled = code(module_type.forward)
+    if compiled is None or DISPATCHER not in compiled.co_names:
         return None
-    if DISPATCHER not in source:
-        return None
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(definition(module_type.forward) or ast.Pass()):
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             names = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if DISPATCHER in names and isinstance(target, ast.Name):
                 return target.id
-    return None
+    return "attention_interface"  # without source: the name that transformers gives it everywhere
 
 
 def _sinks(module: nn.Module, kwargs: Mapping[str, Any]) -> torch.Tensor | None:

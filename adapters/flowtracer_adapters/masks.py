@@ -1,0 +1,78 @@
+"""The masks that flash and flex attention keep to themselves, as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+
+def visible_keys(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """The mask of an attention call as [batch, head, query, key]; `None` leaves it to `causal`."""
+    if type(mask).__name__ == "BlockMask":
+        return _from_blocks(mask, query, key)
+    if "flash" in (getattr(module.config, "_attn_implementation", None) or ""):
+        return _of_flash(module, query, key, mask, kwargs)
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 4):
+        return mask
+    raise NotImplementedError(
+        "wanted an attention mask of shape [batch, head, query, key], found "
+        f"{type(mask).__name__}{list(getattr(mask, 'shape', []))}: this attention implementation "
+        'keeps its mask to itself; load the model with attn_implementation="sdpa"'
+    )
+
+
+def _from_blocks(mask: Any, query: Tensor, key: Tensor) -> Bool[Tensor, "#batch #head query key"]:
+    """Flex attention's mask is a function of the indices, so ask it for all of them."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    heads, tokens = mask.shape[1], (query.shape[2], key.shape[2])
+    return create_mask(mask.mask_mod, query.shape[0], heads, *tokens, device=query.device)
+
+
+def _of_flash(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    padding: Bool[Tensor, "batch key"] | None,
+    kwargs: Mapping[str, Any],
+) -> Bool[Tensor, "#batch 1 query key"]:
+    """Flash attention gets padding, a window and document boundaries, and is causal from the end.
+
+    As in transformers' `_flash_attention_forward`: the last query is at the last key, a window of
+    `w` sees `w` keys, and packed texts are told by cumulated lengths or by restarting positions.
+    """
+    if kwargs.get("block_table") is not None or kwargs.get("cache") is not None:
+        raise NotImplementedError(
+            "attention over a paged cache has no mask that could be rebuilt; run the model "
+            "without continuous batching"
+        )
+    queries, keys = query.shape[2], key.shape[2]
+    at = torch.arange(keys, device=query.device)
+    behind = at[keys - queries :, None] - at[None, :]  # how far a key lies before a query
+    stated = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if stated is None else stated
+    seen = behind >= 0 if causal else torch.ones_like(behind, dtype=torch.bool)
+    window = kwargs.get("sliding_window")
+    if window is not None and keys > window:
+        seen &= behind.abs() < window
+    seen = seen[None, None]
+    if padding is not None:
+        return seen & padding[:, None, None, -keys:].bool()
+    document = _documents(kwargs, keys, query)
+    return seen if document is None else seen & (document[keys - queries :, None] == document)
+
+
+def _documents(kwargs: Mapping[str, Any], keys: int, query: Tensor) -> Tensor | None:
+    """Number of the packed text that each token belongs to, [key]; `None` if it is one text."""
+    lengths, positions = kwargs.get("cu_seq_lens_k"), kwargs.get("position_ids")
+    if lengths is not None:
+        return torch.searchsorted(lengths, torch.arange(keys, device=query.device), right=True)
+    if positions is None or query.shape[0] != 1 or positions.shape[-1] != keys:
+        return None
+    return (positions.reshape(-1, keys)[0] == positions.min()).cumsum(0)
