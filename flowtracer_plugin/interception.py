@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from threading import Lock
@@ -88,8 +88,9 @@ class InterfaceBackend(Backend):
     ) -> None:
         if not adapter.interface:
             raise UnsupportedArchitectureError(
-                f"{type(model).__name__} attends in its own code, not through transformers' "
-                f'attention interface, so backend="interface" cannot see it; leave backend= out'
+                f"the adapter {adapter.name!r} reads calls inside the code of "
+                f"{type(model).__name__}, not of transformers' attention interface (else it says "
+                'interface = True), so backend="interface" cannot see them; leave backend= out'
             )
         self._model, self._adapter = model, adapter
         self._modules = {model.get_submodule(site.module) for site in sites}
@@ -111,8 +112,8 @@ class InterfaceBackend(Backend):
         before = _watch.set(watch)
         try:
             with ExitStack() as entries:
-                for entry in {_entry(module) for module in self._modules}:
-                    entries.enter_context(_watched(*entry))
+                for table, name in self._entries():
+                    entries.enter_context(_watched(table, name))
                 output = self._model(**inputs)
         except _Done:
             return None
@@ -125,6 +126,10 @@ class InterfaceBackend(Backend):
                 "wrap(..., adapter=...) another one"
             )
         return output
+
+    def _entries(self) -> Iterable[tuple[MutableMapping[str, Any], str]]:
+        found = map(_entry, self._modules)
+        return {(id(table), name): (table, name) for table, name in found}.values()
 
 
 def _globals(module: nn.Module) -> dict[str, Any]:

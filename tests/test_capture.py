@@ -360,6 +360,7 @@ class Misreader(AttentionAdapter):
     """The interface adapter, with a mistake."""
 
     name: ClassVar[str] = "misreader"
+    interface: ClassVar[bool] = True
 
     def __init__(self, mistake: Callable[[AttentionCall], AttentionCall]) -> None:
         self.right, self.mistake = InterfaceAdapter(), mistake
