@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import nnsight
+import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 from nnsight.intervention.source import SourceNotAvailable
 from nnsight.tracing.tracer import WithBlockNotFoundError
@@ -24,6 +25,15 @@ from flowtracer_plugin.attention import (
     UnsupportedArchitectureError,
 )
 from flowtracer_plugin.backends import Backend, Receive
+from flowtracer_plugin.causal_lm import input_device
+
+
+class _Root(nnsight.NNsight):
+    """nnsight sends inputs to the first parameter's device, which holds nothing if offloaded."""
+
+    @property
+    def device(self) -> torch.device:
+        return input_device(self._module)
 
 
 @final
@@ -46,7 +56,7 @@ class NnsightBackend(Backend):
             # Another library may have laid its own `forward` over one that was instrumented
             # before, as TRL does, and calls it: nothing is lost.
             warnings.filterwarnings("ignore", ".*`forward` was replaced after nnsight wrapped")
-            self._root = nnsight.NNsight(model)
+            self._root = _Root(model)
 
     def run(
         self,

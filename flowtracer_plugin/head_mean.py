@@ -28,6 +28,8 @@ def add_head_mean(
     are. Computed in float32, also under autocast.
     """
     given = call.weights if isinstance(call, AttentionWeights) else call.query
+    # A cache of a sliding window holds the last keys only; a static one has room for more.
+    first = max(0, total.shape[2] - _tokens(call))
     with torch.no_grad(), torch.autocast(given.device.type, enabled=False):
         for start in range(0, given.shape[2], block):
             rows = slice(start, min(start + block, given.shape[2]))
@@ -35,7 +37,16 @@ def add_head_mean(
             mean = reduce(probabilities, "batch head query key -> batch query key", "mean")
             if isinstance(call, AttentionCall) and call.key_tokens is not None:
                 mean = mean @ call.key_tokens[:, : mean.shape[-1]].float()
-            total[:, rows, : mean.shape[-1]].add_(mean.to(total.device), alpha=weight)
+            columns = slice(first, first + mean.shape[-1])
+            mean = mean[..., : total.shape[2] - first].to(total.device)
+            total[:, rows, columns].add_(mean, alpha=weight)
+
+
+def _tokens(call: AttentionCall | AttentionWeights) -> int:
+    """How many tokens the keys are, or stand for."""
+    if isinstance(call, AttentionWeights):
+        return call.weights.shape[3]
+    return call.key.shape[2] if call.key_tokens is None else call.key_tokens.shape[2]
 
 
 def row_probabilities(

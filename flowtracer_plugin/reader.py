@@ -63,7 +63,7 @@ class AttentionReader:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Any,
         adapter: AttentionAdapter | None = None,
         *,
         backend: str = "nnsight",
@@ -218,6 +218,8 @@ class AttentionReader:
         attention_mask: Bool[Tensor, "batch key"],
         model_inputs: Mapping[str, Any],
     ) -> dict[str, Any]:
+        device = input_device(self.model)
+        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), **model_inputs}
         if "use_cache" in self._accepted:
             inputs["use_cache"] = False

@@ -44,7 +44,7 @@ TokenMask = Bool[np.ndarray, " token"]
 
 
 def wrap(
-    model: nn.Module,
+    model: nn.Module | Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     layers: str | int | Iterable[SupportsIndex] = "middle",
@@ -64,7 +64,8 @@ def wrap(
     Options that shape the trace are explained at `FlowOptions`.
 
     Args:
-        model: A transformers model, also with PEFT's LoRA; on any device, in any dtype.
+        model: A transformers model, also with PEFT's LoRA; on any device, in any dtype. Wrappers of
+            nnsight, `torch.compile` and data parallelism are taken off.
         tokenizer: The model's; needed for everything that involves text.
         layers: Which attention layers are averaged: a name, or numbers.
         question: Which prompt tokens flow is injected at.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
+import beartype  # noqa: F401 - before nnsight, which hangs a method on `object` that it cannot take
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ def _folder(variable: str) -> bool:
 MISSING = {
     "gpu": None if torch.cuda.is_available() else "no CUDA device",
     "real_model": None if _folder("FLOWTRACER_MODELS") else "FLOWTRACER_MODELS names no folder",
+    "compiler": None if shutil.which("g++") else "no g++, with which torch compiles",
     "browser": None if _folder("FLOWTRACER_CHROMIUM") else "FLOWTRACER_CHROMIUM names no file",
 }
 """Why tests with this marker cannot run here."""
