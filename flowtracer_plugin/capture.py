@@ -28,7 +28,7 @@ from flowtracer_plugin.backends import Backend, Receive
 from flowtracer_plugin.causal_lm import input_device
 
 
-class _Root(nnsight.NNsight):
+class _Root(nnsight.NNsight):  # type: ignore[misc] # nnsight ships no types
     """nnsight sends inputs to the first parameter's device, which holds nothing if offloaded."""
 
     @property
