@@ -72,6 +72,7 @@ class AttentionCall:
         causal: Whether a missing mask means "each query sees the keys up to its own position".
         key_tokens: For keys that are not the tokens themselves: the share of each token in each
             key. A key that stands for several tokens divides its probability among them.
+        normalized: Whether the share of the sinks is given back to the keys, so that rows sum to 1.
     """
 
     query: Float[Tensor, "batch head query width"]
@@ -88,6 +89,7 @@ class AttentionCall:
     sinks: Float[Tensor, " head"] | Float[Tensor, "#batch head #query 1"] | None = None
     causal: bool = True
     key_tokens: Float[Tensor, "#batch key token"] | None = None
+    normalized: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,11 +116,13 @@ class AttentionAdapter(ABC):
             an architecture.
         interface: Whether its sites are calls of transformers' attention interface, which start
             with the module. The backend of that name can read these only.
+        counts_padding: Whether the model's positions count padding, so that they are left to it.
     """
 
     name: ClassVar[str]
     generic: ClassVar[bool] = False
     interface: ClassVar[bool] = False
+    counts_padding: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:

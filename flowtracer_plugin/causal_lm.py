@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -61,8 +61,9 @@ def input_device(model: nn.Module) -> torch.device:
 
 def vocabulary_size(model: nn.Module) -> int:
     """How many token ids the model can embed."""
-    embedding = language_model(model).get_input_embeddings()
-    return cast("nn.Embedding", embedding).weight.shape[0]
+    inner = language_model(model)
+    weight = getattr(inner.get_input_embeddings(), "weight", None)
+    return inner.config.get_text_config().vocab_size if weight is None else weight.shape[0]
 
 
 def context_length(model: nn.Module) -> int:
@@ -71,12 +72,18 @@ def context_length(model: nn.Module) -> int:
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
-def check_wrapper(model: nn.Module) -> None:
-    """Refuse PEFT methods that put virtual tokens before the text.
+def check_positions(model: nn.Module) -> None:
+    """Refuse models whose positions are not those of the tokens.
 
     Raises:
-        UnsupportedArchitectureError: The model uses one.
+        UnsupportedArchitectureError: The model reads several tokens at each position, or a PEFT
+            method puts virtual tokens before the text.
     """
+    if (codebooks := getattr(language_model(model).config, "num_codebooks", 1)) > 1:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} reads {codebooks} tokens at every position, one of each "
+            "codebook, and attention between positions does not tell them apart"
+        )
     if "peft" not in sys.modules:
         return
     from peft import PeftModel

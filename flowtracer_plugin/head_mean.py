@@ -6,6 +6,8 @@ as the forward pass itself.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from einops import rearrange, reduce
 from jaxtyping import Bool, Float, Int
@@ -28,6 +30,8 @@ def add_head_mean(
     are. Computed in float32, also under autocast.
     """
     given = call.weights if isinstance(call, AttentionWeights) else call.query
+    if isinstance(call, AttentionCall) and call.normalized:
+        call = replace(call, sinks=None)
     # A cache of a sliding window holds the last keys only; a static one has room for more.
     first = max(0, total.shape[2] - _tokens(call))
     with torch.no_grad(), torch.autocast(given.device.type, enabled=False):

@@ -25,7 +25,7 @@ from flowtracer_plugin.attention import (
 from flowtracer_plugin.backends import Backend
 from flowtracer_plugin.capture import NnsightBackend
 from flowtracer_plugin.causal_lm import (
-    check_wrapper,
+    check_positions,
     evaluating,
     input_device,
     language_model,
@@ -74,7 +74,7 @@ class AttentionReader:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         model = unwrapped(model)
-        check_wrapper(model)
+        check_positions(model)
         check_backend(model, backend)
         self.model = model
         self.adapter = find_adapter(model, None if adapter is None else [adapter])
@@ -229,7 +229,8 @@ class AttentionReader:
             # Positions that restart mean packed texts, but only where there is no mask.
             del inputs["attention_mask"]
         # Left padding must not shift learned positions. Models that see images count their own.
-        if "position_ids" in self._accepted and not set(model_inputs) - {"past_key_values"}:
+        counted = set(model_inputs) <= {"past_key_values"} and not self.adapter.counts_padding
+        if "position_ids" in self._accepted and counted:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
             inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
         return inputs

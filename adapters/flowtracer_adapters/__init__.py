@@ -3,14 +3,24 @@
 They are found through the same entry point as anyone else's; `adapters/README.md` is the guide.
 """
 
+from flowtracer_adapters.block_positions import BlockPositionAdapter
+from flowtracer_adapters.compressed import CompressedAdapter
+from flowtracer_adapters.hrm import RecurrentDepthAdapter
 from flowtracer_adapters.interface import InterfaceAdapter
+from flowtracer_adapters.output_sinks import OutputSinkAdapter
 from flowtracer_adapters.recurrent import RecurrentAdapter
+from flowtracer_adapters.refused import RefusedAdapter
 from flowtracer_adapters.torch_sdpa import FalconAdapter, TorchAttentionAdapter
 from flowtracer_adapters.weights import WeightsAdapter
 
 ADAPTERS = (
     RecurrentAdapter(),
+    RefusedAdapter(),
+    BlockPositionAdapter(),
+    CompressedAdapter(),
     FalconAdapter(),
+    OutputSinkAdapter(),
+    RecurrentDepthAdapter(),
     InterfaceAdapter(),
     TorchAttentionAdapter(),
     WeightsAdapter(),
@@ -18,9 +28,14 @@ ADAPTERS = (
 
 __all__ = [
     "ADAPTERS",
+    "BlockPositionAdapter",
+    "CompressedAdapter",
     "FalconAdapter",
     "InterfaceAdapter",
+    "OutputSinkAdapter",
     "RecurrentAdapter",
+    "RecurrentDepthAdapter",
+    "RefusedAdapter",
     "TorchAttentionAdapter",
     "WeightsAdapter",
 ]

@@ -48,11 +48,11 @@ def interface_sites(model: nn.Module) -> tuple[AttentionSite, ...]:
     # Beside causal attention, the other kind looks at an encoder's states or at an image.
     causal = [entry for entry in found if getattr(entry[1], "is_causal", True)]
     paths: dict[nn.Module, str] = {}
-    visits: Counter[nn.Module] = Counter()
+    times, visits = Counter(module for _, module, _ in found), Counter[nn.Module]()
     sites: dict[tuple[nn.Module, int], AttentionSite] = {}
     for path, module, function in causal or found:
         first = paths.setdefault(module, path)
-        layer = layer_number(path, module, shared=path != first)
+        layer = layer_number(path, module, shared=times[module] > 1)
         if layer is None or (module, layer) in sites:
             continue
         # A module that several layers share is run once for each of them.

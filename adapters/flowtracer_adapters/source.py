@@ -60,4 +60,5 @@ def layer_number(path: str, module: nn.Module, *, shared: bool = False) -> int |
     """The decoder layer that a module belongs to: it says so itself, or its path does."""
     stated = None if shared else getattr(module, "layer_idx", None)
     numbers = [int(part) for part in path.split(".") if part.isdecimal()]
-    return stated if stated is not None or not numbers else numbers[0]
+    # Zamba2's shared modules say -1.
+    return stated if not numbers or (stated is not None and stated >= 0) else numbers[0]
