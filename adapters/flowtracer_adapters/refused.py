@@ -23,8 +23,8 @@ REASONS: Mapping[str, str] = {
         'short texts; load it with attention_type="original_full" and is_decoder=True'
     ),
     "BltModel": (
-        "its global layers attend between patches of bytes and its local layers between bytes "
-        "nearby, so no layer holds a map from token to token of the whole text"
+        "between its local layers, which attend from byte to byte, a global transformer attends "
+        "from patch to patch: a map of bytes would leave out the way that most information takes"
     ),
     "CpmAntModel": (
         "its attention mask lets every token see every other, the later ones too, so information "
