@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types package reasoner clean
+.PHONY: demo test conformance lint types package reasoner clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+conformance: $(STAMP)
+	$(BIN)/python -m tests.conformance $(if $(TYPES),--types $(TYPES))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
