@@ -56,6 +56,8 @@ class NnsightBackend(Backend):
             # Another library may have laid its own `forward` over one that was instrumented
             # before, as TRL does, and calls it: nothing is lost.
             warnings.filterwarnings("ignore", ".*`forward` was replaced after nnsight wrapped")
+            # BERT calls a module "output", which nnsight renames for those who ask for it.
+            warnings.filterwarnings("ignore", ".*submodule named")
             self._root = _Root(model)
 
     def run(

@@ -79,9 +79,10 @@ def check_positions(model: nn.Module) -> None:
         UnsupportedArchitectureError: The model reads several tokens at each position, or a PEFT
             method puts virtual tokens before the text.
     """
-    if (codebooks := getattr(language_model(model).config, "num_codebooks", 1)) > 1:
+    embedding = language_model(model).get_input_embeddings()
+    if isinstance(embedding, nn.ModuleList) and len(embedding) > 1:
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} reads {codebooks} tokens at every position, one of each "
+            f"{type(model).__name__} reads {len(embedding)} tokens at every position, one of each "
             "codebook, and attention between positions does not tell them apart"
         )
     if "peft" not in sys.modules:

@@ -33,7 +33,7 @@ def add_head_mean(
     if isinstance(call, AttentionCall) and call.normalized:
         call = replace(call, sinks=None)
     # A cache of a sliding window holds the last keys only; a static one has room for more.
-    first = max(0, total.shape[2] - _tokens(call))
+    first = max(0, total.shape[2] - tokens_of(call))
     with torch.no_grad(), torch.autocast(given.device.type, enabled=False):
         for start in range(0, given.shape[2], block):
             rows = slice(start, min(start + block, given.shape[2]))
@@ -46,7 +46,7 @@ def add_head_mean(
             total[:, rows, columns].add_(mean, alpha=weight)
 
 
-def _tokens(call: AttentionCall | AttentionWeights) -> int:
+def tokens_of(call: AttentionCall | AttentionWeights) -> int:
     """How many tokens the keys are, or stand for."""
     if isinstance(call, AttentionWeights):
         return call.weights.shape[3]

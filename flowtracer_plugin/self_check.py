@@ -17,7 +17,7 @@ from flowtracer_plugin.attention import (
     AttentionWeights,
     UnsupportedArchitectureError,
 )
-from flowtracer_plugin.head_mean import add_head_mean, row_probabilities
+from flowtracer_plugin.head_mean import add_head_mean, row_probabilities, tokens_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +59,11 @@ def report_site(
     """
     weights = call.weights if isinstance(call, AttentionWeights) else call.query
     tokens = len(visible)
+    if (found := tokens_of(call)) != tokens:
+        raise AdapterMismatchError(
+            f"{site.module} attends to {found} keys for a text of {tokens} tokens; say in "
+            "AttentionCall.key_tokens which tokens they stand for"
+        )
     mean = torch.zeros(1, tokens, tokens, device=visible.device)
     add_head_mean(call, mean)
     seen = mean[0, visible]
