@@ -16,7 +16,8 @@ def visible_keys(
     """The mask of an attention call as [batch, head, query, key]; `None` leaves it to `causal`."""
     if type(mask).__name__ == "BlockMask":
         return _from_blocks(mask, query, key)
-    if "flash" in (getattr(module.config, "_attn_implementation", None) or ""):
+    config = getattr(module, "config", None)
+    if "flash" in (getattr(config, "_attn_implementation", None) or ""):
         return _of_flash(module, query, key, mask, kwargs)
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 4):
         return mask
