@@ -1,0 +1,289 @@
+"""Models whose attention is more than one map of tokens per layer, and what it is by definition.
+
+What a token receives from another is what the model's own attention function makes of one-hot
+values: how much of each key goes into each query, whatever sinks, masks and scalings it applies.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BigBirdConfig,
+    BigBirdPegasusConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProphetNetConfig,
+    XLNetConfig,
+    Zamba2Config,
+    ZambaConfig,
+)
+from transformers.models.deepseek_v4 import DeepseekV4Config
+from transformers.models.granite_swa import GraniteSWAConfig
+from transformers.models.granitemoe_swa import GraniteMoeSWAConfig
+from transformers.models.hrm_text import HrmTextConfig
+from transformers.models.inkling2 import Inkling2TextConfig
+from transformers.models.mimo_v2_flash import MiMoV2FlashConfig
+from transformers.models.minimax_m3_vl import MiniMaxM3VLTextConfig
+
+from tests.families import redrawn
+
+LENGTH = 29  # longer than every window, and no multiple of a compression rate
+WINDOW = 8
+CSA_RATE, HCA_RATE = 4, 8
+
+TOKENS: dict[str, Any] = {
+    "vocab_size": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 128,
+}
+HEADS: dict[str, Any] = {
+    **TOKENS,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+_GROUPED: dict[str, Any] = {**HEADS, "num_key_value_heads": 2, "head_dim": 16}
+_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ALTERNATING: dict[str, Any] = {
+    "sliding_window": WINDOW,
+    "layer_types": ["full_attention", "sliding_attention"] * 2,
+}
+_MAMBA: dict[str, Any] = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
+
+
+def interface_configs() -> dict[str, PreTrainedConfig]:
+    """Types that call the attention interface, and need a closer look nevertheless."""
+    return {
+        "deepseek_v4": DeepseekV4Config(
+            **{**_GROUPED, **_EXPERTS, "num_key_value_heads": 1},
+            n_routed_experts=4,
+            n_shared_experts=1,
+            moe_intermediate_size=32,
+            q_lora_rank=32,
+            o_lora_rank=32,
+            o_groups=2,
+            index_n_heads=2,
+            index_head_dim=16,
+            index_topk=3,
+            sliding_window=WINDOW,
+            layer_types=[
+                "sliding_attention",
+                "compressed_sparse_attention",
+                "heavily_compressed_attention",
+                "compressed_sparse_attention",
+            ],
+            compress_rates={
+                "compressed_sparse_attention": CSA_RATE,
+                "heavily_compressed_attention": HCA_RATE,
+            },
+        ),
+        "granite_swa": GraniteSWAConfig(**_GROUPED, **_ALTERNATING, attention_multiplier=0.3),
+        "granitemoe_swa": GraniteMoeSWAConfig(
+            **_GROUPED, **_EXPERTS, **_ALTERNATING, attention_multiplier=0.3
+        ),
+        "hrm_text": HrmTextConfig(
+            **{**HEADS, "num_hidden_layers": 2}, head_dim=16, H_cycles=2, L_cycles=3
+        ),
+        "inkling2_text": Inkling2TextConfig(
+            **_GROUPED,
+            sliding_window=WINDOW,
+            d_rel=8,
+            rel_extent=32,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            dense_intermediate_size=64,
+        ),
+        "mimo_v2_flash": MiMoV2FlashConfig(
+            **_GROUPED,
+            **_ALTERNATING,
+            **_EXPERTS,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            moe_intermediate_size=32,
+            v_head_dim=24,  # unlike head_dim
+            attention_value_scale=0.7,
+        ),
+        "minimax_m3_vl_text": MiniMaxM3VLTextConfig(
+            **_GROUPED,
+            **_EXPERTS,
+            layer_types=["full_attention", "minimax_m3_sparse"] * 2,
+            index_block_size=4,
+            index_topk_blocks=3,
+            index_n_heads=2,
+            index_head_dim=16,
+            dense_intermediate_size=64,
+            shared_intermediate_size=64,
+            rotary_dim=8,
+        ),
+        "zamba": ZambaConfig(
+            **HEADS,
+            **_MAMBA,
+            num_key_value_heads=4,
+            n_mamba_heads=2,
+            layers_block_type=["linear_attention", "hybrid"] * 2,
+            use_mamba_kernels=False,
+        ),
+        "zamba2": Zamba2Config(
+            **{**HEADS, "num_hidden_layers": 6},
+            **_MAMBA,
+            n_mamba_heads=8,
+            chunk_size=8,
+            num_mem_blocks=2,
+            adapter_rank=8,
+            use_mem_rope=True,
+            layers_block_type=["linear_attention", "hybrid"] * 3,
+            use_mamba_kernels=False,
+        ),
+    }
+
+
+def weights_configs() -> dict[str, PreTrainedConfig]:
+    """Types that multiply weights and values in plain view."""
+    return {
+        "big_bird": BigBirdConfig(**HEADS, attention_type="original_full", is_decoder=True),
+        "prophetnet": ProphetNetConfig(
+            **TOKENS,
+            hidden_size=64,
+            decoder_ffn_dim=64,
+            num_decoder_layers=4,
+            num_decoder_attention_heads=4,
+            is_decoder=True,
+            is_encoder_decoder=False,
+            add_cross_attention=False,
+        ),
+        "xlnet": XLNetConfig(
+            vocab_size=128, d_model=64, n_layer=4, n_head=4, d_inner=64, attn_type="uni"
+        ),
+        "bigbird_pegasus": BigBirdPegasusConfig(
+            **TOKENS,
+            d_model=64,
+            decoder_layers=4,
+            decoder_ffn_dim=64,
+            decoder_attention_heads=4,
+            is_decoder=True,
+        ),
+    }
+
+
+INTERFACE, WEIGHTS = tuple(interface_configs()), tuple(weights_configs())
+ALL = (*INTERFACE, *WEIGHTS)
+
+NOT_SHIFTED = frozenset({"deepseek_v4", "minimax_m3_vl_text", "prophetnet", "bigbird_pegasus"})
+"""Types whose attention depends on how much padding is on the left.
+
+DeepSeek-V4 and MiniMax-M3 cut the row into windows and blocks from its first place on, and look
+into those of padding too. ProphetNet and BigBird-Pegasus count positions from that place.
+"""
+
+
+def model_of(name: str, *, eager: bool = False) -> PreTrainedModel:
+    config = {**interface_configs(), **weights_configs()}[name]
+    if eager:
+        config._attn_implementation = "eager"
+    return redrawn(config)
+
+
+def text(length: int = LENGTH, *, seed: int = 5) -> Tensor:
+    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(ids: Tensor, left: int = 0, right: int = 0) -> tuple[Tensor, Tensor]:
+    """The ids between padding, and where they are."""
+    ids = nn.functional.pad(ids, (left, right))
+    place = torch.arange(ids.shape[1])[None]
+    return ids, (place >= left) & (place < ids.shape[1] - right)
+
+
+PADDING = {"none": (0, 0), "left": (5, 0), "right": (0, 5)}
+
+
+def inputs_of(model: PreTrainedModel, name: str, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
+    # MiniMax-M3 chooses among blocks of places, which positions that skip padding do not fit.
+    accepted = signature(model.forward).parameters
+    if name != "minimax_m3_vl_text" and "position_ids" in accepted:
+        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return inputs if name == "xlnet" else {**inputs, "use_cache": False}
+
+
+@contextmanager
+def one_hot_values(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collects, for each attention call, what of each key goes into each query, for every head."""
+    code = sys.modules[type(model).__module__]
+    attend, found = code.eager_attention_forward, list[Tensor]()
+
+    def probed(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any):
+        one_hot = torch.eye(key.shape[2]).expand(*key.shape[:2], -1, -1)
+        found.append(attend(module, query, key, one_hot, *rest, **options)[0].transpose(1, 2))
+        return attend(module, query, key, value, *rest, **options)
+
+    code.eager_attention_forward = probed
+    try:
+        yield found
+    finally:
+        code.eager_attention_forward = attend
+
+
+def defined(name: str, ids: Tensor, mask: Tensor) -> list[Tensor]:
+    """Head means by the definition, one for each attention call in the order of execution."""
+    model = model_of(name, eager=True)
+    with torch.no_grad():
+        if name in WEIGHTS:
+            inputs = inputs_of(model, name, ids, mask)
+            reported = model(**inputs, output_attentions=True).attentions
+            return [map_.mean(1) for map_ in reported]
+        with one_hot_values(model) as found:
+            model(**inputs_of(model, name, ids, mask))
+    means = [map_.mean(1) for map_ in found]
+    return means if name != "deepseek_v4" else [_spread(model, *it) for it in enumerate(means)]
+
+
+def _spread(model: PreTrainedModel, layer: int, mean: Tensor) -> Tensor:
+    """Divides what each summary gets evenly among its tokens, found by changing one at a time."""
+    tokens = mean.shape[1]
+    compressor = model.model.layers[layer].self_attn.compressor
+    if compressor is None:
+        return mean
+    members = members_of(compressor, tokens)
+    spread = mean[:, :, :tokens].clone()
+    for summary, made_of in enumerate(members):
+        for token in made_of:
+            spread[:, :, token] += mean[:, :, tokens + summary] / len(made_of)
+    return spread
+
+
+def members_of(compressor: Any, tokens: int) -> list[list[int]]:
+    """Of each summary: the tokens that change it."""
+    drawn = torch.Generator().manual_seed(1)
+    hidden = torch.randn(1, tokens, 64, generator=drawn)
+    residual, positions = torch.randn(1, tokens, 32, generator=drawn), torch.arange(tokens)[None]
+
+    def summaries(states: Tensor) -> Tensor:
+        return compressor(states, residual, positions, None, 0)[0][0, 0]
+
+    with torch.no_grad():
+        before = summaries(hidden)
+        members: list[list[int]] = [[] for _ in before]
+        for token in range(tokens):
+            other = hidden.clone()
+            other[:, token] += 1
+            for summary in (summaries(other) != before).any(-1).nonzero().flatten().tolist():
+                members[summary].append(token)
+    return members
+
+
+def compare(found: Tensor, wanted: Tensor, mask: Tensor) -> None:
+    wanted = wanted * mask[:, :, None] * mask[:, None, :]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
