@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from packaging.version import Version
+from flowtracer_plugin._versions import fits
 
+WANTED = ">=1.16,<1.17"
 INSTALL = "run: pip install 'flowtracer-plugin[trl]'"
 
 
@@ -22,7 +23,5 @@ def check_trl() -> None:
         raise ModuleNotFoundError(
             f"flowtracer_plugin.grpo needs TRL; {INSTALL}", name="trl"
         ) from None
-    if not Version("1.16") <= Version(installed) < Version("1.17"):
-        raise ImportError(
-            f"flow credit needs trl>=1.16,<1.17, and {installed} is installed; {INSTALL}"
-        )
+    if not fits(installed, WANTED):
+        raise ImportError(f"flow credit needs trl{WANTED}, and {installed} is installed; {INSTALL}")

@@ -7,6 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, SupportsIndex, cast
 
+from flowtracer_plugin._versions import check_versions
+
+check_versions()
+
+# ruff: noqa: E402 (of other versions, imports may fail in their own words)
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -89,7 +94,9 @@ def wrap(
         ValueError: An option has no such choice, there is no such layer, or the tokenizer does not
             belong to the model.
         TypeError: `model` is no transformers model.
+        UnsupportedVersionError: A library is installed in a version that was not tested.
     """
+    check_versions()
     if question == "mask":
         raise ValueError("question='mask' needs the mask: pass it to trace(..., question=)")
     check_finder(answer)

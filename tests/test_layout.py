@@ -17,6 +17,7 @@ ADAPTERS = ROOT / "adapters" / "flowtracer_adapters"
 
 # A module may import modules of earlier lines only; those of one line do not know each other.
 LAYERS = [
+    {"_versions"},
     {"_flow_backends", "_trl_version"},
     {"_flow_numpy", "_flow_torch"},
     {"_flow_scipy"},
