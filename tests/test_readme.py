@@ -90,14 +90,6 @@ def test_the_readme_is_short_and_shows_its_output_early():
     assert README.index(BLOCKS[1][1]) < len("\n".join(lines[:30]))
 
 
-def test_the_models_that_the_readme_names_are_the_ones_that_are_tested():
-    from tests.families import FAMILIES
-
-    compared = README.partition("in the tests:")[2].partition(".")[0]
-    named = {name.strip() for name in compared.split(",")}
-    assert {name.removesuffix("_text") for name in FAMILIES} == named
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.parent.name + "-" + path.stem)
 def test_links_between_documents_lead_somewhere(document):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text())

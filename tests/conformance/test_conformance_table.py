@@ -40,6 +40,11 @@ def test_the_page_is_what_the_table_says():
     assert PAGE.read_text(encoding="utf-8") == page(ROWS), "run `make conformance`"
 
 
+def test_the_readme_says_the_same():
+    words = " ".join((PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    assert summary(ROWS).rstrip(".") in words
+
+
 def test_every_type_was_measured_on_every_backend():
     measured = {(row.type, row.backend) for row in ROWS}
     assert measured == {(name, b) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES for b in BACKENDS}
