@@ -116,13 +116,11 @@ class AttentionAdapter(ABC):
             an architecture.
         interface: Whether its sites are calls of transformers' attention interface, which start
             with the module. The backend of that name can read these only.
-        counts_padding: Whether the model's positions count padding, so that they are left to it.
     """
 
     name: ClassVar[str]
     generic: ClassVar[bool] = False
     interface: ClassVar[bool] = False
-    counts_padding: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:

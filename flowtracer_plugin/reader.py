@@ -34,6 +34,7 @@ from flowtracer_plugin.causal_lm import (
 )
 from flowtracer_plugin.head_mean import add_head_mean
 from flowtracer_plugin.interception import InterfaceBackend
+from flowtracer_plugin.padding import put_back, text_first
 from flowtracer_plugin.parallel import average_heads, check_backend, may_stop, uncompiled
 from flowtracer_plugin.self_check import (
     SiteReport,
@@ -103,8 +104,11 @@ class AttentionReader:
         hold a cache, which stays as it is.
         """
         sites = [site for site in self.sites if site.layer in set(layers)]
-        inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
         total = torch.zeros(*input_ids.shape, attention_mask.shape[1], device=input_ids.device)
+        seen = attention_mask
+        if not model_inputs:  # what else the model is given is not moved with the tokens
+            input_ids, attention_mask = text_first(input_ids, attention_mask)
+        inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
 
         def receive(site: AttentionSite, args: Any, kwargs: Any, _output: Any) -> None:
             add_head_mean(
@@ -118,7 +122,10 @@ class AttentionReader:
         with self._running():
             self.backend.run(inputs, sites, receive, whole=not may_stop(self.model))
         average_heads(self.model, total)
-        seen = attention_mask.to(total.device)
+        if attention_mask is not seen:
+            put_back(total, seen)
+            return total
+        seen = seen.to(total.device)
         rows = ~seen[:, -input_ids.shape[1] :]  # filled, not multiplied: 0 times NaN is NaN
         return total.masked_fill_(rows[:, :, None], 0).masked_fill_(~seen[:, None, :], 0)
 
@@ -228,9 +235,7 @@ class AttentionReader:
         if "position_ids" in model_inputs and bool(attention_mask.all()):
             # Positions that restart mean packed texts, but only where there is no mask.
             del inputs["attention_mask"]
-        # Left padding must not shift learned positions. Models that see images count their own.
-        counted = set(model_inputs) <= {"past_key_values"} and not self.adapter.counts_padding
-        if "position_ids" in self._accepted and counted:
+        if "position_ids" in self._accepted and set(model_inputs) == {"past_key_values"}:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
             inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
         return inputs

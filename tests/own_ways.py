@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
@@ -72,7 +71,7 @@ def interface_configs() -> dict[str, PreTrainedConfig]:
             q_lora_rank=32,
             o_lora_rank=32,
             o_groups=2,
-            index_n_heads=2,
+            index_n_heads=16,  # with few, scores tie at 0, and ties depend on the padding
             index_head_dim=16,
             index_topk=3,
             sliding_window=WINDOW,
@@ -180,13 +179,6 @@ def weights_configs() -> dict[str, PreTrainedConfig]:
 INTERFACE, WEIGHTS = tuple(interface_configs()), tuple(weights_configs())
 ALL = (*INTERFACE, *WEIGHTS)
 
-NOT_SHIFTED = frozenset({"deepseek_v4", "minimax_m3_vl_text", "prophetnet", "bigbird_pegasus"})
-"""Types whose attention depends on how much padding is on the left.
-
-DeepSeek-V4 and MiniMax-M3 cut the row into windows and blocks from its first place on, and look
-into those of padding too. ProphetNet and BigBird-Pegasus count positions from that place.
-"""
-
 
 def model_of(name: str, *, eager: bool = False) -> PreTrainedModel:
     config = {**interface_configs(), **weights_configs()}[name]
@@ -209,12 +201,9 @@ def padded(ids: Tensor, left: int = 0, right: int = 0) -> tuple[Tensor, Tensor]:
 PADDING = {"none": (0, 0), "left": (5, 0), "right": (0, 5)}
 
 
-def inputs_of(model: PreTrainedModel, name: str, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
-    # MiniMax-M3 chooses among blocks of places, which positions that skip padding do not fit.
-    accepted = signature(model.forward).parameters
-    if name != "minimax_m3_vl_text" and "position_ids" in accepted:
-        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+def inputs_of(name: str, ids: Tensor) -> dict[str, Any]:
+    """One text without padding."""
+    inputs: dict[str, Any] = {"input_ids": ids}
     return inputs if name == "xlnet" else {**inputs, "use_cache": False}
 
 
@@ -237,15 +226,26 @@ def one_hot_values(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 def defined(name: str, ids: Tensor, mask: Tensor) -> list[Tensor]:
-    """Head means by the definition, one for each attention call in the order of execution."""
+    """Head means by the definition, one for each attention call in the order of execution.
+
+    The text runs alone, and its maps are put where it stands among the padding.
+    """
+    placed = []
+    for mean in _alone(name, ids[mask][None]):
+        whole = torch.zeros(1, ids.shape[1], ids.shape[1])
+        whole[mask[:, :, None] & mask[:, None, :]] = mean.flatten()
+        placed.append(whole)
+    return placed
+
+
+def _alone(name: str, ids: Tensor) -> list[Tensor]:
     model = model_of(name, eager=True)
     with torch.no_grad():
         if name in WEIGHTS:
-            inputs = inputs_of(model, name, ids, mask)
-            reported = model(**inputs, output_attentions=True).attentions
+            reported = model(**inputs_of(name, ids), output_attentions=True).attentions
             return [map_.mean(1) for map_ in reported]
         with one_hot_values(model) as found:
-            model(**inputs_of(model, name, ids, mask))
+            model(**inputs_of(name, ids))
     means = [map_.mean(1) for map_ in found]
     return means if name != "deepseek_v4" else [_spread(model, *it) for it in enumerate(means)]
 

@@ -396,8 +396,10 @@ def test_an_exception_in_an_adapter_reaches_the_caller_and_leaves_the_model_usab
 def test_rows_and_columns_of_padding_are_zero_whatever_the_model_makes_of_them(padding):
     ids, mask = prompt(padding)
 
+    _, behind = prompt("right")  # where the reader puts all padding
+
     def careless(call: AttentionCall) -> AttentionCall:
-        query = call.query.masked_fill(~mask[:, None, :, None], torch.nan)
+        query = call.query.masked_fill(~behind[:, None, :, None], torch.nan)
         return replace(call, query=query, mask=None)
 
     found = AttentionReader(tiny_model("llama"), Misreader(careless)).read(ids, mask, [0])

@@ -26,7 +26,7 @@ LAYERS = [
     {"flow"},
     {"attention", "layers", "answers", "encoding", "credit", "backbone"},
     {"spans"},
-    {"head_mean", "backends", "causal_lm", "progress"},
+    {"head_mean", "backends", "causal_lm", "padding", "progress"},
     {"capture", "interception", "self_check", "parallel"},
     {"reader"},
     {"trace"},

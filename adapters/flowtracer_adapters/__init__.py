@@ -3,7 +3,6 @@
 They are found through the same entry point as anyone else's; `adapters/README.md` is the guide.
 """
 
-from flowtracer_adapters.block_positions import BlockPositionAdapter
 from flowtracer_adapters.compressed import CompressedAdapter
 from flowtracer_adapters.hrm import RecurrentDepthAdapter
 from flowtracer_adapters.interface import InterfaceAdapter
@@ -16,7 +15,6 @@ from flowtracer_adapters.weights import WeightsAdapter
 ADAPTERS = (
     RecurrentAdapter(),
     RefusedAdapter(),
-    BlockPositionAdapter(),
     CompressedAdapter(),
     FalconAdapter(),
     OutputSinkAdapter(),
@@ -28,7 +26,6 @@ ADAPTERS = (
 
 __all__ = [
     "ADAPTERS",
-    "BlockPositionAdapter",
     "CompressedAdapter",
     "FalconAdapter",
     "InterfaceAdapter",

@@ -33,8 +33,8 @@ REASONS: Mapping[str, str] = {
     "Gemma4AssistantForCausalLM": _ASSISTANT,
     "Gemma4UnifiedAssistantForCausalLM": _ASSISTANT,
     "ReformerModel": (
-        "its tokens attend within buckets of hashes that are drawn anew in every forward pass, "
-        "so two passes over one text attend differently"
+        "its LSH layers attend within buckets of hashes, in an order of their own that is drawn "
+        "anew in every pass unless hash_seed is set, and its local layers attend in chunks"
     ),
 }
 """Why, by the class of the model or of a module in it."""

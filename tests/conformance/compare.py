@@ -23,7 +23,7 @@ from tests.conformance.reported import NotReportedError, reported_attention, rep
 from tests.conformance.results import FORWARD, Row
 from tests.conformance.tiny_configs import VOCABULARY, WINDOW
 from tests.conformance.tiny_models import tiny_pair
-from tests.conformance.type_table import NO_LEFT_PADDING, NOTES, ONE_ROW, PARTLY_REPORTED
+from tests.conformance.type_table import NOTES, ONE_ROW, PARTLY_REPORTED
 
 BACKENDS = ("nnsight", "interface")
 TOKENS = 40
@@ -106,8 +106,6 @@ def _compare(model_type: str, backend: str, findings: Findings) -> None:
     layers = sorted({site.layer for site in reader.sites})
     forward, peak = False, 0.0
     for prompt in prompts(together=model_type not in ONE_ROW):
-        if model_type in NO_LEFT_PADDING and prompt.padding == "left padding":
-            continue
         wanted = _reference(model_type, twin, prompt)
         compared = sorted(set(layers) & set(wanted))
         if compared != sorted({*layers, *wanted}) and model_type not in PARTLY_REPORTED:
@@ -131,9 +129,22 @@ def _compare(model_type: str, backend: str, findings: Findings) -> None:
 
 
 def _reference(model_type: str, twin: PreTrainedModel, prompt: Prompt) -> dict[int, Tensor]:
-    if model_type in PROBES:
-        return probed_attention(twin, prompt.ids, prompt.mask, PROBES[model_type])
-    return reported_attention(twin, prompt.ids, prompt.mask)
+    """What the twin says of each text alone, put where the text stands among the padding."""
+    rows = []
+    for ids, mask in zip(prompt.ids, prompt.mask, strict=True):
+        alone = ids[mask][None], torch.ones(1, int(mask.sum()), dtype=torch.bool)
+        if model_type in PROBES:
+            found = probed_attention(twin, *alone, PROBES[model_type])
+        else:
+            found = reported_attention(twin, *alone)
+        rows.append({layer: _placed(map_, mask) for layer, map_ in found.items()})
+    return {layer: torch.cat([row[layer] for row in rows]) for layer in rows[0]}
+
+
+def _placed(map_: Tensor, mask: Tensor) -> Tensor:
+    whole = map_.new_zeros(1, map_.shape[1], len(mask), len(mask))
+    whole[:, :, mask[:, None] & mask] = map_.flatten(2)
+    return whole
 
 
 def _read(

@@ -23,13 +23,10 @@ class NotReportedError(RuntimeError):
 def model_inputs(
     model: nn.Module, ids: Int[Tensor, "batch token"], mask: Bool[Tensor, "batch token"]
 ) -> dict[str, Any]:
-    """What a reader passes to the model: left padding must not shift learned positions."""
-    accepted = inspect.signature(model.forward).parameters
+    """What a reader passes to the model; positions are the model's own."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
-    if "use_cache" in accepted:
+    if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
-    if "position_ids" in accepted:
-        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_(min=0)
     return inputs
 
 

@@ -105,6 +105,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
         "index_block_size": 4,
         "index_topk_blocks": 3,
+        "index_n_heads": 2,  # one for each key head
     },
     "ministral": _ALTERNATING,
     "moss_transcribe_diarize": {"text_config": _ALTERNATING},
@@ -153,9 +154,6 @@ GAINS: dict[str, float] = dict.fromkeys(_POST_NORM.split(), 3.0)
 ONE_ROW = frozenset({"xlnet"})
 """Types that are run one row at a time; `NOTES` says why."""
 
-NO_LEFT_PADDING = frozenset({"minimax_m3_vl_text"})
-"""Types whose own choice of keys depends on what is left of the text; `NOTES` says how."""
-
 PARTLY_REPORTED = frozenset({"deepseek_v4"})
 """Types with layers whose keys are no tokens: of those, row sums and outputs are compared."""
 
@@ -164,7 +162,6 @@ NOTES: dict[str, str] = {
     "deepseek_v4": "what a summary gets is divided evenly among its tokens",
     "granite_swa": _SINKS,
     "granitemoe_swa": _SINKS,
-    "minimax_m3_vl_text": "without left padding, where its blocks depend on the implementation",
     "musicgen": "with one codebook",
     "musicgen_melody": "with one codebook",
     "xlnet": "one row at a time: its causal mask does not broadcast over several",
