@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the guide's example writes it so
 from transformers import (
     BartConfig,
-    BloomConfig,
     GPT2Config,
     MambaConfig,
     PreTrainedConfig,
@@ -29,6 +28,7 @@ from flowtracer_plugin.attention import (
     ENTRY_POINT_GROUP,
     AttentionAdapter,
     AttentionCall,
+    AttentionSite,
     NoAttentionError,
     UnsupportedArchitectureError,
     find_adapter,
@@ -210,10 +210,6 @@ def test_every_family_is_read_by_the_interface_adapter_at_every_layer(family):
 
 
 # --- models that cannot be read ---
-
-
-def bloom() -> PreTrainedModel:
-    return redrawn(BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=50))
 
 
 def test_an_unknown_architecture_is_named_with_what_was_tried():
