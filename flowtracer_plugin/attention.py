@@ -7,9 +7,10 @@ attention call to the adapter, and `head_mean` turns what comes back into number
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import entry_points
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from itertools import chain
 from typing import Any, ClassVar
 
 from jaxtyping import Bool, Float
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 ENTRY_POINT_GROUP = "flowtracer.adapters"
 """Distributions offer adapters under this group: each entry point names a sequence of them."""
+
+DISTRIBUTION = "flowtracer-plugin"
+"""This one. Its adapters give way to those of others, which somebody chose to install."""
 
 
 class UnsupportedArchitectureError(LookupError):
@@ -141,6 +145,34 @@ class AttentionAdapter(ABC):
         """The attention call that `module` is about to make with these arguments."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterEntry:
+    """An adapter that somebody offers, and where it comes from.
+
+    Attributes:
+        name: The adapter's, or the entry point's where there is no adapter.
+        adapter: `None` if what is offered is none.
+        distribution: What was installed; `None` for an adapter that this process made itself.
+        version: Of the distribution.
+        entry_point: What the distribution names, such as `"package.module:ADAPTERS"`.
+        skipped: Why no model is shown to it, and what to do; `None` for an adapter in use.
+    """
+
+    name: str
+    adapter: AttentionAdapter | None = None
+    distribution: str | None = None
+    version: str | None = None
+    entry_point: str | None = None
+    skipped: str | None = None
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, in words."""
+        if self.distribution is None:
+            return "this process"
+        return " ".join(filter(None, (self.distribution, self.version)))
+
+
 _registered: list[AttentionAdapter] = []
 
 
@@ -148,14 +180,36 @@ def register_adapter(adapter: AttentionAdapter) -> None:
     """Make `adapter` known to this process, ahead of every installed one.
 
     Registering another adapter of the same name replaces the first.
+
+    Raises:
+        TypeError: It is no adapter, or the class of one.
     """
+    _given(adapter)
     _registered[:] = [adapter, *(known for known in _registered if known.name != adapter.name)]
 
 
+def adapter_entries() -> tuple[AdapterEntry, ...]:
+    """Every adapter that is registered or installed, in the order in which models are shown to it.
+
+    Registered ones come first, then those of other distributions by their names, then those that
+    come with FlowTracer; generic ones come last, in the same order. Of several adapters of one
+    name the first counts, and hides the others. What a distribution offers in vain is listed with
+    the reason, and does no harm.
+    """
+    points = sorted(entry_points(group=ENTRY_POINT_GROUP), key=_place)
+    offered = chain(map(_given, _registered), *map(_offered, points))
+    first: dict[str, AdapterEntry] = {}
+    found = []
+    for entry in sorted(offered, key=lambda entry: bool(entry.adapter and entry.adapter.generic)):
+        winner = first.setdefault(entry.name, entry) if entry.adapter else entry
+        hidden = f"the one of this name from {winner.source} goes before it; rename one of them"
+        found.append(entry if winner is entry else replace(entry, skipped=hidden))
+    return tuple(found)
+
+
 def known_adapters() -> tuple[AttentionAdapter, ...]:
-    """Registered adapters, then installed ones, then the generic ones."""
-    installed = [a for point in entry_points(group=ENTRY_POINT_GROUP) for a in point.load()]
-    return tuple(sorted((*_registered, *installed), key=lambda adapter: adapter.generic))
+    """The adapters in use: registered ones, then installed ones, then the generic ones."""
+    return tuple(e.adapter for e in adapter_entries() if e.adapter and not e.skipped)
 
 
 def find_adapter(
@@ -164,14 +218,84 @@ def find_adapter(
     """The first adapter that matches `model`.
 
     Raises:
+        TypeError: What was passed is no adapter, or the class of one.
         UnsupportedArchitectureError: None does.
     """
-    tried = tuple(known_adapters() if adapters is None else adapters)
-    for adapter in tried:
-        if adapter.matches(model):
-            return adapter
-    names = ", ".join(adapter.name for adapter in tried) or "none"
+    entries = adapter_entries() if adapters is None else tuple(map(_given, adapters))
+    skipped = [entry for entry in entries if entry.skipped]
+    for entry in entries:
+        try:
+            if entry.adapter and not entry.skipped and entry.adapter.matches(model):
+                return entry.adapter
+        except Exception as error:  # somebody else's adapter must not stand in every model's way
+            if entry.distribution in {None, DISTRIBUTION} or isinstance(error, NoAttentionError):
+                raise
+            reason = f"its matches() fails ({_in_words(error)}); {_remedy(entry)}"
+            skipped.append(replace(entry, skipped=reason))
+    tried = ", ".join(entry.name for entry in entries if not entry.skipped) or "none"
+    reasons = "".join(f"Skipped {e.name} from {e.source}: {e.skipped}. " for e in skipped)
     raise UnsupportedArchitectureError(
-        f"no adapter knows where {type(model).__name__} attends; tried: {names}. "
+        f"no adapter knows where {type(model).__name__} attends; tried: {tried}. {reasons}"
         "To add one, follow adapters/README.md and pass it as wrap(model, adapter=...)"
     )
+
+
+def _place(point: EntryPoint) -> tuple[bool, str, str]:
+    name = point.dist.name if point.dist else ""
+    return name == DISTRIBUTION, name.lower(), point.name
+
+
+def _given(adapter: Any) -> AdapterEntry:
+    """The entry of an adapter that this process made itself.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if fault := _fault(adapter):
+        raise TypeError(f"wanted an AttentionAdapter, found {fault}")
+    return AdapterEntry(name=adapter.name, adapter=adapter)
+
+
+def _offered(point: EntryPoint) -> Iterator[AdapterEntry]:
+    """The adapters that an entry point names, or why there are none."""
+    entry = AdapterEntry(
+        name=point.name,
+        distribution=point.dist.name if point.dist else "an unknown distribution",
+        version=point.dist.version if point.dist else None,
+        entry_point=point.value,
+    )
+    try:
+        offered = point.load()
+    except Exception as error:  # noqa: BLE001 - somebody else's import, which can fail in any way
+        reason = f"{point.value} cannot be loaded ({_in_words(error)}); {_remedy(entry)}"
+        yield replace(entry, skipped=reason)
+        return
+    found = offered if isinstance(offered, list | tuple) else [offered]
+    for adapter in found:
+        fault = _fault(adapter)
+        if found is not offered:
+            fault = f"{fault or f'a {type(adapter).__name__}'}, not in a tuple"
+        if fault:
+            wanted = f"{point.value} should name a tuple of AttentionAdapter instances, and holds"
+            yield replace(entry, skipped=f"{wanted} {fault}; {_remedy(entry)}")
+        else:
+            yield replace(entry, name=adapter.name, adapter=adapter)
+
+
+def _fault(adapter: object) -> str | None:
+    """What a thing is that is no adapter."""
+    if isinstance(adapter, type):
+        return f"the class {adapter.__name__}, which must be called: {adapter.__name__}()"
+    if not isinstance(adapter, AttentionAdapter):
+        return f"a {type(adapter).__name__}"
+    named = isinstance(getattr(adapter, "name", None), str)
+    return None if named else f"a {type(adapter).__name__} without a name"
+
+
+def _remedy(entry: AdapterEntry) -> str:
+    return f"mend, update or uninstall {entry.distribution}"
+
+
+def _in_words(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

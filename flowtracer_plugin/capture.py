@@ -99,17 +99,27 @@ class NnsightBackend(Backend):
         receive: Receive,
         whole: bool,
     ) -> Any:
-        output = None
-        with self._root.trace(**inputs) as run:
-            for site, call in calls:
-                for _ in run.iter[site.visit : site.visit + 1]:
-                    operation = self._inner(site, call)
-                    args, kwargs = operation.inputs
-                    receive(site, args, kwargs, operation.output if whole else None)
-            if whole:
-                output = nnsight.save(self._root.output)
-            else:
-                run.stop()
+        output, reached = None, []
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*was never reached")  # an error, below
+            with self._root.trace(**inputs) as run:
+                for site, call in calls:
+                    for _ in run.iter[site.visit : site.visit + 1]:
+                        operation = self._inner(site, call)
+                        args, kwargs = operation.inputs
+                        receive(site, args, kwargs, operation.output if whole else None)
+                        reached.append(site)
+                if whole:
+                    output = nnsight.save(self._root.output)
+                else:
+                    run.stop()
+        if len(reached) < len(calls):
+            missed = calls[len(reached)][0]
+            raise AdapterMismatchError(
+                f"the adapter {self._adapter.name!r} lists visit {missed.visit} of "
+                f"{missed.module}, which {type(self._model).__name__} does not run so often; mend "
+                "its sites()"
+            )
         return output
 
     def _operation(self, site: AttentionSite) -> Any:

@@ -8,6 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from flowtracer_plugin.cli_adapters import adapters_app
+from flowtracer_plugin.cli_loading import (
+    Device,
+    Precision,
+    Traceback,
+    load_model,
+    load_tokenizer,
+)
+
 if TYPE_CHECKING:
     from flowtracer_plugin.trace import FlowTrace
 
@@ -17,6 +26,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(adapters_app)
 
 
 def main() -> None:
@@ -85,15 +95,9 @@ Question = Annotated[
 Chat = Annotated[
     bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Precision = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Precision of the model; auto is that of its files."),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the trace as JSON.")]
 PageFile = Annotated[Path | None, typer.Option(help="Write a page to this file.")]
 TraceFile = Annotated[Path | None, typer.Option(help="Write the trace to this file.")]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where errors arise.")]
 
 
 @app.command()
@@ -169,45 +173,8 @@ def _show(result: FlowTrace, *, as_json: bool, html: Path | None, save: Path | N
 
 
 def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    talk: Any = logging
-    if not sys.stderr.isatty():
-        talk.disable_progress_bar()
-    chosen, here = _device(device), Path(name).exists()
-    kinds = ("config.json", "adapter_config.json")  # a whole model, or an adapter of PEFT
-    if here and not any((Path(name) / kind).is_file() for kind in kinds):
-        raise ValueError(f"{name!r} has no config.json; wanted the folder of a Hugging Face model")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        cause = str(error).partition("\n")[0].rstrip(" .:")
-        raise ValueError(
-            f"cannot load {name!r}: {cause}; wanted a folder that save_pretrained() of model and "
-            "tokenizer wrote"
-            if here
-            else f"there is no folder {name!r}, and no such model could be had from the hub: "
-            f"{cause}; check its id and the connection, and if it is gated, hf auth login"
-        ) from error
-    return model.to(chosen).eval(), tokenizer
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the latter if PyTorch is built without CUDA
-        raise typer.BadParameter(
-            f"PyTorch has no {name!r} on this machine; wanted auto, cpu, cuda, cuda:1 or mps",
-            param_hint="--device",
-        ) from error
-    return name
+    tokenizer = load_tokenizer(name)
+    return load_model(name, device, dtype, wanted="model and tokenizer"), tokenizer
 
 
 def _layers(text: str) -> str | list[int]:

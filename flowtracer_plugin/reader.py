@@ -22,7 +22,7 @@ from flowtracer_plugin.attention import (
     NoAttentionError,
     find_adapter,
 )
-from flowtracer_plugin.backends import Backend
+from flowtracer_plugin.backends import Backend, Receive
 from flowtracer_plugin.capture import NnsightBackend
 from flowtracer_plugin.causal_lm import (
     check_positions,
@@ -42,6 +42,7 @@ from flowtracer_plugin.self_check import (
     difference,
     report_site,
     rounding,
+    worst,
 )
 
 BACKENDS = {backend.name: backend for backend in (NnsightBackend, InterfaceBackend)}
@@ -82,6 +83,7 @@ class AttentionReader:
         self.sites = self.adapter.sites(model)
         if not self.sites:
             raise NoAttentionError(f"{type(model).__name__} has no attention to read")
+        self._check_paths()
         self.block = block
         self.verified = False
         self.backend: Backend = BACKENDS[backend](model, self.adapter, self.sites)
@@ -153,26 +155,30 @@ class AttentionReader:
                 another number of times than the adapter lists it.
             ValueError: The model computes logits that are not finite.
         """
-        token = torch.arange(CHECK_TOKENS, device=input_device(self.model))[None]
-        ids = token % vocabulary_size(self.model)
-        found = [self._inspect(ids, token >= padding) for padding in CHECK_PADDING]
-        return tuple(
-            max(reports, key=lambda report: (report.difference, report.ahead))
-            for reports in zip(*found, strict=True)
-        )
+        found = [self._inspect(padding) for padding in CHECK_PADDING]
+        return tuple(worst(reports) for reports in zip(*found, strict=True))
 
-    def _inspect(
-        self, input_ids: Int[Tensor, "1 token"], attention_mask: Bool[Tensor, "1 token"]
-    ) -> list[SiteReport]:
+    def _inspect(self, padding: int) -> list[SiteReport]:
+        visible = self.check_text(padding)[1][0]
         reports: list[SiteReport] = []
 
         def receive(site: AttentionSite, args: Any, kwargs: Any, output: Any) -> None:
             call = self.adapter.read(self.model.get_submodule(site.module), args, kwargs)
-            reports.append(report_site(site, call, output, attention_mask[0]))
+            reports.append(report_site(site, call, output, visible))
 
-        inputs = self._inputs(input_ids, attention_mask, {})
+        self.probe(self.sites, receive, padding=padding)
+        return reports
+
+    def probe(self, sites: Sequence[AttentionSite], receive: Receive, *, padding: int) -> None:
+        """The self-check's run: pass on the calls of some sites, and check the model as a whole.
+
+        Raises:
+            AdapterMismatchError: As `inspect`.
+            ValueError: As `inspect`.
+        """
+        inputs = self._inputs(*self.check_text(padding), {})
         with self._running():
-            read = self.backend.run(inputs, self.sites, receive, whole=True).logits
+            read = self.backend.run(inputs, sites, receive, whole=True).logits
             with self._counted() as visits:
                 plain = self.model(**inputs).logits
         self._check_runs(visits)
@@ -183,7 +189,20 @@ class AttentionReader:
             )
         if not difference(read, plain) <= rounding(plain):
             raise AdapterMismatchError("a traced forward pass does not give the model's own logits")
-        return reports
+
+    def check_text(self, padding: int) -> tuple[Int[Tensor, "1 token"], Bool[Tensor, "1 token"]]:
+        """The self-check's input: tokens, and which of them are visible."""
+        token = torch.arange(CHECK_TOKENS, device=input_device(self.model))[None]
+        return token % vocabulary_size(self.model), token >= padding
+
+    def _check_paths(self) -> None:
+        paths = {path for path, _ in self.model.named_modules(remove_duplicate=False)}
+        for site in self.sites:
+            if site.module not in paths:
+                raise AdapterMismatchError(
+                    f"the adapter {self.adapter.name!r} lists the module {site.module!r}, which "
+                    f"{type(self.model).__name__} does not have; mend its sites()"
+                )
 
     def _check_runs(self, visits: Counter[str]) -> None:
         listed = Counter(site.module for site in self.sites)

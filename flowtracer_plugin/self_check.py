@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,12 @@ def check_report(report: SiteReport, adapter: str) -> None:
             "can be decoders are so with is_decoder=True in their configuration (XLM: causal=True, "
             'XLNet: attn_type="uni")'
         )
+
+
+def worst(reports: Iterable[SiteReport]) -> SiteReport:
+    """The report of one site that says most against it."""
+    # Nothing is greater than NaN, so that it would pass for small.
+    return max(reports, key=lambda r: (r.difference != r.difference, r.difference, r.ahead))
 
 
 def _output_error(

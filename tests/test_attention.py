@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
+import sys
+import textwrap
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,27 +14,23 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 - the guide's example writes it so
 from transformers import (
     BartConfig,
     GPT2Config,
     MambaConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     RwkvConfig,
 )
-from transformers.modeling_outputs import CausalLMOutput
 
-import flowtracer_plugin
 from flowtracer_adapters import ADAPTERS, InterfaceAdapter, RecurrentAdapter
 from flowtracer_plugin import attention
 from flowtracer_plugin.attention import (
     ENTRY_POINT_GROUP,
     AttentionAdapter,
     AttentionCall,
-    AttentionSite,
     NoAttentionError,
     UnsupportedArchitectureError,
+    adapter_entries,
     find_adapter,
     known_adapters,
     register_adapter,
@@ -39,83 +39,6 @@ from flowtracer_plugin.reader import AttentionReader
 from tests.families import FAMILIES, LAYERS, redrawn, tiny_model
 
 GUIDE = Path(__file__).parents[1] / "adapters" / "README.md"
-
-
-class AcmeConfig(PreTrainedConfig):
-    model_type = "acme"
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 3, **options})
-
-
-def acme_attention(query, key, value, visible):
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
-
-
-class AcmeAttention(nn.Module):
-    """Attention as the guide's example describes it."""
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.project, self.mix = nn.Linear(64, 192), nn.Linear(64, 64)
-
-    def forward(self, hidden, visible):
-        parts = self.project(hidden).chunk(3, dim=-1)
-        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in parts)
-        mixed = acme_attention(query, key, value, visible)
-        return hidden + self.mix(mixed.transpose(1, 2).flatten(2))
-
-
-class AcmeForCausalLM(PreTrainedModel):
-    config_class = AcmeConfig
-
-    def __init__(self, config: AcmeConfig, heads: int = 4) -> None:
-        super().__init__(config)
-        self.embed = nn.Embedding(config.vocab_size, 64)
-        self.layers = nn.ModuleList(AcmeAttention(heads) for _ in range(config.num_hidden_layers))
-        self.lm_head = nn.Linear(64, config.vocab_size)
-        self.post_init()
-
-    def get_input_embeddings(self):
-        return self.embed
-
-    def forward(self, input_ids, attention_mask):
-        visible = attention_mask.bool()[:, None, None, :].expand(-1, -1, input_ids.shape[1], -1)
-        hidden = self.embed(input_ids)
-        for layer in self.layers:
-            hidden = layer(hidden, visible.tril())
-        return CausalLMOutput(logits=self.lm_head(hidden))
-
-
-def acme_model(heads: int = 4) -> AcmeForCausalLM:
-    torch.manual_seed(0)
-    model = AcmeForCausalLM(AcmeConfig(), heads).eval()
-    for layer in model.layers:
-        nn.init.normal_(layer.project.weight, std=0.3)
-    nn.init.normal_(model.embed.weight)
-    return model
-
-
-class AcmeAdapter(AttentionAdapter):
-    """Reads the call of `acme_attention`, of which no generic adapter knows."""
-
-    name: ClassVar[str] = "acme"
-
-    def matches(self, model):
-        return bool(self.sites(model))
-
-    def sites(self, model):
-        found = [p for p, m in model.named_modules() if isinstance(m, AcmeAttention)]
-        return tuple(
-            AttentionSite(layer=layer, module=path, function="acme_attention")
-            for layer, path in enumerate(found)
-        )
-
-    def read(self, module, args, kwargs):
-        query, key, value, visible = args
-        scaling = query.shape[-1] ** -0.5
-        return AttentionCall(query=query, key=key, value=value, mask=visible, scaling=scaling)
 
 
 class Named(AttentionAdapter):
@@ -181,6 +104,149 @@ def test_registering_a_name_again_replaces_its_adapter():
     assert known[0] is newer
 
 
+def install(folder, distribution: str, code: str, target: str = "ADAPTERS") -> None:
+    """What pip leaves of a distribution: a module, and an entry point that names part of it."""
+    module = distribution.replace("-", "_")
+    (folder / f"{module}.py").write_text(textwrap.dedent(code))
+    metadata = folder / f"{module}-0.3.dist-info"
+    metadata.mkdir()
+    metadata.joinpath("METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 0.3\n"
+    )
+    metadata.joinpath("entry_points.txt").write_text(
+        f"[{ENTRY_POINT_GROUP}]\nacme = {module}:{target}\n"
+    )
+
+
+ACME = """
+from flowtracer_plugin.attention import AttentionAdapter
+
+class Acme(AttentionAdapter):
+    name, generic = {name!r}, {generic}
+    def matches(self, model): return {matches}
+    def sites(self, model): return ()
+    def read(self, module, args, kwargs): pass
+
+class Nameless(Acme):
+    name = None
+"""
+OFFERS = ACME + "ADAPTERS = (Acme(),)"
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A folder of installed distributions."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) == str(tmp_path / f"{name}.py"):
+            del sys.modules[name]
+
+
+def offers(name: str = "acme", *, generic: bool = False, matches: str = "True") -> str:
+    return OFFERS.format(name=name, generic=generic, matches=matches)
+
+
+def test_an_adapter_is_known_with_its_distribution(packages):
+    install(packages, "acme-attention", offers())
+    entry = adapter_entries()[0]
+    assert (entry.name, entry.skipped) == ("acme", None)
+    assert entry.source == "acme-attention 0.3"
+    assert entry.entry_point == "acme_attention:ADAPTERS"
+    register_adapter(Other())
+    assert adapter_entries()[0].source == "this process"
+    assert {e.distribution for e in adapter_entries()[2:]} == {"flowtracer-plugin"}
+
+
+def test_adapters_of_others_come_before_the_built_in_ones_by_the_name_of_their_distribution(
+    packages,
+):
+    install(packages, "zebra", offers("zebra"))
+    install(packages, "aardvark", offers("a_generic", generic=True))
+    install(packages, "Bear", offers("bear"))
+    names = [entry.name for entry in adapter_entries()]
+    assert names[:3] == ["bear", "zebra", "recurrent"]
+    assert names.index("a_generic") + 1 == names.index("interface")
+
+
+def test_of_two_adapters_of_one_name_the_first_counts_and_the_other_says_so(packages):
+    install(packages, "zebra", offers())
+    install(packages, "bear", offers())
+    first, second = (entry for entry in adapter_entries() if entry.name == "acme")
+    assert (first.distribution, first.skipped) == ("bear", None)
+    assert second.skipped == "the one of this name from bear 0.3 goes before it; rename one of them"
+    assert [adapter.name for adapter in known_adapters()].count("acme") == 1
+    assert find_adapter(tiny_model("llama")) is first.adapter
+
+
+def test_an_installed_adapter_may_replace_a_built_in_one(packages):
+    install(packages, "mine", offers("falcon"))
+    mine, built_in = (entry for entry in adapter_entries() if entry.name == "falcon")
+    assert (mine.distribution, mine.skipped) == ("mine", None)
+    assert "from mine 0.3 goes before it" in built_in.skipped
+
+
+BROKEN = {
+    "an import that fails": (
+        "import nothing_like_this", "ADAPTERS",
+        "acme_x:ADAPTERS cannot be loaded (ModuleNotFoundError: No module named",
+    ),
+    "an error of any kind": ("1 / 0", "ADAPTERS", "(ZeroDivisionError: division by zero)"),
+    "a missing name": ("", "ADAPTERS", "has no attribute 'ADAPTERS')"),
+    "a class": (ACME, "Acme", "holds the class Acme, which must be called: Acme(), not in a tuple"),
+    "a class in a tuple": (
+        ACME + "ADAPTERS = (Acme,)", "ADAPTERS", "the class Acme, which must be called: Acme();",
+    ),
+    "one alone": (ACME + "ADAPTERS = Acme()", "ADAPTERS", "holds a Acme, not in a tuple"),
+    "something else": ("ADAPTERS = ('acme',)", "ADAPTERS", "a tuple of AttentionAdapter instances"),
+    "no name": (ACME + "ADAPTERS = [Nameless()]", "ADAPTERS", "holds a Nameless without a name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_an_entry_point_in_vain_is_listed_with_the_reason_and_harms_nobody(packages, kind):
+    code, target, reason = BROKEN[kind]
+    install(
+        packages, "acme-x", code.replace("{name!r}", "'a'").format(generic=0, matches=1), target
+    )
+    (entry,) = (entry for entry in adapter_entries() if entry.skipped)
+    assert (entry.name, entry.adapter, entry.source) == ("acme", None, "acme-x 0.3")
+    assert reason in entry.skipped
+    assert entry.skipped.endswith("; mend, update or uninstall acme-x")
+    assert find_adapter(tiny_model("llama")).name == "interface"
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"Skipped acme from acme-x 0\.3: "
+    ) as told:
+        find_adapter(Unheard())
+    assert entry.skipped in str(told.value)
+
+
+def test_good_adapters_beside_a_broken_one_are_used(packages):
+    code = offers().replace("(Acme(),)", "(Acme, Acme())")
+    install(packages, "acme-x", code)
+    assert [bool(e.skipped) for e in adapter_entries() if e.source == "acme-x 0.3"] == [True, False]
+    assert find_adapter(tiny_model("llama")).name == "acme"
+
+
+def test_matches_that_fails_harms_nobody_unless_one_asked_for_it(packages):
+    install(packages, "acme-x", offers(matches="model.config.feathers"))
+    assert find_adapter(tiny_model("llama")).name == "interface"
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"its matches\(\) fails \(AttributeError"
+    ):
+        find_adapter(Unheard())
+    with pytest.raises(AttributeError, match="feathers"):
+        find_adapter(tiny_model("llama"), [known_adapters()[0]])
+
+
+@pytest.mark.parametrize("take", [register_adapter, find_adapter])
+def test_a_class_is_no_adapter(take):
+    with pytest.raises(TypeError, match=r"class Other, which must be called: Other\(\)"):
+        inspect.unwrap(take)(*([Other] if take is register_adapter else [Unheard(), [Other]]))
+
+
 # --- what an adapter is ---
 
 
@@ -212,22 +278,20 @@ def test_every_family_is_read_by_the_interface_adapter_at_every_layer(family):
 # --- models that cannot be read ---
 
 
+class Unheard(nn.Module):
+    """Like no model that an adapter knows."""
+
+
 def test_an_unknown_architecture_is_named_with_what_was_tried():
-    tried = ", ".join(adapter.name for adapter in known_adapters())
-    wanted = rf"where AcmeForCausalLM attends; tried: {tried}\."
-    with pytest.raises(UnsupportedArchitectureError, match=wanted):
-        find_adapter(acme_model())
+    known = ", ".join(adapter.name for adapter in known_adapters())
+    wanted = f"no adapter knows where Unheard attends; tried: {known}. To add one, follow"
+    with pytest.raises(UnsupportedArchitectureError, match=re.escape(wanted)):
+        find_adapter(Unheard())
     with pytest.raises(UnsupportedArchitectureError, match="tried: none"):
-        find_adapter(acme_model(), [])
-
-
-def test_the_remedy_that_the_error_names_works():
-    model = acme_model()
-    with pytest.raises(UnsupportedArchitectureError, match=r"adapters/README\.md") as caught:
-        flowtracer_plugin.wrap(model)
+        find_adapter(Unheard(), [])
+    with pytest.raises(UnsupportedArchitectureError, match=r"adapters/README\.md and pass it as"):
+        find_adapter(Unheard(), [])
     assert GUIDE.is_file()
-    assert "wrap(model, adapter=...)" in str(caught.value)
-    flowtracer_plugin.wrap(model, adapter=AcmeAdapter())
 
 
 def tiny_mamba() -> PreTrainedModel:
@@ -330,29 +394,3 @@ def test_what_the_call_states_goes_before_what_the_module_says():
     assert (
         interface_call(module, s_aux=torch.ones(4), sinks=torch.full((4,), 2.0)).sinks.eq(2).all()
     )
-
-
-# --- an adapter of one's own; the guide's is built and installed in test_extension.py ---
-
-
-@pytest.mark.parametrize("heads", [2, 4, 16])
-def test_an_adapter_of_ones_own_reads_its_model(heads):
-    reader = AttentionReader(acme_model(heads), AcmeAdapter())
-    reader.verify()
-    ids = torch.arange(20)[None]
-    found = reader.read(ids, torch.ones_like(ids, dtype=torch.bool), [0, 1, 2])
-    torch.testing.assert_close(found.sum(-1), torch.ones(1, 20))
-    assert found.triu(1).eq(0).all()
-    assert found.amax(-1).mean() > 0.15
-
-
-def test_an_adapter_of_ones_own_can_be_registered():
-    register_adapter(AcmeAdapter())
-    assert find_adapter(acme_model()).name == "acme"
-    assert find_adapter(tiny_model("llama")).name == "interface"
-
-
-def test_the_guide_names_the_length_of_the_self_check():
-    from flowtracer_plugin.reader import CHECK_TOKENS
-
-    assert f"{CHECK_TOKENS} tokens" in GUIDE.read_text()

@@ -8,9 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    MambaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import flowtracer_plugin as ft
-from flowtracer_plugin import cli
+from flowtracer_plugin import attention, cli
 from tests.families import quiet_transformers
 from tests.tiny import MESSAGES, PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
 
@@ -215,6 +222,136 @@ def test_without_a_command_there_is_help(flowtracer):
     ran = flowtracer()
     assert ran.code == 2
     assert "Show which tokens carried the answer" in ran.out + ran.err
+
+
+# adapters
+
+
+def test_adapters_are_listed(flowtracer):
+    ran = flowtracer("adapters")
+    assert (ran.code, ran.err) == (0, "")
+    heads, first, *rest = ran.out.splitlines()
+    assert heads.split() == ["adapter", "from", "entry", "point"]
+    entry = f"flowtracer-plugin {ft.__version__}  flowtracer_adapters:ADAPTERS"
+    assert f"recurrent {entry}".split() == first.split()
+    assert any(line.split()[0] == "interface" and line.endswith("  generic") for line in rest)
+    assert flowtracer("adapters", "list").out == ran.out
+
+
+def test_a_skipped_adapter_is_listed_with_the_reason(flowtracer, monkeypatch):
+    broken = attention.AdapterEntry(
+        name="acme", distribution="acme-x", skipped="it cannot be; mend"
+    )
+    monkeypatch.setattr(attention, "adapter_entries", lambda: (broken,))
+    ran = flowtracer("adapters")
+    assert ran.code == 0
+    assert ran.out.splitlines()[1].split() == ["acme", "acme-x", "skipped"]
+    assert ran.out.endswith("\nacme is skipped: it cannot be; mend\n")
+    assert json.loads(flowtracer("adapters", "--json").out)[0]["skipped"] == "it cannot be; mend"
+    ran = flowtracer("adapters", "check", "nowhere", "--adapter", "acme")
+    assert_failed(ran, 2, "acme is skipped: it cannot be; mend")
+
+
+@pytest.mark.parametrize("backend", ["nnsight", "interface"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_model_is_checked_layer_by_layer(flowtracer, plain_model, backend, implementation):
+    options = ["--backend", backend, "--attn-implementation", implementation]
+    ran = flowtracer("adapters", "check", plain_model, *options)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith(f"model    LlamaForCausalLM, float32, {implementation}\n")
+    assert f"\nadapter  interface from flowtracer-plugin {ft.__version__} (" in ran.out
+    assert f"\nbackend  {backend}\n" in ran.out
+    rows = [line.split() for line in ran.out.splitlines() if "attention_interface" in line]
+    assert [int(row[0]) for row in rows] == list(range(6))
+    for row in rows:
+        assert row[1:4] == [f"model.layers.{row[0]}.self_attn", "attention_interface", "4/2"]
+        assert float(row[4]) < float(row[5]) == 2e-3
+        assert row[6:] == ["1.00", "0%", "ok"]
+    assert ran.out.endswith("\n\n6 of 6 sites pass\n")
+
+
+def test_a_check_says_the_same_as_json(flowtracer, plain_model):
+    options = ["--dtype", "bfloat16", "--adapter", "interface", "--json"]
+    document = json.loads(flowtracer("adapters", "check", plain_model, *options).out)
+    assert document["dtype"] == "bfloat16"
+    assert document["adapter"]["entry_point"] == "flowtracer_adapters:ADAPTERS"
+    assert (document["passed"], document["problem"]) == (True, None)
+    assert [found["layer"] for found in document["sites"]] == list(range(6))
+    assert all(found["difference"] < found["tolerance"] == 2e-2 for found in document["sites"])
+
+
+def test_a_check_needs_no_tokenizer(flowtracer, plain_model, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(plain_model, folder)
+    (folder / "tokenizer.json").unlink()
+    assert flowtracer("adapters", "check", folder).code == 0
+
+
+def test_the_wrong_adapter_is_named(flowtracer, plain_model):
+    ran = flowtracer("adapters", "check", plain_model, "--adapter", "falcon")
+    assert_failed(ran, 1, "'falcon' is not for LlamaForCausalLM", "leave --adapter out")
+    ran = flowtracer("adapters", "check", plain_model, "--adapter", "nothing")
+    assert_failed(ran, 2, "wanted recurrent, ", "found 'nothing'")
+
+
+SMALL = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def saved(folder, config, model=AutoModelForCausalLM.from_config):
+    with quiet_transformers():
+        model(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_check_of_a_model_without_attention_says_so(flowtracer, tmp_path):
+    config = MambaConfig(**SMALL, hidden_size=32, num_hidden_layers=2, state_size=4)
+    ran = flowtracer("adapters", "check", saved(tmp_path, config))
+    assert_failed(ran, 1, "carries information in a recurrent state, not by attention")
+
+
+@pytest.mark.filterwarnings("ignore:Module .* has a submodule named 'output':UserWarning")
+def test_a_check_of_an_encoder_says_that_it_is_not_causal(flowtracer, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**SMALL, **sizes, intermediate_size=32)
+    ran = flowtracer("adapters", "check", saved(tmp_path, config))
+    assert ran.code == 1
+    assert ran.out.count("  not causal\n") == 2
+    assert "the model is not causal, and information does not flow forward in it" in ran.out
+
+
+def test_a_check_of_an_encoder_and_decoder_says_what_is_wanted(flowtracer, tmp_path):
+    config = T5Config(**SMALL, d_model=32, num_layers=1, num_heads=2, d_ff=32, d_kv=16)
+    ran = flowtracer("adapters", "check", saved(tmp_path, config, T5ForConditionalGeneration))
+    assert_failed(ran, 1, "T5Config", "save_pretrained() of a causal language model wrote")
+
+
+def test_a_check_of_damaged_files_says_so(flowtracer, plain_model, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(plain_model, folder)
+    os.truncate(folder / "model.safetensors", 5000)
+    assert_failed(flowtracer("adapters", "check", folder), 1, f"cannot load '{folder}': ")
+
+
+def test_in_a_narrow_terminal_what_is_the_same_everywhere_is_said_once(flowtracer, monkeypatch):
+    from flowtracer_plugin.cli_adapters import _print_table
+
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    module = "model.layers.{}.self_attn"
+    rows = [(str(n), module.format(n), "attention_interface", "ok") for n in range(2)]
+    _print_table(("layer", "module", "function", "verdict"), rows)
+    said = re.sub(r"\x1b\[[\d;]*m", "", sys.stdout.getvalue()).splitlines()
+    assert said == [
+        "everywhere: function attention_interface",
+        "layer  module                    verdict",
+        "0      model.layers.0.self_attn  ok",
+        "1      model.layers.1.self_attn  ok",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
 # mistakes: one sentence on stderr, no traceback
