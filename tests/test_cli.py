@@ -335,13 +335,13 @@ def test_a_check_of_damaged_files_says_so(flowtracer, plain_model, tmp_path):
 def test_in_a_narrow_terminal_what_is_the_same_everywhere_is_said_once(flowtracer, monkeypatch):
     from flowtracer_plugin.cli_adapters import _print_table
 
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("COLUMNS", "50")
     monkeypatch.setattr(sys, "stdout", Terminal())
     module = "model.layers.{}.self_attn"
     rows = [(str(n), module.format(n), "attention_interface", "ok") for n in range(2)]
     _print_table(("layer", "module", "function", "verdict"), rows)
     said = re.sub(r"\x1b\[[\d;]*m", "", sys.stdout.getvalue()).splitlines()
-    assert said == [
+    assert [line.rstrip() for line in said] == [
         "everywhere: function attention_interface",
         "layer  module                    verdict",
         "0      model.layers.0.self_attn  ok",
