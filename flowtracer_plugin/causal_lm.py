@@ -124,6 +124,8 @@ def check_input(model: nn.Module, input_ids: Tensor, mask: Tensor, *, cached: in
             f"{tuple(input_ids.shape)} and {tuple(mask.shape)}"
             + (f"; the mask must cover the {cached} cached tokens too" if cached else "")
         )
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids are empty: {tuple(input_ids.shape)}; pass at least one token")
     # Padding does not count: positions begin at the first token that is visible.
     check_length(model, int(mask.bool().sum(-1).max()))
     size = vocabulary_size(model)

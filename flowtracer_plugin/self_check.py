@@ -107,7 +107,16 @@ def check_report(report: SiteReport, adapter: str) -> None:
 def worst(reports: Iterable[SiteReport]) -> SiteReport:
     """The report of one site that says most against it."""
     # Nothing is greater than NaN, so that it would pass for small.
-    return max(reports, key=lambda r: (r.difference != r.difference, r.difference, r.ahead))
+    return max(
+        reports,
+        key=lambda r: (
+            not r.difference <= r.tolerance,
+            r.ahead > r.tolerance,
+            r.difference != r.difference,
+            r.difference,
+            r.ahead,
+        ),
+    )
 
 
 def _output_error(
