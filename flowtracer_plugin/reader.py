@@ -7,7 +7,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from threading import RLock
+from threading import RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -218,10 +218,14 @@ class AttentionReader:
     def _counted(self) -> Iterator[Counter[str]]:
         """How often each attention module runs meanwhile."""
         visits: Counter[str] = Counter()
+        me = get_ident()
         with ExitStack() as hooks:
             for path in {site.module for site in self.sites}:
                 module = self.model.get_submodule(path)
-                hook = module.register_forward_pre_hook(lambda *_, path=path: visits.update([path]))
+                hook = module.register_forward_pre_hook(
+                    # Other threads may run the model too, and count for themselves.
+                    lambda *_, path=path: visits.update([path] if get_ident() == me else [])
+                )
                 hooks.callback(hook.remove)
             yield visits
 
