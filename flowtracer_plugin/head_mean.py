@@ -35,8 +35,9 @@ def add_head_mean(
     # A cache of a sliding window holds the last keys only; a static one has room for more.
     first = max(0, total.shape[2] - tokens_of(call))
     with torch.no_grad(), torch.autocast(given.device.type, enabled=False):
-        for start in range(0, given.shape[2], block):
-            rows = slice(start, min(start + block, given.shape[2]))
+        queries = min(given.shape[2], total.shape[1])  # some models pad the text behind its end
+        for start in range(0, queries, block):
+            rows = slice(start, min(start + block, queries))
             probabilities = row_probabilities(call, rows, heads)
             mean = reduce(probabilities, "batch head query key -> batch query key", "mean")
             if isinstance(call, AttentionCall) and call.key_tokens is not None:

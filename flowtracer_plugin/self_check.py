@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowtracer_plugin.attention import (
     AdapterMismatchError,
@@ -59,6 +59,8 @@ def report_site(
         AdapterMismatchError: Their shapes do not fit.
     """
     weights = call.weights if isinstance(call, AttentionWeights) else call.query
+    # Models that attend in chunks pad the text behind its end.
+    visible = nn.functional.pad(visible, (0, max(0, weights.shape[2] - len(visible))))
     tokens = len(visible)
     if (found := tokens_of(call)) != tokens:
         raise AdapterMismatchError(

@@ -122,7 +122,7 @@ def test_an_encoder_that_looks_ahead_is_refused_with_the_setting_that_helps():
     ft.wrap(decoder).attention(prompt()[0])
 
 
-REFUSED = ["blt", "cpmant", "gemma4_assistant", "gemma4_unified_assistant", "reformer"]
+REFUSED = ["blt", "cpmant", "gemma4_assistant", "gemma4_unified_assistant"]
 
 
 @pytest.mark.parametrize("model_type", REFUSED)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import BigBirdConfig, BltConfig, CpmAntConfig, PreTrainedModel, ReformerConfig
+from transformers import BigBirdConfig, BltConfig, CpmAntConfig, PreTrainedModel
 
 from flowtracer_adapters import OutputSinkAdapter
 from flowtracer_plugin.attention import UnsupportedArchitectureError
@@ -22,7 +19,6 @@ from tests.own_ways import (
     HEADS,
     LENGTH,
     PADDING,
-    TOKENS,
     WINDOW,
     compare,
     defined,
@@ -202,17 +198,6 @@ def cpmant() -> PreTrainedModel:
     )  # fmt: skip
 
 
-def reformer(**options: Any) -> PreTrainedModel:
-    chosen = {"attn_layers": ["local", "lsh"], "hash_seed": None, **options}
-    config = ReformerConfig(
-        **TOKENS, hidden_size=64, num_attention_heads=4, attention_head_size=16,
-        feed_forward_size=64, axial_pos_shape=[8, 16], axial_pos_embds_dim=[32, 32],
-        local_attn_chunk_length=8, lsh_attn_chunk_length=8, num_buckets=4, is_decoder=True,
-        **chosen,
-    )  # fmt: skip
-    return redrawn(config)
-
-
 def blt() -> PreTrainedModel:
     small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
     part = {**small, "num_hidden_layers": 2}
@@ -235,7 +220,6 @@ def sparse_big_bird() -> PreTrainedModel:
 REFUSED = {
     "cpmant": (cpmant, "lets every token see every other"),
     "blt": (blt, "from patch to patch"),
-    "reformer": (reformer, "buckets of hashes"),
     "big_bird": (sparse_big_bird, 'attention_type="original_full" and is_decoder=True'),
 }
 
@@ -267,19 +251,6 @@ def test_blt_attends_between_patches():
         model(ids, use_cache=False)
     assert sides["local_encoder"] == sides["local_decoder"] == LENGTH
     assert 1 < sides["global_transformer"] < LENGTH
-
-
-def logits_twice(model: PreTrainedModel, ids: Tensor) -> Sequence[Tensor]:
-    with torch.no_grad():
-        return [model(ids).logits for _ in range(2)]
-
-
-def test_reformer_attends_differently_each_time():
-    torch.manual_seed(0)
-    first, second = logits_twice(reformer(), text(32))
-    assert (first - second).abs().max() > 1e-3
-    first, second = logits_twice(reformer(attn_layers=["local", "local"]), text(32))
-    torch.testing.assert_close(first, second, atol=0, rtol=0)
 
 
 def test_big_bird_gives_up_block_sparse_attention_for_a_short_text():

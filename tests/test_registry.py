@@ -6,11 +6,13 @@ import importlib
 import inspect
 import sys
 import textwrap
+from importlib.metadata import entry_points
 from typing import ClassVar
 
 import pytest
 from torch import nn
 
+from flowtracer_adapters import ADAPTERS, InterfaceAdapter
 from flowtracer_plugin import attention
 from flowtracer_plugin.attention import (
     ENTRY_POINT_GROUP,
@@ -21,13 +23,14 @@ from flowtracer_plugin.attention import (
     known_adapters,
     register_adapter,
 )
+from flowtracer_plugin.reader import AttentionReader
 from tests.families import tiny_model
 
 
-class Other(AttentionAdapter):
+class Named(AttentionAdapter):
     """Matches every model and finds nothing; only its name matters."""
 
-    name: ClassVar[str] = "other"
+    name: ClassVar[str] = "first"
 
     def matches(self, model):
         return True
@@ -39,6 +42,15 @@ class Other(AttentionAdapter):
         raise NotImplementedError
 
 
+class Other(Named):
+    name: ClassVar[str] = "second"
+
+
+class Generic(Named):
+    name: ClassVar[str] = "looks around"
+    generic: ClassVar[bool] = True
+
+
 class Unheard(nn.Module):
     """Like no model that an adapter knows."""
 
@@ -46,6 +58,43 @@ class Unheard(nn.Module):
 @pytest.fixture(autouse=True)
 def nothing_registered(monkeypatch):
     monkeypatch.setattr(attention, "_registered", [])
+
+
+# --- the order of looking ---
+
+
+def test_the_built_in_adapters_are_found_through_the_entry_point():
+    (builtin,) = entry_points(group=ENTRY_POINT_GROUP, name="builtin")
+    assert builtin.load() is ADAPTERS
+    assert set(ADAPTERS) <= set(known_adapters())
+
+
+def test_registered_adapters_come_before_installed_ones_and_generic_ones_last():
+    register_adapter(Generic())
+    register_adapter(Other())
+    names = [adapter.name for adapter in known_adapters()]
+    assert names.index("second") < names.index("recurrent")
+    assert names.index("recurrent") < names.index("looks around") < names.index("interface")
+    assert find_adapter(tiny_model("llama")).name == "second"
+
+
+def test_the_adapter_that_is_passed_comes_first():
+    register_adapter(Other())
+    passed = InterfaceAdapter()
+    assert AttentionReader(tiny_model("llama"), passed).adapter is passed
+
+
+def test_registering_a_name_again_replaces_its_adapter():
+    register_adapter(Named())
+    register_adapter(Other())
+    newer = Named()
+    register_adapter(newer)
+    known = known_adapters()
+    assert [adapter.name for adapter in known].count("first") == 1
+    assert known[0] is newer
+
+
+# --- what distributions offer ---
 
 
 def install(folder, distribution: str, code: str, target: str = "ADAPTERS") -> None:

@@ -8,6 +8,7 @@ from flowtracer_adapters.hrm import RecurrentDepthAdapter
 from flowtracer_adapters.interface import InterfaceAdapter
 from flowtracer_adapters.output_sinks import OutputSinkAdapter
 from flowtracer_adapters.recurrent import RecurrentAdapter
+from flowtracer_adapters.reformer import ReformerAdapter
 from flowtracer_adapters.refused import RefusedAdapter
 from flowtracer_adapters.torch_sdpa import FalconAdapter, TorchAttentionAdapter
 from flowtracer_adapters.weights import WeightsAdapter
@@ -19,6 +20,7 @@ ADAPTERS = (
     FalconAdapter(),
     OutputSinkAdapter(),
     RecurrentDepthAdapter(),
+    ReformerAdapter(),
     InterfaceAdapter(),
     TorchAttentionAdapter(),
     WeightsAdapter(),
@@ -32,6 +34,7 @@ __all__ = [
     "OutputSinkAdapter",
     "RecurrentAdapter",
     "RecurrentDepthAdapter",
+    "ReformerAdapter",
     "RefusedAdapter",
     "TorchAttentionAdapter",
     "WeightsAdapter",

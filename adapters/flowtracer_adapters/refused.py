@@ -32,10 +32,6 @@ REASONS: Mapping[str, str] = {
     ),
     "Gemma4AssistantForCausalLM": _ASSISTANT,
     "Gemma4UnifiedAssistantForCausalLM": _ASSISTANT,
-    "ReformerModel": (
-        "its LSH layers attend within buckets of hashes, in an order of their own that is drawn "
-        "anew in every pass unless hash_seed is set, and its local layers attend in chunks"
-    ),
 }
 """Why, by the class of the model or of a module in it."""
 

@@ -53,9 +53,9 @@ def probed_attention(
     modules = dict(enumerate(_modules(twin, probe)))
     with torch.no_grad(), _arguments(modules) as arguments:
         twin(**model_inputs(twin, ids, mask))
-    heads = twin.config.num_attention_heads
-    return {
-        layer: _derivative(module, probe, heads, *arguments[layer])
+    heads, tokens = twin.config.num_attention_heads, ids.shape[1]
+    return {  # some models pad the text behind its end
+        layer: _derivative(module, probe, heads, *arguments[layer])[:, :, :tokens, :tokens]
         for layer, module in modules.items()
     }
 

@@ -124,6 +124,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 8,
         "lsh_attn_chunk_length": 8,
         "num_buckets": 4,
+        "num_hashes": 2,
         "hash_seed": 0,
     },
     "smollm3": {**_ALTERNATING, "no_rope_layers": [1, 0, 1, 0]},
@@ -164,6 +165,7 @@ NOTES: dict[str, str] = {
     "granitemoe_swa": _SINKS,
     "musicgen": "with one codebook",
     "musicgen_melody": "with one codebook",
+    "reformer": "with hash_seed set; a whole chunk of padding changes what LSH layers compute",
     "xlnet": "one row at a time: its causal mask does not broadcast over several",
 }
 """What a reader of the table should know about how a type was run."""
