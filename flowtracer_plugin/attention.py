@@ -142,7 +142,10 @@ class AttentionAdapter(ABC):
     def read(
         self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> AttentionCall | AttentionWeights:
-        """The attention call that `module` is about to make with these arguments."""
+        """The attention call that `module` is about to make with these arguments.
+
+        Queries and keys behind the end of the text, with which some models pad it, are left out.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
