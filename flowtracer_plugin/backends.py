@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from flowtracer_plugin.attention import AttentionSite
+
+Result = TypeVar("Result")
 
 Receive = Callable[[AttentionSite, Sequence[Any], Mapping[str, Any], Any], None]
 """Takes a site, the arguments and options of its call, and what the call returned, if known."""
@@ -36,4 +38,18 @@ class Backend(ABC):
 
         If `whole`, calls come with what they returned, and the model's output is returned; else
         the forward pass ends after the last site.
+        """
+
+    @abstractmethod
+    def listen(
+        self,
+        call: Callable[[], Result],
+        sites: Sequence[AttentionSite],
+        receive: Receive,
+        *,
+        runs: int,
+    ) -> Result:
+        """Let `call` run the model `runs` times, and pass each site's call on, in every run.
+
+        The forward passes go to their end, with gradients if they have any.
         """

@@ -8,7 +8,10 @@ decorator, no `no_grad` around a read.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, final
 
 import nnsight
@@ -24,7 +27,7 @@ from flowtracer_plugin.attention import (
     AttentionSite,
     UnsupportedArchitectureError,
 )
-from flowtracer_plugin.backends import Backend, Receive
+from flowtracer_plugin.backends import Backend, Receive, Result
 from flowtracer_plugin.causal_lm import input_device
 
 
@@ -74,9 +77,43 @@ class NnsightBackend(Backend):
             AdapterMismatchError: A site names a call that the model does not make.
             UnsupportedArchitectureError: There is no source to read.
         """
+        with self._explained():
+            return self._trace(inputs, self._operations(sites), receive, whole)
+
+    def listen(
+        self,
+        call: Callable[[], Result],
+        sites: Sequence[AttentionSite],
+        receive: Receive,
+        *,
+        runs: int,
+    ) -> Result:
+        """As `Backend.listen`; raises as `run` does."""
+        each = Counter(site.module for site in self._sites)
+        later = [
+            (replace(site, visit=site.visit + run * each[site.module]), site, operation)
+            for run in range(runs)
+            for site, operation in self._operations(sites)
+        ]
+        returned: list[Result] = []
+        reached: list[AttentionSite] = []
+        with self._explained(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*was never reached")  # an error, below
+            # nnsight wants an input to run the function on.
+            with self._root.trace(None, fn=lambda _: returned.append(call())) as trace:
+                for place, site, operation in later:
+                    for _ in trace.iter[place.visit : place.visit + 1]:
+                        args, kwargs = self._inner(site, operation).inputs
+                        receive(site, args, kwargs, None)
+                        reached.append(site)
+        self._check_reached(reached, [site for _, site, _ in later])
+        return returned[0]
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What nnsight raises, in words of this package; the model's own code is put back."""
         try:
-            calls = [(site, self._operation(site)) for site in sites]
-            return self._trace(inputs, calls, receive, whole)
+            yield
         except OutOfOrderError as error:
             raise AdapterMismatchError(
                 f"the adapter {self._adapter.name!r} lists an attention call that "
@@ -99,7 +136,8 @@ class NnsightBackend(Backend):
         receive: Receive,
         whole: bool,
     ) -> Any:
-        output, reached = None, []
+        output = None
+        reached: list[AttentionSite] = []
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*was never reached")  # an error, below
             with self._root.trace(**inputs) as run:
@@ -113,14 +151,22 @@ class NnsightBackend(Backend):
                     output = nnsight.save(self._root.output)
                 else:
                     run.stop()
-        if len(reached) < len(calls):
-            missed = calls[len(reached)][0]
+        self._check_reached(reached, [site for site, _ in calls])
+        return output
+
+    def _check_reached(
+        self, reached: Sequence[AttentionSite], wanted: Sequence[AttentionSite]
+    ) -> None:
+        if len(reached) < len(wanted):
+            missed = wanted[len(reached)]
             raise AdapterMismatchError(
                 f"the adapter {self._adapter.name!r} lists visit {missed.visit} of "
                 f"{missed.module}, which {type(self._model).__name__} does not run so often; mend "
                 "its sites()"
             )
-        return output
+
+    def _operations(self, sites: Sequence[AttentionSite]) -> list[tuple[AttentionSite, Any]]:
+        return [(site, self._operation(site)) for site in sites]
 
     def _operation(self, site: AttentionSite) -> Any:
         """Handle on the call that `forward` itself makes: the attention call, or the way to it."""

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from threading import Lock
 from typing import Any, ClassVar, final
 
+import torch
 from torch import nn
 
 from flowtracer_plugin.attention import (
@@ -24,7 +25,7 @@ from flowtracer_plugin.attention import (
     AttentionSite,
     UnsupportedArchitectureError,
 )
-from flowtracer_plugin.backends import Backend, Receive
+from flowtracer_plugin.backends import Backend, Receive, Result
 
 TABLE = "ALL_ATTENTION_FUNCTIONS"
 """The global of a model's code that maps the name of an implementation to its function."""
@@ -38,38 +39,47 @@ class _Done(Exception):  # noqa: N818 - no error: it ends a forward pass that ha
 
 
 class _Watch:
-    """What one run in one thread looks for."""
+    """What one run, or several, in one thread look for."""
 
     def __init__(
         self,
-        model: nn.Module,
+        modules: Mapping[AttentionSite, nn.Module],
         sites: Sequence[AttentionSite],
         receive: Receive,
-        whole: bool,
+        *,
+        runs: int = 1,
+        whole: bool = False,
+        stops: bool = False,
     ) -> None:
-        self._waiting = {(model.get_submodule(s.module), s.visit): s for s in sites}
+        self._sites = {(modules[site], site.visit): site for site in sites}
+        self._visits_each = Counter(modules.values())  # in one run
         self._visits: Counter[nn.Module] = Counter()
-        self._receive, self._whole = receive, whole
+        self._waiting = Counter(dict.fromkeys(sites, runs))
+        self._receive, self._whole, self._stops = receive, whole, stops
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # it has effects outside the graph
     def call(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
         """Pass one attention call on, and note it if it is one that is looked for."""
         module = args[0]
-        site = self._waiting.pop((module, self._visits[module]), None)
+        visit = self._visits[module] % (self._visits_each[module] or 1)
         self._visits[module] += 1
+        site = self._sites.get((module, visit))
         if site is None:
             return function(*args, **kwargs)
         output = function(*args, **kwargs) if self._whole else None
         self._receive(site, args, kwargs, output)
+        self._waiting[site] -= 1
         if self._whole:
             return output
-        if not self._waiting:
+        if self._stops and not any(self._waiting.values()):
             raise _Done
         return function(*args, **kwargs)
 
-    def missed(self) -> list[AttentionSite]:
-        return list(self._waiting.values())
+    def missed(self) -> AttentionSite | None:
+        """A site that was not reached as often as it should have been."""
+        return next((site for site, times in self._waiting.items() if times > 0), None)
 
 
 _watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
@@ -93,7 +103,7 @@ class InterfaceBackend(Backend):
                 'interface = True), so backend="interface" cannot see them; leave backend= out'
             )
         self._model, self._adapter = model, adapter
-        self._modules = {model.get_submodule(site.module) for site in sites}
+        self._modules = {site: model.get_submodule(site.module) for site in sites}
 
     def run(
         self,
@@ -108,27 +118,46 @@ class InterfaceBackend(Backend):
         Raises:
             AdapterMismatchError: A site names a call that the model does not make.
         """
-        watch = _Watch(self._model, sites, receive, whole)
+        watch = _Watch(self._modules, sites, receive, whole=whole, stops=not whole)
+        try:
+            return self._watched(lambda: self._model(**inputs), watch)
+        except _Done:
+            return None
+
+    def listen(
+        self,
+        call: Callable[[], Result],
+        sites: Sequence[AttentionSite],
+        receive: Receive,
+        *,
+        runs: int,
+    ) -> Result:
+        """As `Backend.listen`.
+
+        Raises:
+            AdapterMismatchError: A site names a call that the model does not make so often.
+        """
+        return self._watched(call, _Watch(self._modules, sites, receive, runs=runs))
+
+    def _watched(self, call: Callable[[], Result], watch: _Watch) -> Result:
         before = _watch.set(watch)
         try:
             with ExitStack() as entries:
                 for table, name in self._entries():
                     entries.enter_context(_watched(table, name))
-                output = self._model(**inputs)
-        except _Done:
-            return None
+                output = call()
         finally:
             _watch.reset(before)
-        if missed := watch.missed():
+        if (missed := watch.missed()) is not None:
             raise AdapterMismatchError(
-                f"the adapter {self._adapter.name!r} lists {missed[0].module}, visit "
-                f"{missed[0].visit}, which makes no attention call; mend its sites(), or "
+                f"the adapter {self._adapter.name!r} lists {missed.module}, visit "
+                f"{missed.visit}, which makes no attention call; mend its sites(), or "
                 "wrap(..., adapter=...) another one"
             )
         return output
 
     def _entries(self) -> Iterable[tuple[MutableMapping[str, Any], str]]:
-        found = map(_entry, self._modules)
+        found = map(_entry, set(self._modules.values()))
         return {(id(table), name): (table, name) for table, name in found}.values()
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from threading import RLock, get_ident
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,11 +20,13 @@ from torch import Tensor, nn
 from flowtracer_plugin.attention import (
     AdapterMismatchError,
     AttentionAdapter,
+    AttentionCall,
     AttentionSite,
+    AttentionWeights,
     NoAttentionError,
     find_adapter,
 )
-from flowtracer_plugin.backends import Backend, Receive
+from flowtracer_plugin.backends import Backend, Receive, Result
 from flowtracer_plugin.capture import NnsightBackend
 from flowtracer_plugin.causal_lm import (
     check_positions,
@@ -55,6 +59,19 @@ CHECK_PADDING = (0, 5)
 
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 """However many readers share a model, and however it is wrapped, one lock by its first site."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Reading:
+    """What one forward pass attended to.
+
+    Attributes:
+        attention: Mean over layers and heads, float32, rows and columns of padding zero.
+        calls: Of the layers, in the order of execution; none unless they were asked for.
+    """
+
+    attention: Float[Tensor, "batch query key"]
+    calls: tuple[AttentionCall | AttentionWeights, ...] = ()
 
 
 class AttentionReader:
@@ -105,31 +122,86 @@ class AttentionReader:
         heads; `model_inputs` are passed on to the model. There are more keys than queries if they
         hold a cache, which stays as it is.
         """
-        sites = [site for site in self.sites if site.layer in set(layers)]
-        total = torch.zeros(*input_ids.shape, attention_mask.shape[1], device=input_ids.device)
         seen = attention_mask
         if not model_inputs:  # what else the model is given is not moved with the tokens
             input_ids, attention_mask = text_first(input_ids, attention_mask)
-        inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
-
-        def receive(site: AttentionSite, args: Any, kwargs: Any, _output: Any) -> None:
-            add_head_mean(
-                self.adapter.read(self.model.get_submodule(site.module), args, kwargs),
-                total,
-                weight=1 / len(sites),
-                heads=(heads or {}).get(site.layer),
-                block=self.block,
-            )
-
-        with self._running():
-            self.backend.run(inputs, sites, receive, whole=not may_stop(self.model))
-        average_heads(self.model, total)
+        found = self.read_in_place(
+            input_ids, attention_mask, layers, heads=heads, model_inputs=model_inputs
+        ).attention
         if attention_mask is not seen:
-            put_back(total, seen)
-            return total
-        seen = seen.to(total.device)
-        rows = ~seen[:, -input_ids.shape[1] :]  # filled, not multiplied: 0 times NaN is NaN
-        return total.masked_fill_(rows[:, :, None], 0).masked_fill_(~seen[:, None, :], 0)
+            put_back(found, seen)
+        return found
+
+    def read_in_place(
+        self,
+        input_ids: Int[Tensor, "batch query"],
+        attention_mask: Bool[Tensor, "batch key"],
+        layers: Sequence[int],
+        *,
+        heads: Mapping[int, Int[Tensor, " chosen"]] | None = None,
+        model_inputs: Mapping[str, Any] | None = None,
+        keep: bool = False,
+    ) -> Reading:
+        """`read` with the padding where it is, as whoever passes it to the model sees it.
+
+        With `keep`, the calls come too.
+        """
+        sites = self._chosen(layers)
+        shape = (*input_ids.shape, attention_mask.shape[1])
+        sum_ = _Sum(self, sites, shape, input_ids.device, heads=heads or {}, keep=keep)
+        inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
+        with self._running():
+            self.backend.run(inputs, sites, sum_.receive, whole=not may_stop(self.model))
+        return sum_.reading(attention_mask)
+
+    def listen(
+        self,
+        call: Callable[[], Result],
+        attention_mask: Bool[Tensor, "batch token"],
+        layers: Sequence[int],
+        take: Callable[[slice, Reading], None],
+        *,
+        batch_size: int | None = None,
+        keep: bool = False,
+    ) -> Result:
+        """Let `call` run the model, and pass on what it attended to.
+
+        The model runs as `call` runs it: with gradients, dropout and autocast, if it has them, and
+        to the end. It is run once on each `batch_size` rows of `attention_mask`, in their order.
+        As soon as the last of `layers` has been read, `take` gets the rows and their attention, as
+        `read_in_place` returns it. What goes wrong with that is raised when `call` has returned.
+        """
+        sites, rows = self._chosen(layers), len(attention_mask)
+        size = batch_size or rows
+        parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+        sums: list[_Sum] = []
+        errors: list[Exception] = []
+
+        def receive(site: AttentionSite, args: Any, kwargs: Any, output: Any) -> None:
+            if errors:
+                return
+            try:
+                add(site, args, kwargs, output)
+            except Exception as error:  # noqa: BLE001 - the forward pass is somebody else's
+                errors.append(error)
+
+        def add(site: AttentionSite, args: Any, kwargs: Any, output: Any) -> None:
+            if not sums or sums[-1].complete:
+                mask = attention_mask[parts[len(sums)]]
+                sums.append(_Sum(self, sites, (*mask.shape, mask.shape[1]), mask.device, keep=keep))
+            sums[-1].receive(site, args, kwargs, output)
+            if sums[-1].complete:
+                part = parts[len(sums) - 1]
+                take(part, sums[-1].reading(attention_mask[part]))
+
+        with nullcontext() if self.backend.threads else self._lock:
+            returned = self.backend.listen(call, sites, receive, runs=len(parts))
+        if errors:
+            raise errors[0]
+        return returned
+
+    def _chosen(self, layers: Sequence[int]) -> list[AttentionSite]:
+        return [site for site in self.sites if site.layer in set(layers)]
 
     def verify(self) -> None:
         """Check once, on a short input, that what is read is what the model computes.
@@ -262,3 +334,45 @@ class AttentionReader:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
             inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
         return inputs
+
+
+class _Sum:
+    """The attention of one forward pass, added up call by call."""
+
+    def __init__(
+        self,
+        reader: AttentionReader,
+        sites: Sequence[AttentionSite],
+        shape: Sequence[int],
+        device: torch.device,
+        *,
+        heads: Mapping[int, Int[Tensor, " chosen"]] = MappingProxyType({}),
+        keep: bool = False,
+    ) -> None:
+        self._reader, self._missing, self._share = reader, len(sites), 1 / len(sites)
+        self._total = torch.zeros(*shape, device=device)
+        self._heads, self._keep = heads, keep
+        self._calls: list[AttentionCall | AttentionWeights] = []
+
+    @property
+    def complete(self) -> bool:
+        return not self._missing
+
+    @torch.no_grad()
+    def receive(self, site: AttentionSite, args: Any, kwargs: Any, _output: Any) -> None:
+        reader = self._reader
+        call = reader.adapter.read(reader.model.get_submodule(site.module), args, kwargs)
+        heads = self._heads.get(site.layer)
+        add_head_mean(call, self._total, weight=self._share, heads=heads, block=reader.block)
+        if self._keep:
+            self._calls.append(call)
+        self._missing -= 1
+
+    def reading(self, seen: Bool[Tensor, "batch key"]) -> Reading:
+        """The sum, without rows and columns of padding; it is not to be added to any more."""
+        total = self._total
+        average_heads(self._reader.model, total)
+        seen = seen.to(total.device)
+        rows = ~seen[:, -total.shape[1] :]  # filled, not multiplied: 0 times NaN is NaN
+        total.masked_fill_(rows[:, :, None], 0).masked_fill_(~seen[:, None, :], 0)
+        return Reading(attention=total, calls=tuple(self._calls))
