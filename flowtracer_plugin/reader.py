@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import RLock, get_ident
+from time import perf_counter
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -68,10 +69,12 @@ class Reading:
     Attributes:
         attention: Mean over layers and heads, float32, rows and columns of padding zero.
         calls: Of the layers, in the order of execution; none unless they were asked for.
+        seconds: That reading took, beside the forward pass. On a GPU: until it was under way.
     """
 
     attention: Float[Tensor, "batch query key"]
     calls: tuple[AttentionCall | AttentionWeights, ...] = ()
+    seconds: float = 0.0
 
 
 class AttentionReader:
@@ -351,7 +354,7 @@ class _Sum:
     ) -> None:
         self._reader, self._missing, self._share = reader, len(sites), 1 / len(sites)
         self._total = torch.zeros(*shape, device=device)
-        self._heads, self._keep = heads, keep
+        self._heads, self._keep, self._seconds = heads, keep, 0.0
         self._calls: list[AttentionCall | AttentionWeights] = []
 
     @property
@@ -360,13 +363,14 @@ class _Sum:
 
     @torch.no_grad()
     def receive(self, site: AttentionSite, args: Any, kwargs: Any, _output: Any) -> None:
-        reader = self._reader
+        started, reader = perf_counter(), self._reader
         call = reader.adapter.read(reader.model.get_submodule(site.module), args, kwargs)
         heads = self._heads.get(site.layer)
         add_head_mean(call, self._total, weight=self._share, heads=heads, block=reader.block)
         if self._keep:
             self._calls.append(call)
         self._missing -= 1
+        self._seconds += perf_counter() - started
 
     def reading(self, seen: Bool[Tensor, "batch key"]) -> Reading:
         """The sum, without rows and columns of padding; it is not to be added to any more."""
@@ -375,4 +379,4 @@ class _Sum:
         seen = seen.to(total.device)
         rows = ~seen[:, -total.shape[1] :]  # filled, not multiplied: 0 times NaN is NaN
         total.masked_fill_(rows[:, :, None], 0).masked_fill_(~seen[:, None, :], 0)
-        return Reading(attention=total, calls=tuple(self._calls))
+        return Reading(attention=total, calls=tuple(self._calls), seconds=self._seconds)

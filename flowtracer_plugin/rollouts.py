@@ -57,12 +57,23 @@ class RolloutMasks:
     Attributes:
         question: Where flow is injected.
         target: Where it ends.
+        answer: The answers' own tokens.
         answers: What was found in each row.
     """
 
     question: Bool[Tensor, "batch token"]
     target: Bool[Tensor, "batch token"]
+    answer: Bool[Tensor, "batch token"]
     answers: tuple[FoundAnswer | None, ...]
+
+    def rows(self, rows: slice) -> RolloutMasks:
+        """Those of some rows."""
+        return RolloutMasks(
+            question=self.question[rows],
+            target=self.target[rows],
+            answer=self.answer[rows],
+            answers=self.answers[rows],
+        )
 
 
 def check_rollouts(
@@ -121,6 +132,7 @@ def rollout_masks(
     return RolloutMasks(
         question=torch.tensor(question, device=ids.device),
         target=torch.tensor(target, device=ids.device),
+        answer=torch.tensor(answer, device=ids.device),
         answers=tuple(answers),
     )
 

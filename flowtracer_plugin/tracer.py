@@ -140,7 +140,16 @@ def _rebuilt(
 
 
 class FlowTracer:
-    """Traces the answers of one model; make one with `wrap`."""
+    """Traces the answers of one model; make one with `wrap`.
+
+    Attributes:
+        model: The model, without wrappers.
+        tokenizer: Its tokenizer, if there is one.
+        options: What `wrap` was told.
+        layers: Numbers of the layers that are averaged.
+        answer: How answers are found.
+        reader: How the model is read.
+    """
 
     def __init__(
         self,
@@ -153,19 +162,19 @@ class FlowTracer:
         self.tokenizer = tokenizer
         self.options = options
         self.layers = select_layers(options.layers, [site.layer for site in reader.sites])
-        self._answer = answer
-        self._reader = reader
+        self.answer = answer
+        self.reader = reader
 
     def __repr__(self) -> str:
         return (
             f"FlowTracer({type(self.model).__name__}, layers {list(self.layers)}, "
-            f"adapter {self._reader.adapter.name!r})"
+            f"adapter {self.reader.adapter.name!r})"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without the lock and nnsight's handles on the model, which are made anew.
-        reader = self._reader
-        parts = self.model, self.tokenizer, self.options, self._answer
+        reader = self.reader
+        parts = self.model, self.tokenizer, self.options, self.answer
         return _rebuilt, (
             *parts,
             reader.adapter,
@@ -201,8 +210,8 @@ class FlowTracer:
         if mask is None:
             mask = input_ids.new_ones(len(input_ids), input_ids.shape[-1] + cached)
         check_input(self.model, input_ids, mask, cached=cached)
-        self._reader.verify()
-        return self._reader.read(input_ids, mask.bool(), self.layers, model_inputs=model_inputs)
+        self.reader.verify()
+        return self.reader.read(input_ids, mask.bool(), self.layers, model_inputs=model_inputs)
 
     def trace(
         self,
@@ -229,7 +238,7 @@ class FlowTracer:
             ValueError: Prompt or response is empty or too long, or no question token reaches the
                 answer.
         """
-        tokenizer = self._require_tokenizer()
+        tokenizer = self.require_tokenizer()
         prompt_ids, text = encode_prompt(tokenizer, prompt)
         ids = encode_response(tokenizer, text, response)
         return self._trace(prompt_ids, ids, answer, question, user_text(prompt))
@@ -270,8 +279,8 @@ class FlowTracer:
             AnswerNotFoundError: There is no answer in what the model said; the message quotes it.
             ValueError: As for `trace`.
         """
-        tokenizer = self._require_tokenizer()
-        check_finder(self._answer if answer is None else answer)
+        tokenizer = self.require_tokenizer()
+        check_finder(self.answer if answer is None else answer)
         prompt_ids, _ = encode_prompt(tokenizer, prompt)
         check_length(self.model, len(prompt_ids) + 1)
         most = min(max_new_tokens, context_length(self.model) - len(prompt_ids))
@@ -282,7 +291,7 @@ class FlowTracer:
         choice = (
             ({} if temperature is None else {"temperature": temperature}) if do_sample else greedy
         )
-        with self._reader.exclusive():
+        with self.reader.exclusive():
             generated = cast(Any, self.model).generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -336,7 +345,7 @@ class FlowTracer:
             )
         ids = torch.cat([prompt_ids, completion_ids], dim=1)
         mask = torch.cat([prompt_mask, completion_mask], dim=1).bool()
-        tokenizer, finder = self._require_tokenizer(), self._answer if answer is None else answer
+        tokenizer, finder = self.require_tokenizer(), self.answer if answer is None else answer
         length = prompt_ids.shape[1]
         parts = []
         for start in range(0, len(ids), size := batch_size or len(ids)):
@@ -364,12 +373,12 @@ class FlowTracer:
         question: str | Sequence[bool] | TokenMask | None,
         user_text: str | None,
     ) -> FlowTrace:
-        tokenizer = self._require_tokenizer()
+        tokenizer = self.require_tokenizer()
         spans = find_spans(
             tokenizer,
             prompt_ids,
             response_ids,
-            finder=self._answer if finder is None else finder,
+            finder=self.answer if finder is None else finder,
             question=self.options.question if question is None else question,
             user_text=user_text,
             target=self.options.target,
@@ -400,7 +409,12 @@ class FlowTracer:
             layers=self.layers,
         )
 
-    def _require_tokenizer(self) -> PreTrainedTokenizerBase:
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            ValueError: There is none.
+        """
         if self.tokenizer is None:
             raise ValueError("this tracer has no tokenizer; make it with wrap(model, tokenizer)")
         return self.tokenizer

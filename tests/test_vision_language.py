@@ -121,6 +121,6 @@ def test_an_image_changes_what_the_text_looks_at(kind):
 
 def test_only_the_text_is_read():
     for kind in KINDS:
-        modules = [site.module for site in ft.wrap(tiny_model(kind))._reader.sites]
+        modules = [site.module for site in ft.wrap(tiny_model(kind)).reader.sites]
         assert len(modules) == 4
         assert not any("vision" in module or "visual" in module for module in modules)
