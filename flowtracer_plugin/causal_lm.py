@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -69,17 +70,25 @@ def vocabulary_size(model: nn.Module) -> int:
 def context_length(model: nn.Module) -> int:
     """How many tokens the model has positions for; without a limit, more than any text has."""
     config = language_model(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+    limit = getattr(config, "max_position_embeddings", None) or 0
+    return limit if limit > 0 else sys.maxsize  # XLNet says -1
 
 
 def check_positions(model: nn.Module) -> None:
     """Refuse models whose positions are not those of the tokens.
 
     Raises:
-        UnsupportedArchitectureError: The model reads several tokens at each position, or a PEFT
-            method puts virtual tokens before the text.
+        UnsupportedArchitectureError: The model has an encoder beside its decoder, reads several
+            tokens at each position, or a PEFT method puts virtual tokens before the text.
     """
-    embedding = language_model(model).get_input_embeddings()
+    inner = language_model(model)
+    if inner.config.is_encoder_decoder:
+        raise UnsupportedArchitectureError(
+            f"{type(inner).__name__} encodes one text and decodes another, shifted by one token; "
+            "wrap a model that continues its text, such as AutoModelForCausalLM makes, also of "
+            "this model's decoder"
+        )
+    embedding = inner.get_input_embeddings()
     if isinstance(embedding, nn.ModuleList) and len(embedding) > 1:
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} reads {len(embedding)} tokens at every position, one of each "
@@ -111,28 +120,60 @@ def check_length(model: nn.Module, length: int) -> None:
         )
 
 
-def check_input(model: nn.Module, input_ids: Tensor, mask: Tensor, *, cached: int = 0) -> None:
-    """Refuse what the model cannot read; `cached` tokens before the input are in a cache.
+def check_input(
+    model: nn.Module, input_ids: Tensor, mask: Tensor | None, *, cached: int = 0
+) -> Bool[Tensor, "batch key"]:
+    """Refuse what the model cannot read; the mask, by default of ones.
+
+    There may be `cached` tokens before the input.
 
     Raises:
-        ValueError: Shapes differ, a token is outside the vocabulary, or there are too many.
+        TypeError: Ids or mask are no tensors of whole numbers.
+        ValueError: Shapes differ, a token is outside the vocabulary, there are too many, or the
+            mask is not of 0 and 1.
     """
+    for name, given in (("input_ids", input_ids), ("attention_mask", mask)):
+        if not isinstance(given, Tensor | None if name == "attention_mask" else Tensor):
+            raise TypeError(f"{name} must be a torch tensor, got a {type(given).__name__}")
+    if input_ids.is_floating_point():
+        raise TypeError(f"input_ids must be whole numbers, got {input_ids.dtype}")
     wanted = (*input_ids.shape[:1], input_ids.shape[-1] + cached)
-    if input_ids.ndim != 2 or tuple(mask.shape) != wanted:
+    shown = torch.ones(wanted, device=input_ids.device) if mask is None else mask
+    if input_ids.ndim != 2 or tuple(shown.shape) != wanted:
         raise ValueError(
             "input_ids and attention_mask must both be [batch, token], got "
-            f"{tuple(input_ids.shape)} and {tuple(mask.shape)}"
+            f"{tuple(input_ids.shape)} and {tuple(shown.shape)}"
             + (f"; the mask must cover the {cached} cached tokens too" if cached else "")
         )
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids are empty: {tuple(input_ids.shape)}; pass at least one token")
+    if not bool(((shown == 0) | (shown == 1)).all()):
+        raise ValueError("attention_mask must be 1 on tokens and 0 on padding, got other numbers")
     # Padding does not count: positions begin at the first token that is visible.
-    check_length(model, int(mask.bool().sum(-1).max()))
+    check_length(model, int(shown.bool().sum(-1).max()))
     size = vocabulary_size(model)
     if not bool(((input_ids >= 0) & (input_ids < size)).all()):
         raise ValueError(
             f"token ids must be between 0 and {size - 1}, the model's vocabulary, got "
             f"{int(input_ids.min())} to {int(input_ids.max())}"
+        )
+    return shown.bool()
+
+
+def check_packing(mask: Tensor | None, positions: Tensor | None) -> None:
+    """Refuse packed texts with a mask, which makes transformers take them for one text.
+
+    Raises:
+        ValueError: Positions restart among the tokens that the mask shows.
+    """
+    if mask is None or positions is None or positions.ndim != 2:
+        return
+    both = mask[:, 1:].bool() & mask[:, :-1].bool()
+    restarts = (positions.diff(dim=-1) != 1).to(both.device)
+    if restarts.shape[-1] == both.shape[-1] and bool((restarts & both).any()):
+        raise ValueError(
+            "position_ids restart, as for packed texts, but transformers takes these for one text "
+            "if there is a mask; leave attention_mask out, and the padding"
         )
 
 

@@ -56,7 +56,7 @@ def _friendly(name: str, wanted: str) -> Iterator[None]:
         raise ValueError(f"{name!r} has no config.json; wanted the folder of a Hugging Face model")
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         cause = str(error).partition("\n")[0].rstrip(" .:")
         raise ValueError(
             f"cannot load {name!r}: {cause}; "

@@ -13,7 +13,7 @@ from flowtracer_plugin.attention import (
     AttentionSite,
     UnsupportedArchitectureError,
 )
-from flowtracer_plugin.reader import CHECK_PADDING, AttentionReader
+from flowtracer_plugin.reader import AttentionReader
 from flowtracer_plugin.self_check import SiteReport, check_report, report_site, worst
 
 OK = "ok"
@@ -106,7 +106,7 @@ class _Examination:
     def run(self, sites: Sequence[AttentionSite]) -> str | None:
         """Look at some sites, on every text; returns what was wrong with a run as a whole."""
         problem = None
-        for padding in CHECK_PADDING:
+        for padding in self.reader.check_padding:
             visible = self.reader.check_text(padding)[1][0]
 
             def receive(

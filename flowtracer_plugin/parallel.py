@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from jaxtyping import Float
@@ -59,18 +59,34 @@ def _waits(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule | fsdp.FullyShardedDataParallel)
 
 
+_PLAIN = "_flowtracer_plain_forward"
+"""Where a module keeps what stands for its compiled `forward` while it is read, with what nnsight
+laid over it. A table beside the modules would keep them alive."""
+
+
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """The model without what `Module.compile` put in front of its parts."""
-    compiled = {
-        module: call
-        for module in model.modules()
-        if (call := vars(module).get("_compiled_call_impl")) is not None
-    }
-    for module in compiled:
-        module._compiled_call_impl = None
-    try:
+    """The model without what `torch.compile` put in front of it or of its parts."""
+    dynamo = sys.modules.get("torch._dynamo")
+    with ExitStack() as restored:
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if dynamo is not None and isinstance(child, dynamo.OptimizedModule):
+                    module._modules[name] = child._orig_mod
+                    restored.callback(module._modules.__setitem__, name, child)
+            own = vars(module)
+            if own.get("_compiled_call_impl") is not None:
+                restored.callback(
+                    setattr, module, "_compiled_call_impl", own["_compiled_call_impl"]
+                )
+                module._compiled_call_impl = None
+            plain = getattr(own.get("forward"), "_torchdynamo_orig_callable", None)
+            if plain is not None:
+                restored.callback(_put_compiled_back, module, own["forward"])
+                own["forward"] = own.get(_PLAIN, plain)
         yield
-    finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
+
+
+def _put_compiled_back(module: nn.Module, compiled: Any) -> None:
+    own = vars(module)
+    own[_PLAIN], own["forward"] = own["forward"], compiled

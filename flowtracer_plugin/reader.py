@@ -25,12 +25,15 @@ from flowtracer_plugin.attention import (
     AttentionSite,
     AttentionWeights,
     NoAttentionError,
+    UnsupportedArchitectureError,
     find_adapter,
+    known_adapters,
 )
 from flowtracer_plugin.backends import Backend, Receive, Result
 from flowtracer_plugin.capture import NnsightBackend
 from flowtracer_plugin.causal_lm import (
     check_positions,
+    context_length,
     evaluating,
     input_device,
     language_model,
@@ -53,7 +56,8 @@ from flowtracer_plugin.self_check import (
 BACKENDS = {backend.name: backend for backend in (NnsightBackend, InterfaceBackend)}
 
 CHECK_TOKENS = 17
-"""Length of the self-check's input: no model has so many heads, so the axes cannot be mixed up."""
+"""Length of the self-check's input: hardly a model has as many heads, so that axes that are mixed
+up do not fit."""
 
 CHECK_PADDING = (0, 5)
 """Padding of the self-check's inputs: without it, many models pass no mask at all."""
@@ -99,16 +103,18 @@ class AttentionReader:
         check_positions(model)
         check_backend(model, backend)
         self.model = model
-        self.adapter = find_adapter(model, None if adapter is None else [adapter])
-        self.sites = self.adapter.sites(model)
-        if not self.sites:
-            raise NoAttentionError(f"{type(model).__name__} has no attention to read")
-        self._check_paths()
         self.block = block
         self.verified = False
-        self.backend: Backend = BACKENDS[backend](model, self.adapter, self.sites)
+        with uncompiled(model):
+            self.adapter = find_adapter(model, None if adapter is None else [adapter])
+            self.sites = self.adapter.sites(model)
+            if not self.sites:
+                raise NoAttentionError(f"{type(model).__name__} has no attention to read")
+            self._check_paths()
+            self._check_layers()
+            self.backend: Backend = BACKENDS[backend](model, self.adapter, self.sites)
         self._lock = _locks.setdefault(model.get_submodule(self.sites[0].module), RLock())
-        self._accepted = frozenset(inspect.signature(language_model(model).forward).parameters)
+        self._accepted = _accepted(model)
 
     def read(
         self,
@@ -230,7 +236,7 @@ class AttentionReader:
                 another number of times than the adapter lists it.
             ValueError: The model computes logits that are not finite.
         """
-        found = [self._inspect(padding) for padding in CHECK_PADDING]
+        found = [self._inspect(padding) for padding in self.check_padding]
         return tuple(worst(reports) for reports in zip(*found, strict=True))
 
     def _inspect(self, padding: int) -> list[SiteReport]:
@@ -253,9 +259,9 @@ class AttentionReader:
         """
         inputs = self._inputs(*self.check_text(padding), {})
         with self._running():
-            read = self.backend.run(inputs, sites, receive, whole=True).logits
+            read = _result(self.backend.run(inputs, sites, receive, whole=True))
             with self._counted() as visits:
-                plain = self.model(**inputs).logits
+                plain = _result(self.model(**inputs))
         self._check_runs(visits)
         if not torch.isfinite(plain).all():
             raise ValueError(
@@ -265,9 +271,15 @@ class AttentionReader:
         if not difference(read, plain) <= rounding(plain):
             raise AdapterMismatchError("a traced forward pass does not give the model's own logits")
 
+    @property
+    def check_padding(self) -> tuple[int, ...]:
+        """Padding of the self-check's texts: none if the model takes no mask."""
+        return CHECK_PADDING if "attention_mask" in self._accepted else CHECK_PADDING[:1]
+
     def check_text(self, padding: int) -> tuple[Int[Tensor, "1 token"], Bool[Tensor, "1 token"]]:
         """The self-check's input: tokens, and which of them are visible."""
-        token = torch.arange(CHECK_TOKENS, device=input_device(self.model))[None]
+        length = min(CHECK_TOKENS, context_length(self.model))
+        token = torch.arange(length, device=input_device(self.model))[None]
         return token % vocabulary_size(self.model), token >= padding
 
     def _check_paths(self) -> None:
@@ -278,6 +290,20 @@ class AttentionReader:
                     f"the adapter {self.adapter.name!r} lists the module {site.module!r}, which "
                     f"{type(self.model).__name__} does not have; mend its sites()"
                 )
+
+    def _check_layers(self) -> None:
+        """An adapter that looks around sees one way of attending; a model may have two."""
+        found = {site.layer for site in self.sites}
+        others = [a for a in known_adapters() if a.generic] if self.adapter.generic else []
+        for other in others:
+            for site in other.sites(self.model):
+                if site.layer not in found:
+                    raise UnsupportedArchitectureError(
+                        f"{type(self.model).__name__} attends in two ways: the adapter "
+                        f"{self.adapter.name!r} reads layers {sorted(found)}, and only "
+                        f"{other.name!r} finds {site.module}; write an adapter that lists both "
+                        "(adapters/README.md), and pass it as wrap(model, adapter=...)"
+                    )
 
     def _check_runs(self, visits: Counter[str]) -> None:
         listed = Counter(site.module for site in self.sites)
@@ -326,17 +352,40 @@ class AttentionReader:
         device = input_device(self.model)
         input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), **model_inputs}
+        if "attention_mask" not in self._accepted:
+            if not bool(attention_mask.all()):
+                raise ValueError(
+                    f"{type(self.model).__name__} takes no attention_mask, so it cannot be given "
+                    "padding; pass one text at a time"
+                )
+            del inputs["attention_mask"]
         if "use_cache" in self._accepted:
             inputs["use_cache"] = False
         if "past_key_values" in model_inputs:  # the forward pass will add to it
             inputs["past_key_values"] = copy.deepcopy(model_inputs["past_key_values"])
-        if "position_ids" in model_inputs and bool(attention_mask.all()):
-            # Positions that restart mean packed texts, but only where there is no mask.
-            del inputs["attention_mask"]
         if "position_ids" in self._accepted and set(model_inputs) == {"past_key_values"}:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
             inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
         return inputs
+
+
+def _result(output: Any) -> Tensor:
+    """The logits, or of a model without a head the last hidden state."""
+    if isinstance(output, Mapping):
+        output = output.get("logits", next(iter(output.values())))
+    found = output[0] if isinstance(output, tuple) else output
+    if not isinstance(found, Tensor):
+        raise TypeError(f"wanted a model that returns a tensor first, found {type(found).__name__}")
+    return found
+
+
+def _accepted(model: nn.Module) -> frozenset[str]:
+    """What the model can be given, by name; wrappers that pass everything on say so."""
+    for forward in (model.forward, language_model(model).forward):
+        parameters = inspect.signature(forward).parameters
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+            break
+    return frozenset(parameters)
 
 
 class _Sum:
@@ -353,7 +402,7 @@ class _Sum:
         keep: bool = False,
     ) -> None:
         self._reader, self._missing, self._share = reader, len(sites), 1 / len(sites)
-        self._total = torch.zeros(*shape, device=device)
+        self._total = torch.zeros(*shape, dtype=torch.float32, device=device)
         self._heads, self._keep, self._seconds = heads, keep, 0.0
         self._calls: list[AttentionCall | AttentionWeights] = []
 

@@ -144,8 +144,8 @@ def solve_rollouts(
     options: FlowOptions,
 ) -> FlowBatch:
     """Solve the rows whose question reaches an answer; the others come back as 0."""
-    throughput, reach = torch.zeros(2, *attention.shape[:2], device=attention.device)
-    share = torch.zeros(len(attention), device=attention.device)
+    throughput, reach = attention.new_zeros(2, *attention.shape[:2])
+    share = attention.new_zeros(len(attention))
     rows = masks.target.any(-1).nonzero().squeeze(-1)
     if len(rows):
         target = masks.target[rows]

@@ -67,7 +67,7 @@ def report_site(
             f"{site.module} attends to {found} keys for a text of {tokens} tokens; say in "
             "AttentionCall.key_tokens which tokens they stand for"
         )
-    mean = torch.zeros(1, tokens, tokens, device=visible.device)
+    mean = torch.zeros(1, tokens, tokens, dtype=torch.float32, device=visible.device)
     add_head_mean(call, mean)
     seen = mean[0, visible]
     difference, tolerance = _output_error(call, output, visible.to(weights.device))

@@ -23,6 +23,7 @@ from flowtracer_plugin.attention import AttentionAdapter
 from flowtracer_plugin.causal_lm import (
     check_input,
     check_length,
+    check_packing,
     check_tokenizer,
     context_length,
     input_device,
@@ -196,22 +197,24 @@ class FlowTracer:
             input_ids: Tokens.
             attention_mask: 0 on padding.
             model_inputs: What else the model takes, such as images. `position_ids` that restart
-                mean packed texts; with `past_key_values` the keys are the cached tokens and the
-                input, the mask covers both, and the cache stays as it is.
+                mean packed texts, and go without a mask; with `past_key_values` the keys are the
+                cached tokens and the input, the mask covers both, and the cache stays as it is.
 
         Raises:
-            ValueError: Shapes differ, a token is outside the vocabulary, or the input is longer
-                than the model's context.
+            TypeError: Ids or mask are no tensors of whole numbers.
+            ValueError: Shapes differ, a token is outside the vocabulary, the input is longer than
+                the model's context, or packed texts come with a mask.
             AdapterMismatchError: On first use, if what is read is not what the model computes.
         """
-        cache = (model_inputs or {}).get("past_key_values")
+        others = dict(model_inputs or {})
+        cache = others.get("past_key_values")
         cached = 0 if cache is None else int(cache.get_seq_length())
-        mask = attention_mask
-        if mask is None:
-            mask = input_ids.new_ones(len(input_ids), input_ids.shape[-1] + cached)
-        check_input(self.model, input_ids, mask, cached=cached)
+        mask = check_input(self.model, input_ids, attention_mask, cached=cached)
+        if attention_mask is None and "position_ids" in others:
+            others["attention_mask"] = None  # with one, transformers does not look for packing
+        check_packing(attention_mask, others.get("position_ids"))
         self.reader.verify()
-        return self.reader.read(input_ids, mask.bool(), self.layers, model_inputs=model_inputs)
+        return self.reader.read(input_ids, mask, self.layers, model_inputs=others)
 
     def trace(
         self,

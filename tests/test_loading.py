@@ -152,9 +152,8 @@ def packed_positions() -> Tensor:
 def check_packed(model: nn.Module, backend: str) -> None:
     ids, mask = prompt()
     ids, mask = ids[:1], mask[:1]
-    reader = AttentionReader(model, backend=backend)
-    positions = {"position_ids": packed_positions()}
-    found = reader.read(ids, mask, SOME_LAYERS, model_inputs=positions)
+    tracer = ft.wrap(model, layers=SOME_LAYERS, backend=backend)
+    found = tracer.attention(ids, model_inputs={"position_ids": packed_positions()})
     plain = AttentionReader(tiny_model("mistral"))
     for text in (slice(0, 10), slice(10, 24)):
         alone = plain.read(ids[:, text], mask[:, text], SOME_LAYERS)

@@ -25,7 +25,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "hashed once": {"num_hashes": 1},
     "hashed three times": {"num_hashes": 3},
     "hashed in two factors": {"num_hashes": 2, "num_buckets": [2, 4]},
-    "buckets by length": {"num_buckets": None},
     "both": {"attn_layers": ["local", "lsh"], "num_hashes": 2},
 }
 
@@ -51,7 +50,7 @@ def wanted(model: PreTrainedModel, ids: Tensor) -> dict[int, Tensor]:
 def test_every_layer_is_read_as_computed(kind, tokens):
     model = reformer(**KINDS[kind])
     ids = text(tokens)
-    expected = wanted(model, ids)  # it also settles how many buckets there are
+    expected = wanted(model, ids)
     reader = AttentionReader(model)
     for layer, map_ in expected.items():
         found = reader.read(ids, torch.ones_like(ids, dtype=torch.bool), [layer])
@@ -93,6 +92,16 @@ def test_hashes_leave_the_random_numbers_alone():
     torch.manual_seed(1)
     tracer.attention(text(32))
     assert torch.equal(torch.rand(3), drawn)
+
+
+def test_buckets_by_the_first_text_are_refused_with_the_setting_that_helps():
+    with pytest.raises(UnsupportedArchitectureError, match="num_buckets=, a power of two near"):
+        ft.wrap(reformer(num_buckets=None))
+    with torch.no_grad():
+        model = reformer(num_buckets=None)
+        model(text(32))
+        assert model.config.num_buckets == 8  # 2 · 32 / 8
+    ft.wrap(model)
 
 
 def test_hashes_that_are_drawn_anew_are_refused_with_the_setting_that_helps():

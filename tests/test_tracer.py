@@ -344,7 +344,10 @@ def test_a_row_whose_question_is_cut_off_is_0_and_the_others_are_not(weights, bo
     question = np.stack([marked(6, 0, 1)] * 3)
     target = np.stack([marked(6, 5)] * 3)
     masks = RolloutMasks(
-        question=torch.tensor(question), target=torch.tensor(target), answers=(None,) * 3
+        question=torch.tensor(question),
+        target=torch.tensor(target),
+        answer=torch.tensor(target),
+        answers=(None,) * 3,
     )
     options = FlowOptions(question_weights=weights, boundary=boundary)
     flow = solve_rollouts(torch.tensor(attention, dtype=torch.float32), masks, 3, options)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
 
 def visible_keys(
@@ -16,16 +17,26 @@ def visible_keys(
     """The mask of an attention call as [batch, head, query, key]; `None` leaves it to `causal`."""
     if type(mask).__name__ == "BlockMask":
         return _from_blocks(mask, query, key)
-    config = getattr(module, "config", None)
-    if "flash" in (getattr(config, "_attn_implementation", None) or ""):
-        return _of_flash(module, query, key, mask, kwargs)
-    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 4):
+    if isinstance(mask, Tensor) and mask.ndim == 4:
         return mask
+    window = kwargs.get("sliding_window")
+    unmasked = mask is None and window is not None and key.shape[2] > window
+    # A function that was registered without one for its masks is given none, and the window.
+    if unmasked or _is_masked_like_flash(module):
+        return _of_flash(module, query, key, mask, kwargs)
+    if mask is None:
+        return None
     raise NotImplementedError(
         "wanted an attention mask of shape [batch, head, query, key], found "
         f"{type(mask).__name__}{list(getattr(mask, 'shape', []))}: this attention implementation "
         'keeps its mask to itself; load the model with attn_implementation="sdpa"'
     )
+
+
+def _is_masked_like_flash(module: nn.Module) -> bool:
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    table = ALL_MASK_ATTENTION_FUNCTIONS
+    return name in table and table[name] is flash_attention_mask
 
 
 def _from_blocks(mask: Any, query: Tensor, key: Tensor) -> Bool[Tensor, "#batch #head query key"]:

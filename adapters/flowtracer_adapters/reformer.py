@@ -35,10 +35,13 @@ class ReformerAdapter(AttentionAdapter):
 
     def sites(self, model: nn.Module) -> tuple[AttentionSite, ...]:
         found = {path: module for path, module in model.named_modules() if _attends(module)}
-        if any(_hashes(module) and _inner(module).hash_seed is None for module in found.values()):
+        hashing = [_inner(module) for module in found.values() if _hashes(module)]
+        if any(inner.hash_seed is None or inner.num_buckets is None for inner in hashing):
             raise UnsupportedArchitectureError(
-                f"{type(model).__name__} draws the hashes of its LSH layers anew in every forward "
-                "pass, so no pass tells what another one attended to; load it with hash_seed=0"
+                f"the LSH layers of {type(model).__name__} draw their hashes anew in every forward "
+                "pass, and keep the number of buckets that suits the first text they see, so no "
+                "pass tells what another one attended to; load it with hash_seed=0 and "
+                "num_buckets=, a power of two near 2 · tokens / lsh_attn_chunk_length"
             )
         return tuple(
             AttentionSite(layer=_inner(module).layer_idx, module=path, function=FUNCTION)
@@ -123,8 +126,6 @@ def _hashed_weights(
     if tokens <= inner.chunk_length:
         order = torch.arange(tokens, device=states.device).expand(vectors.shape[:3])
         return _attended(inner, vectors, order, shown)[0]
-    if inner.num_buckets is None:
-        inner._set_num_buckets(tokens)  # as the call that is about to be made would
     # Hashing seeds the random numbers of the process.
     with torch.random.fork_rng([states.device] if states.is_cuda else []):
         buckets = inner._hash_vectors(vectors, rounds, shown)

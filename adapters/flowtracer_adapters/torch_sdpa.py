@@ -111,7 +111,7 @@ def torch_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> AttentionCall:
         query=query,
         key=key,
         value=value,
-        mask=mask,
+        mask=mask if mask is None else mask[(None,) * (4 - mask.ndim)],
         scaling=query.shape[-1] ** -0.5 if scale is None else float(scale),
         causal=causal,
     )

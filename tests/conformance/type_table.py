@@ -160,12 +160,13 @@ PARTLY_REPORTED = frozenset({"deepseek_v4"})
 
 _SINKS = "compared with derivatives: its report leaves out the share of sinks"
 NOTES: dict[str, str] = {
+    "big_bird": 'with attention_type="original_full"',
     "deepseek_v4": "what a summary gets is divided evenly among its tokens",
     "granite_swa": _SINKS,
     "granitemoe_swa": _SINKS,
-    "musicgen": "with one codebook",
-    "musicgen_melody": "with one codebook",
-    "reformer": "with hash_seed set; a whole chunk of padding changes what LSH layers compute",
-    "xlnet": "one row at a time: its causal mask does not broadcast over several",
+    "musicgen": "with one codebook only",
+    "musicgen_melody": "with one codebook only",
+    "reformer": "with hash_seed and num_buckets set; its LSH layers notice a whole chunk of padding",
+    "xlnet": 'with attn_type="uni", one row at a time: its causal mask does not broadcast',
 }
 """What a reader of the table should know about how a type was run."""
