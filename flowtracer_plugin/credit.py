@@ -39,18 +39,45 @@ def token_credit(
         >>> token_credit(np.array([0.1, 0.6, 0.3, 0.0]), np.ones(4, bool), top_fraction=0.5)
         array([1. , 1.5, 1.5, 1. ])
     """
+    chosen, xp = top_tokens(throughput, mask, top_fraction=top_fraction), _library(throughput)
+    boost = xp.where(chosen, throughput * 0 + 1, 0.0)
+    weights = credit_weights(boost, mask, gamma=gamma, normalize=normalize)
+    return xp.where(mask != 0, weights, 0.0)
+
+
+def credit_weights(
+    boost: Float[Any, "*batch token"],
+    competing: Bool[Any, "*batch token"] | Int[Any, "*batch token"],
+    *,
+    gamma: float = 1.5,
+    normalize: str = "none",
+) -> Float[Any, "*batch token"]:
+    """Weight `1 + (gamma − 1) · boost` for the competing tokens, exactly 1 for all others.
+
+    With `gamma=1`, or without any boost, every weight is exactly 1. With `normalize="mean_one"` the
+    weights of a row's competing tokens are divided by their mean, unless that is 0: then each is 1.
+
+    Raises:
+        ValueError: `gamma` or `normalize` is out of range.
+
+    Examples:
+        >>> credit_weights(np.array([0.0, 1.0, 0.5, 1.0]), np.array([1, 1, 1, 0]), gamma=1.5)
+        array([1.  , 1.5 , 1.25, 1.  ])
+    """
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma must be a number of at least 0, got {gamma!r}")
     if normalize not in ("none", "mean_one"):
         raise ValueError(f"normalize must be 'none' or 'mean_one', got {normalize!r}")
-    chosen, counted = top_tokens(throughput, mask, top_fraction=top_fraction), mask != 0
-    xp = _library(throughput)
-    uniform = xp.where(counted, throughput * 0 + 1, 0.0)
-    weights = xp.where(chosen, gamma, uniform)
+    xp, counted = _library(boost), competing != 0
+    # Rounding must not make a whole boost anything but gamma.
+    boosted = xp.where(boost == 1, gamma, 1 + (gamma - 1) * boost)
+    weights = xp.where(counted, boosted, 1.0)
     if normalize == "none":
         return weights
-    total, count = weights.sum(-1)[..., None], uniform.sum(-1)[..., None]
-    return xp.where(total > 0, weights * count / xp.where(total > 0, total, 1.0), uniform)
+    total = xp.where(counted, weights, 0.0).sum(-1)[..., None]
+    count = xp.where(counted, boost * 0 + 1, 0.0).sum(-1)[..., None]
+    scaled = weights * count / xp.where(total > 0, total, 1.0)
+    return xp.where(counted & (total > 0), scaled, 1.0)
 
 
 def top_tokens(

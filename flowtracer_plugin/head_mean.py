@@ -30,8 +30,7 @@ def add_head_mean(
     are. Computed in float32, also under autocast.
     """
     given = call.weights if isinstance(call, AttentionWeights) else call.query
-    if isinstance(call, AttentionCall) and call.normalized:
-        call = replace(call, sinks=None)
+    call = _normalized(call)
     # A cache of a sliding window holds the last keys only; a static one has room for more.
     first = max(0, total.shape[2] - tokens_of(call))
     with torch.no_grad(), torch.autocast(given.device.type, enabled=False):
@@ -45,6 +44,29 @@ def add_head_mean(
             columns = slice(first, first + mean.shape[-1])
             mean = mean[..., : total.shape[2] - first].to(total.device)
             total[:, rows, columns].add_(mean, alpha=weight)
+
+
+def token_probabilities(
+    call: AttentionCall | AttentionWeights, rows: slice, tokens: int
+) -> Float[Tensor, "batch head rows seen"]:
+    """What each head pays from the query rows `rows` to the first `tokens` tokens.
+
+    As `add_head_mean` averages it, for calls whose keys begin with the text. Only tokens that the
+    rows can see are there: there may be fewer than `tokens`.
+    """
+    with torch.no_grad():
+        probabilities = row_probabilities(_normalized(call), rows)
+        if isinstance(call, AttentionCall) and call.key_tokens is not None:
+            shares = call.key_tokens[:, None, : probabilities.shape[-1]].float()
+            probabilities = probabilities @ shares
+        return probabilities[..., :tokens]
+
+
+def _normalized(call: AttentionCall | AttentionWeights) -> AttentionCall | AttentionWeights:
+    """The call without its sinks if their share is given back to the keys."""
+    if isinstance(call, AttentionCall) and call.normalized:
+        return replace(call, sinks=None)
+    return call
 
 
 def tokens_of(call: AttentionCall | AttentionWeights) -> int:

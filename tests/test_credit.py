@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import flowtracer_plugin.credit as credit_module
-from flowtracer_plugin.credit import token_credit, top_tokens
+from flowtracer_plugin.credit import credit_weights, token_credit, top_tokens
 
 FRACTIONS = st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0])
 GAMMAS = st.sampled_from([0.0, 0.5, 1.0, 1.5, 3.0])
@@ -148,6 +148,59 @@ def test_throughput_outside_the_mask_changes_nothing(rollout):
     assert (token_credit(throughput, mask) == token_credit(other, mask)).all()
 
 
+def slow_weights(boost, competing, gamma, normalize):
+    """One row: 1 + (gamma - 1) times the boost where a token competes, 1 elsewhere."""
+    weights = [
+        1 + (gamma - 1) * more if counts else 1.0
+        for more, counts in zip(boost, competing, strict=True)
+    ]
+    counted = [weight for weight, counts in zip(weights, competing, strict=True) if counts]
+    if normalize == "none" or not counted:
+        return weights
+    mean = sum(counted) / len(counted)
+    scaled = [weight / mean if mean else 1.0 for weight in weights]
+    return [w if counts else 1.0 for w, counts in zip(scaled, competing, strict=True)]
+
+
+@given(rollouts(), GAMMAS, NORMALIZATIONS)
+def test_boosts_become_weights_as_defined(rollout, gamma, normalize):
+    boost, competing = rollout
+    options = {"gamma": gamma, "normalize": normalize}
+    wanted = [slow_weights(*row, gamma, normalize) for row in rows(boost, competing)]
+    wanted = np.array(wanted).reshape(boost.shape)
+    for kind in (np.float64, np.float32):
+        found = credit_weights(boost.astype(kind), competing, **options)
+        assert found.dtype == kind
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+        held = torch.tensor(boost.astype(kind)), torch.tensor(competing)
+        np.testing.assert_allclose(credit_weights(*held, **options), wanted, rtol=1e-5)
+
+
+@given(rollouts(), FRACTIONS, st.floats(0, 10), NORMALIZATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_token_credit_is_the_weight_of_the_top_tokens(dtype, rollout, share, gamma, normalize):
+    throughput, mask = torch.tensor(rollout[0]).to(dtype), torch.tensor(rollout[1])
+    options = {"gamma": gamma, "normalize": normalize}
+    chosen = top_tokens(throughput, mask, top_fraction=share)
+    weights = credit_weights(chosen.to(dtype), mask, **options)
+    found = token_credit(throughput, mask, top_fraction=share, **options)
+    assert torch.equal(found, weights.where(mask, 0.0))
+    if normalize == "none":
+        assert (weights[chosen] == torch.tensor(gamma, dtype=dtype)).all()
+        assert (weights[~chosen] == 1).all()
+
+
+@given(rollouts(), GAMMAS, NORMALIZATIONS)
+def test_weights_are_exactly_one_without_a_boost(rollout, gamma, normalize):
+    boost, competing = rollout
+    for weights in (
+        credit_weights(boost, competing, gamma=1.0, normalize=normalize),
+        credit_weights(boost * 0, competing, gamma=gamma, normalize=normalize),
+        credit_weights(boost, competing, gamma=gamma, normalize=normalize)[~competing],
+    ):
+        assert (weights == 1).all()
+
+
 def test_ties_go_to_the_earlier_token():
     for flow in (np.full(5, 0.25), torch.full((5,), 0.25)):
         assert top_tokens(flow, flow == 0.25).tolist() == [True, True, False, False, False]
@@ -179,6 +232,9 @@ def test_cuda_agrees_and_stays_on_the_device():
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         token_credit(np.ones(3), np.ones(3, bool), **options)
+    if "top_fraction" not in options:
+        with pytest.raises(ValueError, match=message):
+            credit_weights(np.ones(3), np.ones(3, bool), **options)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -0.1])

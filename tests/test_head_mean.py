@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flowtracer_plugin.attention import AttentionCall
-from flowtracer_plugin.head_mean import add_head_mean, row_probabilities
+from flowtracer_plugin.attention import AttentionCall, AttentionWeights
+from flowtracer_plugin.head_mean import add_head_mean, row_probabilities, token_probabilities
 from tests.reference_attention import loop_head_mean
 
 MASKS = ("causal", "everything", "bool", "per head", "minimum", "infinite", "numbers")
@@ -123,6 +123,24 @@ def test_autocast_does_not_lower_the_precision(call):
     with torch.autocast("cpu", torch.bfloat16):
         found = head_mean(call)
     np.testing.assert_allclose(found, loop_head_mean(call), atol=2e-6)
+
+
+@given(call=calls(), grouped=st.booleans(), normalized=st.booleans(), start=st.integers(0, 8))
+@settings(max_examples=75, deadline=None)
+def test_every_head_is_read_as_the_mean_has_it(call, grouped, normalized, start):
+    keys, heads = call.key.shape[2], call.query.shape[1]
+    random = torch.Generator().manual_seed(start)
+    shares = torch.rand(1, keys, keys + 2, generator=random) if grouped else None
+    call = replace(call, key_tokens=shares, normalized=normalized)
+    rows = slice(min(start, call.query.shape[2] - 1), call.query.shape[2])
+    for one in (call, AttentionWeights(weights=row_probabilities(call, slice(0, rows.stop)))):
+        total = torch.zeros(len(call.query), rows.stop, keys)
+        for head in range(heads):
+            found = token_probabilities(one, rows, keys)[:, head]
+            add_head_mean(one, total.zero_(), heads=torch.tensor([head]))
+            seen = found.shape[-1]
+            torch.testing.assert_close(found, total[:, rows, :seen])
+            assert not total[:, rows, seen:].any()
 
 
 def small_call(**changes) -> AttentionCall:
