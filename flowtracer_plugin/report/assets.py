@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from flowtracer_plugin.report.display import percent, visible
+from flowtracer_plugin.report.display import number, percent, signed, visible
 
 
 def render(template: str, *, styles: str, script: str | None = None, **context: Any) -> str:
@@ -39,7 +39,13 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "visible": visible, "digest": _digest}
+    environment.filters |= {
+        "percent": percent,
+        "number": number,
+        "signed": signed,
+        "visible": visible,
+        "digest": _digest,
+    }
     return environment
 
 

@@ -224,6 +224,17 @@ def percent(share: float) -> str:
     return f"{number:.{max(decimals, 0)}f}\N{NO-BREAK SPACE}%"
 
 
+def number(value: float) -> str:
+    """A number with three significant digits, never as an exponent."""
+    short = np.format_float_positional(float(f"{abs(value):.3g}"), trim="-")
+    return f"−{short}" if value < 0 and short != "0" else short
+
+
+def signed(value: float) -> str:
+    """A number with its sign, except for zero."""
+    return f"+{number(value)}" if value > 0 else number(value)
+
+
 def ranges(numbers: Sequence[int]) -> str:
     """Whole numbers in ascending order as `3–5, 8`."""
     cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
