@@ -206,7 +206,7 @@ def test_marks_survive_without_colour():
     assert [hub for _, hub, _ in shown] == [2, 0, 0, 0, 0, 1]
     assert all(classes == {"tool"} for classes, _, _ in shown[1:3])
     assert '<dd><q class="value">de</q></dd>' in column
-    assert "6, 2 with more credit" in column
+    assert "<dt>weight above 1</dt><dd>2</dd>" in column
     assert "no credit</li>" in show(view)
     assert "no credit</li>" not in show(make_view())
 
