@@ -16,7 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 WANTED = (
     "flowtracer_plugin/py.typed",
-    "flowtracer_plugin/report/page.html.j2",
+    *(
+        f"flowtracer_plugin/report/{name}"
+        for name in ("base.html.j2", "page.html.j2", "group.html.j2", "group.css", "group.js")
+    ),
     "flowtracer_adapters/py.typed",
     "flowtracer_adapters/interface.py",
 )

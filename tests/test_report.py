@@ -3,10 +3,8 @@
 import base64
 import hashlib
 import json
-import os
 import re
-import subprocess
-from html.parser import HTMLParser
+from functools import partial
 from io import StringIO
 
 import numpy as np
@@ -21,33 +19,7 @@ from flowtracer_plugin.report.payload import EDGES_PER_UNIT, page_data
 from flowtracer_plugin.report.terminal import render_trace
 from flowtracer_plugin.spans import Spans
 from flowtracer_plugin.trace import FlowOptions, FlowTrace
-
-HOSTILE = (
-    "<script>document.title='hacked'</script>",
-    "</script><script>document.title='hacked'</script>",
-    "<img src=x onerror=\"document.title='hacked'\">",
-    "<svg/onload=document.title='hacked'>",
-    "\"' onmouseover=document.title='hacked' x='",
-    "</title></style></div>",
-    "<!--",
-    "]]>",
-    "&lt;b&gt;",
-    "{{ 7 * 7 }}",
-    "{% include 'page.css' %}",
-    "javascript:alert(1)",
-    "\x00",
-    "\x1b[31m",
-    "[bold red]",
-    "[/]",
-    "\ud83d",
-    "\u202edesrever",
-    "\u2028",
-    "\u200b",
-    "\ufeff",
-    "\r",
-    "\x85",
-    "\udfff\ud800",
-)
+from tests.pages import HOSTILE, Page, load_page
 
 
 def make_trace(tokens, *, prompt=3, answer=(-2,), attention=None, **changes):
@@ -89,46 +61,6 @@ def hostile():
         options=FlowOptions(answer=HOSTILE[1]),
         spans={"rule": HOSTILE[2], "answer_text": HOSTILE[4] + HOSTILE[16]},
     )
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, the scripts, and the text of the tokens."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.scripts, self.tokens, self.styles = [], [], [], []
-        self._inside, self._depth = None, 0
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append((tag, attrs))
-        if tag in ("script", "style"):
-            self._inside = self.scripts if tag == "script" else self.styles
-            self._inside.append("")
-        elif tag == "div" and attrs.get("class") == "text":
-            self._depth = 1
-        elif self._depth and tag == "span":
-            self._depth = 2
-            self.tokens.append("")
-
-    def handle_endtag(self, tag):
-        self._inside = None
-        if tag == "div":
-            self._depth = 0
-        elif self._depth and tag == "span":
-            self._depth = 1
-
-    def handle_data(self, data):
-        if self._inside is not None:
-            self._inside[-1] += data
-        elif self._depth == 2:
-            self.tokens[-1] += data
-
-    @property
-    def data(self):
-        return json.loads(self.scripts[0])
 
 
 def printed(trace, width=80, **console):
@@ -359,39 +291,9 @@ def test_trace_prints_itself(trace):
 # A real browser
 
 
-CHROMIUM_OPTIONS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-sync",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--enable-logging=stderr",
-    "--v=0",
-    "--virtual-time-budget=5000",
-)
-
-
 @pytest.fixture
 def browse(tmp_path):
-    """Loads a page in Chromium; gives the DOM after its scripts ran, and what the console said."""
-
-    def load(html: str, fragment: str = "") -> tuple[str, str]:
-        path = tmp_path / "page.html"
-        path.write_text(html, "utf-8")
-        command = [os.environ["FLOWTRACER_CHROMIUM"], *CHROMIUM_OPTIONS]
-        command += [
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--dump-dom",
-            path.as_uri() + fragment,
-        ]
-        run = subprocess.run(
-            command, capture_output=True, timeout=120, check=True, encoding="utf-8"
-        )
-        return run.stdout, "\n".join(re.findall(r".*CONSOLE.*", run.stderr))
-
-    return load
+    return partial(load_page, tmp_path)
 
 
 @pytest.mark.browser

@@ -1,5 +1,19 @@
-"""A trace to look at: one page, a notebook cell, the terminal."""
+"""What people look at: a trace as a page or a notebook cell, and the groups of a training."""
 
+from flowtracer_plugin.report.group import (
+    CompletionView,
+    group_page,
+    write_group_page,
+    write_index,
+)
 from flowtracer_plugin.report.page import render_notebook, render_page, write_page
 
-__all__ = ["render_notebook", "render_page", "write_page"]
+__all__ = [
+    "CompletionView",
+    "group_page",
+    "render_notebook",
+    "render_page",
+    "write_group_page",
+    "write_index",
+    "write_page",
+]

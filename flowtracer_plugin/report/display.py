@@ -24,28 +24,18 @@ _UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class Piece:
     """A token, or the tokens that spell one character together.
 
     Attributes:
-        index: Its number in reading order.
         first: Its first token.
         last: Its last token.
         text: What it decodes to, made visible.
-        region: Where it lies.
-        throughput: The largest of its tokens.
-        rank: Place by throughput among the prompt's or the response's units; the first is 1.
-        heat: From 0, for the most part of the text, to 5.
     """
 
-    index: int
     first: int
     last: int
     text: str
-    region: Region
-    throughput: float
-    rank: int
-    heat: int
 
     @property
     def lines(self) -> list[str]:
@@ -56,6 +46,25 @@ class Unit:
     def inline(self) -> str:
         """The text on one line."""
         return self.text.replace("\n", "⏎")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit(Piece):
+    """A piece of a trace.
+
+    Attributes:
+        index: Its number in reading order.
+        region: Where it lies.
+        throughput: The largest of its tokens.
+        rank: Place by throughput among the prompt's or the response's units; the first is 1.
+        heat: From 0, for the most part of the text, to 5.
+    """
+
+    index: int
+    region: Region
+    throughput: float
+    rank: int
+    heat: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,7 +93,7 @@ class Reading:
                 index=index,
                 first=first,
                 last=stop - 1,
-                text=visible("".join(self.trace.tokens[first:stop])) or "∅",
+                text=shown_text(self.trace.tokens[first:stop]),
                 region="answer" if "answer" in regions[first:stop] else regions[stop - 1],
                 throughput=float(throughput[index]),
                 rank=int(ranks[index]),
@@ -136,18 +145,18 @@ class Reading:
 
 
 def read(trace: FlowTrace) -> Reading:
-    """The tokens of `trace` as units.
-
-    A token without text joins the next one that has some, or the one before at the end of prompt
-    or response.
-    """
+    """The tokens of `trace` as units; prompt and response have their own."""
     length = trace.spans.prompt_length
-    prompt = _starts(trace.tokens[:length])
-    response = _starts(trace.tokens[length:]) + length
+    prompt = piece_starts(trace.tokens[:length])
+    response = piece_starts(trace.tokens[length:]) + length
     return Reading(trace=trace, starts=np.concatenate([prompt, response]), prompt_units=len(prompt))
 
 
-def _starts(tokens: Sequence[str]) -> Int[np.ndarray, " unit"]:
+def piece_starts(tokens: Sequence[str]) -> Int[np.ndarray, " piece"]:
+    """The first token of every piece of one text.
+
+    A token without text joins the next one that has some, or the one before at the end.
+    """
     stops = np.flatnonzero([bool(text) for text in tokens]) + 1
     return np.concatenate([[0], stops[:-1]]).astype(np.int64)[: len(tokens)]
 
@@ -170,6 +179,11 @@ def standouts(
         if len(best) == count:
             break
     return tuple(best.values())
+
+
+def shown_text(tokens: Sequence[str]) -> str:
+    """What the tokens of one piece spell together, made visible."""
+    return visible("".join(tokens)) or "∅"
 
 
 def visible(text: str) -> str:
@@ -196,6 +210,11 @@ def _code(match: re.Match[str]) -> str:
     return f"⟨U+{ord(match[0]):04X}⟩"
 
 
+def shorten(text: str, limit: int = 60) -> str:
+    """`text`, or its beginning and an ellipsis if it has more than `limit` characters."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
 def percent(share: float) -> str:
     """A share in per cent with three significant digits, never as an exponent."""
     number = float(f"{100 * share:.3g}")
@@ -203,6 +222,17 @@ def percent(share: float) -> str:
         return "<\N{NO-BREAK SPACE}0.001\N{NO-BREAK SPACE}%"
     decimals = min(2 - int(np.floor(np.log10(number))), 3) if number else 0
     return f"{number:.{max(decimals, 0)}f}\N{NO-BREAK SPACE}%"
+
+
+def number(value: float) -> str:
+    """A number with three significant digits, never as an exponent."""
+    short = np.format_float_positional(float(f"{abs(value):.3g}"), trim="-")
+    return f"−{short}" if value < 0 and short != "0" else short
+
+
+def signed(value: float) -> str:
+    """A number with its sign, except for zero."""
+    return f"+{number(value)}" if value > 0 else number(value)
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Where the lines of the page's two drawings go: the ribbon and the arcs between steps."""
+"""Where the lines of the drawings go: the ribbon and the arcs between steps."""
 
 from __future__ import annotations
 
@@ -53,16 +53,17 @@ def draw_ribbon(reading: Reading, hubs: tuple[Unit, ...]) -> Ribbon:
     return Ribbon(
         width=width,
         bars={
-            "prompt": _bars(heights, prompt & ~answer),
-            "response": _bars(heights, ~prompt & ~answer),
-            "answer": _bars(heights, answer),
+            "prompt": bars_path(heights, prompt & ~answer),
+            "response": bars_path(heights, ~prompt & ~answer),
+            "answer": bars_path(heights, answer),
         },
         marks=tuple(round((hub.index + 0.5) * width / count, 2) for hub in hubs),
         prompt_end=round(reading.prompt_units * width / count, 2),
     )
 
 
-def _bars(heights: Int[np.ndarray, " bar"], shown: Bool[np.ndarray, " bar"]) -> str:
+def bars_path(heights: Int[np.ndarray, " bar"], shown: Bool[np.ndarray, " bar"]) -> str:
+    """The bars of `shown` that have a height, as one SVG path."""
     bars = np.flatnonzero(shown & (heights > 0)).tolist()
     return "".join(f"M{bar} {RIBBON_HEIGHT}v-{heights[bar]}h1V{RIBBON_HEIGHT}z" for bar in bars)
 

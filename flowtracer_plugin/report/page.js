@@ -1,4 +1,3 @@
-"use strict";
 (() => {
   const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId("data").textContent);
@@ -6,26 +5,17 @@
   const pane = byId("pane");
   const units = [...pane.querySelectorAll(".text > span")];
   const numberOf = new Map(units.map((unit, number) => [unit, number]));
-  const marked = units.flatMap((unit, number) => (unit.dataset.hub || unit.dataset.checkpoint ? [number] : []));
   const regions = { p: "prompt", q: "question", r: "reasoning", a: "answer" };
+  const rover = tokens.rove(units);
   let selected = null;
-  let focusable = 0;
 
   // Tokens
 
   const firstToken = (unit) => (data.starts ? data.starts[unit] : unit);
   const endToken = (unit) => (unit + 1 < units.length ? firstToken(unit + 1) : data.tokens.length);
-  const tokenName = (unit) => {
-    const [first, last] = [firstToken(unit), endToken(unit) - 1];
-    return first === last ? `${first}` : `${first}–${last}`;
-  };
+  const tokenName = (unit) => tokens.range(firstToken(unit), endToken(unit) - 1);
 
-  /** The exact text as a string literal; what cannot be seen is escaped. */
-  function literal(unit) {
-    const text = data.tokens.slice(firstToken(unit), endToken(unit)).join("");
-    const hidden = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu;
-    return JSON.stringify(text).replace(hidden, (char) => `\\u{${char.codePointAt(0).toString(16)}}`);
-  }
+  const literal = (unit) => tokens.literal(data.tokens.slice(firstToken(unit), endToken(unit)).join(""));
 
   /** The strongest edges of a unit: the unit at the other end, and its share of the throughput. */
   function edgesOf(unit, side) {
@@ -36,13 +26,6 @@
       edges.push({ unit: unit + sign * flat[at], share: flat[at + 1] / 1000 });
     }
     return edges;
-  }
-
-  function percent(share) {
-    const number = Number((100 * share).toPrecision(3));
-    if (number > 0 && number < 0.001) return "<\u00a00.001\u00a0%";
-    const decimals = number ? Math.min(2 - Math.floor(Math.log10(number)), 3) : 0;
-    return `${number.toFixed(Math.max(decimals, 0))}\u00a0%`;
   }
 
   // Detail
@@ -67,7 +50,7 @@
       hub && `hub ${hub}`,
       checkpoint && `checkpoint ${checkpoint}`,
     ].filter(Boolean).join(" · ");
-    byId("amount").textContent = percent(data.throughput[unit]);
+    byId("amount").textContent = tokens.percent(data.throughput[unit]);
     byId("reset").hidden = selected === null;
     list("sources", unit, "injected", "starts here");
     list("targets", unit, "absorbed", "ends here, in the answer");
@@ -123,16 +106,8 @@
 
   function goTo(unit, behavior = "auto") {
     units[unit].scrollIntoView({ block: "center", behavior });
-    focusOn(unit);
+    rover.focus(unit);
     select(unit);
-  }
-
-  /** One token at a time can be reached with Tab; the arrow keys move on from it. */
-  function focusOn(unit) {
-    units[focusable].removeAttribute("tabindex");
-    focusable = unit;
-    units[unit].tabIndex = 0;
-    units[unit].focus({ preventScroll: true });
   }
 
   const unitAt = (event) => numberOf.get(event.target.closest?.(".text > span")) ?? null;
@@ -147,7 +122,7 @@
   pane.addEventListener("click", (event) => {
     const unit = unitAt(event);
     if (unit === null || String(getSelection())) return;
-    focusOn(unit);
+    rover.focus(unit);
     select(unit === selected ? null : unit);
   });
   byId("reset").addEventListener("click", () => select(null));
@@ -156,26 +131,14 @@
     if (target) goTo(Number(target.dataset.unit));
   });
 
-  const moves = {
-    ArrowLeft: (unit) => unit - 1,
-    ArrowRight: (unit) => unit + 1,
-    j: (unit) => marked.find((mark) => mark > unit),
-    k: (unit) => marked.findLast((mark) => mark < unit),
-  };
   document.addEventListener("keydown", (event) => {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
     if (event.key === "Escape") return select(null);
-    const inText = unitAt(event) !== null;
-    if (inText && (event.key === "Enter" || event.key === " ")) {
+    if (unitAt(event) !== null && (event.key === "Enter" || event.key === " ")) {
       event.preventDefault();
-      return select(focusable === selected ? null : focusable);
+      return select(rover.current() === selected ? null : rover.current());
     }
-    const move = inText || event.key.length === 1 ? moves[event.key] : undefined;
-    const unit = move?.(focusable);
-    if (unit === undefined || !units[unit]) return;
-    event.preventDefault();
-    focusOn(unit);
-    units[unit].scrollIntoView({ block: "nearest" });
+    rover.step(event);
   });
 
   // Ribbon
@@ -245,7 +208,6 @@
     });
   });
 
-  units[focusable].tabIndex = 0;
   markWindow();
   const linked = /^#t(\d+)$/.exec(location.hash);
   if (linked) {

@@ -1,0 +1,59 @@
+"""Templates, styles and scripts of the pages. They load nothing: no font, no script, no image."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from flowtracer_plugin.report.display import number, percent, signed, visible
+
+
+def render(template: str, *, styles: str, script: str | None = None, **context: Any) -> str:
+    """A page of `template`, with its styles and script after those that all pages share.
+
+    The same context always gives the same page.
+    """
+    return (
+        _templates()
+        .get_template(template)
+        .render(
+            styles=_asset("base.css") + _asset(styles),
+            script=script and _asset("tokens.js") + _asset(script),
+            **context,
+        )
+    )
+
+
+@cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("flowtracer_plugin", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "number": number,
+        "signed": signed,
+        "visible": visible,
+        "digest": _digest,
+    }
+    return environment
+
+
+@cache
+def _asset(name: str) -> Markup:
+    return Markup(files("flowtracer_plugin.report").joinpath(name).read_text("utf-8"))
+
+
+def _digest(content: str) -> str:
+    """What a Content-Security-Policy calls this script or style: nothing else may run."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

@@ -1,0 +1,225 @@
+"""One self-contained page for one prompt's completions side by side: where their credit lies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowtracer_plugin.report.assets import render
+from flowtracer_plugin.report.completion import (
+    LEVELS,
+    CompletionView,
+    CreditPiece,
+    CreditRibbon,
+    cut_pieces,
+    draw_credit,
+    level_class,
+)
+from flowtracer_plugin.report.display import shorten, signed, visible
+from flowtracer_plugin.report.group_index import GroupSummary, write_index
+from flowtracer_plugin.report.payload import embed
+from flowtracer_plugin.storage import write_atomically
+
+__all__ = ["CompletionView", "group_page", "write_group_page", "write_index"]
+
+_MAX_PROMPT = 20_000
+
+
+def write_group_page(
+    path: str | Path,
+    prompt: str,
+    completions: Sequence[CompletionView],
+    *,
+    title: str,
+    step: int,
+    max_tokens: int = 4_000,
+) -> Path:
+    """Write `group_page` to `path`, whole or not at all, and return `path`.
+
+    Raises:
+        ValueError: As `group_page` does.
+        IsADirectoryError: `path` is a directory.
+    """
+    page = group_page(prompt, completions, title=title, step=step, max_tokens=max_tokens)
+    write_atomically(Path(path), page.encode())
+    return Path(path)
+
+
+def group_page(
+    prompt: str,
+    completions: Sequence[CompletionView],
+    *,
+    title: str,
+    step: int,
+    max_tokens: int = 4_000,
+) -> str:
+    """The page of a prompt's completions, the highest reward first, as HTML.
+
+    Background is advantage times weight, in steps relative to the page's largest. Of a completion
+    with more than `max_tokens` the middle is left out of the text, not of its ribbon.
+
+    Raises:
+        ValueError: There are no completions, or `max_tokens` is less than 1.
+    """
+    if not completions:
+        raise ValueError("wanted at least one completion, found none")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens!r}")
+    largest = max(float(np.abs(one.credit).max(initial=0.0)) for one in completions)
+    longest = max(len(one.tokens) for one in completions)
+    columns = [
+        _column(sample, view, largest, longest, max_tokens)
+        for sample, view in sorted(enumerate(completions, start=1), key=_best_first)
+    ]
+    summary = _summary(prompt, completions, title, step)
+    return render(
+        "group.html.j2",
+        styles="group.css",
+        script="group.js",
+        title=shorten(visible(title), 200),
+        prompt=_prompt(prompt),
+        summary=summary,
+        summary_data=embed(asdict(summary)),
+        columns=columns,
+        scale=_scale(largest),
+        facts=_facts(completions),
+        data=embed([_column_data(column) for column in columns]),
+    )
+
+
+def _best_first(numbered: tuple[int, CompletionView]) -> tuple[float, float, int]:
+    sample, view = numbered
+    return -(-math.inf if view.reward is None else view.reward), -view.advantage, sample
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Column:
+    """A completion as the page shows it.
+
+    Attributes:
+        sample: Its number in the order in which the completions came, from 1.
+        view: The completion.
+        parts: Its text in pieces, in two parts where the middle is left out.
+        ribbon: All of it as bars.
+    """
+
+    sample: int
+    view: CompletionView
+    parts: tuple[tuple[CreditPiece, ...], ...]
+    ribbon: CreditRibbon
+
+    @property
+    def gap(self) -> tuple[int, int] | None:
+        """The first and the last token that the text leaves out."""
+        if len(self.parts) < 2:
+            return None
+        before, after = self.parts
+        stop = after[0].first if after else len(self.view.tokens)
+        return (before[-1].last + 1 if before else 0, stop - 1)
+
+    @property
+    def shown(self) -> int:
+        """Tokens in the text."""
+        return sum(piece.last + 1 - piece.first for part in self.parts for piece in part)
+
+
+def _column(
+    sample: int, view: CompletionView, largest: float, longest: int, max_tokens: int
+) -> Column:
+    return Column(
+        sample=sample,
+        view=view,
+        parts=_parts(cut_pieces(view, largest), max_tokens),
+        ribbon=draw_credit(view, largest, longest),
+    )
+
+
+def _parts(pieces: tuple[CreditPiece, ...], max_tokens: int) -> tuple[tuple[CreditPiece, ...], ...]:
+    """All pieces, or as many from the beginning and the end as have `max_tokens`."""
+    length = pieces[-1].last + 1 if pieces else 0
+    if length <= max_tokens:
+        return (pieces,)
+    head, tail = max_tokens - max_tokens // 2, length - max_tokens // 2
+    return (
+        tuple(piece for piece in pieces if piece.last < head),
+        tuple(piece for piece in pieces if piece.first >= tail),
+    )
+
+
+def _column_data(column: Column) -> dict[str, Any]:
+    """What the page's script knows of a column's pieces, in the order of the text."""
+    pieces, tokens = [piece for part in column.parts for piece in part], column.view.tokens
+    plain = all(piece.first == piece.last == place for place, piece in enumerate(pieces))
+    return {
+        "advantage": float(column.view.advantage),
+        "first": None if plain else [piece.first for piece in pieces],
+        "last": None if plain else [piece.last for piece in pieces],
+        "texts": ["".join(tokens[piece.first : piece.last + 1]) for piece in pieces],
+        "weights": [_rounded(piece.weight) for piece in pieces],
+        "throughput": [_rounded(piece.throughput) for piece in pieces],
+    }
+
+
+def _rounded(value: float) -> float | int:
+    short = float(f"{value:.3g}")
+    return int(short) if short.is_integer() else short
+
+
+def _summary(
+    prompt: str, completions: Sequence[CompletionView], title: str, step: int
+) -> GroupSummary:
+    rewards = [view.reward for view in completions if view.reward is not None]
+    advantages = [abs(float(view.advantage)) for view in completions]
+    return GroupSummary(
+        step=int(step),
+        title=shorten(title, 200),
+        prompt=shorten(" ".join(prompt.split()), 160),
+        completions=len(completions),
+        answers=sum(bool(view.answer.any()) for view in completions),
+        best=max(rewards, default=None),
+        mean=math.fsum(rewards) / len(rewards) if rewards else None,
+        worst=min(rewards, default=None),
+        spread=math.fsum(advantages) / len(advantages),
+    )
+
+
+def _facts(completions: Sequence[CompletionView]) -> dict[str, Any]:
+    lengths = [len(view.tokens) for view in completions]
+    return {
+        "advantages": (
+            min(float(view.advantage) for view in completions),
+            max(float(view.advantage) for view in completions),
+        ),
+        "lengths": (min(lengths), max(lengths)),
+        "total": sum(lengths),
+        "weighted": sum(int(view.weighted.sum()) for view in completions),
+        "tools": any(not view.competing.all() for view in completions),
+    }
+
+
+def _scale(largest: float) -> list[tuple[str, str]]:
+    """Style and numbers of each step of colour, from the lowest to the highest."""
+    if not largest:
+        return []
+    bounds = [signed(largest * level / LEVELS) for level in range(-LEVELS, LEVELS + 1)]
+    steps = [f"{low} to {high}" for low, high in pairwise(bounds)]
+    steps.insert(LEVELS, "0")
+    levels = range(-LEVELS, LEVELS + 1)
+    return [(level_class(level), text) for level, text in zip(levels, steps, strict=True)]
+
+
+def _prompt(text: str) -> dict[str, Any]:
+    half = _MAX_PROMPT // 2
+    parts = [text] if len(text) <= _MAX_PROMPT else [text[:half], text[-half:]]
+    return {
+        "parts": [visible(part) for part in parts],
+        "shown": sum(map(len, parts)),
+        "length": len(text),
+        "open": len(text) <= 1_500,
+    }

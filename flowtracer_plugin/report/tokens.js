@@ -1,0 +1,53 @@
+"use strict";
+/** What the scripts of the pages share: numbers, texts, and the way from token to token. */
+const tokens = (() => {
+  /** The exact text as a string literal; what cannot be seen is escaped. */
+  function literal(text) {
+    const hidden = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu;
+    return JSON.stringify(text).replace(hidden, (char) => `\\u{${char.codePointAt(0).toString(16)}}`);
+  }
+
+  function percent(share) {
+    const number = Number((100 * share).toPrecision(3));
+    if (number > 0 && number < 0.001) return "<\u00a00.001\u00a0%";
+    const decimals = number ? Math.min(2 - Math.floor(Math.log10(number)), 3) : 0;
+    return `${number.toFixed(Math.max(decimals, 0))}\u00a0%`;
+  }
+
+  /** Token numbers as `5`, or `5–7`. */
+  const range = (first, last) => (first === last ? `${first}` : `${first}–${last}`);
+
+  /** One token at a time can be reached with Tab; keys move on from it, see `step`. */
+  function rove(units) {
+    const marked = units.flatMap((unit, number) => (unit.dataset.hub || unit.dataset.checkpoint ? [number] : []));
+    const moves = {
+      ArrowLeft: (unit) => unit - 1,
+      ArrowRight: (unit) => unit + 1,
+      j: (unit) => marked.find((mark) => mark > unit),
+      k: (unit) => marked.findLast((mark) => mark < unit),
+    };
+    let current = 0;
+    units[current]?.setAttribute("tabindex", "0");
+
+    function focus(unit) {
+      units[current].removeAttribute("tabindex");
+      current = unit;
+      units[unit].tabIndex = 0;
+      units[unit].focus({ preventScroll: true });
+    }
+
+    /** The arrow keys lead to a token's neighbours, j and k from anywhere to marked tokens. */
+    function step(event) {
+      const inText = event.target.closest?.(".text > span");
+      const unit = (inText || event.key.length === 1 ? moves[event.key] : undefined)?.(current);
+      if (unit === undefined || !units[unit]) return;
+      event.preventDefault();
+      focus(unit);
+      units[unit].scrollIntoView({ block: "nearest" });
+    }
+
+    return { focus, step, current: () => current };
+  }
+
+  return { literal, percent, range, rove };
+})();
