@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +25,10 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 import flowtracer_plugin as ft
-from flowtracer_plugin import _grpo_checks, _trl_version
+from flowtracer_plugin import _grpo_checks, _grpo_reading, _trl_version
 from flowtracer_plugin.attention import NoAttentionError
 from flowtracer_plugin.grpo import (
+    CreditOptions,
     FlowCreditMixin,
     FlowGRPOConfig,
     FlowGRPOTrainer,
@@ -49,7 +51,15 @@ from tests.test_credit import slow_credit
 from tests.tiny import eager_attention
 
 ROOT = Path(__file__).parent.parent
-METRICS = ("answer_found", "weight_mean", "top_share", "reasoning_share", "seconds")
+METRICS = (
+    "answer_found",
+    "weight_mean",
+    "top_share",
+    "entropy",
+    "prompt_jump",
+    "errors",
+    "seconds",
+)
 LAYERS = {"middle": (2, 3), "all": tuple(range(6)), "late:1": (4,)}
 TEXTS = ["then 4 plus 3 is 7 apples so", "so 1 then #### 9", "is 2 <eos>", "so 8 then then 5 is"]
 ANSWERS = [5, 4, 1, 4]
@@ -80,8 +90,10 @@ def policy(tmp_path_factory):
 
 
 def score(trainer, rows=4):
-    """One generation batch: what the trainer makes of it, and the plain advantages."""
+    """One generation batch: what a pass of its own makes of it, and the plain advantages."""
     trainer.model.train()
+    credit = trainer._flow_credit
+    credit.options = replace(credit.options, pass_="extra")
     inputs = [{"prompt": PROMPTS[row // 2]} for row in range(rows)]
     plain = GRPOTrainer._generate_and_score_completions(trainer, inputs)["advantages"]
     return trainer._generate_and_score_completions(inputs), plain
@@ -96,6 +108,13 @@ def quotient(advantages, plain):
     """The weights, without the rounding of a product that is divided again."""
     assert plain.all()
     return (advantages / plain[:, None]).round(decimals=5)
+
+
+def spread(trainer, rollouts, plain):
+    """The same rollouts once more."""
+    kept = {name: value for name, value in rollouts.items() if not name.startswith("flow_")}
+    given = {**kept, "advantages": plain}
+    return trainer._flow_credit.generation(lambda _: given, None)
 
 
 def words(text):
@@ -178,7 +197,7 @@ def test_weights_are_those_of_the_slow_definitions(policy, tmp_path, options):
 def test_top_share_is_the_flow_of_the_top_tokens(policy, tmp_path):
     trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), flow_gamma=1.0)
     score(trainer)
-    shares, reasoning = [], []
+    shares, jumps, entropies = [], [], []
     for row, text in enumerate(TEXTS):
         asked, said = words(PROMPTS[row // 2]), words(text)
         attention = eager_attention(trainer.model, asked + said, LAYERS["middle"]).numpy()
@@ -187,11 +206,14 @@ def test_top_share_is_the_flow_of_the_top_tokens(policy, tmp_path):
         solved = reference.flow(attention, (tokens > 0) & (tokens < len(asked)), answer)
         flow = np.sort(solved["throughput"][len(asked) :])[::-1]
         shares.append(flow[: math.ceil(0.4 * len(said))].sum() / flow.sum())
+        each = flow / flow.sum()
+        entropies.append(-sum(p * math.log(p) for p in each if p > 0) / math.log(len(said)))
         landing = solved["edge_flow"][len(asked) :, : len(asked)].sum(-1)
-        reasoning.append(landing[~answer[len(asked) :]].sum())
+        jumps.append(1 - landing[~answer[len(asked) :]].sum())
     metrics = trainer._metrics["train"]
     assert metrics["flow/top_share"] == pytest.approx([np.mean(shares)], rel=1e-5)
-    assert metrics["flow/reasoning_share"] == pytest.approx([np.mean(reasoning)], rel=1e-5)
+    assert metrics["flow/prompt_jump"] == pytest.approx([np.mean(jumps)], rel=1e-5)
+    assert metrics["flow/entropy"] == pytest.approx([np.mean(entropies)], rel=1e-5)
 
 
 UNIFORM = [
@@ -253,7 +275,7 @@ def test_the_pass_draws_no_random_number_and_leaves_every_mode(policy, tmp_path)
     trainer.model.get_submodule("base_model.model.model.layers.1").eval()
     modes = [module.training for module in trainer.model.modules()]
     before = torch.get_rng_state()
-    trainer._flow_credit.spread({**rollouts, "advantages": plain})
+    spread(trainer, rollouts, plain)
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in trainer.model.modules()] == modes
     assert all(part.grad is None for part in trainer.model.parameters())
@@ -268,7 +290,7 @@ def test_modes_are_restored_when_the_model_fails(policy, tmp_path):
 
     trainer.model.model.layers[2].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        trainer._flow_credit.spread({**rollouts, "advantages": plain})
+        spread(trainer, rollouts, plain)
     assert all(module.training for module in trainer.model.modules())
 
 
@@ -289,7 +311,7 @@ def test_the_number_of_forward_passes_does_not_depend_on_the_rollouts(policy, tm
         )
         rollouts, plain = score(trainer, rows=6)
         counted.clear()
-        trainer._flow_credit.spread({**rollouts, "advantages": plain})
+        spread(trainer, rollouts, plain)
         passes.append(counted)
     assert passes == [[False] * 3] * 3
 
@@ -314,7 +336,7 @@ def test_a_batch_without_any_answer_has_plain_credit(policy, tmp_path):
     assert metrics["flow/answer_found"] == [0.0]
     assert metrics["flow/weight_mean"] == [1.0]
     assert math.isnan(metrics["flow/top_share"][0])
-    assert math.isnan(metrics["flow/reasoning_share"][0])
+    assert math.isnan(metrics["flow/prompt_jump"][0])
 
 
 def test_the_last_token_can_stand_in_for_the_answer(policy, tmp_path):
@@ -452,23 +474,16 @@ def test_advantages_that_are_per_token_already_are_multiplied(policy, tmp_path):
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_flow_that_is_not_finite_never_becomes_credit(policy, tmp_path, monkeypatch, wrong):
     trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
-    trace = trainer._flow_credit._tracer.trace_ids
+    solve = _grpo_reading.solve_rollouts
 
     def broken(*arguments, **options):
-        batch = trace(*arguments, **options)
-        batch.throughput[1, -1] = wrong
+        batch = solve(*arguments, **options)
+        batch.throughput[1, batch.prompt_length] = wrong
         return batch
 
-    monkeypatch.setattr(trainer._flow_credit._tracer, "trace_ids", broken)
+    monkeypatch.setattr(_grpo_reading, "solve_rollouts", broken)
     with pytest.raises(ValueError, match="throughput must be finite"):
         score(trainer)
-
-
-def test_images_are_refused(policy, tmp_path):
-    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
-    rollouts, _ = score(trainer)
-    with pytest.raises(NotImplementedError, match="flow credit reads text only"):
-        trainer._flow_credit.spread({**rollouts, "pixel_values": torch.zeros(1)})
 
 
 # trainers
@@ -502,20 +517,20 @@ def test_attached_credit_is_that_of_the_trainer(policy, tmp_path):
 def test_every_option_can_be_attached(policy, tmp_path):
     trainer = attach_flow_credit(
         build(GRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS)),
-        top_fraction=0.2,
-        gamma=2.0,
-        layers=[0, 5],
-        answer=re.compile(r"so (\d)"),
-        target="decision",
-        sign="positive",
-        normalize="none",
-        no_answer="uniform",
+        CreditOptions(
+            top_fraction=0.2,
+            gamma=2.0,
+            layers=[0, 5],
+            answer=re.compile(r"so (\d)"),
+            target="decision",
+            sign="positive",
+        ),
     )
     rollouts, plain = score(trainer)
     assert trainer._metrics["train"]["flow/answer_found"] == [0.5]
     assert sorted(quotient(rollouts["advantages"], plain).unique().tolist()) in ([1, 2], [1])
-    assert trainer._flow_credit._tracer.layers == (0, 5)
-    assert trainer._flow_credit._tracer.options.target == "decision"
+    assert trainer._flow_credit._reader.tracer.layers == (0, 5)
+    assert trainer._flow_credit._reader.tracer.options.target == "decision"
 
 
 def test_attaching_twice_is_an_error(policy, tmp_path):
@@ -533,7 +548,7 @@ def test_a_model_that_was_wrapped_anew_is_traced(policy, tmp_path):
     trainer.model = AutoModelForCausalLM.from_pretrained(policy)
     torch.nn.init.normal_(trainer.model.model.embed_tokens.weight)
     after = weights(trainer)
-    assert trainer._flow_credit._tracer.model is trainer.model
+    assert trainer._flow_credit._reader.tracer.model is trainer.model
     assert not torch.equal(before, after)
 
 
@@ -609,13 +624,20 @@ def test_two_processes_stay_one_model(policy, tmp_path):
         ("normalize", "mean", "normalize must be one of none, mean_one, got 'mean'"),
         ("answer", "boxd", "name of an answer finder.*found 'boxd'"),
         ("no_answer", "skip", "no_answer must be one of uniform, raise, last, got 'skip'"),
+        ("scorer", "flw", "scorer must be one of flow, fai, waad, coupled, .*got 'flw'"),
+        ("pass", "both", "pass must be one of auto, training, scoring, extra, got 'both'"),
+        ("on_error", "skip", "on_error must be one of raise, uniform, got 'skip'"),
+        ("start_step", -1, "start_step must be at least 0, got -1"),
+        ("warmup_steps", -1, "warmup_steps must be at least 0, got -1"),
+        ("page_steps", -1, "page_steps must be at least 0, got -1"),
+        ("page_limit_mb", -1.0, "page_limit_mb must be at least 0, got -1.0"),
     ],
 )
 def test_options_out_of_range(policy, tmp_path, option, value, message):
     with pytest.raises(ValueError, match=message):
         config(FlowGRPOConfig, tmp_path, **{f"flow_{option}": value})
     with pytest.raises(ValueError, match=message):
-        attach_flow_credit(build(GRPOTrainer, policy, tmp_path), **{option: value})
+        CreditOptions(**{{"pass": "pass_"}.get(option, option): value})
 
 
 def test_layers_and_finders_that_do_not_exist_are_found_at_construction(policy, tmp_path):

@@ -38,6 +38,9 @@ LAYERS = [
     {"report.page", "report.group"},
     {"report"},
     {"reward", "_grpo_checks"},
+    {"_grpo_options", "_grpo_reading"},
+    {"_grpo_pages"},
+    {"_grpo_log"},
     {"_grpo_credit"},
     {"grpo"},
     {"cli_loading"},
@@ -58,6 +61,7 @@ LATE = {
     ("_flow_backends", "_flow_torch"),
     ("_flow_backends", "_flow_scipy"),
     ("_flow_numpy", "scipy.sparse"),
+    ("_grpo_credit", "peft"),
     ("credit", "torch"),
     ("causal_lm", "peft"),
 }

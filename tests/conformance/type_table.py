@@ -166,7 +166,7 @@ NOTES: dict[str, str] = {
     "granitemoe_swa": _SINKS,
     "musicgen": "with one codebook only",
     "musicgen_melody": "with one codebook only",
-    "reformer": "with hash_seed and num_buckets set; its LSH layers notice a whole chunk of padding",
+    "reformer": "with hash_seed and num_buckets set; LSH layers notice a whole chunk of padding",
     "xlnet": 'with attn_type="uni", one row at a time: its causal mask does not broadcast',
 }
 """What a reader of the table should know about how a type was run."""

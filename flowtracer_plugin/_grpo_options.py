@@ -1,0 +1,71 @@
+"""What a trainer's flow credit can be told, and what cannot be meant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flowtracer_plugin.answers import AnswerFinder, find_answer
+from flowtracer_plugin.scorers import SCORERS
+
+CHOICES = {
+    "target": ("answer", "decision"),
+    "sign": ("both", "positive", "negative"),
+    "normalize": ("none", "mean_one"),
+    "no_answer": ("uniform", "raise", "last"),
+    "scorer": tuple(SCORERS),
+    "pass_": ("auto", "training", "scoring", "extra"),
+    "on_error": ("raise", "uniform"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CreditOptions:
+    """How flow becomes credit; `FlowGRPOConfig` explains each option under `flow_<name>`.
+
+    Raises:
+        ValueError: A value is out of range or not among the choices.
+    """
+
+    top_fraction: float = 0.4
+    gamma: float = 1.5
+    layers: str | Sequence[int] = "auto"
+    answer: AnswerFinder = "auto"
+    target: str = "answer"
+    sign: str = "both"
+    normalize: str = "none"
+    no_answer: str = "uniform"
+    scorer: str = "flow"
+    pass_: str = "auto"
+    start_step: int = 0
+    warmup_steps: int = 0
+    on_error: str = "raise"
+    page_steps: int = 100
+    page_limit_mb: float = 50.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no option can be; `wrap` checks the layers."""
+        if not 0 <= self.top_fraction <= 1:
+            raise ValueError(
+                f"flow credit: top_fraction must be between 0 and 1, got {self.top_fraction!r}"
+            )
+        for name in ("gamma", "start_step", "warmup_steps", "page_steps", "page_limit_mb"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"flow credit: {name} must be at least 0, got {value!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"flow credit: {name.rstrip('_')} must be one of {', '.join(choices)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if not callable(self.answer):
+            find_answer("", self.answer)
+
+    def gamma_at(self, step: int) -> float:
+        """The factor at an optimizer step: 1 before `start_step`, then up to `gamma` in a line."""
+        if step < self.start_step:
+            return 1.0
+        warm = min(1.0, (step - self.start_step + 1) / max(1, self.warmup_steps))
+        return 1.0 + (self.gamma - 1.0) * warm

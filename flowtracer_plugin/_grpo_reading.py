@@ -1,0 +1,212 @@
+"""What a policy attends to in its rollouts, as scores of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from flowtracer_plugin.answers import AnswerFinder, FoundAnswer, Span, find_answer
+from flowtracer_plugin.reader import Reading
+from flowtracer_plugin.rollouts import RolloutMasks, rollout_masks, solve_rollouts
+from flowtracer_plugin.scorers import Rollouts, Scorer
+from flowtracer_plugin.tracer import FlowTracer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Scored:
+    """Rollouts with what a scorer chooses among their tokens by.
+
+    Attributes:
+        rollouts: As the scorer sees them when it chooses; every visible token competes.
+        features: What it chooses by.
+        jump: Share of each row's flow that goes from the prompt straight to the target; NaN where
+            no flow was solved.
+        answers: What was found in each row; `None` where nothing was.
+        replaced: Rows in which the last token stands in for an answer.
+        seconds: That it took, beside the forward passes that were made anyway.
+    """
+
+    rollouts: Rollouts
+    features: Float[Tensor, "feature batch completion"]
+    jump: Float[Tensor, " batch"]
+    answers: tuple[FoundAnswer | None, ...]
+    replaced: int
+    seconds: float
+
+
+class RolloutReader:
+    """Scores the tokens of rollouts by what a model attends to in them.
+
+    Args:
+        tracer: Of the model.
+        scorer: What the scores mean.
+        last: Whether the last token stands in for an answer where none is found.
+        seed: Of scorers that draw.
+    """
+
+    def __init__(self, tracer: FlowTracer, scorer: Scorer, *, last: bool, seed: int) -> None:
+        self.tracer, self.scorer = tracer, scorer
+        self._last, self._seed = last, seed
+
+    @property
+    def attends(self) -> bool:
+        """Whether the scores depend on attention at all."""
+        return bool(self.scorer.needs & {"flow", "attention", "heads"})
+
+    def listen(
+        self,
+        call: Callable[[], Float[Tensor, "batch completion"] | None],
+        ids: Int[Tensor, "batch token"],
+        visible: Bool[Tensor, "batch token"],
+        prompt_length: int,
+        batch_size: int,
+    ) -> Scored:
+        """Let `call` run the model on every `batch_size` rows; it returns the entropies, if any.
+
+        What goes wrong with the scores is raised when `call` has returned.
+        """
+        batch = self._batch(ids, visible, prompt_length)
+        parts: list[_Part] = []
+
+        def take(rows: slice, reading: Reading) -> None:
+            parts.append(self._part(batch.rows(rows), reading))
+
+        if not self.attends:
+            return batch.scored([self._part(batch.with_entropies(call()), None)])
+        tracer = self.tracer
+        tracer.reader.listen(
+            call, visible, tracer.layers, take, batch_size=batch_size, keep=self._keeps
+        )
+        return batch.scored(parts)
+
+    def read(
+        self,
+        ids: Int[Tensor, "batch token"],
+        visible: Bool[Tensor, "batch token"],
+        prompt_length: int,
+        batch_size: int,
+    ) -> Scored:
+        """Run the model on `batch_size` rows at a time, up to the last layer that is read."""
+        started = perf_counter()
+        batch = self._batch(ids, visible, prompt_length)
+        if not self.attends:
+            return batch.scored([self._part(batch, None)])
+        reader, layers = self.tracer.reader, self.tracer.layers
+        parts = []
+        for start in range(0, len(ids), batch_size):
+            rows = slice(start, start + batch_size)
+            reading = reader.read_in_place(ids[rows], visible[rows], layers, keep=self._keeps)
+            parts.append(self._part(batch.rows(rows), reading))
+        return replace(batch.scored(parts), seconds=perf_counter() - started)
+
+    @property
+    def _keeps(self) -> bool:
+        return "heads" in self.scorer.needs
+
+    def _batch(
+        self,
+        ids: Int[Tensor, "batch token"],
+        visible: Bool[Tensor, "batch token"],
+        prompt_length: int,
+    ) -> _Batch:
+        tracer = self.tracer
+        finder = _FinderOrLast(tracer.answer) if self._last else None
+        masks = rollout_masks(
+            tracer.require_tokenizer(),
+            ids,
+            visible,
+            prompt_length,
+            tracer.options,
+            finder or tracer.answer,
+        )
+        rollouts = Rollouts(
+            ids=ids,
+            visible=visible,
+            prompt_length=prompt_length,
+            competing=visible[:, prompt_length:],
+            target=masks.target,
+            answer=masks.answer,
+            seed=self._seed,
+        )
+        return _Batch(rollouts, masks, 0 if finder is None else finder.fallbacks)
+
+    @torch.no_grad()
+    def _part(self, batch: _Batch, reading: Reading | None) -> _Part:
+        started, rollouts = perf_counter(), batch.rollouts
+        jump = torch.full((len(rollouts.ids),), torch.nan, device=rollouts.ids.device)
+        if reading is not None:
+            rollouts = replace(rollouts, attention=reading.attention, calls=reading.calls)
+        if reading is not None and "flow" in self.scorer.needs:
+            flow = solve_rollouts(
+                reading.attention, batch.masks, rollouts.prompt_length, self.tracer.options
+            )
+            rollouts = replace(rollouts, throughput=flow.throughput)
+            jump = torch.where(flow.found, 1.0 - flow.reasoning_share, torch.nan)
+        features = self.scorer.measure(rollouts)
+        seconds = perf_counter() - started + (0.0 if reading is None else reading.seconds)
+        return _Part(features, rollouts.throughput, jump, seconds)
+
+
+class _Batch(NamedTuple):
+    """Rollouts before they are scored."""
+
+    rollouts: Rollouts
+    masks: RolloutMasks
+    replaced: int
+
+    def rows(self, rows: slice) -> _Batch:
+        """Some of them. Entropies come with all rows or with none."""
+        rollouts = replace(
+            self.rollouts, **{name: getattr(self.rollouts, name)[rows] for name in _BY_ROW}
+        )
+        return self._replace(rollouts=rollouts, masks=self.masks.rows(rows))
+
+    def with_entropies(self, entropies: Float[Tensor, "batch completion"] | None) -> _Batch:
+        kept = None if entropies is None else entropies.detach()
+        return self._replace(rollouts=replace(self.rollouts, entropies=kept))
+
+    def scored(self, parts: Sequence[_Part]) -> Scored:
+        """These rollouts with the scores of their parts. The maps of attention have served."""
+        flows = [part.throughput for part in parts if part.throughput is not None]
+        return Scored(
+            rollouts=replace(self.rollouts, throughput=torch.cat(flows) if flows else None),
+            features=torch.cat([part.features for part in parts], dim=1),
+            jump=torch.cat([part.jump for part in parts]),
+            answers=self.masks.answers,
+            replaced=self.replaced,
+            seconds=sum(part.seconds for part in parts),
+        )
+
+
+_BY_ROW = ("ids", "visible", "competing", "target", "answer")
+
+
+class _Part(NamedTuple):
+    """Scores of some rows."""
+
+    features: Float[Tensor, "feature batch completion"]
+    throughput: Float[Tensor, "batch token"] | None
+    jump: Float[Tensor, " batch"]
+    seconds: float
+
+
+class _FinderOrLast:
+    """An answer finder, and where it finds nothing, the last character that is no space."""
+
+    def __init__(self, finder: AnswerFinder) -> None:
+        self.fallbacks = 0
+        self._finder = finder
+
+    def __call__(self, text: str) -> Span | None:
+        found = find_answer(text, self._finder)
+        if found is not None:
+            return found.start, found.end
+        end = len(text.rstrip())
+        self.fallbacks += end > 0
+        return (end - 1, end) if end else None
