@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig, FlowGRPOTrainer
 from tests.families import tiny_model
@@ -107,37 +109,54 @@ def scripted(texts, masks=None):
     return rollout
 
 
-def main(policy, folder):
-    """Train as one rank, and write what must agree with the other ranks.
+def shard(trainer):
+    """FSDP2, as accelerate lays it out, which does so on accelerators only."""
+    for layer in trainer.model.model.layers:
+        fully_shard(layer)
+    fully_shard(trainer.model)
+    trainer.accelerator.prepare_model = lambda model, **_: model
+    return trainer
+
+
+def run(policy, folder, *, flow, sharded, **options):
+    """Train once as one rank; what must agree with other ranks or runs.
 
     The first rank finds an answer in every completion, the second finds none.
     """
     answers = int(os.environ["RANK"]) == 0
     texts = ["so 3 is 7", "so then 5"] if answers else ["so then", "is then plus apples so"]
-    trainer = build(FlowGRPOTrainer, policy, folder, rollout_func=scripted(texts))
-    passes, spread = [], trainer._flow_credit.spread
-
-    def counted(rollouts):
-        count = trainer.model.model.embed_tokens.register_forward_pre_hook(
-            lambda *_: passes.append(trainer.model.training)
-        )
-        try:
-            return spread(rollouts)
-        finally:
-            count.remove()
-
-    trainer._flow_credit.spread = counted
+    kind = FlowGRPOTrainer if flow else GRPOTrainer
+    trainer = build(kind, policy, folder, rollout_func=scripted(texts), **options)
+    if sharded:
+        shard(trainer)
+    passes = []
+    trainer.model.model.layers[3].register_forward_pre_hook(
+        lambda *_: passes.append(torch.is_grad_enabled())
+    )
     trainer.train()
-    rank = trainer.accelerator.process_index
-    torch.save(trainer.model.state_dict(), folder / f"{rank}.pt")
+    state = {
+        name: part.full_tensor() if isinstance(part, DTensor) else part
+        for name, part in trainer.model.state_dict().items()
+    }
     said = {
         "processes": trainer.accelerator.num_processes,
         "passes": passes,
-        "log": [step for step in trainer.state.log_history if "flow/seconds" in step],
+        "training": all(module.training for module in trainer.model.modules()),
+        "random": torch.rand(3).tolist(),
+        "log": [step for step in trainer.state.log_history if "loss" in step],
     }
-    (folder / f"{rank}.json").write_text(json.dumps(said))
+    return said, state
+
+
+def main(policy, folder, runs):
+    """Train every run as one rank, and write what became of it."""
+    rank = os.environ["RANK"]
+    for number, options in enumerate(runs):
+        said, state = run(policy, folder / str(number), **options)
+        torch.save(state, folder / f"{number}-{rank}.pt")
+        (folder / f"{number}-{rank}.json").write_text(json.dumps(said))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))

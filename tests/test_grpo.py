@@ -2,12 +2,9 @@
 
 import importlib
 import inspect
-import json
 import math
-import os
 import pickle
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -574,40 +571,6 @@ def test_the_model_card_names_the_paper(policy, tmp_path):
     assert "How Does Reasoning Flow?" in card
     assert "2606.10646" in card
     assert "flowtracer" in card
-
-
-@pytest.mark.slow
-def test_two_processes_stay_one_model(policy, tmp_path):
-    """`accelerate launch --cpu` would start one process and say nothing."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [*launch, str(ROOT / "tests/grpo_worker.py"), policy, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first["processes"] == second["processes"] == 2
-    # One pass a step, and before the first those of the tracer's self-check.
-    assert first["passes"] == second["passes"]
-    assert len(first["passes"]) > len(first["log"]) == 2
-    assert not any(first["passes"])  # none in training mode
-    assert first["log"][0].keys() == second["log"][0].keys()
-    for ours, theirs in zip(first["log"], second["log"], strict=True):
-        assert ours["flow/answer_found"] == theirs["flow/answer_found"] == 0.5
-        for name in METRICS:
-            assert ours[f"flow/{name}"] == theirs[f"flow/{name}"]
-    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # guard rails
