@@ -27,7 +27,7 @@ ADVICE = {
     "with",
     "does not fit": "the order of the axes: `[batch, head, token, width]`, key heads not repeated",
     "misread": "the order of `query`, `key` and `value`, then `mask` (`True` where a query may "
-    "look), `scaling`, `softcap`, `sinks`",
+    "look), `scaling`, `softcap`, `bias`, `sinks`",
     "slightly off": "`scaling`, `softcap`, `bias`, `sinks`",
     "padding": "`mask`: take it from the call, where padding is in it; without one, `causal`",
     "not causal": "the model's configuration, not the adapter: it reads this call rightly",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import site
@@ -27,15 +28,16 @@ ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "adapters" / "README.md").read_text(encoding="utf-8")
 
 SAVE = """
-import sys, torch, wren_lm
+import sys, torch, fox_lm
 torch.manual_seed(0)
-model = wren_lm.WrenForCausalLM(
-    wren_lm.WrenConfig(vocab_size=64, hidden_size=48, num_hidden_layers=3, cap=3.0)
+config = fox_lm.FoxConfig(
+    vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=2,
 )
+model = fox_lm.FoxForCausalLM(config)
 with torch.no_grad():
     for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(0, 0.25)
+        parameter.add_(0.25 * torch.randn_like(parameter))  # norms and gates are at rest at first
     model.embed_tokens.weight.normal_(0, 1)
 model.save_pretrained(sys.argv[1])
 """
@@ -46,7 +48,7 @@ from flowtracer_plugin.attention import find_adapter
 from flowtracer_plugin.cli_loading import load_model
 model = load_model(sys.argv[1], "cpu", "auto")
 tracer = ft.wrap(model, layers="all")
-assert find_adapter(model).name == "wren"
+assert find_adapter(model).name == "fox"
 ids = torch.tensor([[5, 3, 8, 1, 9, 2, 7], [0, 0, 4, 4, 6, 11, 30]])
 torch.save((ids, tracer.attention(ids, ids != 0), model.state_dict()), sys.argv[2])
 """
@@ -103,7 +105,7 @@ def environment(tmp_path_factory) -> Iterator[Environment]:
     folder = tmp_path_factory.mktemp("extension")
     made = Environment(folder / "env")
     made.install(write_package(folder / "package"))
-    ran = made.run("-c", SAVE, made.folder / "wren")
+    ran = made.run("-c", SAVE, made.folder / "fox")
     assert ran.returncode == 0, ran.stderr
     return made
 
@@ -111,7 +113,7 @@ def environment(tmp_path_factory) -> Iterator[Environment]:
 @pytest.fixture
 def mistaken(environment) -> Iterator[Callable[[str, str], None]]:
     """The installed adapter, with some of its text replaced."""
-    (file,) = environment.folder.glob("lib/python*/site-packages/wren_lm/flowtracer.py")
+    (file,) = environment.folder.glob("lib/python*/site-packages/fox_lm/flowtracer.py")
     right = file.read_text()
 
     def change(old: str, new: str) -> None:
@@ -125,29 +127,43 @@ def mistaken(environment) -> Iterator[Callable[[str, str], None]]:
 def test_an_installed_adapter_is_listed_with_where_it_comes_from(environment):
     listed = json.loads(environment.flowtracer("adapters", "--json").stdout)
     assert listed[0] == {
-        "name": "wren",
-        "distribution": "wren-lm",
+        "name": "fox",
+        "distribution": "fox-lm",
         "version": "0.1.0",
-        "entry_point": "wren_lm.flowtracer:ADAPTERS",
+        "entry_point": "fox_lm.flowtracer:ADAPTERS",
         "skipped": None,
         "generic": False,
         "interface": False,
     }
     assert {entry["distribution"] for entry in listed[1:]} == {"flowtracer-plugin"}
     lines = environment.flowtracer("adapters").stdout.splitlines()
-    assert lines[1].split() == ["wren", "wren-lm", "0.1.0", "wren_lm.flowtracer:ADAPTERS"]
+    assert lines[1].split() == ["fox", "fox-lm", "0.1.0", "fox_lm.flowtracer:ADAPTERS"]
 
 
 def test_the_check_of_an_installed_adapter_passes(environment):
-    ran = environment.flowtracer("adapters", "check", "wren")
+    ran = environment.flowtracer("adapters", "check", "fox")
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "adapter  wren from wren-lm 0.1.0 (wren_lm.flowtracer:ADAPTERS)" in ran.stdout
+    assert "adapter  fox from fox-lm 0.1.0 (fox_lm.flowtracer:ADAPTERS)" in ran.stdout
     assert ran.stdout.endswith("3 of 3 sites pass\n")
     assert ran.stderr == ""
 
 
-def slow_head_mean(ids, weights, cap=3.0) -> torch.Tensor:
-    """Mean attention of all layers and heads, one number at a time, in double precision."""
+def rms_norm(state, weight) -> torch.Tensor:
+    return state / (state @ state / len(state) + 2**-23) ** 0.5 * weight
+
+
+def feed_forward(state, part) -> torch.Tensor:
+    normed = rms_norm(state, part["mlp_norm.weight"])
+    gate = part["mlp.gate_proj.weight"] @ normed
+    up = part["mlp.up_proj.weight"] @ normed
+    return part["mlp.down_proj.weight"] @ (gate / (1 + torch.exp(-gate)) * up)
+
+
+def slow_head_mean(ids, weights) -> torch.Tensor:
+    """Mean attention of all layers and heads, one number at a time, in double precision.
+
+    As the paper defines it: every forget gate behind a key is a factor on its exponential.
+    """
     weights = {name: weight.double() for name, weight in weights.items()}
     found = torch.zeros(*ids.shape, ids.shape[1], dtype=torch.float64)
     layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
@@ -155,9 +171,11 @@ def slow_head_mean(ids, weights, cap=3.0) -> torch.Tensor:
         states = [weights["embed_tokens.weight"][token] for token in text]
         for layer in range(layers):
             part = {n.split(".", 2)[2]: w for n, w in weights.items() if f"blocks.{layer}." in n}
-            packed = [
-                (part["project.weight"] @ state + part["project.bias"]).view(8, 12)
-                for state in states
+            normed = [rms_norm(state, part["norm.weight"]) for state in states]
+            packed = [(part["project.weight"] @ state).view(8, 12) for state in normed]
+            gates = [
+                1 / (1 + torch.exp(-(part["forget.weight"] @ state + part["forget.bias"])))
+                for state in normed
             ]
             mixed = [torch.zeros(4, 12, dtype=torch.float64) for _ in states]
             for later in range(len(text)):
@@ -165,7 +183,9 @@ def slow_head_mean(ids, weights, cap=3.0) -> torch.Tensor:
                 for head in range(4):
                     products = [packed[later][head] @ packed[k][4 + head // 2] for k in seen]
                     powers = [
-                        float(torch.exp(cap * torch.tanh(p / 12**0.5 / cap))) for p in products
+                        float(torch.exp(p / 12**0.5))
+                        * math.prod(float(gate[head]) for gate in gates[k + 1 : later + 1])
+                        for k, p in zip(seen, products, strict=True)
                     ]
                     for k, power in zip(seen, powers, strict=True):
                         share = power / sum(powers)
@@ -173,14 +193,15 @@ def slow_head_mean(ids, weights, cap=3.0) -> torch.Tensor:
                         if text[later] != 0:
                             found[row, later, k] += share / 4 / layers
             states = [
-                state + part["out.weight"] @ mix.flatten() + part["out.bias"]
+                state + part["out.weight"] @ mix.flatten()
                 for state, mix in zip(states, mixed, strict=True)
             ]
+            states = [state + feed_forward(state, part) for state in states]
     return found
 
 
 def test_wrap_finds_an_installed_adapter_and_reads_the_right_numbers(environment, tmp_path):
-    ran = environment.run("-c", READ, "wren", tmp_path / "read.pt")
+    ran = environment.run("-c", READ, "fox", tmp_path / "read.pt")
     assert ran.returncode == 0, ran.stderr
     ids, found, weights = torch.load(tmp_path / "read.pt")
     wanted = slow_head_mean(ids, weights)
@@ -196,23 +217,23 @@ def numbers_aside(text: str) -> str:
 
 
 def test_the_guide_shows_what_the_check_says_of_a_mistake(environment, mistaken):
-    mistaken('            softcap=kwargs["cap"],\n', "")
-    ran = environment.flowtracer("adapters", "check", "wren")
+    mistaken("            bias=kept[..., :, None] - kept[..., None, :],\n", "")
+    ran = environment.flowtracer("adapters", "check", "fox")
     assert ran.returncode == 1
-    assert numbers_aside(ran.stdout) == numbers_aside(blocks("text")[1])
+    assert numbers_aside(ran.stdout) == numbers_aside(blocks("text")[0])
 
 
 @pytest.fixture(scope="module")
-def wren(environment) -> Iterator[None]:
+def fox(environment) -> Iterator[None]:
     """The architecture, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(environment.folder.parent / "package")
-        importlib.import_module("wren_lm")
+        importlib.import_module("fox_lm")
         yield
 
 
 @pytest.fixture
-def check(wren, environment, monkeypatch) -> Callable[..., Result]:
+def check(fox, environment, monkeypatch) -> Callable[..., Result]:
     """`flowtracer adapters check` with a mistake in the guide's adapter, without a new process."""
 
     def run(old: str, new: str, *arguments: str) -> Result:
@@ -220,7 +241,7 @@ def check(wren, environment, monkeypatch) -> Callable[..., Result]:
         assert old in blocks("python")[1]
         exec(blocks("python")[1].replace(old, new), namespace)
         monkeypatch.setattr(attention, "_registered", [*namespace["ADAPTERS"]])
-        folder = str(environment.folder / "wren")
+        folder = str(environment.folder / "fox")
         return CliRunner().invoke(app, ["adapters", "check", folder, *arguments])
 
     return run
@@ -232,10 +253,16 @@ def check(wren, environment, monkeypatch) -> Callable[..., Result]:
         ("mask=~hidden", "mask=hidden", "misread", "differ from the attention output by"),
         ("mask=~hidden", "mask=None", "padding", "take it from the call"),
         ("** -0.5", "** -0.49", "slightly off", "bias"),
-        ('kwargs["cap"]', 'kwargs["limit"]', "read() fails", "KeyError: 'limit'"),
+        ("kept[..., :, None] -", "-kept[..., :, None] +", "misread", "bias, sinks"),
+        ('kwargs["log_gate"]', 'kwargs["gate"]', "read() fails", "KeyError: 'gate'"),
         ("value.transpose(1, 2)", "value.transpose(1, 2)[..., 1:]", "does not fit", "17, 4, 11]"),
         ("value.transpose(1, 2)", "None", "does not fit", "reads no values"),
-        ('function="wren_attention"', 'function="attend"', "not found", "wren_attention_0"),
+        (
+            'function="forgetting_attention"',
+            'function="attend"',
+            "not found",
+            "forgetting_attention_0",
+        ),
         ("layer=layer,", "layer=layer, visit=1,", "not found", "does not run so often"),
         ("layer=layer,", "layer=layer, visit=layer % 2,", "not found", "lists visit 1 of blocks.1"),
     ],
@@ -255,7 +282,8 @@ def test_every_kind_of_mistake_has_its_verdict(check, old, new, verdict, said):
 def test_the_arguments_of_a_misread_call_are_shown(check):
     ran = check("mask=~hidden", "mask=hidden")
     shapes = "float32[1, 17, 4, 12], float32[1, 17, 2, 12], float32[1, 17, 2, 12]"
-    assert f"the call: wren_attention({shapes}, bool[1, 1, 17, 17], cap=3.0)" in ran.stdout
+    given = f"{shapes}, bool[1, 1, 17, 17], log_gate=float32[1, 17, 4]"
+    assert f"the call: forgetting_attention({given})" in ran.stdout
 
 
 def test_the_same_as_json(check):
@@ -267,23 +295,23 @@ def test_the_same_as_json(check):
         assert (found["heads"], found["groups"]) == (4, 2)
         assert found["difference"] > found["tolerance"] == 2e-3
         assert found["look_at"] == ADVICE["misread"]
-    nothing = json.loads(check('kwargs["cap"]', 'float("nan")', "--json").stdout)
+    nothing = json.loads(check("query.shape[-1] ** -0.5", 'float("nan")', "--json").stdout)
     assert nothing["sites"][0]["difference"] == "nan"
 
 
 def test_sites_in_another_order_are_a_mistake_of_the_whole(check):
-    ran = check("enumerate(mixers)", "reversed([*enumerate(mixers)])")
+    ran = check("enumerate(layers)", "reversed([*enumerate(layers)])")
     assert ran.exit_code == 1
     assert "3 of 3 sites pass" in ran.stdout
-    assert "the run as a whole: the adapter 'wren' lists an attention call that" in ran.stdout
+    assert "the run as a whole: the adapter 'fox' lists an attention call that" in ran.stdout
 
 
 def test_a_module_that_is_run_more_often_than_it_is_listed_is_a_mistake_of_the_whole(
-    environment, wren
+    environment, fox
 ):
     namespace: dict[str, Any] = {}
     exec(blocks("python")[1], namespace)
-    model = AutoModelForCausalLM.from_pretrained(environment.folder / "wren")
+    model = AutoModelForCausalLM.from_pretrained(environment.folder / "fox")
     model.blocks[1] = model.blocks[0]
     diagnosis = diagnose(AttentionReader(model, namespace["ADAPTERS"][0]))
     assert [found.verdict for found in diagnosis.sites] == ["ok", "ok"]
@@ -294,15 +322,15 @@ def test_a_module_that_is_run_more_often_than_it_is_listed_is_a_mistake_of_the_w
 def test_a_module_that_is_not_there_is_named(check):
     ran = check("module=path", "module=path + '.attention'")
     assert ran.exit_code == 1
-    assert "lists the module 'blocks.0.attention', which WrenForCausalLM" in str(ran.exception)
+    assert "lists the module 'blocks.0.attention', which FoxForCausalLM" in str(ran.exception)
 
 
 def test_an_adapter_that_fails_in_matches_stands_in_nobodys_way(environment, mistaken):
-    mistaken("return bool(self.sites(model))", "return model.config.feathers > 3")
-    ran = environment.flowtracer("adapters", "check", "wren")
+    mistaken("return bool(self.sites(model))", "return model.config.tails > 1")
+    ran = environment.flowtracer("adapters", "check", "fox")
     assert ran.returncode == 1
-    assert "Skipped wren from wren-lm 0.1.0: its matches() fails (AttributeError: " in ran.stderr
-    assert "mend, update or uninstall wren-lm" in ran.stderr
+    assert "Skipped fox from fox-lm 0.1.0: its matches() fails (AttributeError: " in ran.stderr
+    assert "mend, update or uninstall fox-lm" in ran.stderr
     model = os.fspath(ROOT / "examples" / "reasoner" / "model")
     assert environment.flowtracer("adapters", "check", model).returncode == 0
 
