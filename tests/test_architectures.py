@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     FalconConfig,
     MusicgenForCausalLM,
+    PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -75,6 +78,23 @@ def test_summaries_of_a_cached_prefix_are_refused():
 # --- ways that a configuration chooses ---
 
 
+def one_hot_values(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """What PyTorch's own function, called as Falcon calls it, makes of one-hot values."""
+    real, found = torch.nn.functional.scaled_dot_product_attention, []
+
+    def recorded(query, key, value, **options):
+        one_hot = torch.eye(key.shape[2]).expand(*key.shape[:2], -1, -1)
+        found.append(real(query, key, one_hot, **options))
+        return real(query, key, value, **options)
+
+    with (
+        torch.no_grad(),
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", recorded),
+    ):
+        model(**model_inputs(model, ids, torch.ones_like(ids)))
+    return found
+
+
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("alibi", [False, True])
@@ -97,6 +117,11 @@ def test_falcon_is_read_in_all_of_its_four_ways(alibi, implementation, padding):
         with torch.no_grad():
             apart = own(**inputs).logits - eager(**inputs).logits
         assert apart[mask].abs().max() > 0.1
+        for row, shown in enumerate(mask):
+            text = ids[row : row + 1, shown]
+            for layer, wanted in enumerate(one_hot_values(own, text)):
+                found = reader.read(ids, mask, [layer])[row]
+                assert_close(found[shown][:, shown], wanted[0].mean(0))
         return
     for layer, weights in reported_attention(eager, ids, mask).items():
         wanted = weights.mean(1) * mask[:, :, None] * mask[:, None, :]

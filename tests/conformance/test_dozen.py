@@ -41,9 +41,11 @@ def test_the_reader_reads_what_the_model_reports(model_type):
     assert float(row.difference) < BOUND
 
 
-@pytest.mark.parametrize("model_type", ["bart", "deepseek_v3", "jamba", "opt"])
+@pytest.mark.parametrize("model_type", DOZEN)
 def test_the_interface_reads_the_same(model_type):
-    assert measure(model_type, "interface").status == "passed"
+    row = measure(model_type, "interface")
+    own_code = model_type in {"bloom", "falcon", "gptj", "xlnet"}
+    assert row.status == ("refused" if own_code else "passed"), row.note
 
 
 @pytest.mark.parametrize(
