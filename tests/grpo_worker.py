@@ -78,16 +78,19 @@ def build(
     rows=None,
     peft_config=None,
     rollout_func=None,
+    eval_dataset=False,
     **options,
 ):
     """A trainer of this kind; a policy is a folder or a model."""
     config_kind = FlowGRPOConfig if issubclass(kind, FlowCreditMixin) else GRPOConfig
+    data = Dataset.from_dict(rows or {"prompt": PROMPTS * 4})
     return kind(
         policy,
         reward_funcs,
         args=config(config_kind, folder, **options),
         processing_class=word_tokenizer(),
-        train_dataset=Dataset.from_dict(rows or {"prompt": PROMPTS * 4}),
+        train_dataset=data,
+        eval_dataset=data.select(range(4)) if eval_dataset else None,
         peft_config=peft_config,
         rollout_func=rollout_func,
     )

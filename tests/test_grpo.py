@@ -144,7 +144,7 @@ def test_it_trains_and_logs(policy, tmp_path):
     assert min(logged(trainer, "seconds")) > 0
 
 
-def slow_weights(model, text, prompt, place, *, layers, target, **options):
+def slow_weights(model, text, prompt, place, *, layers, target, chosen=None, **options):
     """By eager attention and the loops of `reference`, one row without padding."""
     asked, said = words(prompt), words(text)
     attention = eager_attention(model, asked + said, layers)
@@ -152,7 +152,8 @@ def slow_weights(model, text, prompt, place, *, layers, target, **options):
     question = (tokens > 0) & (tokens < len(asked))
     wanted = tokens == len(asked) + place - (target == "decision")
     throughput = reference.flow(attention.numpy(), question, wanted)["throughput"]
-    return slow_credit(throughput[len(asked) :], np.ones(len(said)), **options)
+    competing = np.ones(len(said)) if chosen is None else np.array(chosen, float)
+    return slow_credit(throughput[len(asked) :], competing, **options)
 
 
 @pytest.mark.parametrize(
