@@ -30,6 +30,12 @@ def check_host(host: type) -> None:
             f"flow credit needs trl.GRPOTrainer or a subclass, and {host.__name__} is none: it has "
             "one advantage per completion. Give it a FlowReward as reward function instead"
         )
+    if any("unsloth" in f"{kind.__module__}.{kind.__name__}".lower() for kind in host.__mro__):
+        raise UnsupportedTrainerError(
+            f"{host.__name__} is Unsloth's, whose generated loss takes one advantage per "
+            "completion; import GRPOTrainer from trl before anything of unsloth, or give this one "
+            "a FlowReward as reward function instead"
+        )
 
 
 def check_level(level: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from trl.extras.profiling import profiling_context
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from flowtracer_plugin._grpo_checks import check_trainer, find_tokenizer
 from flowtracer_plugin._grpo_log import CreditLog
@@ -23,11 +24,15 @@ from flowtracer_plugin._grpo_options import CreditOptions
 from flowtracer_plugin._grpo_reading import RolloutReader, Scored
 from flowtracer_plugin.attention import find_adapter
 from flowtracer_plugin.causal_lm import evaluating, unwrapped
+from flowtracer_plugin.parallel import tensor_parallel_group
 from flowtracer_plugin.scorers import SCORERS, credit_weights
 from flowtracer_plugin.tracer import wrap
 
 WEIGHTS, ROWS = "flow_weights", "flow_rows"
 """What rollouts carry beside TRL's own: each token's weight, and each row's place."""
+
+_SCORING = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
+"""TRL's own signature: what stands around the method may take anything."""
 
 Forward = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 """TRL's method that runs the model: log-probabilities, entropies and a loss of experts."""
@@ -103,7 +108,8 @@ class FlowCredit:
 
     def forward(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         """Around `_get_per_token_logps_and_entropies`: listens to it where its time has come."""
-        given = inspect.signature(forward).bind(*args, **kwargs).arguments
+        given = _SCORING.bind(None, *args, **kwargs).arguments
+        del given["self"]
         if self._listens and self._heard is None and self._is_policy(given["model"]):
             needed = "entropy" in self._reader.scorer.needs
             given["compute_entropy"] = given.get("compute_entropy", False) or needed
@@ -166,8 +172,7 @@ class FlowCredit:
         mask = torch.cat([rollouts["prompt_mask"], rollouts["completion_mask"]], dim=1)
         size, kept = trainer.args.per_device_train_batch_size, rollouts["completion_ids"].shape[1]
         method = trainer._get_per_token_logps_and_entropies
-        parameters = inspect.signature(method).parameters
-        others = {name: rollouts[name] for name in parameters if name in rollouts}
+        others = {name: rollouts[name] for name in _SCORING.parameters if name in rollouts}
         with profiling_context(trainer, "flow_credit"), torch.no_grad():
             if not others and "entropy" not in self._reader.scorer.needs:
                 try:
@@ -228,6 +233,11 @@ class FlowCredit:
     def _rollout_reader(self) -> RolloutReader:
         options, trainer = self.options, self._trainer
         scorer = SCORERS[options.scorer]
+        if "heads" in scorer.needs and tensor_parallel_group(trainer.model) is not None:
+            raise ValueError(
+                f"flow_scorer={scorer.name!r} chooses among all heads, and a tensor parallel model "
+                "has only some of them in each process; choose another scorer"
+            )
         tracer = wrap(
             trainer.model,
             find_tokenizer(trainer.processing_class),

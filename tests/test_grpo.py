@@ -715,6 +715,18 @@ def test_hosts_that_are_no_grpo_trainer_are_refused(policy, tmp_path):
         attach_flow_credit("GRPOTrainer")
 
 
+def test_unsloths_trainer_is_refused(policy, tmp_path):
+    generated = type("UnslothGRPOTrainer", (GRPOTrainer,), {})
+    with pytest.raises(UnsupportedTrainerError, match=r"Unsloth's.* from trl before.* FlowReward"):
+        attach_flow_credit(build(generated, policy, tmp_path))
+
+    class Mixed(FlowCreditMixin, generated):
+        pass
+
+    with pytest.raises(UnsupportedTrainerError, match="Mixed is Unsloth's"):
+        Mixed(policy, reward)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_a_plain_config_is_refused(policy, tmp_path):
     with pytest.raises(TypeError, match=r"needs args=FlowGRPOConfig\(...\), got GRPOConfig"):
