@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from trl import GRPOConfig
+from trl import GRPOConfig, RLOOConfig, RLOOTrainer
 
 from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig, FlowGRPOTrainer
 from tests.families import tiny_model
@@ -88,6 +88,17 @@ def build(
         train_dataset=Dataset.from_dict(rows or {"prompt": PROMPTS * 4}),
         peft_config=peft_config,
         rollout_func=rollout_func,
+    )
+
+
+def build_rloo(policy, folder, reward_funcs, rows=None):
+    """The same for RLOO, which knows nothing of token-level credit."""
+    return RLOOTrainer(
+        policy,
+        reward_funcs,
+        args=config(RLOOConfig, folder),
+        processing_class=word_tokenizer(),
+        train_dataset=Dataset.from_dict(rows or {"prompt": PROMPTS * 4}),
     )
 
 
