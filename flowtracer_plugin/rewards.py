@@ -29,7 +29,7 @@ from flowtracer_plugin.cli_loading import load_model, load_tokenizer
 from flowtracer_plugin.reward import FlowReward, completion_text
 from flowtracer_plugin.tracer import FlowTracer, wrap
 
-__all__ = ["concentration", "math_answer", "math_flow", "reasoning_share"]
+__all__ = ["completion_text", "concentration", "math_answer", "math_flow", "reasoning_share"]
 
 MODEL, DEVICE = "FLOWTRACER_MODEL", "FLOWTRACER_DEVICE"
 

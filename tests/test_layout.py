@@ -39,7 +39,9 @@ LAYERS = [
     {"report.payload", "report.drawing", "report.terminal"},
     {"report.page"},
     {"report"},
-    {"cli_loading"},
+    {"cli_loading", "training_data"},
+    {"rewards"},
+    {"training"},
     {"cli_adapters"},
     {"cli"},
     {"__main__"},
@@ -59,6 +61,7 @@ LATE = {
     ("_flow_numpy", "scipy.sparse"),
     ("credit", "torch"),
     ("causal_lm", "peft"),
+    ("rewards", "math_verify"),
 }
 # These must not load anything, so all of their imports are late.
 LAZY = {"__init__", "cli", "cli_adapters", "cli_loading"}
@@ -154,8 +157,10 @@ def test_nothing_else_is_imported_late(name):
     ("package", "importers"),
     [
         ("nnsight", {"capture"}),
-        ("trl", {"grpo", "_grpo_checks", "_grpo_credit"}),
+        ("trl", {"grpo", "_grpo_checks", "_grpo_credit", "training"}),
         ("networkx", {"trace"}),
+        ("datasets", {"training", "training_data"}),
+        ("math_verify", {"rewards"}),
         ("typer", {"cli", "cli_adapters", "cli_loading"}),
     ],
 )
