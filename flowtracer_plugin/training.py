@@ -175,7 +175,7 @@ def build_trainer(
 
 
 def train(trainer: FlowGRPOTrainer) -> None:
-    """Train, from a checkpoint if the arguments say so, and save the model.
+    """Train, from a checkpoint if the arguments say so; save the model and `trainer_state.json`.
 
     `--resume_from_checkpoint` takes a folder, or `true` for the last one in the output folder.
 
@@ -185,6 +185,7 @@ def train(trainer: FlowGRPOTrainer) -> None:
     args, say = trainer.args, trainer.accelerator.print
     trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
     trainer.save_model(args.output_dir)
+    trainer.save_state()  # with the log of every step
     say(f"wrote {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()

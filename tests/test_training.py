@@ -91,7 +91,7 @@ def test_every_option_of_flow_credit_is_one_of_the_script():
     given = {
         field.name: 0.25 if field.name == "flow_top_fraction" else field.default
         for field in fields(FlowGRPOConfig)
-        if field.name.startswith("flow_") and field.default is not None
+        if field.name.startswith("flow_") and isinstance(field.default, str | int | float)
     }
     flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
     _, training_args, _ = parse([*flags, "--use_cpu", "true"])
@@ -249,11 +249,11 @@ def test_prompts_that_cannot_be_made(options, message):
 
 def test_it_trains_saves_and_says_so(policy, data, tmp_path, capsys):
     names = ("math_answer", "flow", "concentration", "math_flow")
-    main(arguments(policy, data, tmp_path, "--save_strategy", "steps", rewards=names))
+    main(arguments(policy, data, tmp_path, rewards=names))
     assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'out'}\n")
     assert not same(state(tmp_path / "out"), state(policy))
-    log = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())["log_history"]
-    assert max(step["flow/answer_found"] for step in log) > 0
+    log = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert max(step.get("flow/answer_found", 0) for step in log) > 0
     for name in ("math_answer", "reasoning_share", "concentration", "math_flow"):
         assert f"rewards/{name}/mean" in log[0], name
 
@@ -453,12 +453,12 @@ def command(*more, module=("-m", "flowtracer_plugin", "train"), launch=(), **env
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(policy, data, tmp_path):
-    given = arguments(policy, data, tmp_path, "--save_strategy", "steps", rewards=("flow",))
+    given = arguments(policy, data, tmp_path, rewards=("flow",))
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     ran = command(*given, launch=launch, ACCELERATE_USE_CPU="true")
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.count("wrote ") == 1
-    saved = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())
+    saved = json.loads((tmp_path / "out/trainer_state.json").read_text())
     # two processes of four completions each, two prompts in each
     assert saved["log_history"][0]["num_tokens"] > 8 * 3
     assert "flow/seconds" in saved["log_history"][0]
