@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
@@ -524,6 +526,21 @@ def test_a_named_reward_traces_the_model_of_the_environment(policy, tracer, monk
     assert getattr(rewards, name).__name__ == rewards._reward(name).__name__ == name
     monkeypatch.delenv("FLOWTRACER_MODEL")
     assert call(getattr(rewards, name)) == found  # loaded once
+
+
+@pytest.mark.usefixtures("fresh")
+def test_loading_draws_no_random_number_even_where_files_lack_weights(
+    policy, tmp_path, monkeypatch
+):
+    folder = tmp_path / "without_head"
+    shutil.copytree(policy, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setenv("FLOWTRACER_MODEL", str(folder))
+    before = torch.get_rng_state()
+    call(rewards.reasoning_share)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.usefixtures("fresh")
