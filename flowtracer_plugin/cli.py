@@ -33,7 +33,7 @@ def main() -> None:
     """Run the command line; mistakes end in one sentence on stderr and exit code 1."""
     try:
         app()
-    except (ValueError, LookupError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, OSError, RuntimeError, ImportError) as error:
         if "--traceback" in sys.argv:
             raise
         _fail(error)
@@ -155,6 +155,26 @@ def trace(
             asked, max_new_tokens=max_new_tokens, do_sample=sample, progress=sys.stderr.isatty()
         )
     _show(result, as_json=json, html=html, save=save)
+
+
+# TRL's parser knows these options, and importing TRL to list them takes seconds.
+@app.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True},
+)
+def train(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="--OPTION VALUE ...")] = None,
+) -> None:
+    """Train a model by GRPO with flow credit; its --help shows every option.
+
+    For example:
+
+    flowtracer train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl
+    --prompt_column question --answer_column answer --reward_funcs math_answer
+    """
+    from flowtracer_plugin.training import main as run
+
+    run([part for part in arguments or () if part != "--traceback"], prog="flowtracer train")
 
 
 def _show(result: FlowTrace, *, as_json: bool, html: Path | None, save: Path | None) -> None:

@@ -34,12 +34,12 @@ def load_model(
     return model.to(chosen).eval()
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer that belongs to a model."""
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """The tokenizer that belongs to a model. `options` are transformers' own."""
     from transformers import AutoTokenizer
 
     with _friendly(name, "model and tokenizer"):
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **options)
 
 
 @contextmanager

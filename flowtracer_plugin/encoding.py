@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-Prompt = str | Sequence[Mapping[str, str]]
-"""A text, or chat messages with `role` and `content`."""
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or chat messages with `role` and `content`, which is text or a list of parts of text."""
 
 
 def encode_prompt(
@@ -37,6 +37,8 @@ def encode_prompt(
     for message in messages:
         if "role" not in message or "content" not in message:
             raise ValueError(f"a chat message needs 'role' and 'content', got {message!r}")
+        if is_text(message["content"]):  # few chat templates take parts
+            message["content"] = content_text(message["content"])
     text = str(
         tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **(template_options or {})
@@ -65,4 +67,18 @@ def user_text(prompt: Prompt) -> str | None:
     """What the user said last."""
     if isinstance(prompt, str):
         return prompt
-    return next((m["content"] for m in reversed(prompt) if m["role"] == "user"), None)
+    said = (m["content"] for m in reversed(prompt) if m["role"] == "user")
+    return next((content_text(content) if is_text(content) else content for content in said), None)
+
+
+def is_text(content: Any) -> bool:
+    """Whether the content of a chat message is text, or a list of parts that all are."""
+    return isinstance(content, str) or (
+        isinstance(content, list)
+        and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content)
+    )
+
+
+def content_text(content: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of a chat message whose content `is_text`."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)

@@ -28,6 +28,7 @@ class FlowBatch:
         prompt_length: Columns before the completions.
         throughput: Flow through every token, prompt and completion.
         reach: Influence of every token on the answer.
+        target: Where flow ends.
         reasoning_share: Share of each row's flow that enters the completion at a token other than
             the answer.
         answers: What was found in each row.
@@ -36,6 +37,7 @@ class FlowBatch:
     prompt_length: int
     throughput: Float[Tensor, "batch token"]
     reach: Float[Tensor, "batch token"]
+    target: Bool[Tensor, "batch token"]
     reasoning_share: Float[Tensor, " batch"]
     answers: tuple[FoundAnswer | None, ...]
 
@@ -43,6 +45,13 @@ class FlowBatch:
     def completion_throughput(self) -> Float[Tensor, "batch completion"]:
         """Throughput of the completion tokens."""
         return self.throughput[:, self.prompt_length :]
+
+    @property
+    def reasoning(self) -> Bool[Tensor, "batch token"]:
+        """Completion tokens before the target or between its tokens: none without an answer."""
+        still = self.target.flip(-1).int().cumsum(-1).flip(-1) > 0
+        still[:, : self.prompt_length] = False
+        return still & ~self.target
 
     @property
     def found(self) -> Bool[Tensor, " batch"]:
@@ -167,6 +176,7 @@ def solve_rollouts(
         prompt_length=prompt_length,
         throughput=throughput,
         reach=reach,
+        target=masks.target,
         reasoning_share=share,
         answers=masks.answers,
     )
@@ -178,6 +188,7 @@ def join_batches(parts: Sequence[FlowBatch]) -> FlowBatch:
         prompt_length=parts[0].prompt_length,
         throughput=torch.cat([part.throughput for part in parts]),
         reach=torch.cat([part.reach for part in parts]),
+        target=torch.cat([part.target for part in parts]),
         reasoning_share=torch.cat([part.reasoning_share for part in parts]),
         answers=tuple(answer for part in parts for answer in part.answers),
     )

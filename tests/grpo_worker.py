@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig, FlowGRPOTrainer
 from tests.families import tiny_model
@@ -93,6 +93,17 @@ def build(
         eval_dataset=data.select(range(4)) if eval_dataset else None,
         peft_config=peft_config,
         rollout_func=rollout_func,
+    )
+
+
+def build_rloo(policy, folder, reward_funcs, rows=None):
+    """The same for RLOO, which knows nothing of token-level credit."""
+    return RLOOTrainer(
+        policy,
+        reward_funcs,
+        args=config(RLOOConfig, folder),
+        processing_class=word_tokenizer(),
+        train_dataset=Dataset.from_dict(rows or {"prompt": PROMPTS * 4}),
     )
 
 

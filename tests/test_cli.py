@@ -499,3 +499,104 @@ def test_an_adapter_of_peft_is_a_model_too(flowtracer, plain_model, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     ran = flowtracer("trace", "--model", tmp_path, "--prompt", PROMPT, "--response", RESPONSE)
     assert ran.code == 0, ran.err
+
+
+# training, whose own tests are in test_training.py
+
+
+def test_the_help_of_training_lists_the_options_of_trl_and_of_flow_credit(flowtracer):
+    ran = flowtracer("train", "--help")
+    assert ran.code == 0
+    assert ran.out.startswith("usage: flowtracer train [--config FILE.yaml] [--OPTION VALUE ...]")
+    for option in ("--prompt_column", "--flow_gamma", "--num_generations", "--lora_r"):
+        assert f"\n  {option} " in ran.out, option
+
+
+@pytest.fixture
+def train(flowtracer, plain_model, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "data.jsonl").write_text(json.dumps({"question": PROMPT, "solution": "2"}) + "\n")
+    given = {
+        "--model_name_or_path": plain_model,
+        "--dataset_name": tmp_path / "data.jsonl",
+        "--prompt_column": "question",
+        "--answer_column": "solution",
+        "--reward_funcs": "math_answer",
+        "--output_dir": tmp_path / "out",
+        "--use_cpu": "true",
+    }
+
+    def run(**changed):
+        options = given | {f"--{name}": value for name, value in changed.items()}
+        pairs = [(name, value) for name, value in options.items() if value is not None]
+        return flowtracer("train", *[part for pair in pairs for part in pair])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dataset_name": "nowhere.jsonl"}, "there is no file 'nowhere.jsonl'"),
+        ({"dataset_name": None}, "no data: pass --dataset_name FILE"),
+        ({"dataset_train_split": "dev"}, 'Unknown split "dev". Should be one of'),
+        ({"prompt_column": "ask"}, "no column 'ask', which --prompt_column names; they have"),
+        ({"answer_column": "ask"}, "no column 'ask', which --answer_column names; they have"),
+        ({"answer_column": None}, "math_answer needs the right answers: pass --answer_column"),
+        (
+            {"prompt_template": "Q:"},
+            "--prompt_template must be hash, boxed or a text with {prompt}",
+        ),
+        ({"reward_funcs": None}, "no reward: pass --reward_funcs"),
+        ({"reward_funcs": "math"}, "there is no reward 'math'; wanted one of math_answer"),
+        ({"reward_funcs": "a.b"}, "cannot import the reward 'a.b': No module named 'a'"),
+        ({"model_name_or_path": "./nowhere"}, "there is no folder './nowhere'"),
+        ({"model_name_or_path": None}, "no model: pass --model_name_or_path"),
+        ({"promt": "a"}, "there is no option '--promt'; did you mean --"),
+        ({"flow_gamma": "much"}, "invalid float value: 'much'; --help shows what there is"),
+        ({"flow_sign": "plus"}, "sign must be one of both, positive, negative, got 'plus'"),
+        ({"config": "nowhere.yaml"}, "No such file or directory: 'nowhere.yaml'"),
+    ],
+    ids=lambda part: " ".join(f"{k}={v}" for k, v in part.items()) if type(part) is dict else "",
+)
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_mistakes_in_training_fail_in_one_sentence(train, changed, message, monkeypatch):
+    import inspect
+
+    from flowtracer_plugin.grpo import FlowGRPOConfig
+
+    # TRL's own fields do not hold what they declare, which the type checks of the tests refuse.
+    monkeypatch.setattr(FlowGRPOConfig, "__init__", inspect.unwrap(FlowGRPOConfig.__init__))
+    ran = train(**changed)
+    assert_failed(Ran(ran.code, ran.out, error_lines(ran.err)), 1, message)
+
+
+def error_lines(text):
+    """Without the progress bars of loading."""
+    lines = [line for line in text.splitlines() if line.startswith(("error", "(--trace", "Trace"))]
+    return "\n".join(lines)
+
+
+def test_without_trl_training_says_what_to_install(flowtracer, monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+
+    from flowtracer_plugin import _trl_version
+
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(_trl_version, "version", version)
+    for name in ("training", "grpo"):
+        monkeypatch.delitem(sys.modules, f"flowtracer_plugin.{name}", raising=False)
+    ran = flowtracer("train", "--flow_gamma", "2")
+    assert_failed(ran, 1, "needs TRL; run: pip install 'flowtracer-plugin[trl]'")
+
+
+def test_the_traceback_of_training_can_be_shown(monkeypatch):
+    arguments = ["flowtracer", "train", "--lora_r", "much", "--traceback"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(ValueError, match="invalid int value: 'much'"):
+        cli.main()

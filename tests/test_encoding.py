@@ -2,7 +2,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from flowtracer_plugin.encoding import encode_prompt, encode_response, user_text
+from flowtracer_plugin.encoding import encode_prompt, encode_response, is_text, user_text
 from tests.tiny import MESSAGES, PROMPT, tiny_tokenizer
 
 
@@ -92,3 +92,28 @@ def test_an_empty_response_has_no_tokens(plain):
 )
 def test_what_the_user_said_last(prompt, words):
     assert user_text(prompt) == words
+
+
+def test_content_may_be_a_list_of_parts_of_text(chat):
+    first, second = PROMPT[:9], PROMPT[9:]
+    parts = [{"type": "text", "text": first}, {"type": "text", "text": second}]
+    messages = [{"role": "user", "content": parts}]
+    assert encode_prompt(chat, messages) == encode_prompt(chat, MESSAGES)
+    assert user_text(messages) == user_text(MESSAGES) == PROMPT
+    assert messages[0]["content"] is parts
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("a", True),
+        ([], True),
+        ([{"type": "text", "text": "a"}], True),
+        ([{"type": "text", "text": "a"}, {"type": "image"}], False),
+        ([{"type": "image"}], False),
+        (["a"], False),
+        (None, False),
+    ],
+)
+def test_what_is_text(content, wanted):
+    assert is_text(content) is wanted

@@ -1,9 +1,8 @@
-"""TRL: token-level credit in real trainers, and the reward in trainers that know nothing of it."""
+"""TRL: token-level credit in real trainers."""
 
 import importlib
 import inspect
 import math
-import pickle
 import re
 import sys
 from dataclasses import replace
@@ -19,7 +18,7 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 import flowtracer_plugin as ft
 from flowtracer_plugin import _grpo_checks, _grpo_reading, _trl_version
@@ -38,6 +37,7 @@ from tests.grpo_worker import (
     PROMPTS,
     WORDS,
     build,
+    build_rloo,
     config,
     reward,
     save_policy,
@@ -574,6 +574,18 @@ def test_the_model_card_names_the_paper(policy, tmp_path):
     assert "flowtracer" in card
 
 
+def test_credit_and_reward_trace_one_model_together(policy, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    flow_reward = FlowReward(ft.wrap(model, word_tokenizer()))
+    trainer = build(
+        FlowGRPOTrainer, model, tmp_path, [reward, flow_reward], rollout_func=scripted(TEXTS)
+    )
+    alone = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    assert torch.equal(weights(trainer), weights(alone))
+    trainer.train()
+    assert logged(trainer, "answer_found") == [1.0, 1.0]
+
+
 # guard rails
 
 
@@ -693,16 +705,6 @@ def test_gmpo_is_refused(policy, tmp_path):
         build(Mixed, policy, tmp_path)
 
 
-def rloo(policy, folder, reward_funcs, rows=None):
-    return RLOOTrainer(
-        policy,
-        reward_funcs,
-        args=config(RLOOConfig, folder),
-        processing_class=word_tokenizer(),
-        train_dataset=Dataset.from_dict(rows or {"prompt": PROMPTS * 4}),
-    )
-
-
 def test_hosts_that_are_no_grpo_trainer_are_refused(policy, tmp_path):
     class Mixed(FlowCreditMixin, RLOOTrainer):
         pass
@@ -710,7 +712,7 @@ def test_hosts_that_are_no_grpo_trainer_are_refused(policy, tmp_path):
     with pytest.raises(UnsupportedTrainerError, match=r"Mixed is none.*FlowReward"):
         Mixed(policy, reward)
     with pytest.raises(UnsupportedTrainerError, match=r"RLOOTrainer is none.*FlowReward"):
-        attach_flow_credit(rloo(policy, tmp_path, reward))
+        attach_flow_credit(build_rloo(policy, tmp_path, reward))
     with pytest.raises(UnsupportedTrainerError, match="str is none"):
         attach_flow_credit("GRPOTrainer")
 
@@ -786,169 +788,3 @@ def test_a_model_without_attention_is_refused(tmp_path):
     )
     with pytest.raises(NoAttentionError):
         build(FlowGRPOTrainer, mamba, tmp_path)
-
-
-# reward
-
-
-@pytest.fixture
-def tracer(policy):
-    return ft.wrap(AutoModelForCausalLM.from_pretrained(policy), word_tokenizer())
-
-
-def call(flow_reward, texts=TEXTS, prompts=None, **columns):
-    return flow_reward(
-        prompts=prompts or [PROMPTS[row // 2] for row in range(len(texts))],
-        completions=list(texts),
-        completion_ids=[words(text) for text in texts],
-        **columns,
-    )
-
-
-def test_the_reward_is_the_reasoning_share(tracer):
-    scores = call(FlowReward(tracer))
-    for row, text in enumerate(TEXTS):
-        trace = tracer.trace_tokens(words(PROMPTS[row // 2]), words(text))
-        assert scores[row] == pytest.approx(trace.reasoning_share, rel=1e-5)
-    assert all(0 < share <= 1 for share in scores)
-    assert len(set(scores)) == 4
-
-
-def test_no_answer_is_no_opinion(tracer):
-    scores = call(FlowReward(tracer, batch_size=2), ["so then", "", "so", "is 3", ""])
-    assert [score is None for score in scores] == [True, True, True, False, True]
-    assert call(FlowReward(tracer), ["", ""]) == [None, None]
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_the_reward_does_not_depend_on_the_batch(tracer, batch_size):
-    wanted = call(FlowReward(tracer))
-    assert call(FlowReward(tracer, batch_size=batch_size)) == pytest.approx(wanted, rel=1e-5)
-
-
-def test_messages_go_through_the_chat_template_as_trl_does_it(tracer, monkeypatch):
-    seen, trace = [], tracer.trace_ids
-    monkeypatch.setattr(tracer, "trace_ids", lambda *a, **k: seen.append(a) or trace(*a, **k))
-    messages = [{"role": "user", "content": PROMPTS[0]}]
-    scores = FlowReward(tracer)(
-        prompts=[messages],
-        completions=[[{"role": "assistant", "content": TEXTS[0]}]],
-        completion_ids=[words(TEXTS[0])],
-    )
-    wanted = word_tokenizer().apply_chat_template(messages, add_generation_prompt=True)
-    assert seen[0][0][0].tolist() == wanted["input_ids"]
-    assert scores == pytest.approx(call(FlowReward(tracer), TEXTS[:1], [f"{PROMPTS[0]} so then"]))
-
-
-def test_trainers_that_give_no_ids_get_a_score_for_the_text(tracer):
-    flow_reward = FlowReward(tracer)
-    wanted = call(flow_reward)
-    prompts = [PROMPTS[row // 2] for row in range(4)]
-    assert flow_reward(prompts=prompts, completions=TEXTS) == wanted
-    messages = [[{"role": "assistant", "content": text}] for text in TEXTS]
-    assert flow_reward(prompts=prompts, completions=messages) == wanted
-
-
-def given_outcome(prompts, completions, completion_ids, outcome, **columns):
-    return outcome
-
-
-def test_an_outcome_is_scaled_and_a_negative_one_stays(tracer):
-    texts = [*TEXTS[:2], "so then", "so then", *TEXTS[2:]]
-    outcome = [1.0, -1.0, 1.0, -1.0, 0.0, None]
-    shares = call(FlowReward(tracer), texts)
-    scores = call(FlowReward(tracer, outcome=given_outcome), texts, outcome=outcome)
-    assert scores == [pytest.approx(shares[0]), -1.0, 0.0, -1.0, 0.0, None]
-
-
-def test_the_reward_leaves_mode_and_random_numbers_alone(tracer):
-    tracer.model.train()
-    tracer.model.model.layers[0].eval()
-    modes = [module.training for module in tracer.model.modules()]
-    before = torch.get_rng_state()
-    call(FlowReward(tracer))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert [module.training for module in tracer.model.modules()] == modes
-
-
-@pytest.mark.parametrize("shared", [True, False], ids=["the policy", "another model"])
-def test_the_reward_trains_in_unmodified_grpo(policy, tmp_path, tracer, shared):
-    model = tracer.model if shared else policy
-    flow_reward = FlowReward(tracer, name="reasoning")
-    trainer = build(GRPOTrainer, model, tmp_path, [reward, flow_reward], max_steps=3)
-    trainer.train()
-    means = [step.get("rewards/reasoning/mean") for step in trainer.state.log_history]
-    assert any(mean is not None and 0 < mean <= 1 for mean in means)
-    found = [step["reasoning/answer_found"] for step in trainer.state.log_history[:3]]
-    assert all(0 <= share <= 1 for share in found)
-    assert max(found) > 0
-
-
-def test_credit_and_reward_trace_one_model_together(policy, tmp_path, tracer):
-    flow_reward = FlowReward(tracer)
-    trainer = build(
-        FlowGRPOTrainer, tracer.model, tmp_path, [reward, flow_reward], rollout_func=scripted(TEXTS)
-    )
-    alone = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
-    assert torch.equal(weights(trainer), weights(alone))
-    trainer.train()
-    assert logged(trainer, "answer_found") == [1.0, 1.0]
-
-
-def right_digit(prompts, completions, completion_ids, digit, **columns):
-    """A reward that needs a column of the data set."""
-    return [float(str(wanted) in text) for wanted, text in zip(digit, completions, strict=True)]
-
-
-@pytest.mark.parametrize("kind", [GRPOTrainer, RLOOTrainer])
-def test_columns_reach_the_outcome(policy, tmp_path, tracer, kind):
-    rows = {"prompt": PROMPTS * 4, "digit": [7] * 16}
-    rewards = [FlowReward(tracer, outcome=right_digit), reward]
-    if kind is GRPOTrainer:
-        trainer = build(GRPOTrainer, policy, tmp_path, rewards, rows=rows)
-    else:
-        trainer = rloo(policy, tmp_path, rewards, rows)
-    trainer.train()
-    assert "rewards/flow_reward/mean" in trainer.state.log_history[0]
-
-
-def test_the_reward_can_be_pickled(tracer):
-    flow_reward = FlowReward(tracer, outcome=given_outcome, name="mine", batch_size=3)
-    again = pickle.loads(pickle.dumps(flow_reward))
-    outcome = [1.0, 0.5, 0.25, 2.0]
-    assert call(again, outcome=outcome) == call(flow_reward, outcome=outcome)
-    assert (again.__name__, again.batch_size) == ("mine", 3)
-    assert again.tracer.layers == tracer.layers
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("wrong", ["nothing", "none", "model"])
-def test_a_reward_without_a_tracer_says_how_to_make_one(policy, wrong):
-    model = AutoModelForCausalLM.from_pretrained(policy)
-    arguments = {"nothing": (), "none": (None,), "model": (model,)}[wrong]
-    with pytest.raises(TypeError, match=r"FlowReward\(flowtracer_plugin.wrap\(model, tokenizer\)"):
-        FlowReward(*arguments)
-    assert call(FlowReward(ft.wrap(model, word_tokenizer())))
-
-
-def test_a_reward_needs_a_tokenizer(tracer):
-    with pytest.raises(ValueError, match=r"no tokenizer; make it with wrap\(model, tokenizer\)"):
-        FlowReward(ft.wrap(tracer.model))
-
-
-async def async_outcome(**columns):
-    return []
-
-
-class AsyncOutcome:
-    async def __call__(self, **columns):
-        return []
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    "outcome", ["accuracy", async_outcome, AsyncOutcome(), torch.nn.Linear(1, 1)]
-)
-def test_an_outcome_must_be_a_plain_function(tracer, outcome):
-    with pytest.raises(TypeError, match="outcome must be a reward function that is not async"):
-        FlowReward(tracer, outcome=outcome)

@@ -43,7 +43,9 @@ LAYERS = [
     {"_grpo_log"},
     {"_grpo_credit"},
     {"grpo"},
-    {"cli_loading"},
+    {"cli_loading", "training_data"},
+    {"rewards"},
+    {"training"},
     {"cli_adapters"},
     {"cli"},
     {"__main__"},
@@ -64,6 +66,7 @@ LATE = {
     ("_grpo_credit", "peft"),
     ("credit", "torch"),
     ("causal_lm", "peft"),
+    ("rewards", "math_verify"),
 }
 # These must not load anything, so all of their imports are late.
 LAZY = {"__init__", "cli", "cli_adapters", "cli_loading"}
@@ -159,8 +162,10 @@ def test_nothing_else_is_imported_late(name):
     ("package", "importers"),
     [
         ("nnsight", {"capture"}),
-        ("trl", {"grpo", "_grpo_checks", "_grpo_credit"}),
+        ("trl", {"grpo", "_grpo_checks", "_grpo_credit", "training"}),
         ("networkx", {"trace"}),
+        ("datasets", {"training", "training_data"}),
+        ("math_verify", {"rewards"}),
         ("typer", {"cli", "cli_adapters", "cli_loading"}),
     ],
 )

@@ -13,7 +13,10 @@ import flowtracer_plugin as ft
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "adapters/README.md")]
+DOCUMENTS = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "adapters/README.md", "docs/rewards.md")
+]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 
 
@@ -111,8 +114,11 @@ def test_the_options_that_the_readme_shows_for_the_command_exist():
 
     from flowtracer_plugin.cli import app
 
-    described = CliRunner().invoke(app, ["trace", "--help"], terminal_width=200).output
-    shown = {flag for language, text in BLOCKS if language == "bash" for flag in text.split()}
+    commands = (["trace", "--help"], ["train", "--help"])
+    described = "".join(CliRunner().invoke(app, c, terminal_width=200).output for c in commands)
+    inline = re.findall(r"`(flowtracer [^`]+)`", README)
+    blocks = [text for language, text in BLOCKS if language == "bash"]
+    shown = {flag for text in [*blocks, *inline] for flag in text.split()}
     for flag in {flag for flag in shown if flag.startswith("--")}:
         assert flag in described, flag
 
