@@ -241,7 +241,7 @@ class FlowCredit:
         tracer = wrap(
             trainer.model,
             find_tokenizer(trainer.processing_class),
-            layers=scorer.layers if options.layers == "auto" else options.layers,
+            layers=options.chosen_layers,
             answer=options.answer,
             target=options.target,
             # It stays out of the way of compilers, sharding and threads; nnsight reads the rest.

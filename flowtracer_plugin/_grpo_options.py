@@ -63,6 +63,11 @@ class CreditOptions:
         if not callable(self.answer):
             find_answer("", self.answer)
 
+    @property
+    def chosen_layers(self) -> str | Sequence[int]:
+        """The layers, where none are named those that the scorer was published with."""
+        return SCORERS[self.scorer].layers if self.layers == "auto" else self.layers
+
     def gamma_at(self, step: int) -> float:
         """The factor at an optimizer step: 1 before `start_step`, then up to `gamma` in a line."""
         if step < self.start_step:

@@ -281,7 +281,7 @@ def _tracer(trainer: FlowGRPOTrainer, script_args: FlowScriptArguments) -> FlowT
     return wrap(
         model,
         tokenizer,
-        layers=args.flow_layers,
+        layers=args.credit_options().chosen_layers,
         answer=args.flow_answer,
         target=args.flow_target,
     )

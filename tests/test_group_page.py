@@ -385,8 +385,8 @@ def test_a_group_needs_a_completion_and_room():
         show(make_view(), max_tokens=0)
 
 
-def test_numbers_have_three_digits_and_no_exponent():
-    shown = {1.2345: "1.23", -0.0001234: "−0.000123", 12345.0: "12300", 0.0: "0", 1e-7: "0.0000001"}
+def test_numbers_have_three_digits_and_fit():
+    shown = {1.2345: "1.23", -0.0001234: "−1.23e-4", 12345.0: "12300", 0.0: "0", 0.001: "0.001"}
     assert {value: number(value) for value in shown} == shown
     assert [signed(value) for value in (0.5, -0.5, 0.0, -0.0)] == ["+0.5", "−0.5", "0", "0"]
 

@@ -225,8 +225,12 @@ def percent(share: float) -> str:
 
 
 def number(value: float) -> str:
-    """A number with three significant digits, never as an exponent."""
-    short = np.format_float_positional(float(f"{abs(value):.3g}"), trim="-")
+    """A number with three significant digits, below a thousandth with an exponent."""
+    rounded = float(f"{abs(value):.3g}")
+    if 0 < rounded < 1e-3:  # a row of zeros would not fit beside anything
+        short = np.format_float_scientific(rounded, trim="-", exp_digits=1)
+    else:
+        short = np.format_float_positional(rounded, trim="-")
     return f"−{short}" if value < 0 and short != "0" else short
 
 
