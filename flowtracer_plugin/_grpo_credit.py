@@ -9,16 +9,23 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from trl.extras.profiling import profiling_context
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from flowtracer_plugin._grpo_checks import check_trainer, find_tokenizer
+from flowtracer_plugin._grpo_checks import (
+    UnsupportedTrainerError,
+    check_loss_on,
+    check_trainer,
+    find_tokenizer,
+)
 from flowtracer_plugin._grpo_log import CreditLog
 from flowtracer_plugin._grpo_options import CreditOptions
 from flowtracer_plugin._grpo_reading import RolloutReader, Scored
@@ -31,11 +38,25 @@ from flowtracer_plugin.tracer import wrap
 WEIGHTS, ROWS = "flow_weights", "flow_rows"
 """What rollouts carry beside TRL's own: each token's weight, and each row's place."""
 
-_SCORING = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
-"""TRL's own signature: what stands around the method may take anything."""
+_SCORING = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[1:]
+"""What TRL's own method takes, in its order; hosts may take more."""
 
-Forward = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
-"""TRL's method that runs the model: log-probabilities, entropies and a loss of experts."""
+_READ = {"model", "input_ids", "attention_mask", "logits_to_keep"}
+"""What must be known of a pass to read it."""
+
+Passed = tuple[Tensor, Tensor | None, Tensor | None]
+"""Of TRL's method that runs the model: log-probabilities, entropies and a loss of experts."""
+
+Forward = Callable[..., Passed]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class _Heard:
+    """A forward pass, and what its rows were scored; the error if they could not be."""
+
+    ids: Int[Tensor, "batch token"]
+    visible: Bool[Tensor, "batch token"]
+    result: Scored | Exception
 
 
 class FlowCredit:
@@ -49,78 +70,93 @@ class FlowCredit:
     """
 
     def __init__(self, trainer: Any, options: CreditOptions) -> None:
-        check_trainer(trainer)
         self.options = options
         self._trainer = trainer
+        self._checked = check_trainer(trainer)
         self._log = CreditLog(trainer, options)
         self._reader = self._rollout_reader()
-        self._gamma: float | None = None  # None: plain credit
+        self._gamma: float | None = None
         self._policy: Any = None
-        self._listens = False
-        self._heard: Scored | Exception | None = None
-        self._inputs: dict[str, Any] | None = None
+        self._hears: list[_Heard] | None = None  # passes of a generation, while there is one
+        self._inputs: dict[str, Any] | None = None  # of the loss, until their pass has come
 
     def generation(self, generate: Callable[[Any], dict[str, Any]], inputs: Any) -> dict[str, Any]:
-        """Around `_generate_and_score_completions`: weighs what TRL's scoring pass tells.
-
-        Every process runs its model equally often, whatever it finds in its rollouts.
-        """
-        trainer = self._trainer
-        if not trainer.model.training:
+        """Around `_generate_and_score_completions`: weighs what TRL's scoring pass tells."""
+        if not self._trainer.model.training:
             rollouts = generate(inputs)
             self._log.blank(len(rollouts["advantages"]))
             return rollouts
         self._begin()
-        self._listens = self._gamma is not None and self.options.pass_ in ("auto", "scoring")
+        chosen, heard = self.options.pass_, None
+        self._hears = [] if self._gamma is not None and chosen in ("auto", "scoring") else None
         try:
             rollouts = generate(inputs)
+            passes = self._hears or ()
+            heard = next((h for h in passes if _is_over(h.ids, h.visible, rollouts)), None)
         finally:
-            self._listens = False
-        heard, self._heard = self._heard, None
+            self._hears = None
         rollouts[ROWS] = torch.arange(len(rollouts["advantages"]))
         self._log.begin(rollouts)
         if self._gamma is None:
             rollouts[WEIGHTS] = torch.ones_like(rollouts["completion_mask"], dtype=torch.float32)
-            return rollouts
-        if heard is None and self.options.pass_ == "extra":
-            heard = self._extra(rollouts)
-        elif heard is None and self.options.pass_ == "scoring":
+        elif heard is not None:
+            self._weigh(rollouts, heard.result)
+        elif chosen == "extra":
+            self._weigh(rollouts, self._extra(rollouts))
+        elif chosen == "scoring":
             raise ValueError(
                 "flow_pass='scoring' needs a pass of TRL's over the rollouts before training, and "
                 "with these settings there is none (num_iterations=1, aligned accumulation, no "
                 "vLLM correction); set flow_pass='auto'"
             )
-        if heard is not None:
-            self._weigh(rollouts, heard)
         return rollouts
 
     def loss(
         self, compute: Callable[[Any, dict[str, Any]], Tensor], model: Any, inputs: dict[str, Any]
     ) -> Tensor:
         """Around `_compute_loss`: rollouts that are not weighed yet are, in its forward pass."""
-        if not self._trainer.model.training or WEIGHTS in inputs:
+        if not self._trainer.model.training:
             return compute(model, inputs)
+        if not self._checked:
+            check_loss_on(self._trainer, compute, model, inputs)
+            self._checked = True
+        if WEIGHTS in inputs:
+            return compute(model, inputs)
+        if self._policy is None:  # attached to a trainer that had rollouts already
+            self._begin()
         self._inputs = inputs
         try:
-            return compute(model, inputs)
+            loss = compute(model, inputs)
+            if self._inputs is not None and self._gamma is not None:
+                raise UnsupportedTrainerError(
+                    f"the loss of {type(self._trainer).__name__} runs the policy on other tokens "
+                    "than its rollouts', so there is no pass to read; set flow_pass='extra'"
+                )
+            return loss
         finally:
             self._inputs = None
 
     def forward(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         """Around `_get_per_token_logps_and_entropies`: listens to it where its time has come."""
-        given = _SCORING.bind(None, *args, **kwargs).arguments
-        del given["self"]
-        if self._listens and self._heard is None and self._is_policy(given["model"]):
-            needed = "entropy" in self._reader.scorer.needs
-            given["compute_entropy"] = given.get("compute_entropy", False) or needed
-            returned, self._heard = self._listen(forward, given)
+        if self._hears is None and self._inputs is None:
+            return forward(*args, **kwargs)
+        given = {**dict(zip(_SCORING, args, strict=False)), **kwargs}
+        if not given.keys() >= _READ or not self._is_policy(given["model"]):
+            return forward(*args, **kwargs)
+        if self._hears is not None:
+            if "entropy" in self._reader.scorer.needs:
+                kwargs = {**kwargs, "compute_entropy": True}
+            returned, heard = self._listen(partial(forward, *args, **kwargs), given)
+            self._hears.append(heard)
             return returned
-        if self._inputs is not None:
-            inputs, self._inputs = self._inputs, None
-            returned, heard = self._listen(forward, given)
-            self._weigh(inputs, heard)
-            return returned
-        return forward(*args, **kwargs)
+        inputs = self._inputs
+        assert inputs is not None
+        if self._gamma is None or not _is_over(given["input_ids"], given["attention_mask"], inputs):
+            return forward(*args, **kwargs)
+        self._inputs = None
+        returned, heard = self._listen(partial(forward, *args, **kwargs), given)
+        self._weigh(inputs, heard.result)
+        return returned
 
     def _begin(self) -> None:
         """Settle for the next rollouts what does not depend on them."""
@@ -136,93 +172,90 @@ class FlowCredit:
 
     def _is_policy(self, model: Any) -> bool:
         """Not the reference model, which may be the policy's with other adapters."""
-        return model is self._trainer.model and _adapters(model) == self._policy
+        trainer = self._trainer
+        bare = [unwrapped(trainer.accelerator.unwrap_model(m)) for m in (model, trainer.model)]
+        return bare[0] is bare[1] and _adapters(trainer.model) == self._policy
 
     def _listen(
-        self, forward: Forward, given: dict[str, Any]
-    ) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Scored | Exception]:
+        self, forward: Callable[[], Passed], given: Mapping[str, Any]
+    ) -> tuple[Passed, _Heard]:
         """What TRL's method returns, and what the model attended to meanwhile."""
         began: list[bool] = []
-        returned: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+        returned: list[Passed] = []
 
         def call() -> Tensor | None:
             began.append(True)
-            returned.append(forward(**given))
+            returned.append(forward())
             return returned[0][1]
 
         ids, visible = given["input_ids"], given["attention_mask"].bool()
         prompt_length = ids.shape[1] - given["logits_to_keep"]
         size = given.get("batch_size") or len(ids)
-        heard: Scored | Exception
-        try:
-            heard = self._reader.listen(call, ids, visible, prompt_length, size)
-        except Exception as error:
-            model_failed = began and not returned
-            if model_failed or self.options.on_error == "raise":
-                raise
-            heard = error
+        listen = partial(self._reader.listen, call, ids, visible, prompt_length, size)
+        result = self._attempted(listen, excused=lambda: bool(returned) or not began)
         if not returned:
             call()
-        return returned[0], heard
+        return returned[0], _Heard(ids=ids, visible=visible, result=result)
 
     def _extra(self, rollouts: Mapping[str, Any]) -> Scored | Exception:
         """What a pass of its own tells, without dropout; it ends after the last layer it reads."""
         trainer = self._trainer
-        ids = torch.cat([rollouts["prompt_ids"], rollouts["completion_ids"]], dim=1)
-        mask = torch.cat([rollouts["prompt_mask"], rollouts["completion_mask"]], dim=1)
+        ids, visible = _whole(rollouts)
         size, kept = trainer.args.per_device_train_batch_size, rollouts["completion_ids"].shape[1]
-        method = trainer._get_per_token_logps_and_entropies
-        others = {name: rollouts[name] for name in _SCORING.parameters if name in rollouts}
+        others = {name: rollouts[name] for name in _SCORING if name in rollouts}
         with profiling_context(trainer, "flow_credit"), torch.no_grad():
             if not others and "entropy" not in self._reader.scorer.needs:
-                try:
-                    return self._reader.read(ids, mask.bool(), ids.shape[1] - kept, size)
-                except Exception as error:
-                    if self.options.on_error == "raise":
-                        raise
-                    return error
+                prompt_length = ids.shape[1] - kept
+                return self._attempted(
+                    partial(self._reader.read, ids, visible, prompt_length, size)
+                )
             # Images, and entropies, take TRL's own way through the whole model.
-            self._listens = True
+            self._hears = []
             try:
                 with evaluating(trainer.model):
-                    method(trainer.model, ids, mask, kept, batch_size=size, **others)
+                    trainer._get_per_token_logps_and_entropies(
+                        trainer.model, ids, visible.long(), kept, batch_size=size, **others
+                    )
+                return self._hears[0].result
             finally:
-                self._listens = False
-        heard, self._heard = self._heard, None
-        assert heard is not None
-        return heard
+                self._hears = None
 
-    def _weigh(self, rollouts: dict[str, Any], heard: Scored | Exception) -> None:
+    def _attempted(
+        self, work: Callable[[], Scored], excused: Callable[[], bool] = lambda: True
+    ) -> Scored | Exception:
+        """What `work` finds; its error if it is to cost one batch only, and may be excused."""
+        try:
+            return work()
+        except Exception as error:
+            if self.options.on_error == "raise" or not excused():
+                raise
+            return error
+
+    def _weigh(self, rollouts: dict[str, Any], found: Scored | Exception) -> None:
         """Give rollouts one advantage per token."""
         plain = rollouts["advantages"]
         per_token = plain[:, None] if plain.ndim == 1 else plain
         competing = _competing(rollouts)
+        if isinstance(found, Scored):
+            found = self._attempted(partial(self._chosen, found, competing))
         boost = torch.zeros_like(competing, dtype=torch.float32)
-        weights = boost + 1.0
-        try:
-            if isinstance(heard, Scored):
-                weights, boost = self._weights(heard, competing, self._signed(per_token))
-        except Exception as error:
-            if self.options.on_error == "raise":
-                raise
-            heard = error
+        if isinstance(found, Scored) and found.boost is not None:
+            boost = found.boost
+        assert self._gamma is not None
+        weights = credit_weights(
+            boost, competing, gamma=self._gamma, normalize=self.options.normalize
+        )
+        weights = torch.where(competing & self._signed(per_token), weights, 1.0)
         rollouts["advantages"] = per_token * weights
         rollouts[WEIGHTS] = weights
-        self._log.add(rollouts, heard, plain, competing, boost)
+        self._log.add(rollouts, found, plain, competing, boost)
 
-    def _weights(
-        self,
-        heard: Scored,
-        competing: Bool[Tensor, "batch completion"],
-        signed: Bool[Tensor, " batch #completion"],
-    ) -> tuple[Float[Tensor, "batch completion"], Float[Tensor, "batch completion"]]:
-        """Weights, and what the scorer chose, whatever the sign of the advantage."""
-        options, gamma = self.options, self._gamma
-        assert gamma is not None
-        rollouts = replace(heard.rollouts, competing=competing)
-        boost = self._reader.scorer.choose(heard.features, rollouts, options.top_fraction)
-        weights = credit_weights(boost, competing, gamma=gamma, normalize=options.normalize)
-        return torch.where(competing & signed, weights, 1.0), boost
+    def _chosen(self, found: Scored, competing: Bool[Tensor, "batch completion"]) -> Scored:
+        """With what the scorer chooses, whatever the sign of the advantage."""
+        started = perf_counter()
+        rollouts = replace(found.rollouts, competing=competing)
+        boost = self._reader.scorer.choose(found.features, rollouts, self.options.top_fraction)
+        return replace(found, boost=boost, seconds=found.seconds + perf_counter() - started)
 
     def _signed(self, per_token: Float[Tensor, " batch #completion"]) -> Bool[Tensor, "..."]:
         """Where the advantage has a sign that is reweighted."""
@@ -249,6 +282,21 @@ class FlowCredit:
         )
         last = options.no_answer == "last"
         return RolloutReader(tracer, scorer, last=last, seed=trainer.args.seed)
+
+
+def _whole(
+    rollouts: Mapping[str, Tensor],
+) -> tuple[Int[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
+    """Ids and mask of prompts and completions."""
+    ids = torch.cat([rollouts["prompt_ids"], rollouts["completion_ids"]], dim=1)
+    mask = torch.cat([rollouts["prompt_mask"], rollouts["completion_mask"]], dim=1)
+    return ids, mask.bool()
+
+
+def _is_over(ids: Tensor, visible: Tensor, rollouts: Mapping[str, Tensor]) -> bool:
+    """Whether a forward pass was over exactly these rollouts."""
+    wanted = _whole(rollouts)
+    return torch.equal(ids, wanted[0]) and torch.equal(visible.bool(), wanted[1])
 
 
 def _competing(rollouts: Mapping[str, Tensor]) -> Bool[Tensor, "batch completion"]:

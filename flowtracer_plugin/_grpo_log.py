@@ -28,7 +28,6 @@ METRICS = (
     ("entropy", "entropy", "flowing"),
     ("prompt_jump", "jump", "traced"),
     ("seconds", "seconds", "processes"),
-    ("errors", "errors", "processes"),
 )
 """Name, and the two sums over all processes whose quotient is logged."""
 
@@ -41,17 +40,21 @@ class CreditLog:
     def __init__(self, trainer: Any, options: CreditOptions) -> None:
         self._trainer, self._options = trainer, options
         self._pages = GroupPages(trainer, options)
+        self._later = 0  # rows of TRL's table behind those of the last generation
+        self._errors = 0.0
 
     def blank(self, rows: int) -> None:
         """Columns of rollouts without flow, or none yet: TRL's table wants all of one length."""
+        everywhere = rows * self._trainer.accelerator.num_processes
+        self._later += everywhere
         if self._trainer.log_completions:
-            everywhere = rows * self._trainer.accelerator.num_processes
             for column in COLUMNS:
                 self._trainer._logs["extra"][column].extend([None] * everywhere)
 
     def begin(self, rollouts: Mapping[str, Any]) -> None:
         """New rollouts, before their flow is known."""
         self.blank(len(rollouts["advantages"]))
+        self._later = 0
         self._pages.begin(rollouts)
 
     def add(
@@ -85,12 +88,15 @@ class CreditLog:
         if self._options.no_answer == "raise" and not total["errors"]:
             self._require_answers(total)
         metrics = self._trainer._metrics["train"]
+        self._errors += total["errors"]
+        metrics["flow/errors"] = [self._errors]  # so far, whatever is averaged
         for name, part, whole in METRICS:
             # TRL leaves nan out of its means.
             metrics[f"flow/{name}"].append(total[part] / total[whole] if total[whole] else math.nan)
-        if self._trainer.log_completions:
-            self._fill_columns(rollouts, heard, competing)
-        self._pages.add(rollouts, heard, plain, competing)
+        if "flow_rows" in rollouts:  # not of rollouts that were there before
+            if self._trainer.log_completions:
+                self._fill_columns(rollouts, heard, competing)
+            self._pages.add(rollouts, heard, plain, competing)
 
     def _reduced(self, local: Mapping[str, Any]) -> dict[str, float]:
         accelerator = self._trainer.accelerator
@@ -122,10 +128,13 @@ class CreditLog:
             answers = _answer_texts(heard, find_tokenizer(trainer.processing_class))
             jumps = [None if math.isnan(jump) else jump for jump in heard.jump.tolist()]
         first = trainer.accelerator.process_index * rows_each(trainer)
-        places = [first + row for row in rollouts["flow_rows"].tolist()]
+        last = trainer.args.generation_batch_size + self._later
+        places = [last - first - row for row in rollouts["flow_rows"].tolist()]
         for place, *values in gather_object([*zip(places, answers, means, jumps, strict=True)]):
             for column, value in zip(COLUMNS, values, strict=True):
-                trainer._logs["extra"][column][place] = value
+                known = trainer._logs["extra"][column]
+                if place <= len(known):  # else an evaluation has pushed it out
+                    known[-place] = value
 
 
 def _answer_texts(heard: Scored, tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
@@ -159,7 +168,7 @@ def _sums(
     flow = throughput[:, heard.rollouts.prompt_length :] * competing
     total = flow.sum(-1, keepdim=True)
     share = flow / total.where(total > 0, 1.0)
-    spread = -(share * share.clamp_min(1e-30).log()).sum(-1)
+    spread = torch.special.entr(share).sum(-1)
     most = competing.sum(-1).clamp(min=2).float().log()
     return {
         **sums,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flowtracer_plugin.answers import AnswerFinder, find_answer
+from flowtracer_plugin.layers import select_layers
 from flowtracer_plugin.scorers import SCORERS
 
 CHOICES = {
@@ -45,7 +46,7 @@ class CreditOptions:
     page_limit_mb: float = 50.0
 
     def __post_init__(self) -> None:
-        """Refuse what no option can be; `wrap` checks the layers."""
+        """Refuse what no option can be; numbers of layers are for `wrap` to check."""
         if not 0 <= self.top_fraction <= 1:
             raise ValueError(
                 f"flow credit: top_fraction must be between 0 and 1, got {self.top_fraction!r}"
@@ -54,12 +55,16 @@ class CreditOptions:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"flow credit: {name} must be at least 0, got {value!r}")
+            if name.endswith(("step", "steps")) and type(value) is not int:
+                raise ValueError(f"flow credit: {name} must be a whole number, got {value!r}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"flow credit: {name.rstrip('_')} must be one of {', '.join(choices)}, "
                     f"got {getattr(self, name)!r}"
                 )
+        if isinstance(self.layers, str) and self.layers != "auto":
+            select_layers(self.layers, range(9))
         if not callable(self.answer):
             find_answer("", self.answer)
 

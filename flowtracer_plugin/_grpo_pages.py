@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,23 @@ from flowtracer_plugin.spans import decode_tokens
 
 HUBS = 10
 
+logger = logging.getLogger(__name__)
+
 
 class GroupPages:
-    """Every `page_steps` optimizer steps, the group of the first prompt of the main process.
+    """The group of the first prompt of the main process, at most every `page_steps` steps.
 
     They lie in `flow` below the trainer's output directory. The oldest go where all together
-    would take more than `page_limit_mb`.
+    would take more than `page_limit_mb`. A page that cannot be written costs no run.
     """
 
     def __init__(self, trainer: Any, options: CreditOptions) -> None:
         self._trainer, self._options = trainer, options
         self._step: int | None = None
+        self._last: int | None = None
         self._views: dict[int, CompletionView] = {}
         self._prompt = ""
+        self._rewards: list[dict[str, float | None]] = []
 
     @property
     def folder(self) -> Path:
@@ -40,10 +45,13 @@ class GroupPages:
         """New rollouts: whether they get a page."""
         trainer, every = self._trainer, self._options.page_steps
         step = trainer.state.global_step
-        due = every > 0 and step % every == 0 and trainer.accelerator.is_main_process
+        late = self._last is None or step - self._last >= every
+        due = every > 0 and late and trainer.accelerator.is_main_process
         self._step = step if due else None
         self._views = {}
         if due:
+            self._last = step
+            self._rewards = _rewards(trainer)
             ids = rollouts["prompt_ids"][0][rollouts["prompt_mask"][0].bool()]
             self._prompt = str(find_tokenizer(trainer.processing_class).decode(ids))
 
@@ -92,36 +100,42 @@ class GroupPages:
             weights=rollouts["flow_weights"][row].cpu().numpy()[kept],
             throughput=throughput,
             advantage=float(plain[row].float().mean()),
-            rewards=self._rewards(place),
+            rewards=self._rewards[place],
             answer=answer,
             competing=competing[row].cpu().numpy()[kept],
             hubs=[int(token) for token in np.argsort(-throughput)[:HUBS] if throughput[token] > 0],
             note=note,
         )
 
-    def _rewards(self, place: int) -> dict[str, float | None]:
-        logged = self._trainer._logs["rewards"]
-        return {name: _known(values[place]) for name, values in logged.items()}
-
     def _write(self, step: int, views: list[CompletionView]) -> None:
         name = self._trainer.args.run_name or Path(self._trainer.args.output_dir).name
         page = self.folder / f"step_{step:06d}.html"
-        write_group_page(page, self._prompt, views, title=str(name), step=step)
-        self._drop_oldest(page)
-        write_index(self.folder)
+        try:
+            write_group_page(page, self._prompt, views, title=str(name), step=step)
+            self._drop_oldest(page)
+            write_index(self.folder)
+        except OSError:
+            logger.warning("the page of step %s could not be written", step, exc_info=True)
 
     def _drop_oldest(self, newest: Path) -> None:
-        pages = sorted(self.folder.glob("step_*.html"), reverse=True)
-        size = 0
-        for page in pages:
+        pages = set(self.folder.glob("step_*.html")) - {newest}
+        size = newest.stat().st_size
+        for page in sorted(pages, key=lambda page: page.stat().st_mtime, reverse=True):
             size += page.stat().st_size
-            if size > self._options.page_limit_mb * 1e6 and page != newest:
+            if size > self._options.page_limit_mb * 1e6:
                 page.unlink()
 
 
 def rows_each(trainer: Any) -> int:
     """Rollouts of each process in one generation."""
     return trainer.args.generation_batch_size // trainer.accelerator.num_processes
+
+
+def _rewards(trainer: Any) -> list[dict[str, float | None]]:
+    """What TRL has just logged of every rollout, by reward function; the main process has all."""
+    count = trainer.args.generation_batch_size
+    logged = {name: list(values)[-count:] for name, values in trainer._logs["rewards"].items()}
+    return [{name: _known(values[row]) for name, values in logged.items()} for row in range(count)]
 
 
 def _known(reward: float) -> float | None:

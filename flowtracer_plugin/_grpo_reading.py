@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flowtracer_plugin.answers import AnswerFinder, FoundAnswer, Span, find_answer
-from flowtracer_plugin.reader import Reading
+from flowtracer_plugin.reading import Reading
 from flowtracer_plugin.rollouts import RolloutMasks, rollout_masks, solve_rollouts
 from flowtracer_plugin.scorers import Rollouts, Scorer
 from flowtracer_plugin.tracer import FlowTracer
@@ -30,6 +30,7 @@ class Scored:
         answers: What was found in each row; `None` where nothing was.
         replaced: Rows in which the last token stands in for an answer.
         seconds: That it took, beside the forward passes that were made anyway.
+        boost: What the scorer chose, once it has.
     """
 
     rollouts: Rollouts
@@ -38,6 +39,7 @@ class Scored:
     answers: tuple[FoundAnswer | None, ...]
     replaced: int
     seconds: float
+    boost: Float[Tensor, "batch completion"] | None = None
 
 
 class RolloutReader:
@@ -71,7 +73,9 @@ class RolloutReader:
 
         What goes wrong with the scores is raised when `call` has returned.
         """
+        started = perf_counter()
         batch = self._batch(ids, visible, prompt_length)
+        before = perf_counter() - started
         parts: list[_Part] = []
 
         def take(rows: slice, reading: Reading) -> None:
@@ -83,7 +87,8 @@ class RolloutReader:
         tracer.reader.listen(
             call, visible, tracer.layers, take, batch_size=batch_size, keep=self._keeps
         )
-        return batch.scored(parts)
+        scored = batch.scored(parts)
+        return replace(scored, seconds=before + scored.seconds)
 
     def read(
         self,
@@ -92,17 +97,26 @@ class RolloutReader:
         prompt_length: int,
         batch_size: int,
     ) -> Scored:
-        """Run the model on `batch_size` rows at a time, up to the last layer that is read."""
+        """Run the model on `batch_size` rows at a time, up to the last layer that is read.
+
+        What goes wrong with some rows is raised when all have been run, as on other processes.
+        """
         started = perf_counter()
         batch = self._batch(ids, visible, prompt_length)
         if not self.attends:
             return batch.scored([self._part(batch, None)])
         reader, layers = self.tracer.reader, self.tracer.layers
-        parts = []
+        parts: list[_Part] = []
+        errors: list[Exception] = []
         for start in range(0, len(ids), batch_size):
             rows = slice(start, start + batch_size)
-            reading = reader.read_in_place(ids[rows], visible[rows], layers, keep=self._keeps)
-            parts.append(self._part(batch.rows(rows), reading))
+            try:
+                reading = reader.read_in_place(ids[rows], visible[rows], layers, keep=self._keeps)
+                parts.append(self._part(batch.rows(rows), reading))
+            except Exception as error:  # noqa: BLE001 - raised below
+                errors.append(error)
+        if errors:
+            raise errors[0]
         return replace(batch.scored(parts), seconds=perf_counter() - started)
 
     @property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
@@ -47,6 +48,29 @@ def language_model(model: nn.Module) -> PreTrainedModel:
         if isinstance(module, PreTrainedModel):
             return module
     raise TypeError(f"wanted a transformers model, found {type(model).__name__}")
+
+
+def first_output(output: Any) -> Tensor:
+    """The logits, or of a model without a head the last hidden state.
+
+    Raises:
+        TypeError: What a model returned begins with no tensor.
+    """
+    if isinstance(output, Mapping):
+        output = output.get("logits", next(iter(output.values())))
+    found = output[0] if isinstance(output, tuple) else output
+    if not isinstance(found, Tensor):
+        raise TypeError(f"wanted a model that returns a tensor first, found {type(found).__name__}")
+    return found
+
+
+def accepted_inputs(model: nn.Module) -> frozenset[str]:
+    """What the model can be given, by name; of wrappers that pass everything on, the model's."""
+    for forward in (model.forward, language_model(model).forward):
+        parameters = inspect.signature(forward).parameters
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+            break
+    return frozenset(parameters)
 
 
 def input_device(model: nn.Module) -> torch.device:

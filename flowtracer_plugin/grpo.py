@@ -88,8 +88,8 @@ class FlowGRPOConfig(GRPOConfig):
             What happens if flow cannot be read or solved for some rollouts: an error (`"raise"`),
             or plain credit for them (`"uniform"`), counted in the metric `flow/errors`.
         flow_page_steps (`int`, *optional*, defaults to `100`):
-            Every so many optimizer steps, a page of one prompt's completions is written to the
-            folder `flow` below `output_dir`; never with `0`.
+            With the first generation after so many optimizer steps, a page of one prompt's
+            completions is written to the folder `flow` below `output_dir`; never with `0`.
         flow_page_limit_mb (`float`, *optional*, defaults to `50.0`):
             What these pages may take together; the oldest go first.
     """
@@ -212,7 +212,7 @@ class FlowGRPOTrainer(FlowCreditMixin, GRPOTrainer):
     * `flow/entropy`: how evenly it is spread over the tokens, from 0 to 1;
     * `flow/prompt_jump`: share of it that goes from the prompt straight to the answer;
     * `flow/seconds`: that credit took for a batch, beside the forward pass it was read in;
-    * `flow/errors`: batches that failed, on each process, with `flow_on_error="uniform"`.
+    * `flow/errors`: how many batches have failed so far, with `flow_on_error="uniform"`.
 
     With `log_completions`, TRL's table has the columns `flow_answer`, `flow_weight` and
     `flow_prompt_jump`.
@@ -227,12 +227,17 @@ class FlowGRPOTrainer(FlowCreditMixin, GRPOTrainer):
     }
 
     def __init__(
-        self, model: Any, reward_funcs: Any, args: FlowGRPOConfig | None = None, **kwargs: Any
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: FlowGRPOConfig | None = None,
+        *others: Any,
+        **kwargs: Any,
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = FlowGRPOConfig(f"{name.split('/')[-1]}-FlowGRPO")
-        super().__init__(model, reward_funcs, args=args, **kwargs)
+        super().__init__(model, reward_funcs, args, *others, **kwargs)
 
 
 def attach_flow_credit(trainer: Any, options: CreditOptions | None = None) -> Any:

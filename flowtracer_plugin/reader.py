@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from threading import RLock, get_ident
-from time import perf_counter
-from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,9 +17,7 @@ from torch import Tensor, nn
 from flowtracer_plugin.attention import (
     AdapterMismatchError,
     AttentionAdapter,
-    AttentionCall,
     AttentionSite,
-    AttentionWeights,
     NoAttentionError,
     UnsupportedArchitectureError,
     find_adapter,
@@ -32,18 +26,19 @@ from flowtracer_plugin.attention import (
 from flowtracer_plugin.backends import Backend, Receive, Result
 from flowtracer_plugin.capture import NnsightBackend
 from flowtracer_plugin.causal_lm import (
+    accepted_inputs,
     check_positions,
     context_length,
     evaluating,
+    first_output,
     input_device,
-    language_model,
     unwrapped,
     vocabulary_size,
 )
-from flowtracer_plugin.head_mean import add_head_mean
 from flowtracer_plugin.interception import InterfaceBackend
 from flowtracer_plugin.padding import put_back, text_first
-from flowtracer_plugin.parallel import average_heads, check_backend, may_stop, uncompiled
+from flowtracer_plugin.parallel import check_backend, may_stop, uncompiled
+from flowtracer_plugin.reading import Reading, ReadingSum
 from flowtracer_plugin.self_check import (
     SiteReport,
     check_report,
@@ -64,21 +59,6 @@ CHECK_PADDING = (0, 5)
 
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 """However many readers share a model, and however it is wrapped, one lock by its first site."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class Reading:
-    """What one forward pass attended to.
-
-    Attributes:
-        attention: Mean over layers and heads, float32, rows and columns of padding zero.
-        calls: Of the layers, in the order of execution; none unless they were asked for.
-        seconds: That reading took, beside the forward pass. On a GPU: until it was under way.
-    """
-
-    attention: Float[Tensor, "batch query key"]
-    calls: tuple[AttentionCall | AttentionWeights, ...] = ()
-    seconds: float = 0.0
 
 
 class AttentionReader:
@@ -114,7 +94,7 @@ class AttentionReader:
             self._check_layers()
             self.backend: Backend = BACKENDS[backend](model, self.adapter, self.sites)
         self._lock = _locks.setdefault(model.get_submodule(self.sites[0].module), RLock())
-        self._accepted = _accepted(model)
+        self._accepted = accepted_inputs(model)
 
     def read(
         self,
@@ -157,11 +137,11 @@ class AttentionReader:
         """
         sites = self._chosen(layers)
         shape = (*input_ids.shape, attention_mask.shape[1])
-        sum_ = _Sum(self, sites, shape, input_ids.device, heads=heads or {}, keep=keep)
+        total = self._sum(sites, shape, input_ids.device, heads=heads, keep=keep)
         inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
         with self._running():
-            self.backend.run(inputs, sites, sum_.receive, whole=not may_stop(self.model))
-        return sum_.reading(attention_mask)
+            self.backend.run(inputs, sites, total.receive, whole=not may_stop(self.model))
+        return total.reading(attention_mask)
 
     def listen(
         self,
@@ -183,31 +163,44 @@ class AttentionReader:
         sites, rows = self._chosen(layers), len(attention_mask)
         size = batch_size or rows
         parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-        sums: list[_Sum] = []
+        waiting = iter(parts)
+        current: tuple[slice, ReadingSum] | None = None
         errors: list[Exception] = []
 
         def receive(site: AttentionSite, args: Any, kwargs: Any, output: Any) -> None:
-            if errors:
-                return
-            try:
-                add(site, args, kwargs, output)
-            except Exception as error:  # noqa: BLE001 - the forward pass is somebody else's
-                errors.append(error)
-
-        def add(site: AttentionSite, args: Any, kwargs: Any, output: Any) -> None:
-            if not sums or sums[-1].complete:
-                mask = attention_mask[parts[len(sums)]]
-                sums.append(_Sum(self, sites, (*mask.shape, mask.shape[1]), mask.device, keep=keep))
-            sums[-1].receive(site, args, kwargs, output)
-            if sums[-1].complete:
-                part = parts[len(sums) - 1]
-                take(part, sums[-1].reading(attention_mask[part]))
+            nonlocal current
+            if current is None:
+                part = next(waiting)
+                mask = attention_mask[part]
+                shape = (*mask.shape, mask.shape[1])
+                current = part, self._sum(sites, shape, mask.device, keep=keep)
+            part, total = current
+            total.receive(site, args, kwargs, output)
+            if total.complete:
+                current = None  # a map has served when it has been taken
+                try:
+                    take(part, total.reading(attention_mask[part]))
+                except Exception as error:  # noqa: BLE001 - the forward pass is somebody else's
+                    errors.append(error)
 
         with nullcontext() if self.backend.threads else self._lock:
             returned = self.backend.listen(call, sites, receive, runs=len(parts))
         if errors:
             raise errors[0]
         return returned
+
+    def _sum(
+        self, sites: Sequence[AttentionSite], shape: Sequence[int], device: Any, **options: Any
+    ) -> ReadingSum:
+        return ReadingSum(
+            self.model,
+            self.adapter,
+            shape,
+            device,
+            sites=len(sites),
+            block=self.block,
+            **options,
+        )
 
     def _chosen(self, layers: Sequence[int]) -> list[AttentionSite]:
         return [site for site in self.sites if site.layer in set(layers)]
@@ -259,9 +252,9 @@ class AttentionReader:
         """
         inputs = self._inputs(*self.check_text(padding), {})
         with self._running():
-            read = _result(self.backend.run(inputs, sites, receive, whole=True))
+            read = first_output(self.backend.run(inputs, sites, receive, whole=True))
             with self._counted() as visits:
-                plain = _result(self.model(**inputs))
+                plain = first_output(self.model(**inputs))
         self._check_runs(visits)
         if not torch.isfinite(plain).all():
             raise ValueError(
@@ -367,65 +360,3 @@ class AttentionReader:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
             inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
         return inputs
-
-
-def _result(output: Any) -> Tensor:
-    """The logits, or of a model without a head the last hidden state."""
-    if isinstance(output, Mapping):
-        output = output.get("logits", next(iter(output.values())))
-    found = output[0] if isinstance(output, tuple) else output
-    if not isinstance(found, Tensor):
-        raise TypeError(f"wanted a model that returns a tensor first, found {type(found).__name__}")
-    return found
-
-
-def _accepted(model: nn.Module) -> frozenset[str]:
-    """What the model can be given, by name; wrappers that pass everything on say so."""
-    for forward in (model.forward, language_model(model).forward):
-        parameters = inspect.signature(forward).parameters
-        if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
-            break
-    return frozenset(parameters)
-
-
-class _Sum:
-    """The attention of one forward pass, added up call by call."""
-
-    def __init__(
-        self,
-        reader: AttentionReader,
-        sites: Sequence[AttentionSite],
-        shape: Sequence[int],
-        device: torch.device,
-        *,
-        heads: Mapping[int, Int[Tensor, " chosen"]] = MappingProxyType({}),
-        keep: bool = False,
-    ) -> None:
-        self._reader, self._missing, self._share = reader, len(sites), 1 / len(sites)
-        self._total = torch.zeros(*shape, dtype=torch.float32, device=device)
-        self._heads, self._keep, self._seconds = heads, keep, 0.0
-        self._calls: list[AttentionCall | AttentionWeights] = []
-
-    @property
-    def complete(self) -> bool:
-        return not self._missing
-
-    @torch.no_grad()
-    def receive(self, site: AttentionSite, args: Any, kwargs: Any, _output: Any) -> None:
-        started, reader = perf_counter(), self._reader
-        call = reader.adapter.read(reader.model.get_submodule(site.module), args, kwargs)
-        heads = self._heads.get(site.layer)
-        add_head_mean(call, self._total, weight=self._share, heads=heads, block=reader.block)
-        if self._keep:
-            self._calls.append(call)
-        self._missing -= 1
-        self._seconds += perf_counter() - started
-
-    def reading(self, seen: Bool[Tensor, "batch key"]) -> Reading:
-        """The sum, without rows and columns of padding; it is not to be added to any more."""
-        total = self._total
-        average_heads(self._reader.model, total)
-        seen = seen.to(total.device)
-        rows = ~seen[:, -total.shape[1] :]  # filled, not multiplied: 0 times NaN is NaN
-        total.masked_fill_(rows[:, :, None], 0).masked_fill_(~seen[:, None, :], 0)
-        return Reading(attention=total, calls=tuple(self._calls), seconds=self._seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, SupportsIndex, cast
+from typing import Any, SupportsIndex
 
 from flowtracer_plugin._versions import check_versions
 
@@ -22,18 +22,16 @@ from flowtracer_plugin.answers import AnswerFinder, check_finder, finder_name
 from flowtracer_plugin.attention import AttentionAdapter
 from flowtracer_plugin.causal_lm import (
     check_input,
-    check_length,
     check_packing,
     check_tokenizer,
-    context_length,
     input_device,
     language_model,
     unwrapped,
 )
 from flowtracer_plugin.encoding import Prompt, encode_prompt, encode_response, user_text
 from flowtracer_plugin.flow import solve_flow
+from flowtracer_plugin.generation import generate_ids
 from flowtracer_plugin.layers import select_layers
-from flowtracer_plugin.progress import GenerationProgress
 from flowtracer_plugin.reader import AttentionReader
 from flowtracer_plugin.rollouts import (
     FlowBatch,
@@ -285,29 +283,16 @@ class FlowTracer:
         tokenizer = self.require_tokenizer()
         check_finder(self.answer if answer is None else answer)
         prompt_ids, _ = encode_prompt(tokenizer, prompt)
-        check_length(self.model, len(prompt_ids) + 1)
-        most = min(max_new_tokens, context_length(self.model) - len(prompt_ids))
-        device = input_device(self.model)
-        inputs = torch.tensor([prompt_ids], device=device)
-        # Sampling follows the model's own generation config; greedy decoding has no use for one.
-        greedy = {"temperature": None, "top_p": None, "top_k": None}
-        choice = (
-            ({} if temperature is None else {"temperature": temperature}) if do_sample else greedy
-        )
         with self.reader.exclusive():
-            generated = cast(Any, self.model).generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=most,
+            ids = generate_ids(
+                self.model,
+                prompt_ids,
+                max_new_tokens=max_new_tokens,
                 do_sample=do_sample,
-                num_beams=1,
-                num_return_sequences=1,
-                return_dict_in_generate=False,
-                **choice,
+                temperature=temperature,
                 pad_token_id=tokenizer.pad_token_id or 0,
-                streamer=GenerationProgress(most) if progress else None,
+                progress=progress,
             )
-        ids = generated[0, len(prompt_ids) :].tolist()
         return self._trace(prompt_ids, ids, answer, None, user_text(prompt))
 
     def trace_ids(

@@ -680,6 +680,11 @@ def test_a_loss_that_does_not_read_advantages_per_token_is_refused(policy, tmp_p
             advantages = advantages.mean(-1) if broken == "mean" else advantages.unsqueeze(1)
             return super()._compute_loss(model, {**inputs, "advantages": advantages})
 
+    if broken == "missing":  # as if its own generation were to add it: asked with the first loss
+        trainer = attach_flow_credit(build(Host, policy, tmp_path))
+        with pytest.raises(UnsupportedTrainerError, match=r"loss of Host fails.*'weights'"):
+            trainer.train()
+        return
     with pytest.raises(UnsupportedTrainerError, match="that of Host does not"):
         attach_flow_credit(build(Host, policy, tmp_path))
 

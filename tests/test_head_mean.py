@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowtracer_plugin.attention import AttentionCall, AttentionWeights
 from flowtracer_plugin.head_mean import add_head_mean, row_probabilities, token_probabilities
@@ -133,7 +133,9 @@ def test_every_head_is_read_as_the_mean_has_it(call, grouped, normalized, start)
     shares = torch.rand(1, keys, keys + 2, generator=random) if grouped else None
     call = replace(call, key_tokens=shares, normalized=normalized)
     rows = slice(min(start, call.query.shape[2] - 1), call.query.shape[2])
-    for one in (call, AttentionWeights(weights=row_probabilities(call, slice(0, rows.stop)))):
+    weights = row_probabilities(call, slice(0, rows.stop))
+    whole = nn.functional.pad(weights, (0, keys - weights.shape[-1]))  # causal ones end early
+    for one in (call, AttentionWeights(weights=whole)):
         total = torch.zeros(len(call.query), rows.stop, keys)
         for head in range(heads):
             found = token_probabilities(one, rows, keys)[:, head]

@@ -86,6 +86,7 @@ def test_the_reasoning_share_is_that_of_all_paths(parts, weights, boundary):
     masks = RolloutMasks(
         question=to_batch(problem.question),
         target=to_batch(problem.answer),
+        answer=to_batch(problem.answer),
         answers=(None,),
     )
     batch = solve_rollouts(to_batch(problem.attention).float(), masks, length, options)

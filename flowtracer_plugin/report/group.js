@@ -67,12 +67,15 @@
   document.addEventListener("click", (event) => {
     const unit = unitAt(event);
     if (unit === null) return show(null);
-    if (!String(getSelection())) rover.focus(units.indexOf(unit));
+    if (String(getSelection())) return;
+    rover.focus(units.indexOf(unit));
+    show(unit); // a window in the background tells nobody of a new focus
   });
   document.addEventListener("keydown", (event) => {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
     if (event.key === "Escape") return show(null);
     rover.step(event);
+    if (event.defaultPrevented) show(focused());
   });
   addEventListener("scroll", () => (focused() ? place(focused()) : show(null)), { passive: true });
 })();
