@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from flowtracer_plugin import _grpo_reading
 from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig, FlowGRPOTrainer
 from tests.families import tiny_model
 
@@ -132,7 +133,18 @@ def shard(trainer):
     return trainer
 
 
-def run(policy, folder, *, flow, sharded, **options):
+def fail_once():
+    """The next flow to be solved is not."""
+    solve = _grpo_reading.solve_rollouts
+
+    def failing(*args):
+        _grpo_reading.solve_rollouts = solve
+        raise ArithmeticError("no flow on this rank")
+
+    _grpo_reading.solve_rollouts = failing
+
+
+def run(policy, folder, *, flow, sharded, fails=False, **options):
     """Train once as one rank; what must agree with other ranks or runs.
 
     The first rank finds an answer in every completion, the second finds none.
@@ -143,6 +155,8 @@ def run(policy, folder, *, flow, sharded, **options):
     trainer = build(kind, policy, folder, rollout_func=scripted(texts), **options)
     if sharded:
         shard(trainer)
+    if fails and not answers:
+        fail_once()
     passes = []
     trainer.model.model.layers[3].register_forward_pre_hook(
         lambda *_: passes.append(torch.is_grad_enabled())

@@ -99,3 +99,22 @@ def test_two_processes_train_one_model(policy, tmp_path, sharded):
     for one, other in pairwise(run[0][1] for run in flow):
         for name, part in one.items():
             torch.testing.assert_close(part, other[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_a_rank_that_fails_makes_the_passes_of_the_others(policy, tmp_path, sharded):
+    shared = {
+        **FLOW,
+        "sharded": sharded,
+        "fails": True,
+        "flow_on_error": "uniform",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    runs = [{**shared, "flow_pass": name} for name in PASSES]
+    for (first, ours), (second, theirs) in launched(policy, tmp_path, runs):
+        assert same(ours, theirs)
+        assert first["passes"] == second["passes"]
+        assert [step["flow/errors"] for step in first["log"]] == [1.0, 1.0]
+        assert [step["flow/errors"] for step in second["log"]] == [1.0, 1.0]
