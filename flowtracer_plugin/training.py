@@ -26,6 +26,7 @@ from flowtracer_plugin.tracer import FlowTracer, wrap
 from flowtracer_plugin.training_data import columns, load_rows, with_prompts
 
 # ruff: noqa: I001 (which TRL works is asked in grpo, before anything of it is imported)
+import torch
 from datasets import disable_progress_bars
 from trl.scripts.utils import ScriptArguments, TrlParser
 from trl.trainer.model_config import ModelConfig
@@ -112,6 +113,8 @@ def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> Ar
     kinds: Any = (FlowScriptArguments, FlowGRPOConfig, ModelConfig)
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
     parser = _Parser(kinds, prog=prog, usage=usage)
+    if not torch.accelerator.is_available():
+        parser.set_defaults(use_cpu=True, bf16=False)  # TRL's defaults are for accelerators
     parsed: Any
     *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     if unknown:

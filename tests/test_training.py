@@ -99,6 +99,15 @@ def test_every_option_of_flow_credit_is_one_of_the_script():
     assert training_args.flow_top_fraction == 0.25
 
 
+def test_a_machine_without_accelerator_trains_on_its_cpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    _, args, _ = parse([])
+    assert args.use_cpu
+    assert not args.bf16
+    _, args, _ = parse(["--bf16", "true"])
+    assert args.bf16
+
+
 def test_arguments_come_from_a_file_and_the_command_line_goes_first(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("prompt_column: question\nflow_gamma: 2\nuse_cpu: true\nlora_r: 3\n")
