@@ -50,6 +50,11 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     raise TypeError(f"wanted a transformers model, found {type(model).__name__}")
 
 
+def model_name(model: nn.Module) -> str:
+    """Where the model comes from, or else what it is."""
+    return language_model(model).config.name_or_path or type(model).__name__
+
+
 def first_output(output: Any) -> Tensor:
     """The logits, or of a model without a head the last hidden state.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -42,3 +44,9 @@ def select_layers(selection: str | Sequence[int], available: Sequence[int]) -> t
         return band
     picks = np.linspace(0, len(band) - 1, min(int(number), len(band))).round().astype(int)
     return tuple(band[pick] for pick in picks)
+
+
+def layer_numbers(layers: int | Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """Layer numbers as plain integers, from anything that counts, such as a numpy array."""
+    numbers: Iterable[SupportsIndex] = [layers] if isinstance(layers, int) else layers
+    return tuple(operator.index(number) for number in numbers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, SupportsIndex
@@ -26,12 +25,13 @@ from flowtracer_plugin.causal_lm import (
     check_tokenizer,
     input_device,
     language_model,
+    model_name,
     unwrapped,
 )
 from flowtracer_plugin.encoding import Prompt, encode_prompt, encode_response, user_text
 from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.generation import generate_ids
-from flowtracer_plugin.layers import select_layers
+from flowtracer_plugin.layers import layer_numbers, select_layers
 from flowtracer_plugin.reader import AttentionReader
 from flowtracer_plugin.rollouts import (
     FlowBatch,
@@ -100,7 +100,7 @@ def wrap(
         raise ValueError("question='mask' needs the mask: pass it to trace(..., question=)")
     check_finder(answer)
     options = FlowOptions(
-        layers=layers if isinstance(layers, str) else _numbers(layers),
+        layers=layers if isinstance(layers, str) else layer_numbers(layers),
         question=question,
         answer=finder_name(answer),
         target=target,
@@ -114,12 +114,6 @@ def wrap(
     if verify and tokenizer is not None:
         check_tokenizer(reader.model, tokenizer)
     return FlowTracer(reader, tokenizer, options, answer)
-
-
-def _numbers(layers: int | Iterable[SupportsIndex]) -> tuple[int, ...]:
-    """Layer numbers as plain integers, from anything that counts, such as a numpy array."""
-    numbers: Iterable[SupportsIndex] = [layers] if isinstance(layers, int) else layers
-    return tuple(operator.index(number) for number in numbers)
 
 
 def _rebuilt(
@@ -174,13 +168,8 @@ class FlowTracer:
         # Without the lock and nnsight's handles on the model, which are made anew.
         reader = self.reader
         parts = self.model, self.tokenizer, self.options, self.answer
-        return _rebuilt, (
-            *parts,
-            reader.adapter,
-            reader.backend.name,
-            reader.block,
-            reader.verified,
-        )
+        way = reader.adapter, reader.backend.name, reader.block, reader.verified
+        return _rebuilt, (*parts, *way)
 
     def attention(
         self,
@@ -392,7 +381,7 @@ class FlowTracer:
             attention=attention,
             reach=flow.reach,
             throughput=flow.throughput,
-            model=_model_name(self.model),
+            model=model_name(self.model),
             options=options,
             layers=self.layers,
         )
@@ -406,7 +395,3 @@ class FlowTracer:
         if self.tokenizer is None:
             raise ValueError("this tracer has no tokenizer; make it with wrap(model, tokenizer)")
         return self.tokenizer
-
-
-def _model_name(model: nn.Module) -> str:
-    return language_model(model).config.name_or_path or type(model).__name__
