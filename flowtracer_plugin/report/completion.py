@@ -32,7 +32,7 @@ class CompletionView:
             hands over weighted rewards, as the page orders completions by their sum.
         answer: The tokens of the answer.
         competing: False on the tokens that a tool wrote: they get no credit.
-        hubs: Tokens to number, the most important first.
+        hubs: Tokens to number: those that the most flow passes, in that order.
         note: What else there is to say, such as "no answer found: plain credit".
 
     Raises:

@@ -179,7 +179,7 @@ def _summary(
     return GroupSummary(
         step=int(step),
         title=shorten(title, 200),
-        prompt=shorten(" ".join(prompt.split()), 160),
+        prompt=_end_of(" ".join(prompt.split())),
         completions=len(completions),
         answers=sum(bool(view.answer.any()) for view in completions),
         best=max(rewards, default=None),
@@ -223,3 +223,8 @@ def _prompt(text: str) -> dict[str, Any]:
         "length": len(text),
         "open": len(text) <= 1_500,
     }
+
+
+def _end_of(prompt: str, limit: int = 64) -> str:
+    """Prompts of a run begin alike, and end with what is asked."""
+    return prompt if len(prompt) <= limit else f"…{prompt[1 - limit :]}"
