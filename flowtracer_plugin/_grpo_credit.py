@@ -31,7 +31,7 @@ from flowtracer_plugin._grpo_options import CreditOptions
 from flowtracer_plugin._grpo_reading import RolloutReader, Scored
 from flowtracer_plugin.attention import find_adapter
 from flowtracer_plugin.causal_lm import evaluating, unwrapped
-from flowtracer_plugin.parallel import tensor_parallel_group
+from flowtracer_plugin.parallel import may_stop, tensor_parallel_group
 from flowtracer_plugin.scorers import SCORERS, credit_weights
 from flowtracer_plugin.tracer import wrap
 
@@ -168,7 +168,8 @@ class FlowCredit:
         if self._reader.tracer.model is not unwrapped(self._trainer.model):
             self._reader = self._rollout_reader()
         if started and self._reader.attends:
-            self._reader.tracer.reader.verify()
+            # Through TRL's own head: ZeRO-3 wants to see the same modules in every pass.
+            self._reader.tracer.reader.verify(lambda ids: {"labels": ids, "fused_lm_head": True})
 
     def _is_policy(self, model: Any) -> bool:
         """Not the reference model, which may be the policy's with other adapters."""
@@ -204,12 +205,13 @@ class FlowCredit:
         size, kept = trainer.args.per_device_train_batch_size, rollouts["completion_ids"].shape[1]
         others = {name: rollouts[name] for name in _SCORING if name in rollouts}
         with profiling_context(trainer, "flow_credit"), torch.no_grad():
-            if not others and "entropy" not in self._reader.scorer.needs:
+            whole = "entropy" in self._reader.scorer.needs or not may_stop(trainer.model)
+            if not others and not whole:
                 prompt_length = ids.shape[1] - kept
                 return self._attempted(
                     partial(self._reader.read, ids, visible, prompt_length, size)
                 )
-            # Images, and entropies, take TRL's own way through the whole model.
+            # Images, entropies and sharded models take TRL's own way through the whole model.
             self._hears = []
             try:
                 with evaluating(trainer.model):

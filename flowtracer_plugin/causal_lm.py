@@ -92,7 +92,10 @@ def input_device(model: nn.Module) -> torch.device:
 def vocabulary_size(model: nn.Module) -> int:
     """How many token ids the model can embed."""
     inner = language_model(model)
-    weight = getattr(inner.get_input_embeddings(), "weight", None)
+    embedding = inner.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        return embedding.num_embeddings  # the weight of one that DeepSpeed has sharded is empty
+    weight = getattr(embedding, "weight", None)
     return inner.config.get_text_config().vocab_size if weight is None else weight.shape[0]
 
 

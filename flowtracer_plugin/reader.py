@@ -61,6 +61,9 @@ _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 """However many readers share a model, and however it is wrapped, one lock by its first site."""
 
 
+More = Callable[[Int[Tensor, "1 token"]], Mapping[str, Any]]
+
+
 class AttentionReader:
     """Reads the head-averaged attention of one model.
 
@@ -205,23 +208,24 @@ class AttentionReader:
     def _chosen(self, layers: Sequence[int]) -> list[AttentionSite]:
         return [site for site in self.sites if site.layer in set(layers)]
 
-    def verify(self) -> None:
+    def verify(self, more: More | None = None) -> None:
         """Check once, on a short input, that what is read is what the model computes.
 
         At every site the probabilities, times the values, must give the attention output that the
         model itself went on with, whatever implementation computed it; no token may attend to later
-        ones; and a read forward pass must give the logits of a plain one.
+        ones; and a read forward pass must give the logits of a plain one. `more` says what the
+        model is given beside the ids, by whoever runs it in a way of its own.
 
         Raises:
             AdapterMismatchError: They differ.
             UnsupportedArchitectureError: Tokens attend to later tokens.
         """
         if not self.verified:
-            for report in self.inspect():
+            for report in self.inspect(more):
                 check_report(report, self.adapter.name)
             self.verified = True
 
-    def inspect(self) -> tuple[SiteReport, ...]:
+    def inspect(self, more: More | None = None) -> tuple[SiteReport, ...]:
         """What the self-check finds at each site, on texts without and with padding.
 
         Raises:
@@ -229,10 +233,10 @@ class AttentionReader:
                 another number of times than the adapter lists it.
             ValueError: The model computes logits that are not finite.
         """
-        found = [self._inspect(padding) for padding in self.check_padding]
+        found = [self._inspect(padding, more) for padding in self.check_padding]
         return tuple(worst(reports) for reports in zip(*found, strict=True))
 
-    def _inspect(self, padding: int) -> list[SiteReport]:
+    def _inspect(self, padding: int, more: More | None) -> list[SiteReport]:
         visible = self.check_text(padding)[1][0]
         reports: list[SiteReport] = []
 
@@ -240,17 +244,25 @@ class AttentionReader:
             call = self.adapter.read(self.model.get_submodule(site.module), args, kwargs)
             reports.append(report_site(site, call, output, visible))
 
-        self.probe(self.sites, receive, padding=padding)
+        self.probe(self.sites, receive, padding=padding, more=more)
         return reports
 
-    def probe(self, sites: Sequence[AttentionSite], receive: Receive, *, padding: int) -> None:
+    def probe(
+        self,
+        sites: Sequence[AttentionSite],
+        receive: Receive,
+        *,
+        padding: int,
+        more: More | None = None,
+    ) -> None:
         """The self-check's run: pass on the calls of some sites, and check the model as a whole.
 
         Raises:
             AdapterMismatchError: As `inspect`.
             ValueError: As `inspect`.
         """
-        inputs = self._inputs(*self.check_text(padding), {})
+        ids, mask = self.check_text(padding)
+        inputs = self._inputs(ids, mask, {} if more is None else more(ids))
         with self._running():
             read = first_output(self.backend.run(inputs, sites, receive, whole=True))
             with self._counted() as visits:
