@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+ZERO := .venv-deepspeed
+ZERO_PINS := hjson==3.1.0 ninja==1.13.2 py-cpuinfo==9.0.0 msgpack==1.2.4
 LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
 # What depends on the versions of torch, transformers and nnsight: the families of models, read.
 LOWEST_TESTS := $(addprefix tests/test_,versions.py attention.py capture.py head_mean.py tracer.py)
 
-.PHONY: demo test test-lowest conformance lint types package reasoner clean
+.PHONY: demo test test-lowest deepspeed conformance lint types package reasoner clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -21,6 +23,15 @@ conformance: $(STAMP)
 
 test-lowest: $(LOWEST_STAMP)
 	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
+
+# DeepSpeed beside the environment, not in it: libraries behave otherwise where it is installed.
+deepspeed: $(STAMP)
+	$(PYTHON) -m venv $(ZERO)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+		> "$$($(ZERO)/bin/python -c 'import site; print(site.getsitepackages()[0])')/flowtracer.pth"
+	$(ZERO)/bin/python -m pip install --quiet --no-deps $(ZERO_PINS) setuptools wheel
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(ZERO)/bin/python -m pip install --quiet --no-deps \
+		--no-build-isolation deepspeed==0.19.8
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -48,4 +59,4 @@ $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
 	touch $(LOWEST_STAMP)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(ZERO) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -133,6 +133,36 @@ def shard(trainer):
     return trainer
 
 
+ZERO3 = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_batch_size": "auto",
+    "gradient_clipping": "auto",
+    "communication_data_type": "fp32",
+}
+"""DeepSpeed's sharding, which the processes' environment asks for."""
+
+
+def whole(model):
+    """Every parameter of a sharded model."""
+    if sharded_by_deepspeed(model):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {name: part.detach().clone() for name, part in model.named_parameters()}
+    return {
+        name: part.full_tensor() if isinstance(part, DTensor) else part
+        for name, part in model.state_dict().items()
+    }
+
+
+def sharded_by_deepspeed(model):
+    return all(hasattr(part, "ds_id") for part in model.parameters())
+
+
 def fail_once():
     """The next flow to be solved is not."""
     solve = _grpo_reading.solve_rollouts
@@ -152,8 +182,10 @@ def run(policy, folder, *, flow, sharded, fails=False, **options):
     answers = int(os.environ["RANK"]) == 0
     texts = ["so 3 is 7", "so then 5"] if answers else ["so then", "is then plus apples so"]
     kind = FlowGRPOTrainer if flow else GRPOTrainer
+    if sharded == "ZeRO-3":
+        options["deepspeed"] = dict(ZERO3)
     trainer = build(kind, policy, folder, rollout_func=scripted(texts), **options)
-    if sharded:
+    if sharded == "FSDP2":
         shard(trainer)
     if fails and not answers:
         fail_once()
@@ -162,23 +194,24 @@ def run(policy, folder, *, flow, sharded, fails=False, **options):
         lambda *_: passes.append(torch.is_grad_enabled())
     )
     trainer.train()
-    state = {
-        name: part.full_tensor() if isinstance(part, DTensor) else part
-        for name, part in trainer.model.state_dict().items()
-    }
     said = {
         "processes": trainer.accelerator.num_processes,
+        "ZeRO-3": sharded_by_deepspeed(trainer.model),
         "passes": passes,
         "training": all(module.training for module in trainer.model.modules()),
         "random": torch.rand(3).tolist(),
         "log": [step for step in trainer.state.log_history if "loss" in step],
     }
-    return said, state
+    return said, whole(trainer.model)
 
 
 def main(policy, folder, runs):
     """Train every run as one rank, and write what became of it."""
     rank = os.environ["RANK"]
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
     for number, options in enumerate(runs):
         said, state = run(policy, folder / str(number), **options)
         torch.save(state, folder / f"{number}-{rank}.pt")

@@ -18,6 +18,7 @@ from tests.test_grpo import METRICS
 ROOT = Path(__file__).parent.parent
 FLOW, PLAIN = {"flow": True}, {"flow": False}
 PASSES = ("training", "extra")
+SHARDINGS = ["DDP", "FSDP2", pytest.param("ZeRO-3", marks=pytest.mark.deepspeed)]
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +26,21 @@ def policy(tmp_path_factory):
     return save_policy(tmp_path_factory.mktemp("policy"))
 
 
-def launched(policy, folder, runs):
+def launched(policy, folder, runs, sharded):
     """What each run says on each of two ranks, and the parameters it ends with.
 
     `accelerate launch --cpu` would start one process and say nothing.
     """
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    python, chosen = sys.executable, {"ACCELERATE_USE_CPU": "true"}
+    if sharded == "ZeRO-3":
+        python = os.environ["FLOWTRACER_DEEPSPEED"]
+        chosen = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {
         **os.environ,
-        "ACCELERATE_USE_CPU": "true",
+        **chosen,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'adapters'}",
         "PYTHONWARNINGS": "ignore",
     }
     done = subprocess.run(
@@ -65,16 +70,17 @@ def same(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize("sharded", SHARDINGS)
 def test_two_processes_train_one_model(policy, tmp_path, sharded):
     shared = {"sharded": sharded, "gradient_accumulation_steps": 2, "log_completions": True}
     flows = [{**FLOW, **shared, "flow_pass": name} for name in PASSES]
     uniform = [{**run, "flow_gamma": 1.0} for run in flows]
     scoring = {**FLOW, **shared, "num_iterations": 2}
     runs = [*flows, *uniform, {**PLAIN, **shared}, scoring]
-    found = launched(policy, tmp_path, runs)
+    found = launched(policy, tmp_path, runs, sharded)
     for (first, ours), (second, theirs) in found:
         assert first["processes"] == second["processes"] == 2
+        assert first["ZeRO-3"] is (sharded == "ZeRO-3")
         assert same(ours, theirs)
         assert first["passes"] == second["passes"]
         assert first["training"]
@@ -102,7 +108,7 @@ def test_two_processes_train_one_model(policy, tmp_path, sharded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize("sharded", SHARDINGS)
 def test_a_rank_that_fails_makes_the_passes_of_the_others(policy, tmp_path, sharded):
     shared = {
         **FLOW,
@@ -113,7 +119,7 @@ def test_a_rank_that_fails_makes_the_passes_of_the_others(policy, tmp_path, shar
         "gradient_accumulation_steps": 2,
     }
     runs = [{**shared, "flow_pass": name} for name in PASSES]
-    for (first, ours), (second, theirs) in launched(policy, tmp_path, runs):
+    for (first, ours), (second, theirs) in launched(policy, tmp_path, runs, sharded):
         assert same(ours, theirs)
         assert first["passes"] == second["passes"]
         assert [step["flow/errors"] for step in first["log"]] == [1.0, 1.0]
