@@ -21,9 +21,7 @@ MISSING = {
     "gpu": None if torch.cuda.is_available() else "no CUDA device",
     "real_model": None if _folder("FLOWTRACER_MODELS") else "FLOWTRACER_MODELS names no folder",
     "compiler": None if shutil.which("g++") else "no g++, with which torch compiles",
-    "deepspeed": None
-    if _folder("FLOWTRACER_DEEPSPEED")
-    else "no FLOWTRACER_DEEPSPEED",
+    "deepspeed": None if _folder("FLOWTRACER_DEEPSPEED") else "no FLOWTRACER_DEEPSPEED",
     "browser": None if _folder("FLOWTRACER_CHROMIUM") else "FLOWTRACER_CHROMIUM names no file",
 }
 """Why tests with this marker cannot run here."""

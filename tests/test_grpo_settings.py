@@ -16,7 +16,7 @@ from flowtracer_plugin._grpo_credit import WEIGHTS
 from flowtracer_plugin.grpo import FlowGRPOTrainer
 from tests.grpo_worker import build, reward, save_policy, scripted, word_tokenizer
 from tests.test_grpo import ANSWERS, LAYERS, TEXTS, logged, same_parameters, slow_weights, words
-from tests.test_grpo_passes import watched
+from tests.test_grpo_passes import forwards, watched
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
 
@@ -86,6 +86,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vLLM, sequence ratios masked": {"vllm": "sequence_mask", "loss_type": "bnpo", "beta": 0.04},
     "vLLM, VESPO": {"vllm": "token_truncate", "loss_type": "vespo"},
 }  # fmt: skip
+SELF_CHECK = 4
+"""Passes over a short text, before the first one that is read."""
 EVERY = pytest.mark.parametrize("name", SETTINGS)
 
 
@@ -140,13 +142,15 @@ def test_uniform_credit_is_plain_grpo_to_the_bit(policy, tmp_path, name):
     ended = []
     for kind, options in ((FlowGRPOTrainer, {"flow_gamma": 1.0}), (GRPOTrainer, {})):
         trainer = made(kind, policy, tmp_path, name, max_steps=4, **options)
+        passes = forwards(trainer)
         trainer.train()
         modes = [module.training for module in trainer.model.modules()]
-        ended.append((trainer, torch.get_rng_state(), modes))
-    (ours, random, modes), (plain, plain_random, plain_modes) = ended
+        ended.append((trainer, torch.get_rng_state(), modes, passes))
+    (ours, random, modes, passes), (plain, plain_random, plain_modes, plain_passes) = ended
     assert same_parameters(ours, plain)
     assert torch.equal(random, plain_random)
     assert modes == plain_modes
+    assert passes == [False] * SELF_CHECK + plain_passes
     assert sum(logged(ours, "answer_found")) > 0
     losses = [
         [step["loss"] for step in t.state.log_history if "loss" in step] for t in (ours, plain)
@@ -161,8 +165,7 @@ def test_weights_in_the_loss_are_those_of_the_ids_in_the_loss(policy, tmp_path, 
     trainer = made(FlowGRPOTrainer, policy, tmp_path, name, max_steps=2, learning_rate=0.0)
     seen = watched(trainer)
     trainer.train()
-    loose = name == "bfloat16"
-    tokenizer, checked = word_tokenizer(), 0
+    tokenizer, checked, agreed = word_tokenizer(), 0, []
     for step in seen:
         assert step["advantages"].shape == step[WEIGHTS].shape == step["completion_ids"].shape
         assert step["advantages"].isfinite().all()
@@ -187,12 +190,13 @@ def test_weights_in_the_loss_are_those_of_the_ids_in_the_loss(policy, tmp_path, 
                 chosen=chosen.bool().tolist(),
             )
             wanted = [weight or 1.0 for weight in wanted]
-            if loose:
-                assert sorted(weights[mask].tolist()) == sorted(wanted)
-            else:
-                assert weights[mask].tolist() == wanted
+            found = weights[mask].tolist()
+            assert sorted(found) == sorted(wanted)
+            agreed += [one == other for one, other in zip(found, wanted, strict=True)]
             checked += 1
     assert checked >= 2
+    # Rounded to 8 bits, tokens that carry about as much flow may change places.
+    assert sum(agreed) >= (0.75 if name == "bfloat16" else 1) * len(agreed)
 
 
 def place_of(ids, tokenizer):
