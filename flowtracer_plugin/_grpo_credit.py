@@ -75,7 +75,8 @@ class FlowCredit:
         self._checked = check_trainer(trainer)
         self._log = CreditLog(trainer, options)
         self._reader = self._rollout_reader()
-        self._gamma: float | None = None
+        self._begun = False
+        self._gamma: float | None = None  # none: plain credit
         self._policy: Any = None
         self._hears: list[_Heard] | None = None  # passes of a generation, while there is one
         self._inputs: dict[str, Any] | None = None  # of the loss, until their pass has come
@@ -91,8 +92,7 @@ class FlowCredit:
         self._hears = [] if self._gamma is not None and chosen in ("auto", "scoring") else None
         try:
             rollouts = generate(inputs)
-            passes = self._hears or ()
-            heard = next((h for h in passes if _is_over(h.ids, h.visible, rollouts)), None)
+            heard = self._heard(rollouts)
         finally:
             self._hears = None
         rollouts[ROWS] = torch.arange(len(rollouts["advantages"]))
@@ -122,7 +122,7 @@ class FlowCredit:
             self._checked = True
         if WEIGHTS in inputs:
             return compute(model, inputs)
-        if self._policy is None:  # attached to a trainer that had rollouts already
+        if not self._begun:  # attached to a trainer that had rollouts already
             self._begin()
         self._inputs = inputs
         try:
@@ -160,6 +160,7 @@ class FlowCredit:
 
     def _begin(self) -> None:
         """Settle for the next rollouts what does not depend on them."""
+        self._begun = True
         step = self._trainer.state.global_step
         started = step >= self.options.start_step
         self._gamma = self.options.gamma_at(step) if started else None
@@ -218,9 +219,20 @@ class FlowCredit:
                     trainer._get_per_token_logps_and_entropies(
                         trainer.model, ids, visible.long(), kept, batch_size=size, **others
                     )
-                return self._hears[0].result
+                heard = self._heard(rollouts)
             finally:
                 self._hears = None
+        if heard is None:
+            raise UnsupportedTrainerError(
+                f"{type(trainer).__name__} runs the policy on other tokens than it is given, so "
+                "there is no pass to read; give it a FlowReward as reward function instead"
+            )
+        return heard.result
+
+    def _heard(self, rollouts: Mapping[str, Any]) -> _Heard | None:
+        """The pass over exactly these rollouts, if there was one."""
+        passes = self._hears or ()
+        return next((h for h in passes if _is_over(h.ids, h.visible, rollouts)), None)
 
     def _attempted(
         self, work: Callable[[], Scored], excused: Callable[[], bool] = lambda: True

@@ -216,6 +216,8 @@ def main(policy, folder, runs):
         said, state = run(policy, folder / str(number), **options)
         torch.save(state, folder / f"{number}-{rank}.pt")
         (folder / f"{number}-{rank}.json").write_text(json.dumps(said))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # else its threads may abort the process as it ends
 
 
 if __name__ == "__main__":

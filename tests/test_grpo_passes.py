@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 
 from flowtracer_plugin._grpo_credit import ROWS, WEIGHTS
 from flowtracer_plugin.grpo import FlowGRPOTrainer, attach_flow_credit
-from tests.grpo_worker import PROMPTS, WORDS, build, scripted, word_tokenizer
+from tests.grpo_worker import WORDS, build, scripted, word_tokenizer
 from tests.test_grpo import (
     ANSWERS,
     LAYERS,
@@ -297,6 +297,17 @@ def test_credit_starts_at_its_step_and_grows(policy, tmp_path):
     assert len(logged(trainer, "weight_mean")) == 3
 
 
+@pytest.mark.parametrize("peft", [None, lora()], ids=["whole model", "LoRA"])
+@pytest.mark.parametrize("chosen", ["auto", "training"])
+def test_all_rollouts_of_a_generation_have_one_factor(policy, tmp_path, chosen, peft):
+    _, seen = trained(
+        policy, tmp_path, flow_pass=chosen, peft_config=peft, max_steps=4, flow_warmup_steps=4,
+        flow_gamma=2.0, steps_per_generation=2, gradient_accumulation_steps=1,
+        rollout_func=scripted(TEXTS),
+    )  # fmt: skip
+    assert [float(step[WEIGHTS].max()) for step in seen] == [1.25, 1.25, 1.75, 1.75]
+
+
 def test_before_its_step_training_is_plain_grpo(policy, tmp_path):
     ours, _ = trained(policy, tmp_path, flow_start_step=3)
     plain, _ = trained(policy, tmp_path, GRPOTrainer)
@@ -483,4 +494,3 @@ def test_rows_stay_with_their_completions_through_the_shuffle(policy, tmp_path):
     for row, place in enumerate(step[ROWS].tolist()):
         ids = step["completion_ids"][row][step["completion_mask"][row].bool()]
         assert word_tokenizer().decode(ids) == TEXTS[place % len(TEXTS)]
-    assert PROMPTS

@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 from flowtracer_plugin._grpo_credit import WEIGHTS
 from flowtracer_plugin.grpo import FlowGRPOTrainer
 from tests.grpo_worker import build, reward, save_policy, scripted, word_tokenizer
-from tests.test_grpo import ANSWERS, LAYERS, TEXTS, logged, same_parameters, slow_weights, words
+from tests.test_grpo import ANSWERS, LAYERS, TEXTS, logged, same_parameters, slow_weights
 from tests.test_grpo_passes import forwards, watched
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
@@ -239,4 +239,3 @@ def test_evaluation_between_steps_changes_nothing(policy, tmp_path):
     names = [name for step in ended[0].state.log_history for name in step]
     assert any(name.startswith("eval_") for name in names)
     assert not any(name.startswith("eval_flow") for name in names)
-    assert words("so")
