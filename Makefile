@@ -10,7 +10,7 @@ LOWEST_STAMP := $(LOWEST)/.installed
 # What depends on the versions of torch, transformers and nnsight: the families of models, read.
 LOWEST_TESTS := $(addprefix tests/test_,versions.py attention.py capture.py head_mean.py tracer.py)
 
-.PHONY: demo test test-lowest deepspeed conformance lint types package reasoner clean
+.PHONY: demo test test-lowest deepspeed bench conformance lint types package reasoner clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,10 @@ test: $(STAMP)
 
 conformance: $(STAMP)
 	$(BIN)/python -m tests.conformance $(if $(TYPES),--types $(TYPES))
+
+# Takes an hour of an idle machine; make bench ONLY="flow_stage" runs one of them.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ONLY)
 
 test-lowest: $(LOWEST_STAMP)
 	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)

@@ -1,0 +1,214 @@
+"""How the benchmarks measure: ways of doing one thing, side by side.
+
+A benchmark is a module with
+
+    QUESTION    what it asks, one sentence
+    OURS        the way that is compared with all others
+    CASES       what is varied: keyword arguments of `ways`
+    TARGETS     (other way, "seconds" or "peak_mb", largest ratio of ours to it, where) or nothing
+    ways        case -> {name: function without arguments}
+
+Seconds: all ways of a case in one process, in turn, so that what else the machine does hits all of
+them; after one run to warm up, the median of at least five. Memory: each way in a process of its
+own, how far its second run rises above what the process held before it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "nnsight", "numpy", "scipy", "networkx", "trl")
+MIB = 2**20
+
+Ways = Mapping[str, Callable[[], object]]
+Case = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a benchmark promises: our `measure` is at most `ratio` times that of `other`."""
+
+    other: str
+    measure: str
+    ratio: float
+    where: Mapping[str, Any] | None = None
+
+    def concerns(self, case: Case) -> bool:
+        return all(case.get(name) == value for name, value in (self.where or {}).items())
+
+
+def run(module: ModuleType, *, rounds: int = 5, cases: Sequence[Case] | None = None) -> Path:
+    """Measure every case of a benchmark and write its result."""
+    rows = []
+    for case in tqdm(cases or module.CASES, desc=module.__name__.rpartition(".")[2], unit="case"):
+        seconds = _child(module, "seconds", case, rounds=rounds)
+        names = [name for name, values in seconds.items() if values is not None]
+        peaks = {name: _child(module, "memory", case, way=name) for name in names}
+        rows.append(_row(module.OURS, case, seconds, peaks))
+        tqdm.write(f"{dict(case)}: {rows[-1]['ratios']}")
+    return write(module, rows, rounds=rounds)
+
+
+def write(module: ModuleType, rows: Sequence[Mapping[str, Any]], **more: Any) -> Path:
+    """Write rows beside the machine, the versions and the command that they come from."""
+    name = module.__name__.rpartition(".")[2]
+    report = {
+        "question": module.QUESTION,
+        "ours": module.OURS,
+        "command": f"python -m benchmarks {name}",
+        "machine": machine(),
+        "versions": versions(),
+        **more,
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    return path
+
+
+def _row(
+    ours: str, case: Case, samples: Mapping[str, list[float]], peaks: Mapping[str, float]
+) -> dict[str, Any]:
+    seconds = {name: statistics.median(values) for name, values in samples.items()}
+    measures = {"seconds": seconds, "peak_mb": peaks}
+    return {
+        "case": dict(case),
+        **measures,
+        "samples": samples,
+        "ratios": {
+            measure: {
+                name: round(values[ours] / max(values[name], 1e-9), 3)
+                for name in values
+                if name != ours
+            }
+            for measure, values in measures.items()
+        },
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import psutil
+    import torch
+
+    cpus = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(":")[2].strip() for line in cpus if line.startswith("model name")]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "gpu": gpu,
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _child(module: ModuleType, what: str, case: Case, **more: Any) -> Any:
+    """Run this file on one case in a fresh process; `None` if it was killed, as by lack of memory."""
+    task = json.dumps({"module": module.__name__, "what": what, "case": dict(case), **more})
+    # Blocks go back to the system as soon as they are freed, so that a peak is a peak.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    if what == "seconds":
+        environment = dict(os.environ)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.harness", task],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def interleaved(ways: Ways, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way, in turn, after one run of each."""
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()
+    for _ in range(rounds):
+        for name, way in ways.items():
+            samples[name].append(seconds_of(way))
+    return samples
+
+
+def seconds_of(way: Callable[[], object]) -> float:
+    _wait_for_device()
+    started = time.perf_counter()
+    way()
+    _wait_for_device()
+    return time.perf_counter() - started
+
+
+def peak_of(way: Callable[[], object]) -> float:
+    """MiB by which the second run rises above what the process holds before it."""
+    import torch
+
+    way()
+    gc.collect()
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        way()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _resident("VmRSS")
+    way()
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{field}:"))
+    return int(line.split()[1])
+
+
+def _wait_for_device() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """One measurement, in this process; the last line of the output is the result."""
+    task = json.loads(sys.argv[1])
+    ways: Ways = importlib.import_module(task["module"]).ways(**task["case"])
+    if task["what"] == "seconds":
+        print(json.dumps(interleaved(ways, task["rounds"])))
+    else:
+        print(json.dumps(round(peak_of(ways[task["way"]]), 1)))
+
+
+if __name__ == "__main__":
+    main()
