@@ -16,11 +16,16 @@ import numpy as np
 class Backend(NamedTuple):
     """What one kind of array needs; `entries` and `assemble` are None for dense arrays.
 
+    `L` is what a matrix holds below its diagonal; of sparse ones, that is all there is.
+
     Attributes:
         xp: numpy or torch, the library of the masks and of everything that is one number per token.
         read: a matrix as float32 or float64, off the autograd tape, in its library's normal form.
+        extremes: the smallest and the largest number of a dense array that is not empty.
         mask: a list or array as an array of `xp`, where the given matrix lies.
-        solve: `(I + S) x = b`, or `(I + S.T) x = b` if `transposed`, S strictly lower triangular.
+        solve: `x = rhs + L x`, or with `L.T` if `transposed`, restricted to some queries and keys.
+        product: `L x`.
+        small: `(I + S) x = rhs` for a dense strictly lower S, or with `S.T`.
         entries: the query, the key and the value of every stored number; the values are no copy.
         assemble: a matrix like the given one, from queries, keys and values in row order.
         sparsify: the sparse form of one dense graph.
@@ -28,8 +33,11 @@ class Backend(NamedTuple):
 
     xp: Any
     read: Callable[[Any], Any]
+    extremes: Callable[[Any], tuple[Any, Any]]
     mask: Callable[[Any, Any], Any]
     solve: Callable[..., Any]
+    product: Callable[[Any, Any], Any]
+    small: Callable[..., Any]
     entries: Callable[[Any], tuple[Any, Any, Any]] | None = None
     assemble: Callable[[Any, Any, Any, Any], Any] | None = None
     sparsify: Callable[[Any], Any] | None = None
@@ -83,11 +91,6 @@ def working_dtype(array: Any) -> str:
     raise TypeError(f"attention must hold real numbers of at most 64 bits, got dtype {name}")
 
 
-def negated(edges: Any) -> Any:
-    """A negated copy of a graph, or of each of a tuple of sparse ones."""
-    return tuple(-one for one in edges) if isinstance(edges, tuple) else -edges
-
-
 def scale(edges: Any, factors: Any, *, of: Literal["query", "key"]) -> Any:
     """Multiply, in place, every row (query) or every column (key) by the factor of its token."""
     if isinstance(edges, tuple):
@@ -101,9 +104,39 @@ def scale(edges: Any, factors: Any, *, of: Literal["query", "key"]) -> Any:
     return edges
 
 
-def solve(system: Any, rhs: Any, *, transposed: bool = False) -> Any:
-    """Substitution in a graph, a batch, or a tuple of sparse graphs with one row of `rhs` each."""
-    if isinstance(system, tuple):
-        rows = zip(system, rhs, strict=True)
-        return backend_of(rhs).xp.stack([solve(*row, transposed=transposed) for row in rows])
-    return backend_of(system).solve(system, rhs, transposed=transposed)
+def solve(
+    edges: Any, rhs: Any, *, transposed: bool = False, queries: Any = None, keys: Any = None
+) -> Any:
+    """`Backend.solve` for a graph, a batch, or a tuple of sparse graphs and a row of `rhs` each."""
+    if not isinstance(edges, tuple):
+        solve_one = backend_of(edges).solve
+        return solve_one(edges, rhs, transposed=transposed, queries=queries, keys=keys)
+    nothing = [None] * len(edges)
+    rows = zip(
+        edges,
+        rhs,
+        nothing if queries is None else queries,
+        nothing if keys is None else keys,
+        strict=True,
+    )
+    return backend_of(rhs).xp.stack(
+        [solve(one, b, transposed=transposed, queries=q, keys=k) for one, b, q, k in rows]
+    )
+
+
+def product(edges: Any, vector: Any) -> Any:
+    """`Backend.product` for a graph, a batch, or a tuple of sparse graphs."""
+    if not isinstance(edges, tuple):
+        return backend_of(edges).product(edges, vector)
+    pairs = zip(edges, vector, strict=True)
+    return backend_of(vector).xp.stack([product(one, each) for one, each in pairs])
+
+
+def restricted(edges: Any, queries: Any, keys: Any) -> Any:
+    """The negated copy of one sparse graph, without what other queries pay, or other keys get."""
+    system = -edges
+    if queries is not None:
+        scale(system, queries, of="query")
+    if keys is not None:
+        scale(system, keys, of="key")
+    return system

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flowtracer_plugin._flow_backends import backend_of, dtype_name
+from flowtracer_plugin._substitution import above
 
 
 def read_matrices(attention: Any) -> list[Any]:
@@ -85,12 +86,17 @@ def check(matrices: Sequence[Any], masks: Mapping[str, Any], *, listed: bool) ->
 
 
 def _is_sound(matrix: Any) -> Any:
-    backend, (values, ahead) = backend_of(matrix), _parts(matrix)
+    backend = backend_of(matrix)
+    if backend.entries is None:
+        values, looks_ahead = matrix, above(matrix) != 0
+    else:
+        values, ahead = _parts(matrix)
+        looks_ahead = ahead.any()
     if 0 in values.shape:  # a sparse matrix without an edge has no smallest value
-        return ~ahead.any()
+        return ~looks_ahead
     # nan fails both comparisons
-    smallest, largest = backend.xp.amin(values), backend.xp.amax(values)
-    return ~ahead.any() & (smallest >= 0) & (largest < math.inf)
+    smallest, largest = backend.extremes(values)
+    return ~looks_ahead & (smallest >= 0) & (largest < math.inf)
 
 
 def _parts(matrix: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Dense numpy arrays: BLAS substitution through scipy.linalg."""
+"""Dense numpy arrays: BLAS, and LAPACK through scipy.linalg."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from jaxtyping import Float
 from scipy.linalg import solve_triangular
 
 from flowtracer_plugin._flow_backends import Backend, working_dtype
+from flowtracer_plugin._substitution import below, stored, substitute
 
 
 def read(attention: np.ndarray) -> Float[np.ndarray, "..."]:
@@ -18,12 +19,36 @@ def read(attention: np.ndarray) -> Float[np.ndarray, "..."]:
     return np.asarray(attention, dtype=working_dtype(attention))
 
 
+def extremes(values: np.ndarray) -> tuple[Any, Any]:
+    """The smallest and the largest number, by parts that stay in cache from one to the other."""
+    rows = values.reshape(-1, values.shape[-1])
+    parts = [rows[start : start + 32] for start in range(0, len(rows), 32)]
+    found = np.array([(part.min(), part.max()) for part in parts])
+    return found[:, 0].min(), found[:, 1].max()
+
+
 def mask(values: Any, like: Any) -> np.ndarray:
     """The mask as a numpy array, whatever it holds."""
     return np.asarray(values)
 
 
 def solve(
+    edges: Float[np.ndarray, "*batch token token"],
+    rhs: Float[np.ndarray, "*batch token"],
+    **how: Any,
+) -> Float[np.ndarray, "*batch token"]:
+    """Substitution by blocks of the matrix as it lies."""
+    return substitute(stored(edges), rhs, **how)
+
+
+def product(
+    edges: Float[np.ndarray, "*batch token token"], vector: Float[np.ndarray, "*batch token"]
+) -> Float[np.ndarray, "*batch token"]:
+    """What is below the diagonal, times a vector."""
+    return below(stored(edges), vector)
+
+
+def small(
     system: Float[np.ndarray, "*batch token token"],
     rhs: Float[np.ndarray, "*batch token"],
     *,
@@ -32,7 +57,7 @@ def solve(
     """Substitution, one graph after the other."""
     if system.ndim == 3:
         rows = zip(system, rhs, strict=True)
-        return np.stack([solve(one, b, transposed=transposed) for one, b in rows])
+        return np.stack([small(one, b, transposed=transposed) for one, b in rows])
     return solve_triangular(
         system,
         rhs,
@@ -50,4 +75,13 @@ def sparsify(edges: Float[np.ndarray, "query key"]) -> Any:
     return csr_array(edges)
 
 
-NUMPY = Backend(xp=np, read=read, mask=mask, solve=solve, sparsify=sparsify)
+NUMPY = Backend(
+    xp=np,
+    read=read,
+    extremes=extremes,
+    mask=mask,
+    solve=solve,
+    product=product,
+    small=small,
+    sparsify=sparsify,
+)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import spsolve_triangular
 
-from flowtracer_plugin._flow_backends import Backend, working_dtype
-from flowtracer_plugin._flow_numpy import mask
+from flowtracer_plugin._flow_backends import Backend, restricted, working_dtype
+from flowtracer_plugin._flow_numpy import extremes, mask, small
 
 Entries = tuple[Int[np.ndarray, " edge"], Int[np.ndarray, " edge"], Float[np.ndarray, " edge"]]
 
@@ -32,11 +32,32 @@ def assemble(like: csr_array, query: Any, key: Any, value: Any) -> csr_array:
 
 
 def solve(
-    system: csr_array, rhs: Float[np.ndarray, " token"], *, transposed: bool
+    edges: csr_array,
+    rhs: Float[np.ndarray, " token"],
+    *,
+    transposed: bool,
+    queries: Bool[np.ndarray, " token"] | None = None,
+    keys: Bool[np.ndarray, " token"] | None = None,
 ) -> Float[np.ndarray, " token"]:
     """Substitution along the stored edges; the transpose is a view in CSC, which is as good."""
+    system = restricted(edges, queries, keys)
     matrix = system.T if transposed else system
     return spsolve_triangular(matrix, rhs, lower=not transposed, unit_diagonal=True)
 
 
-SCIPY = Backend(xp=np, read=read, mask=mask, solve=solve, entries=entries, assemble=assemble)
+def product(edges: csr_array, vector: Float[np.ndarray, " token"]) -> Float[np.ndarray, " token"]:
+    """The matrix times a vector."""
+    return edges @ vector
+
+
+SCIPY = Backend(
+    xp=np,
+    read=read,
+    extremes=extremes,
+    mask=mask,
+    solve=solve,
+    product=product,
+    small=small,
+    entries=entries,
+    assemble=assemble,
+)

@@ -6,10 +6,11 @@ import warnings
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from flowtracer_plugin._flow_backends import Backend, working_dtype
+from flowtracer_plugin._flow_backends import Backend, restricted, working_dtype
+from flowtracer_plugin._substitution import below, stored, substitute
 
 BLOCK = 256
 """Rows that are substituted at once in a sparse graph: one dense solve of 256 x 256 is cheaper than
@@ -21,12 +22,32 @@ def read(attention: Tensor) -> Tensor:
     return attention.detach().to(getattr(torch, working_dtype(attention)))
 
 
+def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest number, in one pass."""
+    smallest, largest = torch.aminmax(values)
+    return smallest, largest
+
+
 def mask(values: Any, like: Tensor) -> Tensor:
     """The mask as a tensor beside the attention, whatever it holds."""
     return values if isinstance(values, Tensor) else torch.tensor(values, device=like.device)
 
 
 def solve(
+    edges: Float[Tensor, "*batch token token"], rhs: Float[Tensor, "*batch token"], **how: Any
+) -> Float[Tensor, "*batch token"]:
+    """Substitution by blocks of the matrix as it lies, on its device."""
+    return substitute(stored(edges), rhs, **how)
+
+
+def product(
+    edges: Float[Tensor, "*batch token token"], vector: Float[Tensor, "*batch token"]
+) -> Float[Tensor, "*batch token"]:
+    """What is below the diagonal, times a vector."""
+    return below(stored(edges), vector)
+
+
+def small(
     system: Float[Tensor, "*batch token token"],
     rhs: Float[Tensor, "*batch token"],
     *,
@@ -80,12 +101,18 @@ def assemble(like: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def solve_csr(
-    system: Tensor, rhs: Float[Tensor, " token"], *, transposed: bool
+    edges: Tensor,
+    rhs: Float[Tensor, " token"],
+    *,
+    transposed: bool,
+    queries: Bool[Tensor, " token"] | None = None,
+    keys: Bool[Tensor, " token"] | None = None,
 ) -> Float[Tensor, " token"]:
     """Block substitution with ordinary operations, the same on every device.
 
     torch.triangular_solve on sparse tensors is deprecated and needs MKL or cuSPARSE.
     """
+    system = restricted(edges, queries, keys)
     query, key, value = entries(system)
     row_start = system.crow_indices().tolist()
     rest, solution = rhs.clone(), torch.zeros_like(rhs)
@@ -97,7 +124,7 @@ def solve_csr(
         if not transposed:  # edges inside the block still meet a solution of zero
             rest.index_add_(0, q, v * solution[k], alpha=-1)
         block = _diagonal_block(q - start, k - start, v, stop - start)
-        solution[start:stop] = solve(block, rest[start:stop], transposed=transposed)
+        solution[start:stop] = small(block, rest[start:stop], transposed=transposed)
         if transposed:  # what lands inside the block has been read already
             rest.index_add_(0, k, v * solution[q], alpha=-1)
     return solution
@@ -113,7 +140,29 @@ def _diagonal_block(
     return block[:, :size]
 
 
-TORCH = Backend(xp=torch, read=read, mask=mask, solve=solve, sparsify=sparsify)
+def product_csr(edges: Tensor, vector: Float[Tensor, " token"]) -> Float[Tensor, " token"]:
+    """The matrix times a vector."""
+    return edges @ vector
+
+
+TORCH = Backend(
+    xp=torch,
+    read=read,
+    extremes=extremes,
+    mask=mask,
+    solve=solve,
+    product=product,
+    small=small,
+    sparsify=sparsify,
+)
 TORCH_CSR = Backend(
-    xp=torch, read=read_csr, mask=mask, solve=solve_csr, entries=entries, assemble=assemble
+    xp=torch,
+    read=read_csr,
+    extremes=extremes,
+    mask=mask,
+    solve=solve_csr,
+    product=product_csr,
+    small=small,
+    entries=entries,
+    assemble=assemble,
 )

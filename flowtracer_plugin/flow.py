@@ -10,13 +10,15 @@ never built. The same algebra runs on numpy and torch, dense and sparse.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from flowtracer_plugin._flow_backends import backend_of, dtype_name, negated, scale, solve
+from flowtracer_plugin._flow_backends import backend_of, dtype_name, product, scale, solve
 from flowtracer_plugin._flow_border import rows_without
 from flowtracer_plugin.graph import FlowGraph
 
@@ -65,8 +67,10 @@ class Flow:
                [0.75, 0.25, 0.  ]])
         """
         arriving, leaving = self._ends()
-        copy = scale(negated(self.graph.edges), -arriving, of="query")
-        return scale(copy, leaving, of="key")
+        edges = self.graph.edges
+        if edges is self.graph.matrix:  # sparse, and so no copy yet
+            edges = tuple(one * 1 for one in edges) if isinstance(edges, tuple) else edges * 1
+        return scale(scale(edges, arriving, of="query"), leaving, of="key")
 
     def inflow(self, tokens: Bool[Any, "*batch token"]) -> Float[Any, "*batch token"]:
         """The share of the unit that enters each token along edges from `tokens`.
@@ -79,7 +83,7 @@ class Flow:
         array([0.  , 0.25, 0.75])
         """
         arriving, leaving = self._ends()
-        return arriving * _product(self.graph.edges, leaving * tokens)
+        return arriving * product(self.graph.matrix, leaving * tokens)
 
     def _ends(self) -> tuple[Float[Any, "*batch token"], Float[Any, "*batch token"]]:
         """What an edge's attention is multiplied with at its later and its earlier token."""
@@ -96,7 +100,7 @@ class Flow:
         >>> solve_flow(np.tril(np.ones((3, 3))), [1, 0, 0], [0, 1, 1]).sink_flow().round(3)
         array([0.   , 0.333, 0.667])
         """
-        return _into_sink(self.graph.answer, self.reach, self.throughput)
+        return into_sink(self.graph.answer, self.reach, self.throughput)
 
 
 def solve_flow(
@@ -156,37 +160,63 @@ def solve_graph(
     _check_option("question_weights", question_weights, QUESTION_WEIGHTS)
     _check_option("boundary", boundary, BOUNDARIES)
     _check_option("unreached", unreached, UNREACHED)
-    edges, question, answer = graph.edges, graph.question, graph.answer
-    xp, dtype = backend_of(answer).xp, (edges[0] if isinstance(edges, tuple) else edges).dtype
+    matrix, question, answer = graph.matrix, graph.question, graph.answer
+    dtype = (matrix[0] if isinstance(matrix, tuple) else matrix).dtype
+    nodes = solve_nodes(
+        partial(solve, matrix),
+        question,
+        answer,
+        dtype=dtype,
+        question_weights=question_weights,
+        boundary=boundary,
+        zero=unreached == "zero",
+    )
+    return Flow(graph=graph, boundary=boundary, **nodes._asdict())
+
+
+class Nodes(NamedTuple):
+    """What a flow says of its tokens; see `Flow`."""
+
+    reach: Float[Any, "*batch token"]
+    throughput: Float[Any, "*batch token"]
+    source: Float[Any, "*batch token"]
+    potential: Float[Any, "*batch token"]
+    question_reached: int | Int[Any, " batch"]
+
+
+def solve_nodes(
+    solve: Callable[..., Any],
+    question: Bool[Any, "*batch token"],
+    answer: Bool[Any, "*batch token"],
+    *,
+    dtype: Any,
+    question_weights: str,
+    boundary: str,
+    zero: bool,
+) -> Nodes:
+    """Reach from the end, then potential from the beginning, by any way of substitution.
+
+    `solve` is called as `Backend.solve`, without the matrix. With `zero`, graphs whose question
+    does not reach the answer carry no flow; else that raises.
+    """
+    xp = backend_of(answer).xp
     unit = _unit(xp.finfo(dtype))
+    passing = ~answer if boundary == "absorbing" else None
     with np.errstate(all="ignore"):  # _check_flow finds what does not fit
-        system = negated(edges)
-        if boundary == "absorbing":
-            scale(system, ~answer, of="key")
-        scaled = _reach(system, xp.asarray(answer, dtype=dtype) * unit)
+        scaled = _reach(solve, xp.asarray(answer, dtype=dtype) * unit, passing)
         source = _source(question & (scaled > 0), scaled, question_weights)
-        potential = _potential(system, scaled, source)
+        potential = _potential(solve, scaled, source, passing)
         reach, throughput = scaled / unit, scaled * potential
         reached = (question & (scaled > 0)).sum(-1)
-        sunk = _into_sink(answer, reach, throughput)
-        _check_flow(reached, reach, sunk, zero=unreached == "zero")
-    return Flow(
-        graph=graph,
+        sunk = into_sink(answer, reach, throughput)
+        _check_flow(reached, reach, sunk, zero=zero)
+    return Nodes(
         reach=reach,
         throughput=throughput,
         source=source,
         potential=potential,
         question_reached=reached if reached.ndim else int(reached),
-        boundary=boundary,
     )
-
-
-def _product(edges: Any, values: Float[Any, "*batch token"]) -> Float[Any, "*batch token"]:
-    """Each graph's matrix times its vector."""
-    if isinstance(edges, tuple):
-        pairs = zip(edges, values, strict=True)
-        return backend_of(values).xp.stack([one @ vector for one, vector in pairs])
-    return (edges @ values[..., None])[..., 0]
 
 
 def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -204,9 +234,13 @@ def _unit(finfo: Any) -> float:
     return 2.0 ** (math.frexp(float(finfo.max))[1] // 2)
 
 
-def _reach(system: Any, sink: Float[Any, "*batch token"]) -> Float[Any, "*batch token"]:
-    """`h` for the system `-L`, in the unit of the sink."""
-    reach = solve(system, sink, transposed=True)
+def _reach(
+    solve: Callable[..., Any],
+    sink: Float[Any, "*batch token"],
+    passing: Bool[Any, "*batch token"] | None,
+) -> Float[Any, "*batch token"]:
+    """`h`, in the unit of the sink."""
+    reach = solve(sink, transposed=True, keys=passing)
     # a subnormal number has lost the digits that 1 / h needs: it counts as out of reach
     return reach * (reach >= backend_of(reach).xp.finfo(reach.dtype).smallest_normal)
 
@@ -221,18 +255,21 @@ def _source(
 
 
 def _potential(
-    system: Any, reach: Float[Any, "*batch token"], source: Float[Any, "*batch token"]
+    solve: Callable[..., Any],
+    reach: Float[Any, "*batch token"],
+    source: Float[Any, "*batch token"],
+    passing: Bool[Any, "*batch token"] | None,
 ) -> Float[Any, "*batch token"]:
-    """`g` for the system `-L`, whose rows of tokens without reach are zeroed in place.
+    """`g`, which is 0 at tokens without reach.
 
     Flow never enters these tokens. Left in, a dead end whose potential overflows would turn what
     it is not even connected to into nan (0 times infinity).
     """
-    scale(system, reach > 0, of="query")
-    return solve(system, source / (reach + (reach == 0)))
+    injected = source / (reach + (reach == 0))
+    return solve(injected, transposed=False, queries=reach > 0, keys=passing)
 
 
-def _into_sink(
+def into_sink(
     answer: Bool[Any, "*batch token"],
     reach: Float[Any, "*batch token"],
     throughput: Float[Any, "*batch token"],

@@ -20,23 +20,32 @@ class FlowGraph:
     everything; the constructor trusts.
 
     Attributes:
-        edges: `[query, key]` or `[batch, query, key]`, strictly lower triangular, float32 or
-            float64: a numpy array, a torch tensor (dense or sparse CSR), a scipy csr_array, or a
-            tuple of sparse ones, one per batch row.
+        matrix: `[query, key]` or `[batch, query, key]`, float32 or float64: a numpy array, a torch
+            tensor (dense or sparse CSR), a scipy csr_array, or a tuple of sparse ones, one per
+            batch row. A dense one is the attention that was passed, not a copy (do not change it
+            while the graph is in use), and what it holds on the diagonal does not count.
         question: the tokens into which one unit of flow is injected.
         answer: the tokens that are connected to the sink.
         dropped: share of the off-diagonal attention that pruning removed, in [0, 1]; a float, or
             one number per batch row.
     """
 
-    edges: Any
+    matrix: Any
     question: Bool[Any, "*batch token"]
     answer: Bool[Any, "*batch token"]
     dropped: float | Float[Any, " batch"]
 
+    @property
+    def edges(self) -> Any:
+        """The matrix, strictly lower triangular; of a dense one, a copy is made every time."""
+        backend = None if isinstance(self.matrix, tuple) else backend_of(self.matrix)
+        if backend is None or backend.entries is not None:
+            return self.matrix
+        return backend.xp.tril(self.matrix, -1)
+
     @classmethod
     def from_attention(cls, attention: Any, question: Any, answer: Any) -> FlowGraph:
-        """Check attention and masks, and drop the diagonal.
+        """Check attention and masks.
 
         Args:
             attention: `[query, key]` or `[batch, query, key]`, non-negative and lower triangular;
@@ -64,11 +73,11 @@ class FlowGraph:
             "answer": read_mask("answer", answer, first, shape),
         }
         check(matrices, masks, listed=listed)
-        lower = tuple(_strictly_lower(matrix) for matrix in matrices)
+        matrices = [_strictly_lower(matrix) for matrix in matrices]
         question, answer = (xp.asarray(mask, dtype=xp.bool, copy=True) for mask in masks.values())
         nothing = 0.0 if question.ndim == 1 else xp.zeros_like(question[:, 0], dtype=xp.float64)
-        edges = lower if listed else lower[0]
-        return cls(edges=edges, question=question, answer=answer, dropped=nothing)
+        matrix = tuple(matrices) if listed else matrices[0]
+        return cls(matrix=matrix, question=question, answer=answer, dropped=nothing)
 
     def prune(self, *, top_k: int | None = None, mass: float | None = None) -> FlowGraph:
         """Keep only the strongest edges into each token, by exactly one of two rules.
@@ -95,14 +104,15 @@ class FlowGraph:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         if mass is not None and not 0 < mass <= 1:
             raise ValueError(f"mass must be a share in (0, 1], got {mass}")
-        if isinstance(self.edges, tuple):
-            edges: Any = tuple(_strongest(one, top_k, mass) for one in self.edges)
+        edges = self.edges
+        if isinstance(edges, tuple):
+            kept: Any = tuple(_strongest(one, top_k, mass) for one in edges)
         else:
-            edges = _strongest(self.edges, top_k, mass)
-        before, after = _total(self.edges), _total(edges)
+            kept = _strongest(edges, top_k, mass)
+        before, after = _total(edges), _total(kept)
         lost = (before - after) / (before + (before == 0))  # without attention, nothing is lost
         dropped = self.dropped + (1 - self.dropped) * lost
-        return replace(self, edges=edges, dropped=dropped if dropped.ndim else float(dropped))
+        return replace(self, matrix=kept, dropped=dropped if dropped.ndim else float(dropped))
 
     def to_sparse(self) -> FlowGraph:
         """The same graph with only its edges stored, as a scipy csr_array or torch sparse CSR.
@@ -114,18 +124,21 @@ class FlowGraph:
         >>> graph.to_sparse().edges.nnz
         3
         """
-        sparsify = None if isinstance(self.edges, tuple) else backend_of(self.edges).sparsify
+        edges = self.edges
+        sparsify = None if isinstance(edges, tuple) else backend_of(edges).sparsify
         if sparsify is None:
             return self
         single = self.question.ndim == 1
-        edges = sparsify(self.edges) if single else tuple(sparsify(one) for one in self.edges)
-        return replace(self, edges=edges)
+        return replace(
+            self, matrix=sparsify(edges) if single else tuple(sparsify(one) for one in edges)
+        )
 
 
 def _strictly_lower(matrix: Any) -> Any:
+    """A sparse matrix without its diagonal and without stored zeros; a dense one as it is."""
     backend = backend_of(matrix)
     if backend.entries is None or backend.assemble is None:
-        return backend.xp.tril(matrix, -1)
+        return matrix
     query, key, value = backend.entries(matrix)
     kept = (key < query) & (value != 0)
     return backend.assemble(matrix, query[kept], key[kept], value[kept])

@@ -159,7 +159,9 @@ def solve_rollouts(
     if len(rows):
         target = masks.target[rows]
         flow = solve_flow(
-            attention[rows],
+            attention
+            if len(rows) == len(attention)
+            else attention[rows],  # no copy where none is due
             masks.question[rows],
             target,
             question_weights=options.question_weights,

@@ -1,6 +1,7 @@
 """Flow against its slow definition, its laws, and graphs whose numbers were worked out by hand."""
 
 import doctest
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowtracer_plugin import _flow_torch, flow, graph
+from flowtracer_plugin import _flow_backends, _flow_torch, _substitution, flow, graph
 from flowtracer_plugin.flow import BOUNDARIES, QUESTION_WEIGHTS, solve_flow, solve_graph
 from flowtracer_plugin.graph import FlowGraph
 from tests import reference
@@ -135,6 +136,44 @@ def test_sparse_torch_does_not_depend_on_the_block(problem, block, chosen):
     agree(found, reference.flow(*problem.parts, **chosen))
 
 
+@pytest.mark.parametrize("kind", DENSE)
+@settings(laws, max_examples=50)
+@given(problem=problems(), block=st.integers(1, 5), data=st.data())
+def test_substitution_by_blocks_solves_the_system_restricted_to_queries_and_keys(
+    kind, problem, block, data
+):
+    size = len(problem.answer)
+    masks = {
+        name: np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+        for name in ("queries", "keys")
+    }
+    rhs = np.linspace(0.5, 2, size)
+    lower = np.tril(problem.attention, -1) * masks["queries"][:, None] * masks["keys"]
+    given = held_as(kind, problem.attention + np.triu(np.full((size, size), 7.0)))
+    rows = _substitution.stored(given)
+    held = {name: held_as(kind, mask) for name, mask in masks.items()}
+    for transposed in (False, True):
+        seen = []
+        found = _substitution.substitute(
+            rows,
+            held_as(kind, rhs),
+            transposed=transposed,
+            block=block,
+            visit=lambda start, stop, part, _, seen=seen: seen.append((start, stop, part.shape)),
+            **held,
+        )
+        system = np.eye(size) - (lower.T if transposed else lower)
+        np.testing.assert_allclose(dense(found), np.linalg.solve(system, rhs), **EXACT)
+        starts = list(range(0, size, block))
+        ends = [(start, min(start + block, size)) for start in starts]
+        expected = [(start, stop, (stop - start, stop)) for start, stop in ends]
+        assert seen == (expected[::-1] if transposed else expected)
+    product = _substitution.below(rows, held_as(kind, rhs), block)
+    np.testing.assert_allclose(dense(product), np.tril(problem.attention, -1) @ rhs, **EXACT)
+    above = float(_substitution.above(given, block))
+    assert above == pytest.approx(7.0 * size * (size - 1) / 2)
+
+
 @laws
 @given(problem=problems(), chosen=options)
 def test_one_unit_arrives_and_none_is_lost_on_the_way(problem, chosen):
@@ -186,7 +225,8 @@ def test_throughput_does_not_change_when_reach_is_scaled(problem, power, weights
     found = solve_flow(*problem.parts, question_weights=weights)
     scaled = found.reach * 2.0**power
     source = flow._source(problem.question & (scaled > 0), scaled, weights)
-    potential = flow._potential(-np.tril(problem.attention, -1), scaled, source)
+    solve = partial(_flow_backends.solve, problem.attention)
+    potential = flow._potential(solve, scaled, source, None)
     np.testing.assert_array_equal(scaled * potential, found.throughput)
 
 

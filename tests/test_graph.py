@@ -83,12 +83,12 @@ def test_masks_may_be_lists_or_arrays(kind, mask):
 
 
 @pytest.mark.parametrize("kind", DENSE)
-def test_a_graph_does_not_share_memory_with_what_it_was_made_of(kind):
+def test_a_dense_graph_is_the_attention_that_was_passed_with_masks_of_its_own(kind):
     attention = held_as(kind, causal())
     question, answer = (held_as(kind, np.array(m, dtype=bool)) for m in (FIRST, LAST))
     graph = FlowGraph.from_attention(attention, question, answer)
     attention[2, 0], question[0], answer[2] = 9, False, False
-    assert graph.edges[2, 0] == 0.25
+    assert graph.edges[2, 0] == 9
     assert graph.question[0]
     assert graph.answer[2]
 

@@ -19,6 +19,7 @@ ADAPTERS = ROOT / "adapters" / "flowtracer_adapters"
 LAYERS = [
     {"_versions"},
     {"_flow_backends", "_trl_version"},
+    {"_substitution"},
     {"_flow_numpy", "_flow_torch"},
     {"_flow_scipy"},
     {"_flow_border"},
