@@ -1,7 +1,4 @@
-"""What stands out in a flow: hubs, checkpoints, likely paths, and the graph of reasoning steps.
-
-Everything here reads one numpy flow and costs O(T²) time.
-"""
+"""What stands out in a flow: hubs, checkpoints, likely paths, and the graph of reasoning steps."""
 
 from __future__ import annotations
 
@@ -12,15 +9,22 @@ from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import entr
-
-from flowtracer_plugin.flow import Flow
 
 STEP_END = re.compile(
     r"\n\s*|(?<=[.!?])(?<!^\d\.)(?<!^\d\d\.)\s+|(?<=[。！？])\s*",  # noqa: RUF001
     re.MULTILINE,
 )
 """A step is a line, or a sentence within one; the number of a list's item is no sentence."""
+
+
+KEPT_EDGES = 8
+"""Edges into, and out of, each token that a backbone keeps."""
+
+KEPT_PATHS = 10
+"""Of the likeliest ones."""
+
+MAX_STEPS = 4096
+"""Of a longer text, neighbouring steps are taken together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,94 +71,90 @@ class StepGraph:
     sink: Float[np.ndarray, " step"]
 
 
-def hub_scores(flow: Flow) -> Float[np.ndarray, " token"]:
-    """Throughput × effective number of outgoing edges: high where many later tokens draw on one.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Outline:
+    """What a backbone must know of the text.
 
-    The effective number is the exponential of the entropy of the edges' flow shares, in edges; the
-    edge into the sink counts as one.
+    Attributes:
+        prompt_length: Tokens before the response.
+        bounds: First and last-plus-one token of every step.
     """
-    outgoing = np.vstack([flow.edge_flow(), flow.sink_flow()])
-    return flow.throughput * _effective_number(outgoing, flow.throughput)
+
+    prompt_length: int
+    bounds: Sequence[tuple[int, int]]
 
 
-def checkpoint_scores(flow: Flow) -> Float[np.ndarray, " token"]:
-    """Throughput × effective number of incoming edges: high where one token gathers from many.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StrongEdges:
+    """The strongest edges of each token, by flow.
 
-    Counted as in `hub_scores`; what is injected at a question token counts as one edge.
+    Attributes:
+        token: The other end; the token itself where there are fewer edges.
+        flow: What travels on it; 0 where there are fewer edges.
     """
-    incoming = np.vstack([flow.edge_flow().T, flow.source])
-    return flow.throughput * _effective_number(incoming, flow.throughput)
+
+    token: Int[np.ndarray, "token kept"]
+    flow: Float[np.ndarray, "token kept"]
 
 
-def _effective_number(
-    parts: Float[np.ndarray, "edge token"], whole: Float[np.ndarray, " token"]
-) -> Float[np.ndarray, " token"]:
-    shares = np.divide(parts, whole, out=np.zeros_like(parts), where=whole > 0)
-    return np.exp(entr(shares).sum(0))
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Backbone:
+    """What stands out in a flow: a few numbers a token, however long the text.
 
-
-def likely_paths(flow: Flow, count: int) -> tuple[FlowPath, ...]:
-    """The `count` most probable ways from the question to the answer, the likeliest first.
-
-    Exact dynamic programming on the conditioned graph: from the last token to the first, keep the
-    `count` best ways on to the sink. Fewer come back if there are fewer.
+    Attributes:
+        question_reached: How many question tokens share the unit.
+        source: What is injected at each token.
+        sink: Flow from each token into the sink.
+        hubs: Throughput × effective number of outgoing edges: high where many later tokens draw on
+            one. The effective number is the exponential of the entropy of the edges' flow shares,
+            in edges; the edge into the sink counts as one.
+        checkpoints: Throughput × effective number of incoming edges: high where one token gathers
+            from many. What is injected at a question token counts as one edge.
+        prompt_inflow: Flow that enters each token from the prompt.
+        sources: The strongest edges into each token.
+        targets: The strongest edges out of each token.
+        paths: The most probable ways from the question to the answer, the likeliest first.
+        steps: `steps[later, earlier]` is the flow from one step to another; the diagonal is 0.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count!r}")
-    with np.errstate(divide="ignore"):
-        onward, to_sink = np.log(_shares(flow)), np.log(_sink_shares(flow))
-        starts = np.log(flow.source)
-    length = len(starts)
-    best = np.full((length + 1, count), -np.inf)
-    best[length, 0] = 0.0  # the sink
-    following = np.zeros((length, count, 2), dtype=np.int64)
-    for token in reversed(range(length)):
-        ways = np.append(onward[token + 1 :, token], to_sink[token])[:, None] + best[token + 1 :]
-        chosen = _largest(ways.ravel(), count)
-        best[token, : len(chosen)] = ways.ravel()[chosen]
-        rows, ranks = np.divmod(chosen, count)
-        following[token, : len(chosen)] = np.column_stack([rows + token + 1, ranks])
-    totals = (starts[:, None] + best[:length]).ravel()
-    return tuple(
-        FlowPath(
-            tokens=_follow(following, *divmod(int(first), count)),
-            probability=float(np.exp(totals[first])),
-        )
-        for first in _largest(totals, count)
-        if np.isfinite(totals[first])
-    )
+
+    question_reached: int
+    source: Float[np.ndarray, " token"]
+    sink: Float[np.ndarray, " token"]
+    hubs: Float[np.ndarray, " token"]
+    checkpoints: Float[np.ndarray, " token"]
+    prompt_inflow: Float[np.ndarray, " token"]
+    sources: StrongEdges
+    targets: StrongEdges
+    paths: tuple[FlowPath, ...]
+    steps: Float[np.ndarray, "step step"]
 
 
-def _largest(values: Float[np.ndarray, " candidate"], count: int) -> Int[np.ndarray, " chosen"]:
-    """Indices of the `count` largest values, in descending order."""
-    few = np.argpartition(-values, min(count, len(values)) - 1)[:count]
-    return few[np.argsort(-values[few], kind="stable")]
-
-
-def _follow(following: Int[np.ndarray, "token way 2"], token: int, way: int) -> tuple[int, ...]:
-    tokens = []
-    while token < len(following):
-        tokens.append(token)
-        token, way = (int(part) for part in following[token, way])
-    return tuple(tokens)
-
-
-def _shares(flow: Flow) -> Float[np.ndarray, "query key"]:
-    """`P[key, query]`: which part of a token's flow goes on to each later one."""
-    edges = flow.edge_flow()
-    return np.divide(edges, flow.throughput, out=np.zeros_like(edges), where=flow.throughput > 0)
-
-
-def _sink_shares(flow: Flow) -> Float[np.ndarray, " token"]:
-    sink = flow.sink_flow()
-    return np.divide(sink, flow.throughput, out=np.zeros_like(sink), where=flow.throughput > 0)
+def strongest_edges(backbone: Backbone, minimum: float = 0.0) -> list[tuple[int, int, float]]:
+    """The earlier token, the later one, and the flow of each edge that is kept, each edge once."""
+    found: dict[tuple[int, int], float] = {}
+    for edges, swapped in ((backbone.sources, False), (backbone.targets, True)):
+        for token, place in np.argwhere(edges.flow > minimum).tolist():
+            other = int(edges.token[token, place])
+            ends = (token, other) if swapped else (other, token)
+            found[ends] = float(edges.flow[token, place])
+    return [(earlier, later, flow) for (earlier, later), flow in sorted(found.items())]
 
 
 def step_bounds(pieces: Sequence[str], prompt_length: int) -> tuple[tuple[int, int], ...]:
-    """First and last-plus-one token of every step; prompt and response never share one."""
-    first, second = pieces[:prompt_length], pieces[prompt_length:]
-    later = ((start + prompt_length, stop + prompt_length) for start, stop in _bounds(second))
-    return (*_bounds(first), *later)
+    """First and last-plus-one token of every step; prompt and response never share one.
+
+    Where there are more than `MAX_STEPS`, as many neighbours as necessary are taken together: the
+    flow between all pairs of steps has to fit in memory.
+    """
+    first, second = _bounds(pieces[:prompt_length]), _bounds(pieces[prompt_length:])
+    together = max(1, -(-(len(first) + len(second)) // MAX_STEPS))
+    later = [(start + prompt_length, stop + prompt_length) for start, stop in second]
+    return (*_joined(first, together), *_joined(later, together))
+
+
+def _joined(bounds: list[tuple[int, int]], together: int) -> list[tuple[int, int]]:
+    starts = range(0, len(bounds), together)
+    return [(bounds[i][0], bounds[min(i + together, len(bounds)) - 1][1]) for i in starts]
 
 
 def _bounds(pieces: Sequence[str]) -> list[tuple[int, int]]:
@@ -173,18 +173,17 @@ def _bounds(pieces: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def step_graph(
-    flow: Flow, pieces: Sequence[str], bounds: Sequence[tuple[int, int]], regions: Sequence[str]
+    backbone: Backbone,
+    pieces: Sequence[str],
+    bounds: Sequence[tuple[int, int]],
+    regions: Sequence[str],
 ) -> StepGraph:
-    """The token flow, summed over steps; flow inside a step is left out.
+    """The flow between steps, with their texts.
 
     `regions` names the region of every token; a step has that of its last one.
     """
-    member = np.zeros((len(bounds), len(pieces)))
-    for row, (start, stop) in enumerate(bounds):
-        member[row, start:stop] = 1.0
-    edges = member @ flow.edge_flow() @ member.T
-    np.fill_diagonal(edges, 0.0)
-    inflow = edges.sum(1) + member @ flow.source
+    starts = [start for start, _ in bounds]
+    inflow = backbone.steps.sum(1) + np.add.reduceat(backbone.source, starts)
     steps = tuple(
         Step(
             start=start,
@@ -195,4 +194,5 @@ def step_graph(
         )
         for row, (start, stop) in enumerate(bounds)
     )
-    return StepGraph(steps=steps, edges=edges, sink=member @ flow.sink_flow())
+    sink = np.add.reduceat(backbone.sink, starts)
+    return StepGraph(steps=steps, edges=backbone.steps, sink=sink)

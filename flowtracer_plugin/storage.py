@@ -15,22 +15,35 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
+from flowtracer_plugin.backbone import Backbone, FlowPath, StrongEdges
 from flowtracer_plugin.spans import Spans
 from flowtracer_plugin.trace import FlowOptions, FlowTrace
 
 FORMAT = "flowtracer.trace"
-VERSION = 1
+VERSION = 2
+"""The newest that can be read. Traces with all their attention are written as version 1, streamed
+ones, which hold a backbone instead, as version 2."""
+
 _ARRAYS = ("token_ids", "reach", "throughput")
 _MASKS = ("question", "answer", "target")
+_BACKBONE = ("source", "sink", "hubs", "checkpoints", "prompt_inflow", "steps")
+
+_EDGES = ("sources", "targets")
+_BACKBONE_ARRAYS = [
+    *_BACKBONE,
+    *(f"{name}.{part}" for name in _EDGES for part in ("token", "flow")),
+]
 
 
 def save(trace: FlowTrace, path: Path) -> Path:
     """Write `trace` to `path`, whole or not at all, and return `path`."""
     arrays = {name: getattr(trace, name) for name in _ARRAYS}
     arrays |= {name: getattr(trace.spans, name) for name in _MASKS}
-    # Above the diagonal there is nothing: half the file.
-    arrays["attention"] = trace.attention[np.tril_indices(len(trace.attention))]
-    header = {
+    version = 1
+    if trace.attention is not None:
+        # Above the diagonal there is nothing: half the file.
+        arrays["attention"] = trace.attention[np.tril_indices(len(trace.attention))]
+    header: dict[str, Any] = {
         "tokens": trace.tokens,
         "prompt_length": trace.spans.prompt_length,
         "rule": trace.spans.rule,
@@ -39,7 +52,12 @@ def save(trace: FlowTrace, path: Path) -> Path:
         "options": asdict(trace.options),
         "layers": trace.layers,
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "trace": json.dumps(header)}
+    if trace.streamed is not None:
+        version = 2
+        arrays |= _backbone_arrays(trace.streamed)
+        header["paths"] = [asdict(path) for path in trace.streamed.paths]
+        header["question_reached"] = trace.streamed.question_reached
+    metadata = {"format": FORMAT, "version": str(version), "trace": json.dumps(header)}
     write_atomically(path, to_bytes(arrays, metadata))
     return path
 
@@ -72,13 +90,21 @@ def _read(path: Path) -> FlowTrace:
                 f"it has format version {metadata['version']}, this flowtracer-plugin reads "
                 f"versions up to {VERSION}; upgrade flowtracer-plugin"
             )
-        arrays = {name: file.get_tensor(name) for name in (*_ARRAYS, *_MASKS, "attention")}
+        names = [*_ARRAYS, *_MASKS]
+        names += ["attention"] if int(metadata["version"]) == 1 else _BACKBONE_ARRAYS
+        arrays = {name: file.get_tensor(name) for name in names}
     return _assemble(json.loads(metadata["trace"]), arrays)
 
 
 def _assemble(header: dict[str, Any], arrays: dict[str, Any]) -> FlowTrace:
-    if {len(arrays[name]) for name in (*_ARRAYS, *_MASKS)} != {len(header["tokens"])}:
+    per_token = [name for name in arrays if name not in ("attention", "steps")]
+    if {len(arrays[name]) for name in per_token} != {len(header["tokens"])}:
         raise ValueError("its header and its arrays differ in length")
+    attention, streamed = arrays.get("attention"), None
+    if attention is None:
+        streamed = _assemble_backbone(header, arrays)
+    else:
+        attention = _unpack(attention, len(header["tokens"]))
     options = header["options"]
     layers = options["layers"]
     options["layers"] = layers if isinstance(layers, str) else tuple(layers)
@@ -91,12 +117,37 @@ def _assemble(header: dict[str, Any], arrays: dict[str, Any]) -> FlowTrace:
             answer_text=header["answer_text"],
             **{name: arrays[name] for name in _MASKS},
         ),
-        attention=_unpack(arrays["attention"], len(arrays["token_ids"])),
+        attention=attention,
+        streamed=streamed,
         reach=arrays["reach"],
         throughput=arrays["throughput"],
         model=header["model"],
         options=FlowOptions(**options),
         layers=tuple(header["layers"]),
+    )
+
+
+def _backbone_arrays(backbone: Backbone) -> dict[str, Any]:
+    arrays = {name: getattr(backbone, name) for name in _BACKBONE}
+    for name in _EDGES:
+        edges: StrongEdges = getattr(backbone, name)
+        arrays |= {f"{name}.token": edges.token, f"{name}.flow": edges.flow}
+    return arrays
+
+
+def _assemble_backbone(header: dict[str, Any], arrays: dict[str, Any]) -> Backbone:
+    edges: dict[str, Any] = {
+        name: StrongEdges(token=arrays[f"{name}.token"], flow=arrays[f"{name}.flow"])
+        for name in _EDGES
+    }
+    return Backbone(
+        question_reached=int(header["question_reached"]),
+        paths=tuple(
+            FlowPath(tokens=tuple(path["tokens"]), probability=path["probability"])
+            for path in header["paths"]
+        ),
+        **{name: arrays[name] for name in _BACKBONE},
+        **edges,
     )
 
 

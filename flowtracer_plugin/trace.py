@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from flowtracer_plugin import backbone
-from flowtracer_plugin.backbone import FlowPath, StepGraph
+from flowtracer_plugin.backbone import KEPT_PATHS, Backbone, FlowPath, Outline, StepGraph
 from flowtracer_plugin.flow import Flow, solve_flow
 from flowtracer_plugin.spans import Region, Spans
 
@@ -98,23 +98,26 @@ class FlowTrace:
         tokens: What each decodes to; joined, they are `text`. A token in the middle of a character
             that several tokens spell is empty.
         spans: Question, response and answer.
-        attention: Head mean over the selected layers; rows are queries.
+        attention: Head mean over the selected layers; rows are queries. None if the trace was
+            streamed: then there is no matrix of all pairs of tokens.
         reach: Influence of each token on the answer, `h`.
         throughput: Flow through each token, `f`, when the question injects 1.
         model: Name of the model.
         options: How the trace was made.
         layers: Numbers of the layers that were averaged.
+        streamed: What a streamed trace knows of its edges; see `backbone`.
     """
 
     token_ids: Int[np.ndarray, " token"]
     tokens: tuple[str, ...]
     spans: Spans
-    attention: Float[np.ndarray, "query key"]
+    attention: Float[np.ndarray, "query key"] | None
     reach: Float[np.ndarray, " token"]
     throughput: Float[np.ndarray, " token"]
     model: str
     options: FlowOptions
     layers: tuple[int, ...]
+    streamed: Backbone | None = None
 
     @property
     def text(self) -> str:
@@ -123,9 +126,13 @@ class FlowTrace:
 
     @cached_property
     def flow(self) -> Flow:
-        """The solved flow, with its edges."""
+        """The solved flow, with all of its edges.
+
+        Raises:
+            ValueError: The trace was streamed.
+        """
         return solve_flow(
-            self.attention,
+            self._matrix("all of its edges"),
             self.spans.question,
             self.spans.target,
             question_weights=self.options.question_weights,
@@ -133,13 +140,46 @@ class FlowTrace:
         )
 
     @cached_property
+    def backbone(self) -> Backbone:
+        """What stands out among the edges, and the strongest of each token."""
+        return self.streamed or self._backbone(KEPT_PATHS)
+
+    def _backbone(self, paths: int) -> Backbone:
+        from flowtracer_plugin.streamed import stream_stored
+
+        return stream_stored(
+            self._matrix(f"more than {KEPT_PATHS} paths"),
+            self.spans.question,
+            self.spans.target,
+            self.outline,
+            question_weights=self.options.question_weights,
+            boundary=self.options.boundary,
+            paths=paths,
+        )
+
+    def _matrix(self, wish: str) -> Float[np.ndarray, "query key"]:
+        if self.attention is None:
+            raise ValueError(
+                f"this trace was streamed and does not have {wish}: there was no matrix of all "
+                "pairs of its tokens. trace.backbone holds what stands out; "
+                "wrap(..., mode='dense') keeps the matrix"
+            )
+        return self.attention
+
+    @cached_property
+    def outline(self) -> Outline:
+        """Where its parts begin and end."""
+        length = self.spans.prompt_length
+        return Outline(prompt_length=length, bounds=backbone.step_bounds(self.tokens, length))
+
+    @cached_property
     def reasoning_share(self) -> float:
         """Share of the flow that enters the response at a token other than the target.
 
         The rest jumps from the prompt straight to the answer's tokens, or to those that decide it.
         """
-        response = self.spans.response
-        return float(self.flow.inflow(~response)[response & ~self.spans.target].sum())
+        entered = self.spans.response & ~self.spans.target
+        return float(self.backbone.prompt_inflow[entered].sum())
 
     def hubs(self, count: int = 10, *, within: str = "reasoning") -> tuple[RankedToken, ...]:
         """Tokens with much flow that many later tokens draw on, the strongest first.
@@ -147,23 +187,30 @@ class FlowTrace:
         Score: throughput × effective number of outgoing edges, in edges. Ranked are the response's
         tokens before and around the answer, or with `within="all"` every token.
         """
-        return self._ranked(backbone.hub_scores(self.flow), count, within)
+        return self._ranked(self.backbone.hubs, count, within)
 
     def checkpoints(self, count: int = 10, *, within: str = "reasoning") -> tuple[RankedToken, ...]:
         """Tokens with much flow that gather it from many, the strongest first.
 
         Score: throughput × effective number of incoming edges, in edges. Ranked as in `hubs`.
         """
-        return self._ranked(backbone.checkpoint_scores(self.flow), count, within)
+        return self._ranked(self.backbone.checkpoints, count, within)
 
     def paths(self, count: int = 5) -> tuple[FlowPath, ...]:
-        """The most probable ways from the question to the answer, the likeliest first."""
-        return backbone.likely_paths(self.flow, count)
+        """The most probable ways from the question to the answer, the likeliest first.
+
+        Raises:
+            ValueError: `count` is below 1, or above 10 and the trace was streamed.
+        """
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count!r}")
+        return (self.backbone if count <= KEPT_PATHS else self._backbone(count)).paths[:count]
 
     def steps(self) -> StepGraph:
         """Lines or sentences, and the flow between them."""
-        bounds = backbone.step_bounds(self.tokens, self.spans.prompt_length)
-        return backbone.step_graph(self.flow, self.tokens, bounds, self.spans.regions)
+        return backbone.step_graph(
+            self.backbone, self.tokens, self.outline.bounds, self.spans.regions
+        )
 
     def _ranked(
         self, scores: Float[np.ndarray, " token"], count: int, within: str
@@ -208,7 +255,7 @@ class FlowTrace:
                 "tokens": np.flatnonzero(self.spans.answer).tolist(),
             },
             "reasoning_share": self.reasoning_share,
-            "question_reached": int(self.flow.question_reached),
+            "question_reached": self.backbone.question_reached,
             "tokens": [
                 {
                     "index": index,
@@ -241,6 +288,8 @@ class FlowTrace:
     def to_networkx(self, *, minimum: float = 0.0) -> networkx.DiGraph[int]:
         """The tokens as nodes and the flow between them as edges, those above `minimum`.
 
+        Of a streamed trace, the edges are the strongest ones of each token.
+
         Raises:
             ModuleNotFoundError: networkx is missing; it comes with the extra `viz`.
         """
@@ -254,10 +303,17 @@ class FlowTrace:
                 region=self.spans.regions[index],
                 throughput=float(self.throughput[index]),
             )
+        for earlier, later, flow in self._edges(minimum):
+            graph.add_edge(earlier, later, flow=flow)
+        return graph
+
+    def _edges(self, minimum: float) -> Iterator[tuple[int, int, float]]:
+        if self.streamed is not None:
+            yield from backbone.strongest_edges(self.streamed, minimum)
+            return
         edges = self.flow.edge_flow()
         for later, earlier in np.argwhere(edges > minimum).tolist():
-            graph.add_edge(earlier, later, flow=float(edges[later, earlier]))
-        return graph
+            yield earlier, later, float(edges[later, earlier])
 
     def _repr_html_(self) -> str:
         from flowtracer_plugin.report import render_notebook

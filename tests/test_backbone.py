@@ -5,53 +5,70 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flowtracer_plugin.backbone
 from flowtracer_plugin.backbone import (
     FlowPath,
-    checkpoint_scores,
-    hub_scores,
-    likely_paths,
+    Outline,
     step_bounds,
     step_graph,
+    strongest_edges,
 )
-from flowtracer_plugin.flow import solve_flow
+from flowtracer_plugin.streamed import stream_stored
 from tests import reference, reference_backbone
-from tests.strategies import problems
+from tests.strategies import Problem, problems
 
 OPTIONS = [(w, b) for w in ("uniform", "reach") for b in ("literal", "absorbing")]
 options = st.sampled_from(OPTIONS)
 
 
-def solved(problem, option):
+def backbone_of(problem, option=OPTIONS[0], *, bounds=None, **chosen):
     weights, boundary = option
-    return solve_flow(*problem.parts, question_weights=weights, boundary=boundary)
+    size = len(problem.question)
+    return stream_stored(
+        *problem.parts,
+        Outline(prompt_length=1, bounds=bounds or [(0, size)]),
+        question_weights=weights,
+        boundary=boundary,
+        **chosen,
+    )
 
 
-@pytest.fixture
-def drawn():
+def drawn(**chosen):
     """A drawing with numbers: 0 asks, 1 and 2 think, 3 answers.
 
     From the question a half goes to each thought; the second also listens to the first.
     """
     attention = np.array([[0, 0, 0, 0], [1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0.25, 0.75, 0]])
-    return solve_flow(attention, [1, 0, 0, 0], [0, 0, 0, 1])
+    question, answer = np.array([1, 0, 0, 0], bool), np.array([0, 0, 0, 1], bool)
+    return backbone_of(Problem(attention=attention, question=question, answer=answer), **chosen)
 
 
-def test_drawn_example_has_these_paths(drawn):
+def test_drawn_example_has_these_paths():
     # h = 1, 0.625, 0.75, 1; from 0: 0.625 to token 1, 0.375 to token 2; from 1: 0.4 to 3, 0.6 to 2
-    found = {path.tokens: path.probability for path in likely_paths(drawn, 5)}
+    found = {path.tokens: path.probability for path in drawn().paths}
     assert found == pytest.approx({(0, 1, 2, 3): 0.375, (0, 2, 3): 0.375, (0, 1, 3): 0.25})
 
 
-def test_drawn_example_has_these_scores(drawn):
-    assert drawn.throughput == pytest.approx([1, 0.625, 0.75, 1])
+def test_drawn_example_has_these_scores():
     fork, join = 0.625**-0.625 * 0.375**-0.375, 0.25**-0.25 * 0.75**-0.75
     split = 0.4**-0.4 * 0.6**-0.6
-    assert hub_scores(drawn) == pytest.approx([fork, 0.625 * split, 0.75, 1])
-    assert checkpoint_scores(drawn) == pytest.approx([1, 0.625, 0.75 * 2, join])
+    assert drawn().hubs == pytest.approx([fork, 0.625 * split, 0.75, 1])
+    assert drawn().checkpoints == pytest.approx([1, 0.625, 0.75 * 2, join])
 
 
-def test_drawn_example_has_these_steps(drawn):
-    graph = step_graph(drawn, ["Q", "a", "b", "A"], [(0, 1), (1, 3), (3, 4)], ["x", "y", "z", "w"])
+def test_drawn_example_has_these_edges():
+    found = {(earlier, later): flow for earlier, later, flow in strongest_edges(drawn())}
+    edges = {(0, 1): 0.625, (0, 2): 0.375, (1, 2): 0.375, (1, 3): 0.25, (2, 3): 0.75}
+    assert found == pytest.approx(edges)
+    assert [edge[:2] for edge in strongest_edges(drawn(), 0.4)] == [(0, 1), (2, 3)]
+    one = drawn(edges=1)
+    assert one.sources.token[:, 0].tolist() == [0, 0, one.sources.token[2, 0], 2]
+    assert one.targets.token[:, 0].tolist() == [1, 2, 3, 3]  # the last has none: itself
+
+
+def test_drawn_example_has_these_steps():
+    bounds = [(0, 1), (1, 3), (3, 4)]
+    graph = step_graph(drawn(bounds=bounds), ["Q", "a", "b", "A"], bounds, ["x", "y", "z", "w"])
     assert graph.edges == pytest.approx(np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]]))
     assert graph.sink == pytest.approx([0, 0, 1])
     assert [(step.text, step.region, step.inflow) for step in graph.steps] == [
@@ -61,21 +78,46 @@ def test_drawn_example_has_these_steps(drawn):
     ]
 
 
-@settings(deadline=None, max_examples=60)
-@given(problems(max_tokens=8), options)
-def test_scores_equal_their_slow_definition(problem, option):
-    flow, slow = solved(problem, option), reference.flow(*problem.parts, *option)
-    hubs, checkpoints = reference_backbone.hub_and_checkpoint_scores(slow)
-    np.testing.assert_allclose(hub_scores(flow), hubs, rtol=1e-9)
-    np.testing.assert_allclose(checkpoint_scores(flow), checkpoints, rtol=1e-9)
+blocks = st.integers(1, 9)
 
 
 @settings(deadline=None, max_examples=100)
-@given(problems(max_tokens=8), options, st.integers(1, 12))
-def test_likely_paths_are_the_likeliest_of_all(problem, option, count):
+@given(problems(max_tokens=8), options, blocks)
+def test_scores_equal_their_slow_definition(problem, option, block):
+    found, slow = (
+        backbone_of(problem, option, block=block),
+        reference.flow(*problem.parts, *option),
+    )
+    hubs, checkpoints = reference_backbone.hub_and_checkpoint_scores(slow)
+    np.testing.assert_allclose(found.hubs, hubs, rtol=1e-9)
+    np.testing.assert_allclose(found.checkpoints, checkpoints, rtol=1e-9)
+    for name, wanted in (("source", slow["source"]), ("sink", slow["sink_flow"])):
+        np.testing.assert_allclose(getattr(found, name), wanted, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(found.prompt_inflow, slow["edge_flow"][:, 0], atol=1e-12)
+    assert found.question_reached == np.count_nonzero(slow["source"])
+
+
+@settings(deadline=None, max_examples=100)
+@given(problems(max_tokens=9), options, blocks, st.integers(1, 10))
+def test_kept_edges_are_the_strongest_of_each_token(problem, option, block, kept):
+    found = backbone_of(problem, option, block=block, edges=kept)
+    flow = reference.flow(*problem.parts, *option)["edge_flow"]
+    for edges, wanted in ((found.sources, flow), (found.targets, flow.T)):
+        few = min(kept, np.flatnonzero(problem.answer)[-1] + 1)
+        best = -np.sort(-wanted, axis=1)[:, :few]
+        np.testing.assert_allclose(edges.flow, best, rtol=1e-9, atol=1e-15)
+        token = np.arange(len(flow))[:, None]
+        at_end = wanted[token, edges.token]
+        np.testing.assert_allclose(at_end * (edges.flow > 0), best, rtol=1e-9, atol=1e-15)
+        np.testing.assert_array_equal((edges.token == token), edges.flow == 0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(problems(max_tokens=8), options, st.integers(1, 12), blocks)
+def test_likely_paths_are_the_likeliest_of_all(problem, option, count, block):
     everything = reference_backbone.all_paths(*problem.parts, *option)
     ranked = sorted(everything.values(), reverse=True)
-    found = likely_paths(solved(problem, option), count)
+    found = backbone_of(problem, option, paths=count, block=block).paths
     assert len(found) == min(count, len(ranked))
     assert len({path.tokens for path in found}) == len(found)
     np.testing.assert_allclose([p.probability for p in found], ranked[:count], rtol=1e-9)
@@ -84,41 +126,40 @@ def test_likely_paths_are_the_likeliest_of_all(problem, option, count):
 
 
 @settings(deadline=None, max_examples=60)
-@given(problems(max_tokens=8), options)
-def test_all_paths_together_carry_the_unit(problem, option):
-    flow = solved(problem, option)
-    found = likely_paths(flow, 2 ** len(flow.throughput))
+@given(problems(max_tokens=8), options, blocks)
+def test_all_paths_together_carry_the_unit(problem, option, block):
+    throughput = reference.flow(*problem.parts, *option)["throughput"]
+    found = backbone_of(problem, option, paths=2 ** len(throughput), block=block).paths
     assert sum(path.probability for path in found) == pytest.approx(1)
-    through = np.zeros(len(flow.throughput))
+    through = np.zeros(len(throughput))
     for path in found:
         through[list(path.tokens)] += path.probability
         assert problem.question[path.tokens[0]]
         assert problem.answer[path.tokens[-1]]
-    np.testing.assert_allclose(through, flow.throughput, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(through, throughput, rtol=1e-9, atol=1e-15)
 
 
-def test_of_thousands_of_paths_the_likeliest_come_first():
+@pytest.mark.parametrize("block", [4, 256])
+def test_of_thousands_of_paths_the_likeliest_come_first(block):
     tokens = 13
     attention = np.tril(np.random.default_rng(0).random((tokens, tokens)))
-    parts = (
-        attention / attention.sum(1, keepdims=True),
-        np.arange(tokens) < 2,
-        np.arange(tokens) > 9,
+    problem = Problem(
+        attention=attention / attention.sum(1, keepdims=True),
+        question=np.arange(tokens) < 2,
+        answer=np.arange(tokens) > 9,
     )
-    everything = sorted(reference_backbone.all_paths(*parts).values(), reverse=True)
+    everything = sorted(reference_backbone.all_paths(*problem.parts).values(), reverse=True)
     assert len(everything) > 5000
-    found = [path.probability for path in likely_paths(solve_flow(*parts), 400)]
+    found = [path.probability for path in backbone_of(problem, paths=400, block=block).paths]
     np.testing.assert_allclose(found, everything[:400], rtol=1e-9)
 
 
 def test_one_path_is_all_there_is():
-    flow = solve_flow(np.array([[0.0, 0], [1, 0]]), [1, 0], [0, 1])
-    assert likely_paths(flow, 3) == (FlowPath(tokens=(0, 1), probability=1.0),)
-
-
-def test_no_paths_are_no_wish(drawn):
-    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
-        likely_paths(drawn, 0)
+    attention = np.array([[0.0, 0], [1, 0]])
+    problem = Problem(
+        attention=attention, question=np.array([True, False]), answer=np.array([False, True])
+    )
+    assert backbone_of(problem).paths == (FlowPath(tokens=(0, 1), probability=1.0),)
 
 
 @st.composite
@@ -130,12 +171,13 @@ def cuts(draw):
 
 
 @settings(deadline=None, max_examples=60)
-@given(cuts(), options)
-def test_flow_between_steps_equals_its_slow_definition_and_is_conserved(cut, option):
+@given(cuts(), options, blocks)
+def test_flow_between_steps_equals_its_slow_definition_and_is_conserved(cut, option, block):
     problem, bounds = cut
-    flow, slow = solved(problem, option), reference.flow(*problem.parts, *option)
+    slow = reference.flow(*problem.parts, *option)
     pieces = [chr(97 + token) for token in range(len(problem.question))]
-    graph = step_graph(flow, pieces, bounds, pieces)
+    found = backbone_of(problem, option, bounds=bounds, block=block)
+    graph = step_graph(found, pieces, bounds, pieces)
     edges, inflow, sink = reference_backbone.step_sums(slow, bounds)
     found = [step.inflow for step in graph.steps]
     np.testing.assert_allclose(graph.edges, edges, rtol=1e-9, atol=1e-15)
@@ -146,6 +188,14 @@ def test_flow_between_steps_equals_its_slow_definition_and_is_conserved(cut, opt
     assert graph.sink.sum() == pytest.approx(1)
     assert "".join(step.text for step in graph.steps) == "".join(pieces)
     assert [step.region for step in graph.steps] == [pieces[stop - 1] for _, stop in bounds]
+
+
+def test_too_many_steps_are_taken_together_on_their_side_of_the_prompt(monkeypatch):
+    pieces = ["a\n"] * 5 + ["b\n"] * 8
+    assert len(step_bounds(pieces, 5)) == 13
+    monkeypatch.setattr(flowtracer_plugin.backbone, "MAX_STEPS", 5)
+    assert step_bounds(pieces, 5) == ((0, 3), (3, 5), (5, 8), (8, 11), (11, 13))
+    assert step_bounds(["a\n"] * 5, 0) == tuple((i, i + 1) for i in range(5))
 
 
 def steps_of(*pieces, prompt_length=0):

@@ -26,7 +26,7 @@ LAYERS = [
     {"graph"},
     {"flow"},
     {"attention", "layers", "answers", "encoding", "credit", "controls", "backbone"},
-    {"spans"},
+    {"spans", "streamed"},
     {"head_mean", "backends", "causal_lm", "padding"},
     {"generation", "capture", "interception", "self_check", "parallel", "rhythm"},
     {"reading", "scorers"},
@@ -58,6 +58,7 @@ RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line}
 # optional package loads where it is used.
 LATE = {
     ("trace", "storage"),
+    ("trace", "streamed"),
     ("trace", "report"),
     ("trace", "report.terminal"),
     ("trace", "networkx"),

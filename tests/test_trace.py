@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import flowtracer_plugin as ft
-from flowtracer_plugin import backbone
 from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.rollouts import RolloutMasks, solve_rollouts
 from flowtracer_plugin.spans import Spans
@@ -110,11 +109,11 @@ def test_the_flow_solves_the_stored_numbers_again(trace):
 
 @pytest.mark.parametrize("within", ["reasoning", "all"])
 @pytest.mark.parametrize(
-    ("rank", "scores"),
-    [("hubs", backbone.hub_scores), ("checkpoints", backbone.checkpoint_scores)],
+    "rank",
+    ["hubs", "checkpoints"],
 )
-def test_the_strongest_tokens_come_first(trace, rank, scores, within):
-    wanted = scores(trace.flow)
+def test_the_strongest_tokens_come_first(trace, rank, within):
+    wanted = getattr(trace.backbone, rank)
     eligible = [
         token
         for token in np.flatnonzero(trace.throughput).tolist()
@@ -145,7 +144,14 @@ def test_the_question_and_the_answer_are_no_reasoning(trace, rank):
 
 def test_paths_lead_from_question_to_answer(trace):
     paths = trace.paths(3)
-    assert paths == backbone.likely_paths(trace.flow, 3)
+    assert paths == trace.backbone.paths[:3]
+    assert len(trace.backbone.paths) == 10
+    more = trace.paths(25)
+    assert len(more) == 25
+    assert more[:10] == trace.backbone.paths
+    assert more[10].probability <= more[9].probability
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+        trace.paths(0)
     assert all(trace.spans.regions[path.tokens[0]] == "question" for path in paths)
     assert all(path.tokens[-1] == 26 for path in paths)
 

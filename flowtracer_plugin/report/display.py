@@ -166,7 +166,7 @@ def standouts(
 ) -> tuple[tuple[Unit, float], ...]:
     """The `count` units of the reasoning that score highest, with their effective edges.
 
-    `scores` are those of `backbone.hub_scores` or `backbone.checkpoint_scores`. Question and answer
+    `scores` are a backbone's `hubs` or `checkpoints`. Question and answer
     are left out: all flow starts in one and ends in the other, so that they would fill the list of
     every trace.
     """

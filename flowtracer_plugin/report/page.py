@@ -7,7 +7,6 @@ from typing import Any
 
 from markupsafe import escape
 
-from flowtracer_plugin.backbone import checkpoint_scores, hub_scores
 from flowtracer_plugin.report import drawing
 from flowtracer_plugin.report.assets import render
 from flowtracer_plugin.report.display import (
@@ -37,8 +36,8 @@ def write_page(trace: FlowTrace, path: Path) -> Path:
 def render_page(trace: FlowTrace) -> str:
     """The page of `trace` as HTML; the same trace always gives the same page."""
     reading = read(trace)
-    hubs = standouts(reading, hub_scores(trace.flow), _MARKS)
-    checkpoints = standouts(reading, checkpoint_scores(trace.flow), _MARKS)
+    hubs = standouts(reading, trace.backbone.hubs, _MARKS)
+    checkpoints = standouts(reading, trace.backbone.checkpoints, _MARKS)
     return render(
         "page.html.j2",
         styles="page.css",
@@ -61,7 +60,7 @@ def render_notebook(trace: FlowTrace) -> str:
     It lies in a frame of its own, so that its styles and those of the notebook never meet.
     """
     reading = read(trace)
-    hubs = standouts(reading, hub_scores(trace.flow), _MARKS)
+    hubs = standouts(reading, trace.backbone.hubs, _MARKS)
     page = render(
         "notebook.html.j2",
         styles="page.css",

@@ -14,7 +14,6 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from flowtracer_plugin.backbone import checkpoint_scores, hub_scores
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
     Reading,
@@ -48,8 +47,8 @@ _WIDEST = 100
 def render_trace(trace: FlowTrace) -> RenderableType:
     """What `rich.print(trace)` shows, at any width, with or without colour."""
     reading = read(trace)
-    hubs = standouts(reading, hub_scores(trace.flow), _MARKS)
-    checkpoints = standouts(reading, checkpoint_scores(trace.flow), _MARKS)
+    hubs = standouts(reading, trace.backbone.hubs, _MARKS)
+    checkpoints = standouts(reading, trace.backbone.checkpoints, _MARKS)
     return Group(
         _title(reading),
         "",
@@ -77,7 +76,7 @@ def _title(reading: Reading) -> Text:
         f" found by rule '{visible(trace.spans.rule)}' in {spent}\n",
         (f"{percent(trace.reasoning_share)}", "bold"),
         " of the flow passes through the reasoning, the rest jumps straight to the answer\n",
-        f"{trace.flow.question_reached} of {int(trace.spans.question.sum())} question tokens "
+        f"{trace.backbone.question_reached} of {int(trace.spans.question.sum())} question tokens "
         f"reached · {len(trace.tokens)} tokens · {visible(trace.model)}, layers {layers}",
     )
 

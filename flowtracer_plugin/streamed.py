@@ -1,0 +1,351 @@
+"""The flow of one text and what stands out in it, from attention that comes in blocks of rows.
+
+Two passes see each block once: from the end for reach and the likeliest paths, from the beginning
+for throughput and the edges. A block has served when it has been seen, so that no matrix of all
+pairs of tokens exists, unless it is what the blocks are cut from.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from flowtracer_plugin._substitution import BLOCK, Rows, Visit, stored, substitute
+from flowtracer_plugin.backbone import (
+    KEPT_EDGES,
+    KEPT_PATHS,
+    Backbone,
+    FlowPath,
+    Outline,
+    StrongEdges,
+)
+from flowtracer_plugin.flow import Nodes, into_sink, solve_nodes
+
+
+def stream_flow(
+    rows: Rows,
+    question: Bool[Tensor, " token"],
+    target: Bool[Tensor, " token"],
+    outline: Outline,
+    *,
+    dtype: torch.dtype = torch.float32,
+    question_weights: str = "uniform",
+    boundary: str = "literal",
+    block: int = BLOCK,
+    paths: int = KEPT_PATHS,
+    edges: int = KEPT_EDGES,
+) -> tuple[Nodes, Backbone]:
+    """Reach, throughput and backbone, in numpy; `rows` are trusted to be attention.
+
+    Args:
+        rows: Blocks of the attention, on the device of the masks; each is asked for twice.
+        question: Where the unit is injected.
+        target: Where it ends.
+        outline: What else the backbone says is about.
+        dtype: Of the rows.
+        question_weights: As for `solve_flow`.
+        boundary: As for `solve_flow`.
+        block: Rows that are there at a time.
+        paths: How many of the likeliest paths are kept.
+        edges: How many edges into, and out of, each token are kept.
+
+    Raises:
+        ValueError: No question token reaches the target.
+        FloatingPointError: As `solve_flow`.
+    """
+    # After the last target there is no flow, so these rows are never asked for.
+    length = int(target.nonzero().max()) + 1
+    passes = _Passes(rows, question, target, outline, dtype, block, paths, edges, boundary)
+    nodes = solve_nodes(
+        passes.solve,
+        question[:length],
+        target[:length],
+        dtype=dtype,
+        question_weights=question_weights,
+        boundary=boundary,
+        zero=False,
+    )
+    backbone = passes.backbone(nodes)
+    padded = {
+        name: _padded(getattr(nodes, name), len(target))
+        for name in ("reach", "throughput", "source", "potential")
+    }
+    return nodes._replace(**padded), backbone
+
+
+def stream_stored(
+    attention: Float[np.ndarray, "query key"],
+    question: Bool[np.ndarray, " token"],
+    target: Bool[np.ndarray, " token"],
+    outline: Outline,
+    **options: Any,
+) -> Backbone:
+    """The backbone of attention that lies in memory."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor written to
+        matrix, inject, end = map(torch.from_numpy, (attention, question, target))
+    return stream_flow(stored(matrix), inject, end, outline, dtype=matrix.dtype, **options)[1]
+
+
+def _padded(values: Tensor, length: int) -> Float[np.ndarray, " token"]:
+    """With zeros for the tokens after the last target."""
+    return np.pad(values.cpu().numpy(), (0, length - len(values)))
+
+
+class _Passes:
+    """The two substitutions of one flow, and what they gather on their way."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        question: Bool[Tensor, " token"],
+        target: Bool[Tensor, " token"],
+        outline: Outline,
+        dtype: torch.dtype,
+        block: int,
+        paths: int,
+        edges: int,
+        boundary: str,
+    ) -> None:
+        self._rows, self._block, self._total = rows, block, len(target)
+        self._target = target[: int(target.nonzero().max()) + 1]
+        self._passing = ~self._target if boundary == "absorbing" else None
+        self._outline = outline
+        self._edges = edges
+        self._paths = _Paths(self._target, self._passing, paths, dtype)
+        self._reach = torch.zeros_like(self._target, dtype=dtype)
+        self._sums: _EdgeSums | None = None
+
+    def solve(self, rhs: Float[Tensor, " token"], *, transposed: bool, **masks: Any) -> Tensor:
+        """As `solve_nodes` wants it: first from the end, then from the beginning."""
+        visit: Visit = self._paths.visit
+        if not transposed:
+            reach = self._reach.where(masks["queries"], 0)
+            self._sums = _EdgeSums(
+                reach, self._passing, self._outline, min(self._edges, len(reach)), self._total
+            )
+            visit = self._sums.visit
+        solution = substitute(
+            self._rows, rhs, transposed=transposed, block=self._block, visit=visit, **masks
+        )
+        if transposed:
+            self._reach = solution
+        return solution
+
+    def backbone(self, nodes: Nodes) -> Backbone:
+        assert self._sums is not None, "solve_nodes solves twice"
+        sink = into_sink(self._target, nodes.reach, nodes.throughput)
+        return Backbone(
+            question_reached=int(nodes.question_reached),
+            source=_padded(nodes.source, self._total),
+            sink=_padded(sink, self._total),
+            paths=self._paths.likeliest(nodes.source, nodes.reach),
+            **self._sums.found(nodes, sink),
+        )
+
+
+class _EdgeSums:
+    """What is known of the edges when each has been seen once, in the forward pass."""
+
+    def __init__(
+        self,
+        reach: Float[Tensor, " token"],
+        passing: Bool[Tensor, " token"] | None,
+        outline: Outline,
+        kept: int,
+        total: int,
+    ) -> None:
+        length, like = len(reach), reach
+        self._reach, self._passing, self._total, self._kept = reach, passing, total, kept
+        self._prompt = outline.prompt_length
+        self._entering = torch.zeros_like(like)  # entropy of the shares
+        self._leaving = torch.zeros_like(like)
+        self._from_prompt = torch.zeros_like(like)
+        self._sources = like.new_zeros(length, kept), _themselves(length, kept, like.device)
+        self._targets = like.new_zeros(length, kept), _themselves(length, kept, like.device)
+        sizes = torch.tensor([stop - start for start, stop in outline.bounds], device=like.device)
+        self._step = torch.arange(len(sizes), device=like.device).repeat_interleave(sizes)
+        self._steps = like.new_zeros(len(sizes), len(sizes))
+
+    def visit(
+        self, start: int, stop: int, part: Float[Tensor, "row key"], potential: Tensor
+    ) -> None:
+        """Take a block of rows, whose potential has just become known."""
+        potential = potential[:stop]
+        through = self._reach[:stop] * potential
+        arriving = self._reach[start:stop].where(potential[start:] > 0, 0)
+        leaving = potential if self._passing is None else potential.where(self._passing[:stop], 0)
+        flow = (part * arriving[:, None]).mul_(leaving).tril_(start - 1)
+        self._from_prompt[start:stop] = flow[:, : self._prompt].sum(1)
+        self._entering[start:stop] = _entropy(flow, through[start:, None], 1)
+        self._leaving[:stop] += _entropy(flow, through, 0)
+        self._keep_sources(start, stop, flow)
+        self._keep_targets(start, stop, flow)
+        between = flow.new_zeros(len(flow), len(self._steps))
+        between.index_add_(1, self._step[:stop], flow)
+        self._steps.index_add_(0, self._step[start:stop], between)
+
+    def _keep_sources(self, start: int, stop: int, flow: Float[Tensor, "row key"]) -> None:
+        kept, token = flow.topk(min(self._kept, stop))
+        self._store(self._sources, slice(start, stop), kept, token)
+
+    def _keep_targets(self, start: int, stop: int, flow: Float[Tensor, "row key"]) -> None:
+        """The strongest of those that were kept of earlier blocks, and of this one."""
+        new, row = flow.topk(min(self._kept, len(flow)), dim=0)
+        flows, tokens = self._targets
+        flows, tokens = (
+            torch.cat([flows[:stop], new.T], 1),
+            torch.cat([tokens[:stop], row.T + start], 1),
+        )
+        kept, place = flows.topk(self._kept)
+        self._store(self._targets, slice(stop), kept, tokens.gather(1, place))
+
+    def _store(
+        self, edges: tuple[Tensor, Tensor], where: slice, flow: Tensor, token: Tensor
+    ) -> None:
+        own = torch.arange(len(edges[0]), device=token.device)[where, None]
+        edges[0][where, : flow.shape[1]] = flow
+        edges[1][where, : flow.shape[1]] = token.where(flow > 0, own)
+
+    def found(self, nodes: Nodes, sink: Float[Tensor, " token"]) -> dict[str, Any]:
+        """The sums as fields of a backbone."""
+        through = nodes.throughput
+        leaving = self._leaving + _entropy(sink[None], through, 0)
+        entering = self._entering + _entropy(nodes.source[None], through, 0)
+        self._steps.fill_diagonal_(0)
+        return {
+            "hubs": _padded(through * leaving.exp(), self._total),
+            "checkpoints": _padded(through * entering.exp(), self._total),
+            "prompt_inflow": _padded(self._from_prompt, self._total),
+            "sources": self._strong(self._sources),
+            "targets": self._strong(self._targets),
+            "steps": self._steps.cpu().numpy(),
+        }
+
+    def _strong(self, edges: tuple[Tensor, Tensor]) -> StrongEdges:
+        flow, token = (part.cpu().numpy() for part in edges)
+        rest = np.arange(len(flow), self._total)[:, None].repeat(self._kept, 1)
+        return StrongEdges(
+            token=np.concatenate([token, rest]),
+            flow=np.concatenate([flow, np.zeros_like(rest, flow.dtype)]),
+        )
+
+
+def _themselves(length: int, count: int, device: torch.device) -> Int[Tensor, "token count"]:
+    return torch.arange(length, device=device)[:, None].repeat(1, count)
+
+
+def _entropy(flow: Tensor, whole: Tensor, over: int) -> Tensor:
+    """Of the shares that flows have in a whole."""
+    shares = flow / whole.where(whole > 0, 1)
+    return torch.special.entr(shares).sum(over)
+
+
+class _Paths:
+    """The likeliest ways from every token to the sink, found from the last token to the first.
+
+    The share of an edge is `L[k, i] h(k) / h(i)`, so along a way all reaches but the first cancel:
+    products of attention are compared, and no reach need be known. Exact dynamic programming.
+    """
+
+    def __init__(
+        self,
+        target: Bool[Tensor, " token"],
+        passing: Bool[Tensor, " token"] | None,
+        count: int,
+        dtype: torch.dtype,
+    ) -> None:
+        length, device = len(target), target.device
+        self._target, self._passing, self._count = target.cpu().numpy(), passing, count
+        # Logarithms, the best first, and where each goes on: to which token, by its which way.
+        self._best = torch.full((length, count), -torch.inf, dtype=dtype, device=device)
+        self._next = torch.full((length, count), -1, device=device)
+        self._rank = torch.zeros(length, count, dtype=torch.long, device=device)
+
+    def visit(
+        self, start: int, stop: int, part: Float[Tensor, "row key"], _potential: Tensor
+    ) -> None:
+        """Take a block of rows; those of all later tokens have been taken."""
+        logs = part.log()
+        if self._passing is not None:
+            logs.masked_fill_(~self._passing[:stop], -torch.inf)
+        self._within(start, stop, logs[:, start:])
+        if start:
+            self._push(start, stop, logs[:, :start])
+
+    def _within(self, start: int, stop: int, logs: Float[Tensor, "row row"]) -> None:
+        """Token by token, from the last of the block: its ways through the block, and beyond."""
+        inside = slice(start, stop)
+        state = self._best[inside], self._next[inside], self._rank[inside]
+        best, following, rank = (part.cpu().numpy() for part in state)
+        square, count = logs.cpu().numpy(), self._count
+        for token in reversed(range(stop - start)):
+            ways = (square[token + 1 :, token, None] + best[token + 1 :]).ravel()
+            sink = 0.0 if self._target[start + token] else -np.inf
+            values = np.concatenate([best[token], [sink], ways])
+            chosen = _largest(values, count)
+            row, way = np.divmod(chosen - count - 1, count)
+            new, beyond = chosen > count, chosen < count
+            old = np.where(beyond, chosen, 0)
+            following[token] = np.where(
+                new, start + token + 1 + row, np.where(beyond, following[token][old], -1)
+            )
+            rank[token] = np.where(new, way, np.where(beyond, rank[token][old], 0))
+            best[token] = values[chosen]
+        for kept, found in zip(state, (best, following, rank), strict=True):
+            kept.copy_(torch.from_numpy(found))
+
+    def _push(self, start: int, stop: int, logs: Float[Tensor, "row key"]) -> None:
+        """Offer the block's ways to all earlier tokens."""
+        best = self._best[start:stop]
+        # Whose best way is not among the best has no other that is.
+        few = min(self._count, stop - start)
+        row = (logs + best[:, :1]).topk(few, dim=0).indices
+        ways = (logs.gather(0, row)[..., None] + best[row]).transpose(0, 1).flatten(1)
+        known = self._best[:start], self._next[:start], self._rank[:start]
+        rank = torch.arange(self._count, device=row.device).repeat(few).expand_as(ways)
+        following = (start + row.T).repeat_interleave(self._count, 1)
+        kept, place = torch.cat([known[0], ways], 1).topk(self._count)
+        for old, new in ((known[1], following), (known[2], rank)):
+            old.copy_(torch.cat([old, new], 1).gather(1, place))
+        known[0].copy_(kept)
+
+    def likeliest(
+        self, source: Float[Tensor, " token"], reach: Float[Tensor, " token"]
+    ) -> tuple[FlowPath, ...]:
+        """The best of all that begin at a question token."""
+        starts = source.log() - reach.where(reach > 0, 1).log()
+        totals = (starts[:, None] + self._best).flatten().cpu().numpy()
+        following, rank = self._next.cpu().numpy(), self._rank.cpu().numpy()
+        return tuple(
+            FlowPath(
+                tokens=_follow(following, rank, *divmod(int(first), self._count)),
+                probability=float(np.exp(totals[first])),
+            )
+            for first in _largest(totals, self._count)
+            if np.isfinite(totals[first])
+        )
+
+
+def _largest(values: Float[np.ndarray, " candidate"], count: int) -> Int[np.ndarray, " chosen"]:
+    """Indices of the `count` largest values, in descending order."""
+    few = np.argpartition(-values, min(count, len(values)) - 1)[:count]
+    return few[np.argsort(-values[few], kind="stable")]
+
+
+def _follow(
+    following: Int[np.ndarray, "token way"],
+    rank: Int[np.ndarray, "token way"],
+    token: int,
+    way: int,
+) -> tuple[int, ...]:
+    tokens = []
+    while token >= 0:
+        tokens.append(token)
+        token, way = int(following[token, way]), int(rank[token, way])
+    return tuple(tokens)
