@@ -140,6 +140,11 @@ def strongest_edges(backbone: Backbone, minimum: float = 0.0) -> list[tuple[int,
     return [(earlier, later, flow) for (earlier, later), flow in sorted(found.items())]
 
 
+def outline(pieces: Sequence[str], prompt_length: int) -> Outline:
+    """Of a text whose tokens decode to these pieces."""
+    return Outline(prompt_length=prompt_length, bounds=step_bounds(pieces, prompt_length))
+
+
 def step_bounds(pieces: Sequence[str], prompt_length: int) -> tuple[tuple[int, int], ...]:
     """First and last-plus-one token of every step; prompt and response never share one.
 

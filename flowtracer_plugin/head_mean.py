@@ -29,21 +29,41 @@ def add_head_mean(
     `heads` restricts the mean to some query heads. Rows of queries that see no key stay as they
     are. Computed in float32, also under autocast.
     """
-    given = call.weights if isinstance(call, AttentionWeights) else call.query
-    call = _normalized(call)
     # A cache of a sliding window holds the last keys only; a static one has room for more.
     first = max(0, total.shape[2] - tokens_of(call))
-    with torch.no_grad(), torch.autocast(given.device.type, enabled=False):
-        queries = min(given.shape[2], total.shape[1])  # some models pad the text behind its end
-        for start in range(0, queries, block):
-            rows = slice(start, min(start + block, queries))
-            probabilities = row_probabilities(call, rows, heads)
-            mean = reduce(probabilities, "batch head query key -> batch query key", "mean")
-            if isinstance(call, AttentionCall) and call.key_tokens is not None:
-                mean = mean @ call.key_tokens[:, : mean.shape[-1]].float()
-            columns = slice(first, first + mean.shape[-1])
-            mean = mean[..., : total.shape[2] - first].to(total.device)
-            total[:, rows, columns].add_(mean, alpha=weight)
+    queries = min(_given(call).shape[2], total.shape[1])  # some models pad the text behind its end
+    for start in range(0, queries, block):
+        rows = slice(start, min(start + block, queries))
+        mean = mean_of_rows(call, rows, heads=heads)
+        columns = slice(first, first + mean.shape[-1])
+        mean = mean[..., : total.shape[2] - first].to(total.device)
+        total[:, rows, columns].add_(mean, alpha=weight)
+
+
+@torch.no_grad()
+def mean_of_rows(
+    call: AttentionCall | AttentionWeights,
+    rows: slice,
+    *,
+    heads: Int[Tensor, " chosen"] | None = None,
+    keys: int | None = None,
+) -> Float[Tensor, "batch rows seen"]:
+    """The mean over heads for the query rows `rows`, in float32, also under autocast.
+
+    Over the keys that they can see at most; with `keys`, over the first so many, of a call that is
+    known not to look at others.
+    """
+    call = _normalized(call)
+    with torch.autocast(_given(call).device.type, enabled=False):
+        probabilities = row_probabilities(call, rows, heads, keys)
+        mean = reduce(probabilities, "batch head query key -> batch query key", "mean")
+        if isinstance(call, AttentionCall) and call.key_tokens is not None:
+            mean = mean @ call.key_tokens[:, : mean.shape[-1]].float()
+    return mean
+
+
+def _given(call: AttentionCall | AttentionWeights) -> Tensor:
+    return call.weights if isinstance(call, AttentionWeights) else call.query
 
 
 def token_probabilities(
@@ -80,13 +100,17 @@ def row_probabilities(
     call: AttentionCall | AttentionWeights,
     rows: slice,
     heads: Int[Tensor, " chosen"] | None = None,
+    keys: int | None = None,
 ) -> Float[Tensor, "batch head rows seen"]:
-    """Probabilities of the query rows `rows`, over the keys that they can see at most."""
+    """Probabilities of the query rows `rows`, over the keys that they can see at most.
+
+    Over the first `keys` keys, if the call is known not to look at others.
+    """
     if isinstance(call, AttentionWeights):
         every = slice(None) if heads is None else heads
         return call.weights[:, every, rows].detach().float()
     causal = call.mask is None and call.causal and call.query.shape[2] > 1
-    seen = rows.stop if causal else call.key.shape[2]
+    seen = rows.stop if causal else min(call.key.shape[2], keys or call.key.shape[2])
     scores = _scores(call, rows, seen, heads)
     blocked = _blocked(call, rows, seen, causal, heads)
     if blocked is not None:

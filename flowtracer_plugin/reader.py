@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from flowtracer_plugin.attention import (
     AdapterMismatchError,
     AttentionAdapter,
+    AttentionCall,
     AttentionSite,
+    AttentionWeights,
     NoAttentionError,
     UnsupportedArchitectureError,
     find_adapter,
     known_adapters,
 )
+from flowtracer_plugin.attention_rows import AttentionRows, KeptCalls
 from flowtracer_plugin.backends import Backend, Receive, Result
 from flowtracer_plugin.capture import NnsightBackend
 from flowtracer_plugin.causal_lm import (
@@ -123,6 +126,29 @@ class AttentionReader:
         if attention_mask is not seen:
             put_back(found, seen)
         return found
+
+    def read_rows(
+        self,
+        input_ids: Int[Tensor, "batch token"],
+        attention_mask: Bool[Tensor, "batch token"],
+        layers: Sequence[int],
+    ) -> tuple[AttentionRows, Bool[Tensor, "batch token"]]:
+        """What `read` returns, row by row when it is asked for, with all padding behind the text.
+
+        The mask of that comes too.
+
+        Raises:
+            UnsupportedArchitectureError: The model computes its probabilities itself, and does not
+                hand over queries and keys.
+        """
+        input_ids, attention_mask = text_first(input_ids, attention_mask)
+        kept = KeptCalls(self.model, self.adapter)
+        inputs = self._inputs(input_ids, attention_mask, {})
+        with self._running():
+            sites = self._chosen(layers)
+            self.backend.run(inputs, sites, kept.receive, whole=not may_stop(self.model))
+        visible = attention_mask.to(input_ids.device)
+        return AttentionRows(self.model, kept.calls(), visible, block=self.block), visible
 
     def read_in_place(
         self,
@@ -286,6 +312,10 @@ class AttentionReader:
         length = min(CHECK_TOKENS, context_length(self.model))
         token = torch.arange(length, device=input_device(self.model))[None]
         return token % vocabulary_size(self.model), token >= padding
+
+    def check_calls(self, layers: Sequence[int]) -> tuple[AttentionCall | AttentionWeights, ...]:
+        """The calls of some layers on the self-check's text."""
+        return self.read_in_place(*self.check_text(0), layers, keep=True).calls
 
     def _check_paths(self) -> None:
         paths = {path for path, _ in self.model.named_modules(remove_duplicate=False)}

@@ -11,9 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flowtracer_plugin._substitution import Rows
 from flowtracer_plugin.answers import AnswerFinder, FoundAnswer
 from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.spans import answer_mask, knows_ids, question_mask, target_mask
+from flowtracer_plugin.streamed import stream_batch
 from flowtracer_plugin.trace import FlowOptions
 
 
@@ -184,6 +186,49 @@ def solve_rollouts(
     )
 
 
+def stream_rollouts(
+    rows: Rows,
+    ordered: Bool[Tensor, "batch token"],
+    visible: Bool[Tensor, "batch token"],
+    masks: RolloutMasks,
+    prompt_length: int,
+    options: FlowOptions,
+) -> FlowBatch:
+    """`solve_rollouts` for attention by rows, in which all padding stands behind the text.
+
+    `ordered` says which tokens of that are text, `visible` which are where they belong.
+    """
+
+    def moved(values: Tensor) -> Tensor:
+        found = torch.zeros_like(ordered, dtype=values.dtype)
+        found[ordered] = values[visible]
+        return found
+
+    def back(values: Tensor) -> Tensor:
+        found = torch.zeros_like(visible, dtype=values.dtype)
+        found[visible] = values[ordered]
+        return found
+
+    prompt = torch.arange(visible.shape[1], device=visible.device) < prompt_length
+    nodes, entered = stream_batch(
+        rows,
+        moved(masks.question),
+        moved(masks.target),
+        moved(prompt.expand_as(visible)),
+        question_weights=options.question_weights,
+        boundary=options.boundary,
+    )
+    reached = torch.as_tensor(nodes.question_reached)[:, None] > 0
+    return FlowBatch(
+        prompt_length=prompt_length,
+        throughput=back(nodes.throughput),
+        reach=back(nodes.reach * reached),
+        target=masks.target,
+        reasoning_share=back(entered).masked_fill(prompt | masks.target, 0.0).sum(-1),
+        answers=masks.answers,
+    )
+
+
 def join_batches(parts: Sequence[FlowBatch]) -> FlowBatch:
     """The rows of several batches below each other."""
     return FlowBatch(
@@ -197,7 +242,7 @@ def join_batches(parts: Sequence[FlowBatch]) -> FlowBatch:
 
 
 def drop_first_token(
-    attention: Float[Tensor, "batch query key"], mask: Bool[Tensor, "batch token"]
+    attention: Float[Tensor, "batch query key"], mask: Bool[Tensor, "batch key"]
 ) -> Float[Tensor, "batch query key"]:
     """What is paid to the first unpadded token goes to the others; rows keep their sum."""
     first = mask.int().argmax(-1)

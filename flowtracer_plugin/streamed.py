@@ -92,6 +92,57 @@ def stream_stored(
     return stream_flow(stored(matrix), inject, end, outline, dtype=matrix.dtype, **options)[1]
 
 
+def stream_batch(
+    rows: Rows,
+    question: Bool[Tensor, "batch token"],
+    target: Bool[Tensor, "batch token"],
+    prompt: Bool[Tensor, "batch token"],
+    *,
+    question_weights: str = "uniform",
+    boundary: str = "literal",
+    block: int = BLOCK,
+) -> tuple[Nodes, Float[Tensor, "batch token"]]:
+    """Reach and throughput of several texts, and the flow that enters each token from the prompt.
+
+    Texts without target, or whose question does not reach it, carry no flow.
+    """
+    entered, reach = torch.zeros_like(target, dtype=torch.float32), torch.zeros(0)
+    passing = ~target if boundary == "absorbing" else torch.ones_like(target)
+
+    def visit(start: int, stop: int, part: Tensor, potential: Tensor) -> None:
+        leaving = potential[:, :stop].where(passing[:, :stop] & prompt[:, :stop], 0)
+        arriving = reach[:, start:stop].where(potential[:, start:stop] > 0, 0)
+        paid = (leaving[:, None] @ part.tril(start - 1).mT)[:, 0]
+        entered[:, start:stop] = arriving * paid
+
+    def solve(rhs: Tensor, *, transposed: bool, **masks: Any) -> Tensor:
+        nonlocal reach
+        if not transposed:
+            reach = reach.where(masks["queries"], 0)
+        solution = substitute(
+            rows,
+            rhs,
+            transposed=transposed,
+            block=block,
+            visit=None if transposed else visit,
+            **masks,
+        )
+        if transposed:
+            reach = solution
+        return solution
+
+    nodes = solve_nodes(
+        solve,
+        question,
+        target,
+        dtype=torch.float32,
+        question_weights=question_weights,
+        boundary=boundary,
+        zero=True,
+    )
+    return nodes, entered
+
+
 def _padded(values: Tensor, length: int) -> Float[np.ndarray, " token"]:
     """With zeros for the tokens after the last target."""
     return np.pad(values.cpu().numpy(), (0, length - len(values)))

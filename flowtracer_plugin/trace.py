@@ -169,8 +169,7 @@ class FlowTrace:
     @cached_property
     def outline(self) -> Outline:
         """Where its parts begin and end."""
-        length = self.spans.prompt_length
-        return Outline(prompt_length=length, bounds=backbone.step_bounds(self.tokens, length))
+        return backbone.outline(self.tokens, self.spans.prompt_length)
 
     @cached_property
     def reasoning_share(self) -> float:

@@ -29,18 +29,12 @@ from flowtracer_plugin.causal_lm import (
     unwrapped,
 )
 from flowtracer_plugin.encoding import Prompt, encode_prompt, encode_response, user_text
-from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.generation import generate_ids
 from flowtracer_plugin.layers import layer_numbers, select_layers
+from flowtracer_plugin.memory import MODES, Budget, MemoryEstimate
 from flowtracer_plugin.reader import AttentionReader
-from flowtracer_plugin.rollouts import (
-    FlowBatch,
-    check_rollouts,
-    drop_first_token,
-    join_batches,
-    rollout_masks,
-    solve_rollouts,
-)
+from flowtracer_plugin.rollouts import FlowBatch, check_rollouts, join_batches, rollout_masks
+from flowtracer_plugin.solving import solve_batch, solve_text
 from flowtracer_plugin.spans import decode_tokens, find_spans
 from flowtracer_plugin.trace import FlowOptions, FlowTrace
 
@@ -61,6 +55,7 @@ def wrap(
     adapter: AttentionAdapter | None = None,
     backend: str = "nnsight",
     block: int = 64,
+    mode: str = "auto",
     verify: bool = True,
 ) -> FlowTracer:
     """A tracer for any Hugging Face causal language model. The model is not changed.
@@ -84,6 +79,9 @@ def wrap(
             attention interface, also works with tensor parallelism, in several threads at once,
             and without source code.
         block: Query rows that are computed at a time: memory against speed.
+        mode: `"dense"` holds the attention between all pairs of tokens; `"streamed"` computes it
+            twice, a block at a time, and takes memory in proportion to the tokens; `"auto"` takes
+            dense where it fits in the memory that is free, see `FlowTracer.estimate`.
         verify: Whether to check that the tokenizer fits the model, and on the first trace that what
             is read is what the model computes.
 
@@ -99,6 +97,8 @@ def wrap(
     if question == "mask":
         raise ValueError("question='mask' needs the mask: pass it to trace(..., question=)")
     check_finder(answer)
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     options = FlowOptions(
         layers=layers if isinstance(layers, str) else layer_numbers(layers),
         question=question,
@@ -113,7 +113,7 @@ def wrap(
     reader.verified = not verify
     if verify and tokenizer is not None:
         check_tokenizer(reader.model, tokenizer)
-    return FlowTracer(reader, tokenizer, options, answer)
+    return FlowTracer(reader, tokenizer, options, answer, mode)
 
 
 def _rebuilt(
@@ -125,11 +125,12 @@ def _rebuilt(
     backend: str,
     block: int,
     verified: bool,
+    mode: str,
 ) -> FlowTracer:
     """The tracer that was pickled."""
     reader = AttentionReader(model, adapter, backend=backend, block=block)
     reader.verified = verified
-    return FlowTracer(reader, tokenizer, options, answer)
+    return FlowTracer(reader, tokenizer, options, answer, mode)
 
 
 class FlowTracer:
@@ -142,6 +143,7 @@ class FlowTracer:
         layers: Numbers of the layers that are averaged.
         answer: How answers are found.
         reader: How the model is read.
+        mode: `"auto"`, `"dense"` or `"streamed"`.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class FlowTracer:
         tokenizer: PreTrainedTokenizerBase | None,
         options: FlowOptions,
         answer: AnswerFinder,
+        mode: str = "auto",
     ) -> None:
         self.model = reader.model
         self.tokenizer = tokenizer
@@ -157,6 +160,8 @@ class FlowTracer:
         self.layers = select_layers(options.layers, [site.layer for site in reader.sites])
         self.answer = answer
         self.reader = reader
+        self.mode = mode
+        self._budget = Budget(reader, self.layers, drops_first=options.first_token == "drop")
 
     def __repr__(self) -> str:
         return (
@@ -169,7 +174,20 @@ class FlowTracer:
         reader = self.reader
         parts = self.model, self.tokenizer, self.options, self.answer
         way = reader.adapter, reader.backend.name, reader.block, reader.verified
-        return _rebuilt, (*parts, *way)
+        return _rebuilt, (*parts, *way, self.mode)
+
+    def estimate(self, tokens: int, *, batch: int = 1) -> MemoryEstimate:
+        """What tracing texts of so many tokens would take beside the model, and what is free.
+
+        `print(tracer.estimate(32_768))` says it in words. The figures are derived from the model's
+        sizes and a run on 17 tokens, not from a trace of that length.
+
+        Raises:
+            ValueError: `tokens` or `batch` is below 1.
+        """
+        if tokens < 1 or batch < 1:
+            raise ValueError(f"tokens and batch must be at least 1, got {tokens} and {batch}")
+        return self._budget.estimate(tokens, batch)
 
     def attention(
         self,
@@ -194,12 +212,18 @@ class FlowTracer:
             AdapterMismatchError: On first use, if what is read is not what the model computes.
         """
         others = dict(model_inputs or {})
+        if self.mode == "streamed":
+            raise ValueError(
+                "attention() returns the attention between all pairs of tokens, which "
+                "mode='streamed' is there to avoid; wrap(..., mode='dense')"
+            )
         cache = others.get("past_key_values")
         cached = 0 if cache is None else int(cache.get_seq_length())
         mask = check_input(self.model, input_ids, attention_mask, cached=cached)
         if attention_mask is None and "position_ids" in others:
             others["attention_mask"] = None  # with one, transformers does not look for packing
         check_packing(attention_mask, others.get("position_ids"))
+        self._budget.choose("dense", input_ids.shape[1], input_ids.shape[0])
         self.reader.verify()
         return self.reader.read(input_ids, mask, self.layers, model_inputs=others)
 
@@ -324,23 +348,28 @@ class FlowTracer:
         mask = torch.cat([prompt_mask, completion_mask], dim=1).bool()
         tokenizer, finder = self.require_tokenizer(), self.answer if answer is None else answer
         length = prompt_ids.shape[1]
+        check_input(self.model, ids, mask)
+        self.reader.verify()
         parts = []
         for start in range(0, len(ids), size := batch_size or len(ids)):
             rows = slice(start, start + size)
             # Rows without an answer run through the model too: every process of a distributed run
             # must make the same forward passes.
-            attention = self._edges(ids[rows], mask[rows])
             masks = rollout_masks(tokenizer, ids[rows], mask[rows], length, self.options, finder)
-            parts.append(solve_rollouts(attention, masks, length, self.options))
+            mode = self._budget.choose(self.mode, ids.shape[1], len(masks.target))
+            parts.append(
+                solve_batch(
+                    self.reader,
+                    self.layers,
+                    ids[rows],
+                    mask[rows],
+                    masks,
+                    length,
+                    self.options,
+                    mode,
+                )
+            )
         return join_batches(parts)
-
-    def _edges(
-        self, ids: Int[Tensor, "batch token"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch query key"]:
-        attention = self.attention(ids, mask)
-        if self.options.first_token == "drop":
-            return drop_first_token(attention, mask)
-        return attention
 
     def _trace(
         self,
@@ -360,30 +389,24 @@ class FlowTracer:
             user_text=user_text,
             target=self.options.target,
         )
-        device = input_device(self.model)
-        ids = torch.tensor([prompt_ids + response_ids], device=device)
-        attention = self._edges(ids, torch.ones_like(ids, dtype=torch.bool))[0].cpu().numpy()
         options = self.options
         if question is not None:
             named = question if isinstance(question, str) else "mask"
             options = replace(options, question=named)
-        flow = solve_flow(
-            attention,
-            spans.question,
-            spans.target,
-            question_weights=options.question_weights,
-            boundary=options.boundary,
-        )
+        all_ids = prompt_ids + response_ids
+        tokens = decode_tokens(tokenizer, all_ids).pieces
+        ids = torch.tensor([all_ids], device=input_device(self.model))
+        check_input(self.model, ids, None)
+        self.reader.verify()
+        mode = self._budget.choose(self.mode, len(all_ids))
         return FlowTrace(
-            token_ids=np.array(prompt_ids + response_ids),
-            tokens=decode_tokens(tokenizer, prompt_ids + response_ids).pieces,
+            token_ids=np.array(all_ids),
+            tokens=tokens,
             spans=spans,
-            attention=attention,
-            reach=flow.reach,
-            throughput=flow.throughput,
             model=model_name(self.model),
             options=options,
             layers=self.layers,
+            **solve_text(self.reader, self.layers, ids, spans, tokens, options, mode),
         )
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -1,0 +1,319 @@
+"""How much memory a trace takes, beside the model, and how much is free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from flowtracer_plugin._substitution import BLOCK
+from flowtracer_plugin.attention import AttentionCall, AttentionWeights
+from flowtracer_plugin.causal_lm import input_device, language_model
+from flowtracer_plugin.reader import AttentionReader
+
+MODES = ("auto", "dense", "streamed")
+
+SPARE = 0.85
+"""Share of the free memory that a trace may take: estimates are estimates."""
+
+SMALL = 2**24
+"""Pairs of tokens, 64 MB of attention, up to which nobody asks what is free."""
+
+FLOAT = 4
+"""Bytes of a float32, in which attention is computed whatever the model's dtype."""
+
+
+class TooLittleMemoryError(MemoryError):
+    """A trace would not fit in the memory that is free."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryEstimate:
+    """What a trace takes at its peak beside the model's weights, in bytes, by either mode.
+
+    Attributes:
+        tokens: Of each text, prompt and response.
+        batch: Texts that are traced at once.
+        dense: With the attention between all pairs of tokens: quadratic in the tokens.
+        streamed: With queries and keys, from which it is computed twice, a block at a time: linear.
+            None if the model does not hand them over.
+        free: What is free on the device of the model now.
+    """
+
+    tokens: int
+    batch: int
+    dense: int
+    streamed: int | None
+    free: int
+
+    @property
+    def mode(self) -> str | None:
+        """What `mode="auto"` chooses: dense if that fits, which is faster; None if neither fits."""
+        room = SPARE * self.free
+        if self.dense <= room:
+            return "dense"
+        return "streamed" if self.streamed is not None and self.streamed <= room else None
+
+    def fits(self, mode: str) -> bool:
+        """Whether there is room for this mode, or for either with "auto"."""
+        if mode == "auto":
+            return self.mode is not None
+        wanted = getattr(self, mode)
+        return wanted is not None and wanted <= SPARE * self.free
+
+    def __str__(self) -> str:
+        """The figures for people."""
+        streamed = "not possible" if self.streamed is None else readable(self.streamed)
+        texts = f"{self.batch} × " if self.batch > 1 else ""
+        return (
+            f"{texts}{self.tokens:,} tokens: dense {readable(self.dense)}, streamed {streamed}; "
+            f"{readable(self.free)} free → {self.mode or 'neither fits'}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """How a model's traces grow.
+
+    Attributes:
+        forward: Bytes a token that are alive at once in a decoder layer.
+        pairs: Bytes a pair of tokens in the forward pass: masks, and the maps of eager attention.
+        sites: How often the layers that are read attend.
+        kept: Bytes a token of their queries and keys; None if a call does not have any.
+        heads: Most query heads of a layer.
+        block: Query rows that are computed at a time.
+        drops_first: Whether what is paid to the first token is divided among the others.
+    """
+
+    forward: int
+    pairs: int
+    sites: int
+    kept: int | None
+    heads: int
+    block: int
+    drops_first: bool
+
+    def dense(self, tokens: int, batch: int) -> int:
+        """Peak of a dense trace: the map, and either the forward pass or the copies of the map."""
+        maps = batch * tokens**2 * FLOAT
+        rows = batch * 3 * self.heads * min(self.block, tokens) * tokens * FLOAT
+        copies = 3 * maps if self.drops_first else 0
+        return maps + max(self._forward(tokens, batch) + rows, copies)
+
+    def streamed(self, tokens: int, batch: int) -> int | None:
+        """Peak of a streamed trace: queries and keys, and either the forward pass or a block."""
+        if self.kept is None:
+            return None
+        rows = 3 * self.heads * min(self.block, tokens) * tokens * FLOAT
+        block = _BLOCK_COPIES * min(BLOCK, tokens) * tokens * FLOAT
+        return batch * (
+            self.kept * tokens + max(self._forward(tokens, 1), rows + block + _TOKEN_BYTES * tokens)
+        )
+
+    def only(self, sites: int) -> Footprint:
+        """If so many of the layers were read."""
+        return replace(self, sites=sites, kept=-(-(self.kept or 0) * sites // self.sites))
+
+    def _forward(self, tokens: int, batch: int) -> int:
+        return batch * (self.forward * tokens + self.pairs * tokens**2)
+
+
+_BLOCK_COPIES = 8
+"""Matrices of [block, token] that are alive at once in the second pass."""
+
+_TOKEN_BYTES = 1200
+"""What is kept of each token beside: edges, paths, their logarithms and places."""
+
+
+def footprint(
+    model: nn.Module,
+    calls: tuple[AttentionCall | AttentionWeights, ...],
+    *,
+    block: int,
+    drops_first: bool,
+) -> Footprint:
+    """Of a model that makes `calls`, those of the layers that are read, on a short text."""
+    config = language_model(model).config.get_text_config()
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    inner = max(inner) if isinstance(inner, list | tuple) else inner
+    size = _element_size(model)
+    heads = max(_shape(call)[1] for call in calls)
+    eager = getattr(config, "_attn_implementation", "eager") == "eager"
+    window = getattr(config, "sliding_window", None)
+    masked = window is not None or any(getattr(call, "mask", None) is not None for call in calls)
+    return Footprint(
+        forward=size * (6 * width + 3 * inner),
+        pairs=(2 * heads * (size + FLOAT) if eager else 0) + (1 if masked else 0),
+        sites=len(calls),
+        kept=_kept(calls),
+        heads=heads,
+        block=block,
+        drops_first=drops_first,
+    )
+
+
+def _element_size(model: nn.Module) -> int:
+    floats = (one for one in model.parameters() if one.is_floating_point())
+    return max((one.element_size() for one in floats), default=FLOAT)
+
+
+def _shape(call: AttentionCall | AttentionWeights) -> torch.Size:
+    return call.weights.shape if isinstance(call, AttentionWeights) else call.query.shape
+
+
+def _kept(calls: tuple[AttentionCall | AttentionWeights, ...]) -> int | None:
+    total = 0
+    for call in calls:
+        if isinstance(call, AttentionWeights):
+            return None
+        for part in (call.query, call.key):
+            total += part.shape[1] * part.shape[3] * part.element_size()
+    return total
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on the host, within the limit of the container."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return min(psutil.virtual_memory().available, *_container_room())
+
+
+def _container_room() -> list[int]:
+    """What the control group of this process may still take, by either version of Linux's."""
+    groups = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
+    names = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    found = []
+    for group, (limit, usage) in zip(groups, names, strict=True):
+        most, taken = _number(group / limit), _number(group / usage)
+        if most is not None and taken is not None:
+            found.append(most - taken + _cached_files(group / "memory.stat"))
+    return found
+
+
+def _cached_files(path: Path) -> int:
+    """Pages of files, which count as taken and are given back when they are needed."""
+    try:
+        fields = dict(line.split() for line in path.read_text("ascii").splitlines())
+    except (OSError, ValueError):
+        return 0
+    return sum(int(fields.get(name, 0)) for name in ("inactive_file", "active_file"))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text("ascii"))
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+
+
+def readable(size: float) -> str:
+    """Bytes as people say them."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:,.0f} {unit}" if size >= 10 or unit == "bytes" else f"{size:.1f} {unit}"
+
+
+class Budget:
+    """Chooses the mode of a reader's traces by the memory that is free."""
+
+    def __init__(
+        self, reader: AttentionReader, layers: Sequence[int], *, drops_first: bool
+    ) -> None:
+        self._reader, self._layers, self._drops_first = reader, layers, drops_first
+        self._parts: Footprint | None = None
+
+    def estimate(self, tokens: int, batch: int = 1) -> MemoryEstimate:
+        """What so many texts of so many tokens take, and what is free."""
+        parts, model = self._footprint(), self._reader.model
+        return MemoryEstimate(
+            tokens=tokens,
+            batch=batch,
+            dense=parts.dense(tokens, batch),
+            streamed=parts.streamed(tokens, batch),
+            free=free_memory(input_device(model)),
+        )
+
+    def choose(self, mode: str, tokens: int, batch: int = 1) -> str:
+        """The mode, or of "auto" the one that fits.
+
+        Raises:
+            TooLittleMemoryError: It does not fit.
+        """
+        if batch * tokens**2 <= SMALL:
+            return "dense" if mode == "auto" else mode
+        estimate = self.estimate(tokens, batch)
+        if not estimate.fits(mode):
+            raise _refusal(estimate, mode, self._footprint())
+        return estimate.mode if mode == "auto" and estimate.mode else mode
+
+    def _footprint(self) -> Footprint:
+        if self._parts is None:
+            reader = self._reader
+            calls = reader.check_calls(self._layers)
+            self._parts = footprint(
+                reader.model, calls, block=reader.block, drops_first=self._drops_first
+            )
+        return self._parts
+
+
+def _refusal(estimate: MemoryEstimate, mode: str, parts: Footprint) -> TooLittleMemoryError:
+    modes = ("dense", "streamed") if mode == "auto" else (mode,)
+    sizes = {one: getattr(estimate, one) for one in modes}
+    taken = " or ".join(f"{readable(size)} {one}" for one, size in sizes.items() if size)
+    texts = f"{estimate.batch} texts of " if estimate.batch > 1 else ""
+    return TooLittleMemoryError(
+        f"tracing {texts}{estimate.tokens:,} tokens would take {taken} beside the model, and of "
+        f"the {readable(estimate.free)} that are free at most {SPARE:.0%} are used; "
+        f"what fits: {' or '.join(_fitting(estimate, mode, parts))}"
+    )
+
+
+def _fitting(estimate: MemoryEstimate, mode: str, parts: Footprint) -> list[str]:
+    """Settings that would fit, the least painful first."""
+    room, batch = int(SPARE * estimate.free), estimate.batch
+    found = []
+    if mode == "dense" and estimate.fits("streamed"):
+        found.append("mode='streamed'")
+    rows = [
+        size
+        for size in range(batch - 1, 0, -1)
+        if _least(parts, mode, estimate.tokens, size) <= room
+    ]
+    if rows:
+        found.append(f"batch_size={rows[0]}")
+    if mode != "dense" and parts.kept:
+        kept = max(1, parts.sites // 2)
+        while kept > 1 and _least(parts.only(kept), mode, estimate.tokens, batch) > room:
+            kept //= 2
+        if _least(parts.only(kept), mode, estimate.tokens, batch) <= room and kept < parts.sites:
+            found.append(f"layers='middle:{kept}'")
+    most = longest(room, lambda tokens: _least(parts, mode, tokens, 1))
+    return [*found, f"up to {most:,} tokens"]
+
+
+def _least(parts: Footprint, mode: str, tokens: int, batch: int) -> int:
+    dense, streamed = parts.dense(tokens, batch), parts.streamed(tokens, batch)
+    if mode == "dense" or streamed is None:
+        return dense
+    return streamed if mode == "streamed" else min(dense, streamed)
+
+
+def longest(room: int, size: Callable[[int], int]) -> int:
+    """The most tokens whose size fits in `room`; 0 if not even one does."""
+    low, high = 0, 1
+    while size(high) <= room:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) <= room else (low, middle)
+    return low
