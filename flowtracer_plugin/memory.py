@@ -20,6 +20,12 @@ MODES = ("auto", "dense", "streamed")
 SPARE = 0.85
 """Share of the free memory that a trace may take: estimates are estimates."""
 
+CONTROL_GROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+"""Where containers see their limits, by version 2 and by version 1 of Linux's control groups."""
+
 SMALL = 2**24
 """Pairs of tokens, 64 MB of attention, up to which nobody asks what is free."""
 
@@ -183,15 +189,13 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return min(psutil.virtual_memory().available, *_container_room())
+    return min([psutil.virtual_memory().available, *_container_room()])
 
 
 def _container_room() -> list[int]:
-    """What the control group of this process may still take, by either version of Linux's."""
-    groups = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
-    names = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    """What the control group of this process may still take, if it has a limit."""
     found = []
-    for group, (limit, usage) in zip(groups, names, strict=True):
+    for group, limit, usage in CONTROL_GROUPS:
         most, taken = _number(group / limit), _number(group / usage)
         if most is not None and taken is not None:
             found.append(most - taken + _cached_files(group / "memory.stat"))
@@ -214,7 +218,7 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def readable(size: float) -> str:
+def readable(size: int | float) -> str:
     """Bytes as people say them."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000 or unit == "GB":

@@ -1,0 +1,249 @@
+"""What a trace takes, what is free, and what is done about it."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flowtracer_plugin as ft
+from flowtracer_plugin import memory
+from flowtracer_plugin.memory import (
+    MemoryEstimate,
+    TooLittleMemoryError,
+    free_memory,
+    longest,
+    readable,
+)
+from tests.families import quiet_transformers, tiny_model
+from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
+
+TOKENS = len(tiny_tokenizer()(PROMPT + RESPONSE)["input_ids"])
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """A machine with so much free memory, on which everything counts as large."""
+
+    def with_free(size):
+        monkeypatch.setattr(memory, "SMALL", 0)
+        monkeypatch.setattr(memory, "free_memory", lambda _: size)
+
+    return with_free
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+def wrap(model, **options):
+    return ft.wrap(model, tiny_tokenizer(), **options)
+
+
+def just_enough(size):
+    return int(size / memory.SPARE) + 1
+
+
+def test_dense_grows_with_the_square_and_streamed_with_the_text(model):
+    tracer = wrap(model)
+    short, long = tracer.estimate(50_000), tracer.estimate(100_000)
+    assert long.dense / short.dense == pytest.approx(4, rel=0.1)
+    assert long.streamed / short.streamed == pytest.approx(2, rel=0.01)
+    assert short.dense > 50_000**2 * 4
+    many = tracer.estimate(1000, batch=8)
+    one = tracer.estimate(1000)
+    assert many.dense == pytest.approx(8 * one.dense, rel=1e-3)
+    assert many.streamed == pytest.approx(8 * one.streamed, rel=1e-3)
+
+
+def test_estimates_know_the_queries_and_keys_of_the_layers_that_are_read(model):
+    two, all_ = wrap(model), wrap(model, layers="all")
+    kept = 2 * (4 + 2) * 16 * 4  # layers, heads and key heads, width, bytes
+    assert two._budget._footprint().kept == kept
+    assert all_._budget._footprint().kept == 3 * kept
+    halves = tiny_llama().to(torch.bfloat16)
+    assert wrap(halves)._budget._footprint().kept == kept / 2
+
+
+def test_eager_attention_and_the_dropped_first_token_take_more():
+    model = tiny_llama()
+    plain = wrap(model).estimate(20_000)
+    assert wrap(model, first_token="drop").estimate(20_000).dense > 2 * plain.dense
+    model.set_attn_implementation("eager")
+    eager = wrap(model).estimate(20_000)
+    assert eager.streamed > 20_000**2 * 4 * 4  # the forward pass itself makes a map for each head
+    windowed = tiny_model("mistral")
+    assert wrap(windowed, verify=False).estimate(20_000).streamed > 20_000**2
+
+
+def test_a_model_without_queries_and_keys_has_a_dense_estimate_only():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=len(tiny_tokenizer()), hidden_size=32, n_layer=3, n_head=4)
+    with quiet_transformers():
+        model = BloomForCausalLM(config).eval()
+    estimate = wrap(model).estimate(1000)
+    assert estimate.streamed is None
+    assert "streamed not possible" in str(estimate)
+    assert not estimate.fits("streamed")
+
+
+def test_dense_is_chosen_where_it_fits_and_streamed_where_only_that_does(model, room):
+    wanted = wrap(model).trace(PROMPT, RESPONSE)
+    estimate = wrap(model).estimate(TOKENS)
+    # On texts as short as these a block is as large as the map, so that streaming takes more.
+    assert estimate.streamed > estimate.dense
+    room(just_enough(estimate.dense))
+    assert wrap(model).trace(PROMPT, RESPONSE).attention is not None
+    room(just_enough(estimate.streamed))
+    streamed = wrap(model, mode="streamed").trace(PROMPT, RESPONSE)
+    assert streamed.attention is None
+    np.testing.assert_allclose(streamed.throughput, wanted.throughput, atol=1e-6)
+    long = MemoryEstimate(tokens=9, batch=1, dense=90, streamed=40, free=100)
+    assert long.mode == "streamed"
+    assert MemoryEstimate(tokens=9, batch=1, dense=80, streamed=40, free=100).mode == "dense"
+    neither = MemoryEstimate(tokens=9, batch=1, dense=90, streamed=86, free=100)
+    assert neither.mode is None
+    assert [neither.fits(mode) for mode in memory.MODES] == [False] * 3
+    assert [long.fits(mode) for mode in memory.MODES] == [True, False, True]
+
+
+def test_auto_streams_long_texts_for_which_there_is_no_map(room):
+    model = tiny_llama(max_position_embeddings=8192)
+    tracer = wrap(model)
+    text = PROMPT * 300
+    tokens = len(tiny_tokenizer()(text + RESPONSE)["input_ids"])
+    estimate = tracer.estimate(tokens)
+    assert estimate.streamed < estimate.dense
+    room(just_enough(estimate.streamed))
+    trace = tracer.trace(text, RESPONSE)
+    assert trace.attention is None
+    room(just_enough(estimate.dense))
+    dense = tracer.trace(text, RESPONSE)
+    assert dense.attention is not None
+    np.testing.assert_allclose(trace.throughput, dense.throughput, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(trace.reach, dense.reach, rtol=1e-4, atol=1e-7)
+    room(just_enough(estimate.streamed) - 1000)
+    with pytest.raises(TooLittleMemoryError) as refused:
+        tracer.trace(text, RESPONSE)
+    assert re.fullmatch(
+        rf"tracing {tokens:,} tokens would take \d+ MB dense or \d+ MB streamed beside the model, "
+        rf"and of the \d+ MB that are free at most 85% are used; what fits: layers='middle:1' or "
+        rf"up to [\d,]+ tokens",
+        str(refused.value),
+    )
+    remedy = re.search(r"layers='(.*?)'", str(refused.value))[1]
+    assert wrap(model, layers=remedy).trace(text, RESPONSE).attention is None
+    most = int(re.search(r"up to ([\d,]+) tokens", str(refused.value))[1].replace(",", ""))
+    assert tracer.estimate(most).mode == "streamed"
+    assert tracer.estimate(most + 1).mode is None
+
+
+def test_what_does_not_fit_is_refused_before_the_model_runs(model, room):
+    tracer = wrap(model, mode="dense")
+    tracer.reader.verify()
+    room(1000)
+    model_ran = []
+    hook = model.register_forward_pre_hook(lambda *_: model_ran.append(1))
+    tracer._budget._footprint()
+    model_ran.clear()
+    with pytest.raises(MemoryError, match=r"would take \d+ kB dense beside .* up to 1? ?\d* token"):
+        tracer.trace(PROMPT, RESPONSE)
+    ids = torch.ones(4, 8, dtype=torch.long)
+    with pytest.raises(MemoryError, match=r"4 texts of 8 tokens would take"):
+        tracer.attention(ids)
+    with pytest.raises(MemoryError, match=r"tracing 4 texts of 16 tokens would take"):
+        tracer.trace_ids(ids, ids, ids, ids)
+    hook.remove()
+    assert not model_ran
+
+
+def test_a_smaller_batch_is_a_remedy(model, room):
+    tracer = wrap(model, mode="dense")
+    ids = torch.ones(4, 8, dtype=torch.long)
+    room(just_enough(tracer.estimate(16, batch=2).dense))
+    with pytest.raises(MemoryError, match=r"what fits: batch_size=2 or") as refused:
+        tracer.trace_ids(ids, ids, ids, ids)
+    size = int(re.search(r"batch_size=(\d+)", str(refused.value))[1])
+    assert len(tracer.trace_ids(ids, ids, ids, ids, batch_size=size).answers) == 4
+
+
+def test_streaming_is_a_remedy_for_dense(room):
+    model = tiny_llama(max_position_embeddings=8192)
+    tracer, text = wrap(model, mode="dense"), PROMPT * 300
+    tokens = len(tiny_tokenizer()(text + RESPONSE)["input_ids"])
+    room(just_enough(tracer.estimate(tokens).streamed))
+    with pytest.raises(MemoryError, match=r"what fits: mode='streamed' or up to"):
+        tracer.trace(text, RESPONSE)
+
+
+def test_short_texts_ask_nobody(model, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda _: pytest.fail("asked"))
+    assert wrap(model).trace(PROMPT, RESPONSE).attention is not None
+
+
+@pytest.mark.parametrize("bad", [{"tokens": 0}, {"tokens": 5, "batch": 0}])
+def test_nothing_has_no_estimate(model, bad):
+    with pytest.raises(ValueError, match="tokens and batch must be at least 1, got"):
+        wrap(model).estimate(**bad)
+
+
+def test_estimates_are_for_reading():
+    estimate = MemoryEstimate(
+        tokens=32_768, batch=2, dense=9_640_000_000, streamed=870_000_000, free=4_000_000_000
+    )
+    assert str(estimate) == (
+        "2 × 32,768 tokens: dense 9.6 GB, streamed 870 MB; 4.0 GB free → streamed"
+    )
+    nothing = MemoryEstimate(tokens=9, batch=1, dense=5, streamed=5, free=5)
+    assert str(nothing) == "9 tokens: dense 5 bytes, streamed 5 bytes; 5 bytes free → neither fits"
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (54_321, "54 kB"), (7e13, "70,000 GB")],
+)
+def test_sizes_in_words(size, words):
+    assert readable(size) == words
+
+
+@given(st.integers(0, 10_000), st.integers(1, 50))
+def test_the_longest_text_is_the_last_that_fits(room, factor):
+    most = longest(room, lambda tokens: factor * tokens * tokens)
+    assert factor * most * most <= room < factor * (most + 1) ** 2
+
+
+@pytest.mark.parametrize("version", [2, 1])
+def test_a_container_has_as_much_as_its_limit_leaves(tmp_path, monkeypatch, version):
+    _, limit, usage = memory.CONTROL_GROUPS[2 - version]
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", ((tmp_path, limit, usage),))
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
+    host = torch.device("cpu")
+    assert free_memory(host) == 10**9  # no control group
+    (tmp_path / usage).write_text("700\n")
+    (tmp_path / limit).write_text("1000\n")
+    assert free_memory(host) == 300
+    # files that the system keeps at hand are given back when memory is needed
+    (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 60\nactive_file 5\n")
+    assert free_memory(host) == 365
+    (tmp_path / limit).write_text("max\n")
+    assert free_memory(host) == 10**9
+
+
+def test_this_machine_has_some_memory():
+    assert 10**6 < free_memory(torch.device("cpu")) < 10**14
+
+
+@pytest.mark.gpu
+def test_a_gpu_counts_what_torch_holds_in_reserve():
+    device = torch.device("cuda")
+    block = torch.zeros(2**28, device=device)
+    before = free_memory(device)
+    del block
+    assert free_memory(device) - before == pytest.approx(2**30, rel=0.05)
