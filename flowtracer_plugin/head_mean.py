@@ -110,15 +110,39 @@ def row_probabilities(
         every = slice(None) if heads is None else heads
         return call.weights[:, every, rows].detach().float()
     causal = call.mask is None and call.causal and call.query.shape[2] > 1
-    seen = rows.stop if causal else min(call.key.shape[2], keys or call.key.shape[2])
+    seen = rows.stop if causal else _seen(call, rows, keys)
     scores = _scores(call, rows, seen, heads)
-    blocked = _blocked(call, rows, seen, causal, heads)
-    if blocked is not None:
-        scores = scores.masked_fill(blocked, -torch.inf)
-    probabilities = _softmax(scores, _sink_column(call, rows, heads))
-    if blocked is None:
-        return probabilities
-    return probabilities.masked_fill(blocked.all(-1, keepdim=True), 0.0)
+    sinks = _sink_column(call, rows, heads)
+    if causal:  # only the square at the diagonal is masked in part, and every query sees itself
+        square = scores[..., rows.start :]
+        square.masked_fill_(_later(square), -torch.inf)
+        return _softmax(scores, sinks)
+    if call.mask is None:
+        return _softmax(scores, sinks)
+    blocked = _blocked(_block(call.mask, rows, seen, heads))
+    probabilities = _softmax(scores.masked_fill_(blocked, -torch.inf), sinks)
+    return probabilities.masked_fill_(blocked.all(-1, keepdim=True), 0.0)
+
+
+def _seen(call: AttentionCall, rows: slice, keys: int | None) -> int:
+    """How many keys the rows may look at: not those after their end, if the mask forbids these.
+
+    To find that out costs a fraction of computing scores for nothing; but not on an accelerator,
+    which would have to be waited for.
+    """
+    every = call.key.shape[2]
+    if keys is not None:
+        return min(keys, every)
+    if call.mask is None or call.mask.device.type != "cpu" or call.key_tokens is not None:
+        return every
+    beyond = _block(call.mask, rows, every, None)[..., rows.stop :]
+    return min(rows.stop, every) if bool(_blocked(beyond).all()) else every
+
+
+def _later(square: Float[Tensor, "*batch row row"]) -> Bool[Tensor, "row row"]:
+    """Above the diagonal."""
+    size = square.shape[-2:]
+    return torch.ones(size, dtype=torch.bool, device=square.device).triu_(1)
 
 
 def _scores(
@@ -136,28 +160,15 @@ def _scores(
     scores = torch.matmul(folded * call.scaling, key.mT)
     scores = rearrange(scores, "b group (each q) k -> b (group each) q k", q=query.shape[2])
     if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
+        scores = scores.div_(call.softcap).tanh_().mul_(call.softcap)
     for added in (call.bias, call.mask):
         if added is not None and added.dtype != torch.bool:
-            scores = scores + _block(added, rows, seen, heads)
+            scores += _block(added, rows, seen, heads)
     return scores
 
 
-def _blocked(
-    call: AttentionCall,
-    rows: slice,
-    seen: int,
-    causal: bool,
-    heads: Int[Tensor, " chosen"] | None,
-) -> Bool[Tensor, "#batch #head rows seen"] | None:
-    """Where the mask forbids a query to look; `None` if it forbids nothing."""
-    device = call.query.device
-    if causal:
-        queries = torch.arange(rows.start, rows.stop, device=device)
-        return (torch.arange(seen, device=device) > queries[:, None])[None, None]
-    if call.mask is None:
-        return None
-    mask = _block(call.mask, rows, seen, heads)
+def _blocked(mask: Float[Tensor, "..."] | Bool[Tensor, "..."]) -> Bool[Tensor, "..."]:
+    """Where a mask forbids a query to look."""
     if mask.dtype == torch.bool:
         return ~mask
     # Additive masks forbid with the most negative number of their dtype, or close to it.
