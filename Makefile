@@ -21,7 +21,7 @@ test: $(STAMP)
 conformance: $(STAMP)
 	$(BIN)/python -m tests.conformance $(if $(TYPES),--types $(TYPES))
 
-# Takes an hour or two of an idle machine; make bench ONLY="flow_stage" runs one of them.
+# Takes an hour of an idle machine; make bench ONLY="flow_stage" runs one of them.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ONLY)
 

@@ -32,7 +32,7 @@ that is missed is shown as missed.
 **To measure again**, on Linux, with nothing else running:
 
 ```bash
-make bench                    # all of them, in an hour or two
+make bench                    # all of them, in an hour
 make bench ONLY="flow_stage"  # one of them
 ```
 

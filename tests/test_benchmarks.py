@@ -19,6 +19,7 @@ from benchmarks.__main__ import ALL
 from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.graphs import ends, random_attention
 from benchmarks.harness import MIB, Target, interleaved, peak_of
+from examples.reasoner.problems import make_problems
 from tests import reference
 
 MODULES = {name: tables.module_of(name) for name in ALL}
@@ -197,6 +198,18 @@ def test_rollouts_come_out_alike_in_a_batch_and_alone(case):
     torch.testing.assert_close(batch.throughput, alone.throughput, atol=1e-5, rtol=0)
 
 
+def test_the_reasoner_gets_its_own_stories_padded_as_trainers_do():
+    _, tokenizer, rows = rollout_batches._reasoner(80, 3)
+    prompts, completions, *masks = (part.cpu() for part in rows)
+    assert {part.shape for part in (prompts, completions, *masks)} == {(3, 40)}
+    for row, problem in enumerate(make_problems(3, seed=0)):
+        asked, said = prompts[row][masks[0][row] > 0], completions[row][masks[1][row] > 0]
+        assert asked.tolist() == tokenizer(problem.prompt)["input_ids"]
+        assert tokenizer.decode(said) == problem.response
+        assert masks[0][row].diff().min() == 0  # padded left
+        assert masks[1][row].diff().max() == 0
+
+
 def test_random_attention_is_causal_and_as_dense_as_was_asked():
     for density in (1.0, 0.1):
         attention = random_attention(200, density=density)
@@ -366,6 +379,8 @@ def test_nothing_is_compared_with_memory_that_was_not_seen():
     case, samples = {"tokens": 1}, {"ours": [2.0], "other": [4.0], "third": [1.0]}
     found = harness._row("ours", case, samples, {"ours": 9.0, "other": 0.1, "third": 3.0})
     assert found["ratios"] == {"seconds": {"other": 0.5, "third": 2.0}, "peak_mb": {"third": 3.0}}
+    absent = harness._row("ours", case, {"other": [4.0]}, {"other": 9.0})
+    assert absent["ratios"] == {"seconds": {}, "peak_mb": {}}
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(monkeypatch, capsys):
