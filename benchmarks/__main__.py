@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 
 from benchmarks.harness import run
-from benchmarks.tables import write_tables
+from benchmarks.tables import module_of, write_tables
 
-ALL = ("trace_against_forward",)
+ALL = (
+    "trace_against_forward",
+    "flow_stage",
+    "sparse_against_dense",
+    "rollout_batches",
+    "growth",
+)
 
 
 def main() -> None:
@@ -17,15 +22,16 @@ def main() -> None:
         "names", nargs="*", metavar="NAME", help=f"all, or some of {', '.join(ALL)}"
     )
     parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken")
+    parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(ALL)
     if unknown:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
-    for name in arguments.names or ALL:
-        module = importlib.import_module(f"benchmarks.{name}")
-        # A benchmark that compares nothing in pairs measures in its own way.
+    for name in () if arguments.tables else arguments.names or ALL:
+        module = module_of(name)
+        # What the protocol does not fit measures in its own way.
         getattr(module, "run", run)(module, rounds=arguments.rounds)
-    write_tables()
+    write_tables(ALL)
 
 
 if __name__ == "__main__":

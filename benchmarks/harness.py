@@ -8,9 +8,17 @@ A benchmark is a module with
     TARGETS     (other way, "seconds" or "peak_mb", largest ratio of ours to it, where) or nothing
     ways        case -> {name: function without arguments}
 
-Seconds: all ways of a case in one process, in turn, so that what else the machine does hits all of
-them; after one run to warm up, the median of at least five. Memory: each way in a process of its
-own, how far its second run rises above what the process held before it.
+and, if they are of use,
+
+    remarks     rows -> sentences about what the table shows
+    plots       report -> {name: figure}
+    run         for what the protocol does not fit
+
+A way that is not bearable in a case is not in what `ways` returns for it. Everything runs on one
+thread. Seconds: all ways of a case in one process, in turn, so that what else the machine does hits
+all of them; after one run to warm up, the median of at least five. Memory: each way in a process of
+its own, how far its second run rises above what the process held before it, on the GPU if it uses
+one.
 """
 
 from __future__ import annotations
@@ -38,6 +46,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "nnsight", "numpy", "scipy", "networkx", "trl")
 MIB = 2**20
+SEEN_MB = 1.0
+"""The allocator's own pages come and go: nothing is compared with what rises by less."""
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 Ways = Mapping[str, Callable[[], object]]
 Case = Mapping[str, Any]
@@ -60,12 +71,16 @@ def run(module: ModuleType, *, rounds: int = 5, cases: Sequence[Case] | None = N
     """Measure every case of a benchmark and write its result."""
     rows = []
     for case in tqdm(cases or module.CASES, desc=module.__name__.rpartition(".")[2], unit="case"):
-        seconds = _child(module, "seconds", case, rounds=rounds)
-        names = [name for name, values in seconds.items() if values is not None]
-        peaks = {name: _child(module, "memory", case, way=name) for name in names}
-        rows.append(_row(module.OURS, case, seconds, peaks))
+        rows.append(measured(module, case, rounds=rounds))
         tqdm.write(f"{dict(case)}: {rows[-1]['ratios']}")
     return write(module, rows, rounds=rounds)
+
+
+def measured(module: ModuleType, case: Case, *, rounds: int) -> dict[str, Any]:
+    """The row of one case: seconds and peak memory of each way, and ours next to the others."""
+    seconds = _child(module, "seconds", case, rounds=rounds)
+    peaks = {name: _child(module, "memory", case, way=name) for name in seconds}
+    return _row(module.OURS, case, seconds, peaks)
 
 
 def write(module: ModuleType, rows: Sequence[Mapping[str, Any]], **more: Any) -> Path:
@@ -90,20 +105,24 @@ def _row(
     ours: str, case: Case, samples: Mapping[str, list[float]], peaks: Mapping[str, float]
 ) -> dict[str, Any]:
     seconds = {name: statistics.median(values) for name, values in samples.items()}
-    measures = {"seconds": seconds, "peak_mb": peaks}
     return {
         "case": dict(case),
-        **measures,
+        "seconds": seconds,
+        "peak_mb": peaks,
         "samples": samples,
         "ratios": {
-            measure: {
-                name: round(values[ours] / max(values[name], 1e-9), 3)
-                for name in values
-                if name != ours
-            }
-            for measure, values in measures.items()
+            "seconds": _ratios(ours, seconds, 0.0),
+            "peak_mb": _ratios(ours, peaks, SEEN_MB),
         },
     }
+
+
+def _ratios(ours: str, values: Mapping[str, float], seen: float) -> dict[str, float]:
+    """Ours to each other way, if both are there and the other was seen to take any."""
+    if ours not in values:
+        return {}
+    others = {name: value for name, value in values.items() if name != ours and value > seen}
+    return {name: round(values[ours] / value, 3) for name, value in others.items()}
 
 
 def machine() -> dict[str, Any]:
@@ -134,12 +153,16 @@ def versions() -> dict[str, str]:
 
 
 def _child(module: ModuleType, what: str, case: Case, **more: Any) -> Any:
-    """Run this file on one case in a fresh process; `None` if it was killed, as by lack of memory."""
+    """Run this file on one case in a fresh process.
+
+    Raises:
+        CalledProcessError: The process failed, or was killed, as by lack of memory.
+    """
     task = json.dumps({"module": module.__name__, "what": what, "case": dict(case), **more})
-    # Blocks go back to the system as soon as they are freed, so that a peak is a peak.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    if what == "seconds":
-        environment = dict(os.environ)
+    environment = {**os.environ, **ONE_THREAD}
+    if what == "memory":
+        # Blocks go back to the system as soon as they are freed, so that a peak is a peak.
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.harness", task],
         cwd=ROOT,
@@ -172,20 +195,27 @@ def seconds_of(way: Callable[[], object]) -> float:
 
 def peak_of(way: Callable[[], object]) -> float:
     """MiB by which the second run rises above what the process holds before it."""
-    import torch
-
-    way()
+    device = _device_rise(way)
     gc.collect()
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        way()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
+    if device:
+        return _device_rise(way)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _resident("VmRSS")
     way()
     return (_resident("VmHWM") - before) / 1024
+
+
+def _device_rise(way: Callable[[], object]) -> float:
+    """Run it; MiB by which the GPU's memory rises, 0 without a GPU and for what leaves it alone."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        way()
+        return 0.0
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    way()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
 def _resident(field: str) -> int:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 SMALL = LlamaConfig(
     vocab_size=1000,
@@ -24,3 +29,24 @@ def build(config: LlamaConfig, implementation: str = "sdpa") -> LlamaForCausalLM
     # Two models must not share a configuration: the second would switch the first one's attention.
     config = copy.deepcopy(config)
     return LlamaForCausalLM._from_config(config, attn_implementation=implementation).eval()
+
+
+def number_tokenizer(size: int = SMALL.vocab_size) -> PreTrainedTokenizerFast:
+    """Every id but those of the special tokens is a number, so that any text has a last number."""
+    special = ("<pad>", "<s>", "</s>")
+    words = {word: place for place, word in enumerate(special)}
+    words |= {f" {number}": number for number in range(len(special), size)}
+    backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    backend.decoder = Fuse()
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
+    """A plain forward pass over whole texts."""
+    return model(input_ids=ids, use_cache=False, **options)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

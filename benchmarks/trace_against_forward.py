@@ -10,7 +10,7 @@ import torch
 
 import flowtracer_plugin as ft
 from benchmarks.harness import Target, Ways
-from benchmarks.models import SMALL, build
+from benchmarks.models import SMALL, build, forward
 
 QUESTION = "Does a trace cost more than the forward pass that it looks into?"
 OURS = "trace"
@@ -25,8 +25,6 @@ TARGETS = [
 
 
 def ways(*, tokens: int) -> Ways:
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
     ids = torch.randint(0, SMALL.vocab_size, (1, tokens))
     place = torch.arange(tokens)[None]
     question, answer = (place > 0) & (place < tokens // 4), place >= tokens - 4
@@ -34,6 +32,6 @@ def ways(*, tokens: int) -> Ways:
     tracer = ft.wrap(model)
     return {
         "trace": lambda: ft.solve_flow(tracer.attention(ids), question, answer),
-        "forward": lambda: model(input_ids=ids, use_cache=False),
-        "output_attentions": lambda: eager(input_ids=ids, use_cache=False, output_attentions=True),
+        "forward": lambda: forward(model, ids),
+        "output_attentions": lambda: forward(eager, ids, output_attentions=True),
     }

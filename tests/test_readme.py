@@ -15,7 +15,13 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [
     ROOT / name
-    for name in ("README.md", "CONTRIBUTING.md", "adapters/README.md", "docs/rewards.md")
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "adapters/README.md",
+        "benchmarks/README.md",
+        "docs/rewards.md",
+    )
 ]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 

@@ -1,0 +1,110 @@
+"""What does the flow stage cost, next to other ways through the same graph?
+
+Random attention in float32 with rows that sum to one; a question of a quarter of the tokens, an
+answer of four. Ours starts from the plain matrix each time, checks included.
+
+* `numpy_sweep`: reach and throughput token by token, one vector operation each. It checks nothing.
+* `conditioned_sweep`: the formulas as the paper states them, with the answer-conditioned matrix.
+* `rollout`: attention rollout of four layers, (A + I) / 2 each. Another quantity, which needs the
+  layers one by one. Not at 8192 tokens: its three products of matrices take half a minute there.
+* `scipy_max_flow`, `networkx_max_flow`: a maximum flow from the question to the answer, with
+  attention as capacity, in whole millionths for scipy; the graph is there before. Another quantity
+  too, for the record, and only up to 2048 and 512 tokens: beyond, they take seconds and minutes.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import networkx as nx
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
+
+import flowtracer_plugin as ft
+from benchmarks.graphs import Attention, Mask, ends, random_attention
+from benchmarks.harness import Target, Ways
+
+QUESTION = "What does the flow stage cost, next to other ways through the same graph?"
+OURS = "flow"
+CASES = [{"tokens": tokens} for tokens in (128, 512, 2048, 8192)]
+TARGETS = [Target(other="numpy_sweep", measure="seconds", ratio=1 / 5, where={"tokens": 8192})]
+
+ROLLOUT_LAYERS = 4
+MILLION = 10**6
+
+Throughput = Float[np.ndarray, " token"]
+
+
+def ways(*, tokens: int) -> Ways:
+    attention, (question, answer) = random_attention(tokens), ends(tokens)
+    tensor, *masks = (torch.from_numpy(array) for array in (attention, question, answer))
+    found: dict[str, object] = {
+        "flow": lambda: ft.solve_flow(tensor, *masks).throughput,
+        "flow_numpy": lambda: ft.solve_flow(attention, question, answer).throughput,
+        "numpy_sweep": lambda: sweep(attention, question, answer),
+        "conditioned_sweep": lambda: conditioned_sweep(attention, question, answer),
+    }
+    if tokens <= 2048:
+        layers = [random_attention(tokens, seed=seed) for seed in range(ROLLOUT_LAYERS)]
+        found["rollout"] = lambda: rollout(layers)
+        capacities = whole_capacities(attention, question, answer)
+        found["scipy_max_flow"] = lambda: maximum_flow(capacities, tokens, tokens + 1)
+    if tokens <= 512:
+        graph = capacity_graph(attention, question, answer)
+        found["networkx_max_flow"] = lambda: nx.maximum_flow(graph, "source", "sink")
+    return found
+
+
+def sweep(attention: Attention, question: Mask, answer: Mask) -> Throughput:
+    """From the answer back for the reach, which none may lack, then on for the throughput."""
+    reach = answer.astype(attention.dtype)
+    for token in range(len(reach) - 1, 0, -1):
+        reach[:token] += attention[token, :token] * reach[token]
+    source = question / question.sum(dtype=attention.dtype)
+    throughput, potential = np.zeros_like(reach), np.zeros_like(reach)
+    for token in range(len(reach)):
+        arriving = attention[token, :token] @ potential[:token]
+        throughput[token] = source[token] + reach[token] * arriving
+        potential[token] = throughput[token] / reach[token]
+    return throughput
+
+
+def conditioned_sweep(attention: Attention, question: Mask, answer: Mask) -> Throughput:
+    """`P[i, k] = W[i, k] h(k) / h(i)`, then `f(k)` as the sum of `f(i) P[i, k]`."""
+    weight = np.triu(attention.T, 1)
+    reach = answer.astype(attention.dtype)
+    for token in range(len(reach) - 1, -1, -1):
+        reach[token] += weight[token, token + 1 :] @ reach[token + 1 :]
+    conditioned = weight * reach / reach[:, None]
+    throughput = question / question.sum(dtype=attention.dtype)
+    for token in range(1, len(reach)):
+        throughput[token] += throughput[:token] @ conditioned[:token, token]
+    return throughput
+
+
+def rollout(layers: list[Attention]) -> Attention:
+    """Abnar and Zuidema's attention rollout: residual connections count for half of each layer."""
+    identity = np.eye(len(layers[0]), dtype=layers[0].dtype)
+    return reduce(lambda below, layer: layer @ below, [(one + identity) / 2 for one in layers])
+
+
+def whole_capacities(attention: Attention, question: Mask, answer: Mask) -> csr_array:
+    """Edges in the direction of time; behind the tokens, the source and the sink."""
+    tokens = len(attention)
+    capacities = np.zeros((tokens + 2, tokens + 2), np.int32)
+    capacities[:tokens, :tokens] = np.triu(attention.T * MILLION, 1)
+    capacities[tokens, :tokens] = question * MILLION
+    capacities[:tokens, tokens + 1] = answer * MILLION
+    return csr_array(capacities)
+
+
+def capacity_graph(attention: Attention, question: Mask, answer: Mask) -> nx.DiGraph:
+    """The same graph for networkx, in fractions."""
+    graph = nx.from_numpy_array(np.triu(attention.T, 1), create_using=nx.DiGraph)
+    nx.set_edge_attributes(graph, nx.get_edge_attributes(graph, "weight"), "capacity")
+    graph.add_edges_from(("source", int(token)) for token in np.flatnonzero(question))
+    graph.add_edges_from((int(token), "sink") for token in np.flatnonzero(answer))
+    return graph
