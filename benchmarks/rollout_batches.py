@@ -4,7 +4,8 @@ Sixteen rollouts, half prompt and half completion, go through `trace_ids`, which
 and solves the flow: all at once, or with `batch_size=1`. `random` is a Llama of twelve layers whose
 rollouts fill their length; `reasoner` is that of `examples/`, with its own stories and solutions,
 padded. `forward` and `forward_each` are the forward passes alone, at once and one by one: what
-there is to save.
+there is to save. `tiny` has the reasoner's shape and a longer context, and random weights: in a model
+as small as that, calls cost more than arithmetic, as they do on a GPU.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,6 +32,7 @@ from examples.reasoner.problems import make_problems
 QUESTION = "What does it save to trace the rollouts of a training step in one batch?"
 OURS = "batch"
 CASES = [
+    {"model": "tiny", "tokens": 256},
     {"model": "random", "tokens": 256},
     {"model": "random", "tokens": 512},
     {"model": "reasoner", "tokens": 80},
@@ -45,7 +49,7 @@ Made = tuple[PreTrainedModel, PreTrainedTokenizerBase, Rollouts]
 
 
 def ways(*, model: str, tokens: int, rollouts: int = ROLLOUTS) -> Ways:
-    made = {"random": _random, "reasoner": _reasoner}[model](tokens, rollouts)
+    made = {"tiny": _tiny, "random": _random, "reasoner": _reasoner}[model](tokens, rollouts)
     network, tokenizer, batch = made
     tracer = ft.wrap(network, tokenizer, answer="last_number")
     ids, mask = torch.cat(batch[:2], 1), torch.cat(batch[2:], 1)
@@ -63,9 +67,15 @@ def ways(*, model: str, tokens: int, rollouts: int = ROLLOUTS) -> Ways:
     }
 
 
-def _random(tokens: int, rollouts: int) -> Made:
+def _tiny(tokens: int, rollouts: int) -> Made:
+    config = AutoConfig.from_pretrained(REASONER)
+    config.update({"vocab_size": SMALL.vocab_size, "max_position_embeddings": tokens})
+    return _random(tokens, rollouts, config)
+
+
+def _random(tokens: int, rollouts: int, config: PreTrainedConfig = SMALL) -> Made:
     tokenizer = number_tokenizer()
-    model = build(SMALL).to(device())
+    model = build(config).to(device())
     first = len(tokenizer.all_special_ids)
     shape = (rollouts, tokens // 2)
     prompts, completions = torch.randint(first, SMALL.vocab_size, (2, *shape), device=device())

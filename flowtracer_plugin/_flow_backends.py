@@ -29,6 +29,7 @@ class Backend(NamedTuple):
         entries: the query, the key and the value of every stored number; the values are no copy.
         assemble: a matrix like the given one, from queries, keys and values in row order.
         sparsify: the sparse form of one dense graph.
+        densify: the dense form of one sparse graph.
     """
 
     xp: Any
@@ -41,6 +42,7 @@ class Backend(NamedTuple):
     entries: Callable[[Any], tuple[Any, Any, Any]] | None = None
     assemble: Callable[[Any, Any, Any, Any], Any] | None = None
     sparsify: Callable[[Any], Any] | None = None
+    densify: Callable[[Any], Any] | None = None
 
 
 def backend_of(array: Any) -> Backend:

@@ -60,4 +60,5 @@ SCIPY = Backend(
     small=small,
     entries=entries,
     assemble=assemble,
+    densify=csr_array.toarray,
 )

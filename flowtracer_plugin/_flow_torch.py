@@ -165,4 +165,5 @@ TORCH_CSR = Backend(
     small=small,
     entries=entries,
     assemble=assemble,
+    densify=Tensor.to_dense,
 )

@@ -25,6 +25,15 @@ from flowtracer_plugin.graph import FlowGraph
 QUESTION_WEIGHTS = ("uniform", "reach")
 BOUNDARIES = ("literal", "absorbing")
 UNREACHED = ("raise", "zero")
+BACKENDS = ("auto", "dense", "sparse")
+
+CROSSOVER = 0.05
+"""Density from which it pays to make a sparse graph dense before it is solved, conversion included:
+`benchmarks/README.md`. The other way round it never does, once: to look for the edges takes longer
+than to solve the flow along all of them."""
+
+LARGEST_MADE_DENSE = 2**26
+"""Entries, 256 MB in float32, of a sparse graph that is made dense unasked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -111,6 +120,7 @@ def solve_flow(
     question_weights: str = "uniform",
     boundary: str = "literal",
     unreached: str = "raise",
+    backend: str = "auto",
 ) -> Flow:
     """Trace how one unit, injected over the question, flows along attention into the answer.
 
@@ -126,6 +136,9 @@ def solve_flow(
             ends it at the first answer token that it meets.
         unreached: "raise" if no question token reaches the answer, or "zero": such a graph, or row
             of a batch, carries no flow and has 0 in `question_reached`.
+        backend: "dense" or "sparse": how the edges are stored while the flow is solved, whatever
+            they came as. "auto" takes them as they are, but makes sparse graphs dense that have
+            more than 5 % of all edges and not too many tokens, since that is faster.
 
     Raises:
         TypeError, ValueError: as `FlowGraph.from_attention`; and ValueError if no question token
@@ -140,7 +153,11 @@ def solve_flow(
     """
     graph = FlowGraph.from_attention(attention, question, answer)
     return solve_graph(
-        graph, question_weights=question_weights, boundary=boundary, unreached=unreached
+        graph,
+        question_weights=question_weights,
+        boundary=boundary,
+        unreached=unreached,
+        backend=backend,
     )
 
 
@@ -150,6 +167,7 @@ def solve_graph(
     question_weights: str = "uniform",
     boundary: str = "literal",
     unreached: str = "raise",
+    backend: str = "auto",
 ) -> Flow:
     """`solve_flow` for a graph that has been made, and perhaps pruned, before.
 
@@ -160,7 +178,8 @@ def solve_graph(
     _check_option("question_weights", question_weights, QUESTION_WEIGHTS)
     _check_option("boundary", boundary, BOUNDARIES)
     _check_option("unreached", unreached, UNREACHED)
-    matrix, question, answer = graph.matrix, graph.question, graph.answer
+    _check_option("backend", backend, BACKENDS)
+    matrix, question, answer = _stored(graph, backend).matrix, graph.question, graph.answer
     dtype = (matrix[0] if isinstance(matrix, tuple) else matrix).dtype
     nodes = solve_nodes(
         partial(solve, matrix),
@@ -172,6 +191,14 @@ def solve_graph(
         zero=unreached == "zero",
     )
     return Flow(graph=graph, boundary=boundary, **nodes._asdict())
+
+
+def _stored(graph: FlowGraph, backend: str) -> FlowGraph:
+    if backend == "auto":
+        tokens, graphs = graph.question.shape[-1], max(1, math.prod(graph.question.shape[:-1]))
+        small = graphs * tokens**2 <= LARGEST_MADE_DENSE
+        return graph.to_dense() if small and graph.density >= CROSSOVER else graph
+    return graph.to_dense() if backend == "dense" else graph.to_sparse()
 
 
 class Nodes(NamedTuple):

@@ -133,6 +133,32 @@ class FlowGraph:
             self, matrix=sparsify(edges) if single else tuple(sparsify(one) for one in edges)
         )
 
+    def to_dense(self) -> FlowGraph:
+        """The same graph as one array, numpy's or torch's; a dense graph comes back as it is.
+
+        >>> import numpy as np
+        >>> graph = FlowGraph.from_attention(np.tril(np.ones((3, 3))), [1, 0, 0], [0, 0, 1])
+        >>> graph.to_sparse().to_dense().edges.tolist() == graph.edges.tolist()
+        True
+        """
+        matrices = self.matrix if isinstance(self.matrix, tuple) else (self.matrix,)
+        densify = backend_of(matrices[0]).densify
+        if densify is None:
+            return self
+        dense = [densify(one) for one in matrices]
+        stacked = isinstance(self.matrix, tuple)
+        return replace(self, matrix=backend_of(dense[0]).xp.stack(dense) if stacked else dense[0])
+
+    @property
+    def density(self) -> float:
+        """Stored edges among the pairs of tokens; 1 for a dense graph."""
+        matrices = self.matrix if isinstance(self.matrix, tuple) else (self.matrix,)
+        backend, tokens = backend_of(matrices[0]), matrices[0].shape[-1]
+        if backend.entries is None or tokens < 2:
+            return 1.0
+        edges = sum(len(backend.entries(one)[2]) for one in matrices)
+        return 2 * edges / (len(matrices) * tokens * (tokens - 1))
+
 
 def _strictly_lower(matrix: Any) -> Any:
     """A sparse matrix without its diagonal and without stored zeros; a dense one as it is."""

@@ -127,6 +127,56 @@ def test_graphs_longer_than_a_block(kind, chosen):
     agree(solve_flow(*parts, **chosen), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+@settings(laws, max_examples=25)
+@given(drawn=batches(), chosen=options)
+def test_every_storage_gives_the_same_flow_stored_as_it_came(kind, backend, drawn, chosen):
+    _, _, rows = drawn
+    given = batch_as(kind, rows)
+    found = solve_flow(*given, backend=backend, **chosen)
+    wanted = [reference.flow(*row.parts, **chosen) for row in rows]
+    for row, expected in enumerate(wanted):
+        agree_row = {"rtol": 1e-9, "atol": 1e-15}
+        np.testing.assert_allclose(
+            dense(found.throughput)[row], expected["throughput"], **agree_row
+        )
+        np.testing.assert_allclose(dense(found.reach)[row], expected["reach"], **agree_row)
+        np.testing.assert_allclose(
+            dense(found.edge_flow())[row], expected["edge_flow"], **agree_row
+        )
+    assert type(found.graph.matrix) is type(FlowGraph.from_attention(*given).matrix)
+
+
+@pytest.mark.parametrize("kind", ["scipy", "torch_csr"])
+@pytest.mark.parametrize(
+    ("density", "tokens", "stored"),
+    [(0.01, 200, "sparse"), (0.2, 200, "dense"), (0.2, 201, "sparse")],
+)
+def test_auto_makes_dense_what_is_faster_dense_and_not_too_large(
+    kind, density, tokens, stored, monkeypatch
+):
+    monkeypatch.setattr(flow, "LARGEST_MADE_DENSE", 200**2)
+    rng = np.random.default_rng(0)
+    attention = np.tril(rng.random((tokens, tokens)) * (rng.random((tokens, tokens)) < density))
+    attention[-1, 0] = 0.5
+    problem = held_as(kind, attention), mask(tokens, 0), mask(tokens, tokens - 1)
+    solved = []
+    real = flow.solve
+    monkeypatch.setattr(
+        flow, "solve", lambda matrix, *a, **k: solved.append(matrix) or real(matrix, *a, **k)
+    )
+    graph = FlowGraph.from_attention(problem[0], *(held_as(kind, part) for part in problem[1:]))
+    found = solve_graph(graph)
+    matrix = solved[0]
+    is_dense = isinstance(matrix, np.ndarray) or getattr(matrix, "layout", None) is torch.strided
+    assert is_dense == (stored == "dense")
+    assert found.graph is graph
+    assert graph.density == pytest.approx(
+        np.count_nonzero(np.tril(attention, -1)) * 2 / (tokens * (tokens - 1))
+    )
+
+
 @settings(laws, max_examples=25)
 @given(problem=problems(), block=st.integers(1, 5), chosen=options)
 def test_sparse_torch_does_not_depend_on_the_block(problem, block, chosen):
@@ -628,6 +678,7 @@ def test_a_chain_too_long_for_float32_is_solved_in_float64_as_the_message_says()
     [
         ({"question_weights": "equal"}, "question_weights must be one of uniform, reach, got"),
         ({"boundary": "open"}, "boundary must be one of literal, absorbing, got 'open'"),
+        ({"backend": "gpu"}, "backend must be one of auto, dense, sparse, got 'gpu'"),
         ({"unreached": "skip"}, "unreached must be one of raise, zero, got 'skip'"),
     ],
 )
