@@ -1,1 +1,1 @@
-"""Side-by-side measurements; `make bench` runs them all, `benchmarks/README.md` shows what came out."""
+"""Measurements side by side; `make bench` runs all, `benchmarks/README.md` shows what came out."""

@@ -8,7 +8,7 @@ import importlib
 from benchmarks.harness import run
 from benchmarks.tables import write_tables
 
-ALL = ("trace_against_forward",)
+ALL = ("trace_against_forward", "flashtrace")
 
 
 def main() -> None:

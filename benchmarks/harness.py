@@ -10,7 +10,8 @@ A benchmark is a module with
 
 Seconds: all ways of a case in one process, in turn, so that what else the machine does hits all of
 them; after one run to warm up, the median of at least five. Memory: each way in a process of its
-own, how far its second run rises above what the process held before it.
+own, how far its second run rises above what the process held before it. A way that takes more of
+either than there is raises `UnbearableError`, and the row's notes say so.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
+
+from benchmarks.elsewhere import Elsewhere, UnbearableError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -61,9 +64,9 @@ def run(module: ModuleType, *, rounds: int = 5, cases: Sequence[Case] | None = N
     rows = []
     for case in tqdm(cases or module.CASES, desc=module.__name__.rpartition(".")[2], unit="case"):
         seconds = _child(module, "seconds", case, rounds=rounds)
-        names = [name for name, values in seconds.items() if values is not None]
+        names = [name for name, values in seconds.items() if not isinstance(values, str)]
         peaks = {name: _child(module, "memory", case, way=name) for name in names}
-        rows.append(_row(module.OURS, case, seconds, peaks))
+        rows.append(_row(module.OURS, case, *_bearable(seconds, peaks)))
         tqdm.write(f"{dict(case)}: {rows[-1]['ratios']}")
     return write(module, rows, rounds=rounds)
 
@@ -86,8 +89,27 @@ def write(module: ModuleType, rows: Sequence[Mapping[str, Any]], **more: Any) ->
     return path
 
 
+def _bearable(*measures: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Seconds and peaks of the ways that have them, and notes on those that do not."""
+    seconds, peaks = (
+        {name: value for name, value in measure.items() if not isinstance(value, str)}
+        for measure in measures
+    )
+    notes = [
+        f"{name}: {value}"
+        for measure in measures
+        for name, value in measure.items()
+        if isinstance(value, str)
+    ]
+    return seconds, peaks, notes
+
+
 def _row(
-    ours: str, case: Case, samples: Mapping[str, list[float]], peaks: Mapping[str, float]
+    ours: str,
+    case: Case,
+    samples: Mapping[str, list[float]],
+    peaks: Mapping[str, float],
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     seconds = {name: statistics.median(values) for name, values in samples.items()}
     measures = {"seconds": seconds, "peak_mb": peaks}
@@ -103,6 +125,7 @@ def _row(
             }
             for measure, values in measures.items()
         },
+        "notes": list(notes),
     }
 
 
@@ -134,7 +157,7 @@ def versions() -> dict[str, str]:
 
 
 def _child(module: ModuleType, what: str, case: Case, **more: Any) -> Any:
-    """Run this file on one case in a fresh process; `None` if it was killed, as by lack of memory."""
+    """What this file finds out about one case in a fresh process."""
     task = json.dumps({"module": module.__name__, "what": what, "case": dict(case), **more})
     # Blocks go back to the system as soon as they are freed, so that a peak is a peak.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -151,15 +174,19 @@ def _child(module: ModuleType, what: str, case: Case, **more: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def interleaved(ways: Ways, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way, in turn, after one run of each."""
+def interleaved(ways: Ways, rounds: int) -> dict[str, list[float] | str]:
+    """Seconds of each way, in turn, after one run of each; or in words why there are none."""
     samples: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way()
-    for _ in range(rounds):
-        for name, way in ways.items():
-            samples[name].append(seconds_of(way))
-    return samples
+    reasons: dict[str, str] = {}
+    for turn in range(rounds + 1):
+        for name in (name for name in ways if name not in reasons):
+            try:
+                seconds = seconds_of(ways[name])
+            except UnbearableError as error:
+                reasons[name] = str(error)
+            else:
+                samples[name] += [seconds] if turn else []  # the first one warms up
+    return {**samples, **reasons}
 
 
 def seconds_of(way: Callable[[], object]) -> float:
@@ -174,6 +201,8 @@ def peak_of(way: Callable[[], object]) -> float:
     """MiB by which the second run rises above what the process holds before it."""
     import torch
 
+    if isinstance(way, Elsewhere):
+        return way.peak()
     way()
     gc.collect()
     if torch.cuda.is_available():
@@ -207,7 +236,14 @@ def main() -> None:
     if task["what"] == "seconds":
         print(json.dumps(interleaved(ways, task["rounds"])))
     else:
-        print(json.dumps(round(peak_of(ways[task["way"]]), 1)))
+        print(json.dumps(_peak_or_reason(ways[task["way"]])))
+
+
+def _peak_or_reason(way: Callable[[], object]) -> float | str:
+    try:
+        return round(peak_of(way), 1)
+    except UnbearableError as error:
+        return str(error)
 
 
 if __name__ == "__main__":
