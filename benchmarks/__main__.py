@@ -8,7 +8,7 @@ import importlib
 from benchmarks.harness import run
 from benchmarks.tables import write_tables
 
-ALL = ("trace_against_forward", "flashtrace")
+ALL = ("trace_against_forward", "flashtrace", "grpo_step")
 
 
 def main() -> None:

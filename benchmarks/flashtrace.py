@@ -21,7 +21,6 @@ own (`make flashtrace`), and a process that takes turns with ours. `forward` is 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import flowtracer_plugin as ft
 from benchmarks.elsewhere import ROOT, Elsewhere
 from benchmarks.harness import Target, Ways
+from benchmarks.models import pretrained
 from benchmarks.texts import solution
 
 QUESTION = "What does a trace cost beside one of FlashTrace 0.1.1, on the same model and text?"
@@ -47,7 +47,7 @@ PYTHON = ROOT / ".venv-flashtrace" / "bin" / "python"
 def ways(*, tokens: int) -> Ways:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    folder = model_folder()
+    folder = pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = solution(tokenizer, tokens)
@@ -59,21 +59,6 @@ def ways(*, tokens: int) -> Ways:
         "flashtrace": _elsewhere(folder, tokens, "eager"),
         "flashtrace_recompute": _elsewhere(folder, tokens, "recompute"),
     }
-
-
-def model_folder() -> Path:
-    """Where the model is.
-
-    Raises:
-        SystemExit: The environment does not say, or it is not there.
-    """
-    folder = Path(os.environ.get("FLOWTRACER_MODELS", "")) / MODEL
-    if "FLOWTRACER_MODELS" not in os.environ or not folder.is_dir():
-        raise SystemExit(
-            f"this benchmark runs {MODEL}: set FLOWTRACER_MODELS to the folder that holds it "
-            f"(found no {folder})"
-        )
-    return folder.resolve()
 
 
 def _elsewhere(folder: Path, tokens: int, mode: str) -> Elsewhere:

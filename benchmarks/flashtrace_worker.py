@@ -20,7 +20,6 @@ from typing import TextIO
 import psutil
 import torch
 from flashtrace import FlashTrace, load_model_and_tokenizer
-from transformers.utils import logging
 
 from benchmarks.harness import peak_of
 from benchmarks.texts import solution
@@ -79,8 +78,6 @@ def main() -> None:
     folder, tokens, mode = sys.argv[1:]
     free = int(psutil.virtual_memory().available * SHARE_OF_MEMORY)
     resource.setrlimit(resource.RLIMIT_DATA, (free, free))
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     # Answers alone go to the output: whatever a library prints goes to the terminal.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -7,6 +7,7 @@ A benchmark is a module with
     CASES       what is varied: keyword arguments of `ways`
     TARGETS     (other way, "seconds" or "peak_mb", largest ratio of ours to it, where) or nothing
     ways        case -> {name: function without arguments}
+    aside       what the ways know after they ran: more ratios, and notes; or no such function
 
 Seconds: all ways of a case in one process, in turn, so that what else the machine does hits all of
 them; after one run to warm up, the median of at least five. Memory: each way in a process of its
@@ -41,6 +42,12 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "nnsight", "numpy", "scipy", "networkx", "trl")
 MIB = 2**20
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""For processes that measure: what they say is said for every way of every case."""
 
 Ways = Mapping[str, Callable[[], object]]
 Case = Mapping[str, Any]
@@ -63,10 +70,13 @@ def run(module: ModuleType, *, rounds: int = 5, cases: Sequence[Case] | None = N
     """Measure every case of a benchmark and write its result."""
     rows = []
     for case in tqdm(cases or module.CASES, desc=module.__name__.rpartition(".")[2], unit="case"):
-        seconds = _child(module, "seconds", case, rounds=rounds)
+        seconds, ratios, notes = _child(module, "seconds", case, rounds=rounds)
         names = [name for name, values in seconds.items() if not isinstance(values, str)]
         peaks = {name: _child(module, "memory", case, way=name) for name in names}
-        rows.append(_row(module.OURS, case, *_bearable(seconds, peaks)))
+        row = _row(module.OURS, case, *_bearable(seconds, peaks))
+        row["ratios"].update(ratios)
+        row["notes"] += notes
+        rows.append(row)
         tqdm.write(f"{dict(case)}: {rows[-1]['ratios']}")
     return write(module, rows, rounds=rounds)
 
@@ -160,9 +170,8 @@ def _child(module: ModuleType, what: str, case: Case, **more: Any) -> Any:
     """What this file finds out about one case in a fresh process."""
     task = json.dumps({"module": module.__name__, "what": what, "case": dict(case), **more})
     # Blocks go back to the system as soon as they are freed, so that a peak is a peak.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    if what == "seconds":
-        environment = dict(os.environ)
+    trim = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    environment = {**os.environ, **QUIET, **(trim if what == "memory" else {})}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.harness", task],
         cwd=ROOT,
@@ -232,9 +241,12 @@ def _wait_for_device() -> None:
 def main() -> None:
     """One measurement, in this process; the last line of the output is the result."""
     task = json.loads(sys.argv[1])
-    ways: Ways = importlib.import_module(task["module"]).ways(**task["case"])
+    module = importlib.import_module(task["module"])
+    ways: Ways = module.ways(**task["case"])
     if task["what"] == "seconds":
-        print(json.dumps(interleaved(ways, task["rounds"])))
+        samples = interleaved(ways, task["rounds"])
+        more = module.aside(ways, samples) if hasattr(module, "aside") else ({}, [])
+        print(json.dumps([samples, *more]))
     else:
         print(json.dumps(_peak_or_reason(ways[task["way"]])))
 
