@@ -167,7 +167,7 @@ def versions() -> dict[str, str]:
 
 
 def _child(module: ModuleType, what: str, case: Case, **more: Any) -> Any:
-    """What this file finds out about one case in a fresh process."""
+    """What this file finds out about one case in a fresh process, which says why if it fails."""
     task = json.dumps({"module": module.__name__, "what": what, "case": dict(case), **more})
     # Blocks go back to the system as soon as they are freed, so that a peak is a peak.
     trim = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -178,8 +178,10 @@ def _child(module: ModuleType, what: str, case: Case, **more: Any) -> Any:
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
+        check=False,
     )
+    if done.returncode:
+        raise SystemExit(f"{module.__name__} failed with code {done.returncode} on {task}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
