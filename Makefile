@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ZERO := .venv-deepspeed
 ZERO_PINS := hjson==3.1.0 ninja==1.13.2 py-cpuinfo==9.0.0 msgpack==1.2.4
+FLASHTRACE := .venv-flashtrace
 LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
 # What depends on the versions of torch, transformers and nnsight: the families of models, read.
 LOWEST_TESTS := $(addprefix tests/test_,versions.py attention.py capture.py head_mean.py tracer.py)
 
-.PHONY: demo test test-lowest deepspeed bench conformance lint types package reasoner clean
+.PHONY: demo test test-lowest deepspeed flashtrace bench conformance lint types package reasoner clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -36,6 +37,13 @@ deepspeed: $(STAMP)
 	$(ZERO)/bin/python -m pip install --quiet --no-deps $(ZERO_PINS) setuptools wheel
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(ZERO)/bin/python -m pip install --quiet --no-deps \
 		--no-build-isolation deepspeed==0.19.8
+
+# FlashTrace, which a benchmark compares with, beside the environment: it brings thirty packages that ours does not need.
+flashtrace: $(STAMP)
+	$(PYTHON) -m venv $(FLASHTRACE)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+		> "$$($(FLASHTRACE)/bin/python -c 'import site; print(site.getsitepackages()[0])')/flowtracer.pth"
+	$(FLASHTRACE)/bin/python -m pip install --quiet --no-deps --requirement constraints-flashtrace.txt
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -63,4 +71,4 @@ $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
 	touch $(LOWEST_STAMP)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(ZERO) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(ZERO) $(FLASHTRACE) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -13,6 +13,9 @@ ALL = (
     "sparse_against_dense",
     "rollout_batches",
     "growth",
+    "long_sequences",
+    "flashtrace",
+    "grpo_step",
 )
 
 

@@ -7,6 +7,7 @@ A benchmark is a module with
     CASES       what is varied: keyword arguments of `ways`
     TARGETS     (other way, "seconds" or "peak_mb", largest ratio of ours to it, where) or nothing
     ways        case -> {name: function without arguments}
+    aside       what the ways know after they ran: more ratios, and notes; or no such function
 
 and, if they are of use,
 
@@ -14,11 +15,12 @@ and, if they are of use,
     plots       report -> {name: figure}
     run         for what the protocol does not fit
 
-A way that is not bearable in a case is not in what `ways` returns for it. Everything runs on one
-thread. Seconds: all ways of a case in one process, in turn, so that what else the machine does hits
-all of them; after one run to warm up, the median of at least five. Memory: each way in a process of
-its own, how far its second run rises above what the process held before it, on the GPU if it uses
-one.
+A way that is not bearable in a case is not in what `ways` returns for it, or raises
+`UnbearableError` when it takes more than there is, and the row's notes say so. Everything runs on
+one thread. Seconds: all ways of a case in one process, in turn, so that what else the machine does
+hits all of them; after one run to warm up, the median of at least five. Memory: each way in a
+process of its own, how far its second run rises above what the process held before it, on the GPU
+if it uses one.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.elsewhere import Elsewhere, UnbearableError
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "nnsight", "numpy", "scipy", "networkx", "trl")
@@ -49,6 +53,12 @@ MIB = 2**20
 SEEN_MB = 1.0
 """The allocator's own pages come and go: nothing is compared with what rises by less."""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""For processes that measure: what they say is said for every way of every case."""
 
 Ways = Mapping[str, Callable[[], object]]
 Case = Mapping[str, Any]
@@ -78,9 +88,21 @@ def run(module: ModuleType, *, rounds: int = 5, cases: Sequence[Case] | None = N
 
 def measured(module: ModuleType, case: Case, *, rounds: int) -> dict[str, Any]:
     """The row of one case: seconds and peak memory of each way, and ours next to the others."""
-    seconds = _child(module, "seconds", case, rounds=rounds)
-    peaks = {name: _child(module, "memory", case, way=name) for name in seconds}
-    return _row(module.OURS, case, seconds, peaks)
+    seconds, ratios, notes = _child(module, "seconds", case, rounds=rounds)
+    names = [name for name, values in seconds.items() if not isinstance(values, str)]
+    peaks = {name: _child(module, "memory", case, way=name) for name in names}
+    row = _row(module.OURS, case, *_bearable(seconds, peaks))
+    row["ratios"].update(ratios)
+    row["notes"] += notes
+    return row
+
+
+def once(module: ModuleType, case: Case, way: str) -> dict[str, Any]:
+    """The row of a case that takes too long for more than one run of one way, the first."""
+    seconds, peak, resident, notes = _child(module, "once", case, way=way)
+    row = _row(module.OURS, case, {way: [seconds]}, {way: peak})
+    row["notes"] = [*notes, f"one run; the process held {resident:,.0f} MB at most, model included"]
+    return row
 
 
 def write(module: ModuleType, rows: Sequence[Mapping[str, Any]], **more: Any) -> Path:
@@ -101,8 +123,27 @@ def write(module: ModuleType, rows: Sequence[Mapping[str, Any]], **more: Any) ->
     return path
 
 
+def _bearable(*measures: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Seconds and peaks of the ways that have them, and notes on those that do not."""
+    seconds, peaks = (
+        {name: value for name, value in measure.items() if not isinstance(value, str)}
+        for measure in measures
+    )
+    notes = [
+        f"{name}: {value}"
+        for measure in measures
+        for name, value in measure.items()
+        if isinstance(value, str)
+    ]
+    return seconds, peaks, notes
+
+
 def _row(
-    ours: str, case: Case, samples: Mapping[str, list[float]], peaks: Mapping[str, float]
+    ours: str,
+    case: Case,
+    samples: Mapping[str, list[float]],
+    peaks: Mapping[str, float],
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     seconds = {name: statistics.median(values) for name, values in samples.items()}
     return {
@@ -114,6 +155,7 @@ def _row(
             "seconds": _ratios(ours, seconds, 0.0),
             "peak_mb": _ratios(ours, peaks, SEEN_MB),
         },
+        "notes": list(notes),
     }
 
 
@@ -153,14 +195,10 @@ def versions() -> dict[str, str]:
 
 
 def _child(module: ModuleType, what: str, case: Case, **more: Any) -> Any:
-    """Run this file on one case in a fresh process.
-
-    Raises:
-        CalledProcessError: The process failed, or was killed, as by lack of memory.
-    """
+    """What this file finds out about one case in a fresh process, which says why if it fails."""
     task = json.dumps({"module": module.__name__, "what": what, "case": dict(case), **more})
-    environment = {**os.environ, **ONE_THREAD}
-    if what == "memory":
+    environment = {**os.environ, **ONE_THREAD, **QUIET}
+    if what != "seconds":
         # Blocks go back to the system as soon as they are freed, so that a peak is a peak.
         environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(
@@ -169,20 +207,26 @@ def _child(module: ModuleType, what: str, case: Case, **more: Any) -> Any:
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
+        check=False,
     )
+    if done.returncode:
+        raise SystemExit(f"{module.__name__} failed with code {done.returncode} on {task}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def interleaved(ways: Ways, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way, in turn, after one run of each."""
+def interleaved(ways: Ways, rounds: int) -> dict[str, list[float] | str]:
+    """Seconds of each way, in turn, after one run of each; or in words why there are none."""
     samples: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way()
-    for _ in range(rounds):
-        for name, way in ways.items():
-            samples[name].append(seconds_of(way))
-    return samples
+    reasons: dict[str, str] = {}
+    for turn in range(rounds + 1):
+        for name in (name for name in ways if name not in reasons):
+            try:
+                seconds = seconds_of(ways[name])
+            except UnbearableError as error:
+                reasons[name] = str(error)
+            else:
+                samples[name] += [seconds] if turn else []  # the first one warms up
+    return {**samples, **reasons}
 
 
 def seconds_of(way: Callable[[], object]) -> float:
@@ -195,6 +239,8 @@ def seconds_of(way: Callable[[], object]) -> float:
 
 def peak_of(way: Callable[[], object]) -> float:
     """MiB by which the second run rises above what the process holds before it."""
+    if isinstance(way, Elsewhere):
+        return way.peak()
     device = _device_rise(way)
     gc.collect()
     if device:
@@ -233,11 +279,34 @@ def _wait_for_device() -> None:
 def main() -> None:
     """One measurement, in this process; the last line of the output is the result."""
     task = json.loads(sys.argv[1])
-    ways: Ways = importlib.import_module(task["module"]).ways(**task["case"])
-    if task["what"] == "seconds":
-        print(json.dumps(interleaved(ways, task["rounds"])))
+    module = importlib.import_module(task["module"])
+    ways: Ways = module.ways(**task["case"])
+    if task["what"] == "once":
+        print(json.dumps(_first_run(module, ways, task["way"])))
+    elif task["what"] == "seconds":
+        samples = interleaved(ways, task["rounds"])
+        more = module.aside(ways, samples) if hasattr(module, "aside") else ({}, [])
+        print(json.dumps([samples, *more]))
     else:
-        print(json.dumps(round(peak_of(ways[task["way"]]), 1)))
+        print(json.dumps(_peak_or_reason(ways[task["way"]])))
+
+
+def _first_run(module: ModuleType, ways: Ways, way: str) -> tuple[float, float, float, list[str]]:
+    """Seconds, the peak above what the process held before, its whole peak, and notes."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    seconds = seconds_of(ways[way])
+    peak = _resident("VmHWM")
+    _, notes = module.aside(ways, {way: [seconds]})
+    return seconds, round((peak - before) / 1024, 1), peak / 1024, notes
+
+
+def _peak_or_reason(way: Callable[[], object]) -> float | str:
+    try:
+        return round(peak_of(way), 1)
+    except UnbearableError as error:
+        return str(error)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,3 +52,18 @@ def forward(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pretrained(name: str) -> Path:
+    """The folder of a model whose weights do matter.
+
+    Raises:
+        SystemExit: The environment does not say where models are, or this one is not there.
+    """
+    folder = os.environ.get("FLOWTRACER_MODELS")
+    if folder is None:
+        raise SystemExit(f"this runs {name}: set FLOWTRACER_MODELS to the folder that holds it")
+    path = Path(folder).resolve() / name
+    if not path.is_dir():
+        raise SystemExit(f"this runs {name}, and FLOWTRACER_MODELS holds no {path}")
+    return path

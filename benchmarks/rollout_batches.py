@@ -4,7 +4,7 @@ Sixteen rollouts, half prompt and half completion, go through `trace_ids`, which
 and solves the flow: all at once, or with `batch_size=1`. `random` is a Llama of twelve layers whose
 rollouts fill their length; `reasoner` is that of `examples/`, with its own stories and solutions,
 padded. `forward` and `forward_each` are the forward passes alone, at once and one by one: what
-there is to save. `tiny` has the reasoner's shape and a longer context, and random weights: in a model
+there is to save. `tiny` has the reasoner's shape, a longer context and random weights: in a model
 as small as that, calls cost more than arithmetic, as they do on a GPU.
 """
 

@@ -93,6 +93,7 @@ def section(module: ModuleType, report: Report | None) -> str:
             table(report),
             _list(verdict(target, report) for target in module.TARGETS),
             _list(remarks),
+            _list(notes(report)),
             *(f"![{title}](plots/{title}.svg)" for title in figures),
             origin(report),
         ]
@@ -128,15 +129,26 @@ def _ratios(row: Row, other: str) -> str:
     )
 
 
+def notes(report: Report) -> Iterator[str]:
+    """What is to be said of single cases, each once with the cases that it is said of."""
+    said: dict[str, list[str]] = {}
+    for row in report["rows"]:
+        case = ", ".join(str(value) for value in row["case"].values())
+        for note in row.get("notes", []):
+            said.setdefault(note, []).append(case)
+    for note, cases in said.items():
+        yield f"{'; '.join(cases)}: {note}"
+
+
 def verdict(target: Target, report: Report) -> str:
     """Whether a target was reached, in the worst of its cases."""
     where = ", ".join(f"{value} {name}" for name, value in (target.where or {}).items())
     found = [
         row["ratios"][target.measure][target.other]
         for row in report["rows"]
-        if target.concerns(row["case"]) and target.other in row["ratios"][target.measure]
+        if target.concerns(row["case"]) and target.other in row["ratios"].get(target.measure, {})
     ]
-    measure = {"seconds": "seconds", "peak_mb": "memory"}[target.measure]
+    measure = {"peak_mb": "memory"}.get(target.measure, target.measure)
     subject = f"{report['ours']} : {target.other}, {measure}" + (f", {where}" if where else "")
     promised = f"{subject}: target ≤ {number(target.ratio)}"
     if not found:

@@ -1,0 +1,314 @@
+"""What does flow credit add to a step of GRPO?
+
+Two of TRL's trainers in one process, equal but for the credit, take turns step by step: from the
+same seeds, on the same prompts, with completions of a forced length, so that both do equal work. A
+step is all of it: generation, reward, forward, backward, optimizer, logging. Everything else is as
+TRL has it by default, one thread, float32.
+
+`read` says which forward pass attention is read in. `training` and `scoring` are passes that TRL
+makes anyway; for `scoring`, rollouts are trained on twice (`num_iterations=2`), and what is timed
+is both steps. `extra` is a pass of its own; `extra alone` is that pass without the step around it:
+reading, answers, flow and choice included (`with`), beside the same pass that ends at the same
+place and reads nothing (`without`).
+
+Whole steps differ by more than credit takes, even on an idle machine. So there are two measures:
+
+* `seconds`: whole steps with and without, the median; exact to some per cent only.
+* `credit`: the seconds that credit itself took, as a clock in the trainer with credit counted them,
+  as a share of a median step without. It is exact, but knows nothing of what credit might do to the
+  rest of the step, such as to caches. The clock runs while credit's own code does, and not while
+  that waits for TRL's; `logged` is the same share by the trainer's own metric `flow/seconds`.
+
+    FLOWTRACER_MODELS=folder python -m benchmarks grpo_step
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import gettempdir
+from time import perf_counter
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from datasets import Dataset
+from greenlet import getcurrent, greenlet
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+import flowtracer_plugin as ft
+from benchmarks.harness import Target, Ways
+from benchmarks.models import pretrained
+from examples.reasoner.problems import make_problems
+from examples.reasoner.train import MAX_NEW_TOKENS, MODEL_DIR
+from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig
+from flowtracer_plugin.interception import InterfaceBackend
+
+QUESTION = "What does flow credit add to a step of GRPO?"
+OURS = "with"
+REASONER, SMOLLM2 = "reasoner", "SmolLM2-135M-Instruct"
+READ = ("training", "scoring", "extra", "extra alone")
+CASES = [
+    *({"model": REASONER, "tokens": MAX_NEW_TOKENS, "read": read} for read in READ),
+    *({"model": SMOLLM2, "tokens": 128, "read": read} for read in READ),
+    {"model": SMOLLM2, "tokens": 256, "read": "training"},
+]
+TARGETS = [
+    Target(other="without", measure=measure, ratio=ratio, where={"model": model, "read": read})
+    for model, share in ((REASONER, 0.05), (SMOLLM2, 0.02))
+    for read in ("training", "scoring")
+    for measure, ratio in (("seconds", 1 + share), ("credit", share))
+] + [Target(other="without", measure="seconds", ratio=1.15, where={"read": "extra alone"})]
+
+
+def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The exact measure, case by case."""
+    return [
+        f"{', '.join(str(value) for value in row['case'].values())}: credit takes "
+        f"{row['ratios']['credit']['without']:.2%} of a step by the clock, "
+        f"{row['ratios']['logged']['without']:.2%} as logged"
+        for row in rows
+        if "credit" in row["ratios"]
+    ]
+
+
+GROUP = 8
+ROLLOUTS = {REASONER: 64, SMOLLM2: 8}
+"""Completions in a step; the reasoner's are the demo's."""
+
+
+def ways(*, model: str, tokens: int, read: str, rollouts: int | None = None) -> Ways:
+    torch.set_num_threads(1)
+    size = rollouts or ROLLOUTS[model]
+    if read == "extra alone":
+        return _extra_pass(*_load(model), tokens, size)
+    common = {"tokens": tokens, "size": size, "iterations": 2 if read == "scoring" else 1}
+    credit = {"flow_pass": read}
+    return {
+        "with": Stepper(partial(_trainer, model, ClockedTrainer, FlowGRPOConfig, common, credit)),
+        "without": Stepper(partial(_trainer, model, GRPOTrainer, GRPOConfig, common, {})),
+    }
+
+
+def aside(ways: Ways, samples: Mapping[str, list[float]]) -> tuple[dict[str, Any], list[str]]:
+    """Credit as a share of a step, by the clock and as logged; and how often it had work to do."""
+    stepper = ways["with"]
+    if not isinstance(stepper, Stepper):
+        return {}, []
+    trainer = stepper.trainer
+    logs = [log for log in trainer.state.log_history if "flow/seconds" in log]
+    # The first step warms up: it also checks the model, and the trainer's loss.
+    logged = sum(log["flow/seconds"] for log in logs[1:]) / (len(logs) - 1)
+    whole = statistics.median(samples["without"])
+    found = statistics.mean(log["flow/answer_found"] for log in logs)
+    shares = {"credit": statistics.median(stepper.credit[1:]) / whole, "logged": logged / whole}
+    return (
+        {measure: {"without": round(share, 5)} for measure, share in shares.items()},
+        [f"an answer was found in {found:.0%} of the completions; the others cost less"],
+    )
+
+
+class Stepper:
+    """Trains one step, or as many as rollouts are used for, whenever it is called.
+
+    Between calls the trainer waits at the beginning of its next step, so that logging is part of
+    the step before. Every step has a seed of its own: other trainers with the same steps sample
+    from the same random numbers, however they take turns.
+
+    Attributes:
+        credit: Seconds that credit took in each call, if the trainer has any.
+    """
+
+    def __init__(self, build: Callable[[], GRPOTrainer]) -> None:
+        self._build, self._calls = build, 0
+        self.credit: list[float] = []
+
+    def __call__(self) -> None:
+        if not self._calls:
+            self.trainer = self._build()
+            self.trainer.add_callback(_Wait())
+            self._training = greenlet(self.trainer.train)
+            self._training.switch()
+        clock = getattr(self.trainer, "clock", None)
+        before = clock.seconds if clock else 0.0
+        for _ in range(self.trainer.num_iterations):
+            set_seed(self.trainer.state.global_step)
+            self._training.switch()
+        self._calls += 1
+        if clock:
+            self.credit.append(clock.seconds - before)
+
+    def close(self) -> None:
+        """End the training where it waits."""
+        self._training.throw()
+
+
+class _Wait(TrainerCallback):
+    """Hands over to whoever called, before every step."""
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        caller = getcurrent().parent
+        assert caller is not None
+        caller.switch()
+
+
+class Clock:
+    """Seconds that pass while it is on."""
+
+    def __init__(self) -> None:
+        self.seconds, self._is_on, self._since = 0.0, False, 0.0
+
+    @contextmanager
+    def set(self, is_on: bool) -> Iterator[None]:
+        """On or off meanwhile, and then as before."""
+        before = self._is_on
+        self._turn(is_on)
+        try:
+            yield
+        finally:
+            self._turn(before)
+
+    def _turn(self, is_on: bool) -> None:
+        now = perf_counter()
+        if self._is_on:
+            self.seconds += now - self._since
+        self._is_on, self._since = is_on, now
+
+
+class _Theirs(GRPOTrainer):
+    """TRL's part of a step, during which the clock is off."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.clock = Clock()
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, *args: Any) -> Any:
+        with self.clock.set(False):
+            return super()._generate_and_score_completions(*args)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.set(False):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def _compute_loss(self, *args: Any) -> Any:
+        with self.clock.set(False):
+            return super()._compute_loss(*args)
+
+
+class ClockedTrainer(FlowCreditMixin, _Theirs):
+    """As `FlowGRPOTrainer`, with a clock that runs while credit's own code does."""
+
+    def _generate_and_score_completions(self, *args: Any) -> Any:
+        with self.clock.set(True):
+            return super()._generate_and_score_completions(*args)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        # Attention is read inside TRL's part, so whatever receives it turns the clock on again.
+        with patch.object(InterfaceBackend, "listen", self._listen), self.clock.set(True):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def _compute_loss(self, *args: Any) -> Any:
+        with self.clock.set(True):
+            return super()._compute_loss(*args)
+
+    @property
+    def _listen(self) -> Callable[..., Any]:
+        listen, clock = InterfaceBackend.listen, self.clock
+
+        def clocked(backend: Any, call: Any, sites: Any, receive: Any, **more: Any) -> Any:
+            return listen(backend, call, sites, clock.set(True)(receive), **more)
+
+        return clocked
+
+
+def _trainer(
+    name: str,
+    kind: type[GRPOTrainer],
+    config: type[GRPOConfig],
+    common: Mapping[str, int],
+    credit: Mapping[str, Any],
+) -> GRPOTrainer:
+    model, tokenizer = _load(name)
+    tokens, size = common["tokens"], common["size"]
+    trainer = kind(
+        model,
+        reward,
+        args=config(
+            str(Path(gettempdir()) / "flowtracer-benchmarks"),  # nothing is written to it
+            max_steps=10_000,
+            per_device_train_batch_size=size,
+            num_generations=GROUP,
+            num_iterations=common["iterations"],
+            max_completion_length=tokens,
+            generation_kwargs={"min_new_tokens": tokens},
+            learning_rate=1e-6,
+            bf16=False,
+            use_cpu=True,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            logging_steps=1,
+            **credit,
+        ),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"prompt": _prompts(256)}),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Differs within a group, so that there is something to train; what, does not matter."""
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder: Path = MODEL_DIR if name == REASONER else pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+
+def _prompts(count: int) -> list[str]:
+    return [problem.prompt for problem in make_problems(count, seed=2)]
+
+
+def _extra_pass(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, size: int
+) -> Ways:
+    """A pass up to the last layer that is read, over sampled rollouts, with reading and without."""
+    set_seed(0)
+    texts = [text for text in _prompts(size // GROUP) for _ in range(GROUP)]
+    prompts = tokenizer(texts, return_tensors="pt", padding=True)
+    ids = model.generate(**prompts, do_sample=True, max_new_tokens=tokens, min_new_tokens=tokens)
+    prompt_ids, mask = prompts["input_ids"], prompts["attention_mask"]
+    completion_ids = ids[:, prompt_ids.shape[1] :]
+    visible = torch.cat([mask, torch.ones_like(completion_ids)], dim=1)
+    tracer = ft.wrap(model.eval(), tokenizer, backend="interface")
+    whole = partial(tracer.trace_ids, prompt_ids, completion_ids, mask, visible[:, -tokens:])
+    target = whole().target
+    question = visible.bool() & (torch.arange(visible.shape[1]) < prompt_ids.shape[1])
+    sites = [site for site in tracer.reader.sites if site.layer in tracer.layers]
+    inputs = {"input_ids": ids, "attention_mask": visible, "use_cache": False}
+
+    def read() -> None:
+        rows = target.any(-1)
+        attention = tracer.attention(ids, visible)[rows]
+        ft.solve_flow(attention, question[rows], target[rows], unreached="zero")
+
+    @torch.no_grad()
+    def forward() -> None:
+        tracer.reader.backend.run(inputs, sites, lambda *_: None, whole=False)
+
+    return {"with": read, "without": forward, "with_answers": whole}
