@@ -13,19 +13,28 @@ from torch import Tensor
 
 def text_first(
     input_ids: Int[Tensor, "batch token"], mask: Bool[Tensor, "batch token"]
-) -> tuple[Int[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
-    """Ids and mask with every row's visible tokens in front; both as they are if they are there."""
+) -> tuple[Int[Tensor, "batch most"], Bool[Tensor, "batch most"]]:
+    """Ids and mask with every row's visible tokens in front, as wide as the longest row."""
     ordered = mask.sort(dim=1, descending=True).values
-    if torch.equal(ordered, mask):
-        return input_ids, mask
-    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
-    return input_ids.gather(1, order.to(input_ids.device)), ordered
+    most = max(1, int(ordered.any(0).sum()))
+    if not torch.equal(ordered, mask):
+        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+        input_ids = input_ids.gather(1, order.to(input_ids.device))
+    return input_ids[:, :most], ordered[:, :most]
 
 
-def put_back(total: Float[Tensor, "batch token token"], mask: Bool[Tensor, "batch token"]) -> None:
-    """Move the maps of `text_first` to where the tokens were, in place; padding becomes 0."""
-    for map_, visible in zip(total, mask.to(total.device), strict=True):
+def put_back(
+    total: Float[Tensor, "batch most most"], mask: Bool[Tensor, "batch token"]
+) -> Float[Tensor, "batch token token"]:
+    """The maps of `text_first`, moved to where the tokens were; padding is 0.
+
+    In place, if they are as wide as that.
+    """
+    mask = mask.to(total.device)
+    wide = total if mask.shape == total.shape[:2] else total.new_zeros(*mask.shape, mask.shape[1])
+    for map_, found, visible in zip(wide, total, mask, strict=True):
         places = visible.nonzero()[:, 0]
-        block = map_[: len(places), : len(places)].clone()
+        block = found[: len(places), : len(places)].clone()
         map_.zero_()
         map_[places[:, None], places] = block
+    return wide

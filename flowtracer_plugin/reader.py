@@ -123,19 +123,17 @@ class AttentionReader:
         found = self.read_in_place(
             input_ids, attention_mask, layers, heads=heads, model_inputs=model_inputs
         ).attention
-        if attention_mask is not seen:
-            put_back(found, seen)
-        return found
+        return found if torch.equal(attention_mask, seen) else put_back(found, seen)
 
     def read_rows(
         self,
         input_ids: Int[Tensor, "batch token"],
         attention_mask: Bool[Tensor, "batch token"],
         layers: Sequence[int],
-    ) -> tuple[AttentionRows, Bool[Tensor, "batch token"]]:
+    ) -> tuple[AttentionRows, Bool[Tensor, "batch most"]]:
         """What `read` returns, row by row when it is asked for, with all padding behind the text.
 
-        The mask of that comes too.
+        As wide as the longest text; the mask of that comes too.
 
         Raises:
             UnsupportedArchitectureError: The model computes its probabilities itself, and does not

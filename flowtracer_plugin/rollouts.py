@@ -188,7 +188,7 @@ def solve_rollouts(
 
 def stream_rollouts(
     rows: Rows,
-    ordered: Bool[Tensor, "batch token"],
+    ordered: Bool[Tensor, "batch most"],
     visible: Bool[Tensor, "batch token"],
     masks: RolloutMasks,
     prompt_length: int,

@@ -91,7 +91,7 @@ def _edges(
 
 def _rows(
     reader: AttentionReader, layers: Sequence[int], ids: Ids, mask: Mask, options: FlowOptions
-) -> tuple[Rows, Mask]:
+) -> tuple[Rows, Bool[Tensor, "batch most"]]:
     """The attention by rows, with padding behind the text, and the mask of that."""
     rows, ordered = reader.read_rows(ids, mask, layers)
     if options.first_token == "keep":

@@ -8,7 +8,7 @@ that were sampled.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -100,11 +100,11 @@ def _token_bytes(tokenizer: transformers.PreTrainedTokenizerBase, ids: list[int]
         keep = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         return str(tokenizer.decode(ids[start:end], **keep))
 
-    names = tokenizer.convert_ids_to_tokens(ids)
-    spelled = _spelled(names)
-    # Decoding token by token takes fifty times as long: only where names do not tell.
-    if spelled is not None and b"".join(spelled).decode(errors="replace") == decode(0, len(ids)):
-        return spelled
+    names, whole = tokenizer.convert_ids_to_tokens(ids), decode(0, len(ids))
+    # Decoding token by token takes fifty times as long: only where names do not spell the text.
+    for spelled in _spellings(names):
+        if b"".join(spelled).decode(errors="replace") == whole:
+            return spelled
 
     def chunk(place: int, name: str) -> bytes:
         alone, context = decode(place, place + 1), max(0, place - _CONTEXT)
@@ -118,11 +118,20 @@ def _token_bytes(tokenizer: transformers.PreTrainedTokenizerBase, ids: list[int]
     return [chunk(place, name) for place, name in enumerate(names)]
 
 
-def _spelled(names: Sequence[str]) -> list[bytes] | None:
-    """The bytes that names stand for, if they are written in GPT-2's alphabet."""
-    if not all(char in _BYTE_LEVEL for name in names for char in name):
-        return None
-    return [bytes(_BYTE_LEVEL[char] for char in name) for name in names]
+def _spellings(names: Sequence[str]) -> Iterator[list[bytes]]:
+    """Bytes that the names may stand for: in GPT-2's alphabet, as they are, as sentencepiece's."""
+    if all(char in _BYTE_LEVEL for name in names for char in name):
+        yield [bytes(_BYTE_LEVEL[char] for char in name) for name in names]
+    yield [name.encode(errors="replace") for name in names]
+    pieces = [_sentencepiece(name) for name in names]
+    yield pieces
+    # decoders strip the space that a text begins with
+    yield [pieces[0].removeprefix(b" "), *pieces[1:]]
+
+
+def _sentencepiece(name: str) -> bytes:
+    byte = _BYTE_NAME.fullmatch(name)
+    return bytes.fromhex(byte[1]) if byte else name.replace("▁", " ").encode(errors="replace")
 
 
 def _stored_bytes(name: str, alone: str) -> bytes | None:

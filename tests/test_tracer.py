@@ -327,6 +327,22 @@ def test_what_is_hidden_within_a_completion_does_not_count(tracer, tokenizer):
     np.testing.assert_allclose(flow.throughput[visible], alone.throughput, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["dense", "streamed"])
+def test_no_forward_pass_is_wider_than_its_longest_text(model, tokenizer, mode):
+    tracer = ft.wrap(model, tokenizer, mode=mode)
+    tracer.reader.verify()
+    rollouts = padded(tokenizer, ROLLOUTS)
+    lengths = torch.cat(rollouts[2:], dim=1).sum(1).tolist()
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    tracer.trace_ids(*rollouts, batch_size=1)
+    hook.remove()
+    assert seen == lengths
+    assert max(lengths) < rollouts[0].shape[1] + rollouts[1].shape[1]
+
+
 def test_masks_may_be_boolean(tracer, tokenizer):
     prompt_ids, completion_ids, *masks = padded(tokenizer, ROLLOUTS)
     whole = tracer.trace_ids(prompt_ids, completion_ids, *masks)
