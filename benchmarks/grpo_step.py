@@ -62,8 +62,7 @@ REASONER, SMOLLM2 = "reasoner", "SmolLM2-135M-Instruct"
 READ = ("training", "scoring", "extra", "extra alone")
 CASES = [
     *({"model": REASONER, "tokens": MAX_NEW_TOKENS, "read": read} for read in READ),
-    *({"model": SMOLLM2, "tokens": 128, "read": read} for read in READ),
-    {"model": SMOLLM2, "tokens": 256, "read": "training"},
+    *({"model": SMOLLM2, "tokens": 128, "read": read} for read in READ if read != "extra"),
 ]
 TARGETS = [
     Target(other="without", measure=measure, ratio=ratio, where={"model": model, "read": read})

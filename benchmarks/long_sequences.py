@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import flowtracer_plugin as ft
 from benchmarks.growth import exponent
-from benchmarks.harness import Case, Ways, measured, once, write
+from benchmarks.harness import MIB, Case, Ways, measured, once, write
 from benchmarks.models import build, device, forward, number_tokenizer, pretrained
 
 if TYPE_CHECKING:
@@ -81,10 +81,16 @@ def _smollm2(tokens: int) -> torch.nn.Module:
 
 
 def aside(ways: Ways, samples: Mapping[str, list[float]]) -> tuple[dict[str, Any], list[str]]:
-    """How large the page of the trace is."""
+    """How large the page of the trace is, and what was estimated to be needed."""
     with TemporaryDirectory() as folder:
         size = last[0].to_html(Path(folder) / "page.html").stat().st_size
-    return {}, [f"its page has {size / 1e6:.2f} MB"]
+    tracer = next(iter(ways.values())).args[0]
+    estimate = tracer.estimate(len(last[0].tokens))
+    return {}, [
+        f"the page of the trace has {size / 1e6:.2f} MB",
+        f"estimated before: {estimate.streamed / MIB:,.0f} MB streamed, "
+        f"{estimate.dense / MIB:,.0f} MB dense",
+    ]
 
 
 def run(module: ModuleType, *, rounds: int = 5, cases: Sequence[Case] | None = None) -> Path:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -181,6 +185,33 @@ def test_streaming_is_a_remedy_for_dense(room):
     room(just_enough(tracer.estimate(tokens).streamed))
     with pytest.raises(MemoryError, match=r"what fits: mode='streamed' or up to"):
         tracer.trace(text, RESPONSE)
+
+
+@pytest.mark.parametrize("mode", ["dense", "streamed"])
+def test_estimates_are_a_little_above_what_is_taken(mode):
+    """In a process of its own, whose allocator gives back what is freed."""
+    code = f"""
+import torch
+from benchmarks.harness import peak_of
+from benchmarks.models import SMALL, build, number_tokenizer
+import flowtracer_plugin as ft
+
+ids = torch.randint(3, 1000, (1500,)).tolist()
+tracer = ft.wrap(build(SMALL), number_tokenizer(), mode="{mode}", answer="last_number")
+print(tracer.estimate(len(ids)).{mode} / 2**20)
+print(peak_of(lambda: tracer.trace_tokens(ids[:300], ids[300:])))
+"""
+    quiet = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **quiet, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    estimated, taken = map(float, ran.stdout.split())
+    assert 0.6 * estimated < taken < 1.05 * estimated
 
 
 def test_short_texts_ask_nobody(model, monkeypatch):
