@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flowtracer_plugin.credit import token_credit
     from flowtracer_plugin.flow import Flow, solve_flow, solve_graph
     from flowtracer_plugin.graph import FlowGraph
+    from flowtracer_plugin.memory import MemoryEstimate, TooLittleMemoryError
     from flowtracer_plugin.rollouts import FlowBatch
     from flowtracer_plugin.spans import AnswerNotFoundError
     from flowtracer_plugin.storage import load
@@ -40,7 +41,9 @@ _HOMES = {
     "FlowOptions": "trace",
     "FlowTrace": "trace",
     "FlowTracer": "tracer",
+    "MemoryEstimate": "memory",
     "NoAttentionError": "attention",
+    "TooLittleMemoryError": "memory",
     "UnsupportedArchitectureError": "attention",
     "find_answer": "answers",
     "load": "storage",
@@ -63,7 +66,9 @@ __all__ = [
     "FlowOptions",
     "FlowTrace",
     "FlowTracer",
+    "MemoryEstimate",
     "NoAttentionError",
+    "TooLittleMemoryError",
     "UnsupportedArchitectureError",
     "__version__",
     "find_answer",

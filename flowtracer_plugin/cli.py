@@ -29,11 +29,22 @@ app = typer.Typer(
 app.add_typer(adapters_app)
 
 
+_MISTAKES = (
+    ValueError,
+    LookupError,
+    TypeError,
+    OSError,
+    RuntimeError,
+    ImportError,
+    MemoryError,
+)
+
+
 def main() -> None:
     """Run the command line; mistakes end in one sentence on stderr and exit code 1."""
     try:
         app()
-    except (ValueError, LookupError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except _MISTAKES as error:
         if "--traceback" in sys.argv:
             raise
         _fail(error)
@@ -92,6 +103,10 @@ Question = Annotated[
     Literal["prompt", "all", "user"],
     typer.Option(help="Trace from the prompt, also from its special tokens, or from --prompt."),
 ]
+Mode = Annotated[
+    Literal["auto", "dense", "streamed"],
+    typer.Option(help="Hold the attention between all pairs of tokens, or compute it in blocks."),
+]
 Chat = Annotated[
     bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
 ]
@@ -113,6 +128,7 @@ def trace(
     layers: Layers = "middle",
     target: Target = "answer",
     question: Question = "prompt",
+    mode: Mode = "auto",
     chat: Chat = True,
     device: Device = "auto",
     dtype: Precision = "auto",
@@ -141,12 +157,13 @@ def trace(
         question=question,
         target=target,
         answer=finder,
+        mode=mode,
     )
     asked: Any = text
     if chat and tokenizer.chat_template is not None:
         asked = [{"role": "user", "content": text}]
     if response is not None:
-        result = tracer.trace(asked, response)
+        result = tracer.trace(asked, response, progress=sys.stderr.isatty())
     else:
         from transformers import set_seed
 
@@ -155,6 +172,36 @@ def trace(
             asked, max_new_tokens=max_new_tokens, do_sample=sample, progress=sys.stderr.isatty()
         )
     _show(result, as_json=json, html=html, save=save)
+
+
+@app.command()
+def estimate(
+    model: ModelName,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of prompt and response.")],
+    batch: Annotated[int, typer.Option(min=1, help="Texts that are traced at once.")] = 1,
+    layers: Layers = "middle",
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print bytes as JSON.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Show what tracing texts of a length would take beside the model, and what is free.
+
+    For example:
+
+    flowtracer estimate --model Qwen/Qwen3-0.6B --tokens 32768
+    """
+    loaded = load_model(model, device, dtype, wanted="a model")
+    import flowtracer_plugin as ft
+
+    found = ft.wrap(loaded, layers=_layers(layers)).estimate(tokens, batch=batch)
+    if not json:
+        typer.echo(str(found))
+        return
+    import json as json_module
+    from dataclasses import asdict
+
+    typer.echo(json_module.dumps({**asdict(found), "mode": found.mode}))
 
 
 # TRL's parser knows these options, and importing TRL to list them takes seconds.

@@ -237,7 +237,13 @@ class Budget:
         self._parts: Footprint | None = None
 
     def estimate(self, tokens: int, batch: int = 1) -> MemoryEstimate:
-        """What so many texts of so many tokens take, and what is free."""
+        """What so many texts of so many tokens take, and what is free.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if tokens < 1 or batch < 1:
+            raise ValueError(f"tokens and batch must be at least 1, got {tokens} and {batch}")
         parts, model = self._footprint(), self._reader.model
         return MemoryEstimate(
             tokens=tokens,

@@ -63,7 +63,6 @@ CHECK_PADDING = (0, 5)
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 """However many readers share a model, and however it is wrapped, one lock by its first site."""
 
-
 More = Callable[[Int[Tensor, "1 token"]], Mapping[str, Any]]
 
 

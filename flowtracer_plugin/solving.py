@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from flowtracer_plugin._substitution import Rows
 from flowtracer_plugin.backbone import outline
+from flowtracer_plugin.causal_lm import check_input, check_packing
 from flowtracer_plugin.flow import solve_flow
+from flowtracer_plugin.memory import Budget
 from flowtracer_plugin.reader import AttentionReader
 from flowtracer_plugin.rollouts import (
     FlowBatch,
@@ -28,72 +31,109 @@ Ids = Int[Tensor, "batch token"]
 Mask = Bool[Tensor, "batch token"]
 
 
-def solve_text(
-    reader: AttentionReader,
-    layers: Sequence[int],
-    ids: Int[Tensor, "1 token"],
-    spans: Spans,
-    pieces: Sequence[str],
-    options: FlowOptions,
-    mode: str,
-) -> dict[str, Any]:
-    """Those fields of a trace that come of the attention of its text."""
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    weights, boundary = options.question_weights, options.boundary
-    if mode == "dense":
-        attention = _edges(reader, layers, ids, mask, options)[0].cpu().numpy()
-        flow = solve_flow(
-            attention,
-            spans.question,
-            spans.target,
-            question_weights=weights,
-            boundary=boundary,
-        )
-        return {"attention": attention, "reach": flow.reach, "throughput": flow.throughput}
-    rows, _ = _rows(reader, layers, ids, mask, options)
-    nodes, backbone = stream_flow(
-        lambda start, stop: rows(start, stop)[0],
-        torch.from_numpy(spans.question).to(ids.device),
-        torch.from_numpy(spans.target).to(ids.device),
-        outline(pieces, spans.prompt_length),
-        question_weights=weights,
-        boundary=boundary,
-    )
-    found = {"reach": nodes.reach, "throughput": nodes.throughput}
-    return {"attention": None, "streamed": backbone, **found}
+class Solver:
+    """Reads a model and solves the flow, in the mode that fits.
 
+    Args:
+        reader: How the model is read.
+        layers: Numbers of the layers that are averaged.
+        options: How the flow is solved.
+        mode: `"auto"`, `"dense"` or `"streamed"`.
+    """
 
-def solve_batch(
-    reader: AttentionReader,
-    layers: Sequence[int],
-    ids: Ids,
-    mask: Mask,
-    masks: RolloutMasks,
-    prompt_length: int,
-    options: FlowOptions,
-    mode: str,
-) -> FlowBatch:
-    """The flow of padded rollouts that run through the model at once."""
-    if mode == "dense":
-        attention = _edges(reader, layers, ids, mask, options)
-        return solve_rollouts(attention, masks, prompt_length, options)
-    rows, ordered = _rows(reader, layers, ids, mask, options)
-    visible = mask.to(ordered.device)
-    return stream_rollouts(rows, ordered, visible, masks, prompt_length, options)
+    def __init__(
+        self, reader: AttentionReader, layers: Sequence[int], options: FlowOptions, mode: str
+    ) -> None:
+        self.reader, self.layers, self.options, self.mode = reader, layers, options, mode
+        self.budget = Budget(reader, layers, drops_first=options.first_token == "drop")
 
+    def attention(
+        self,
+        input_ids: Int[Tensor, "batch query"],
+        attention_mask: Int[Tensor, "batch key"] | Bool[Tensor, "batch key"] | None,
+        others: dict[str, Any],
+    ) -> Float[Tensor, "batch query key"]:
+        """The attention itself; `others` is what else the model is given."""
+        if self.mode == "streamed":
+            raise ValueError(
+                "attention() returns the attention between all pairs of tokens, which "
+                "mode='streamed' is there to avoid; wrap(..., mode='dense')"
+            )
+        cache = others.get("past_key_values")
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        mask = check_input(self.reader.model, input_ids, attention_mask, cached=cached)
+        if attention_mask is None and "position_ids" in others:
+            others["attention_mask"] = None  # with one, transformers does not look for packing
+        check_packing(attention_mask, others.get("position_ids"))
+        self.budget.choose("dense", input_ids.shape[1], input_ids.shape[0])
+        self.reader.verify()
+        return self.reader.read(input_ids, mask, self.layers, model_inputs=others)
 
-def _edges(
-    reader: AttentionReader, layers: Sequence[int], ids: Ids, mask: Mask, options: FlowOptions
-) -> Float[Tensor, "batch query key"]:
-    attention = reader.read(ids, mask, layers)
-    return drop_first_token(attention, mask) if options.first_token == "drop" else attention
+    def text(
+        self,
+        ids: Int[Tensor, "1 token"],
+        spans: Spans,
+        pieces: Sequence[str],
+        *,
+        progress: bool,
+    ) -> dict[str, Any]:
+        """Those fields of a trace that come of the attention of its text."""
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        weights, boundary = self.options.question_weights, self.options.boundary
+        if self._ready(ids, mask) == "dense":
+            attention = self._edges(ids, mask)[0].cpu().numpy()
+            flow = solve_flow(
+                attention,
+                spans.question,
+                spans.target,
+                question_weights=weights,
+                boundary=boundary,
+            )
+            return {"attention": attention, "reach": flow.reach, "throughput": flow.throughput}
+        rows, _ = self._rows(ids, mask)
+        twice = 2 * (int(spans.target.nonzero()[0].max()) + 1)
+        with tqdm(total=twice, desc="streaming", unit="row", disable=not progress) as bar:
 
+            def one(start: int, stop: int) -> Float[Tensor, "row key"]:
+                part = rows(start, stop)[0]
+                bar.update(stop - start)
+                return part
 
-def _rows(
-    reader: AttentionReader, layers: Sequence[int], ids: Ids, mask: Mask, options: FlowOptions
-) -> tuple[Rows, Bool[Tensor, "batch most"]]:
-    """The attention by rows, with padding behind the text, and the mask of that."""
-    rows, ordered = reader.read_rows(ids, mask, layers)
-    if options.first_token == "keep":
-        return rows, ordered
-    return lambda start, stop: drop_first_token(rows(start, stop), ordered[:, :stop]), ordered
+            nodes, backbone = stream_flow(
+                one,
+                torch.from_numpy(spans.question).to(ids.device),
+                torch.from_numpy(spans.target).to(ids.device),
+                outline(pieces, spans.prompt_length),
+                question_weights=weights,
+                boundary=boundary,
+            )
+        found = {"reach": nodes.reach, "throughput": nodes.throughput}
+        return {"attention": None, "streamed": backbone, **found}
+
+    def rollouts(self, ids: Ids, mask: Mask, masks: RolloutMasks, prompt_length: int) -> FlowBatch:
+        """The flow of padded rollouts that run through the model at once."""
+        if self._ready(ids, mask) == "dense":
+            attention = self._edges(ids, mask)
+            return solve_rollouts(attention, masks, prompt_length, self.options)
+        rows, ordered = self._rows(ids, mask)
+        visible = mask.to(ordered.device)
+        return stream_rollouts(rows, ordered, visible, masks, prompt_length, self.options)
+
+    def _ready(self, ids: Ids, mask: Mask) -> str:
+        """The mode, once all that could be wrong is known not to be."""
+        check_input(self.reader.model, ids, mask)
+        self.reader.verify()
+        return self.budget.choose(self.mode, ids.shape[1], len(ids))
+
+    def _edges(self, ids: Ids, mask: Mask) -> Float[Tensor, "batch query key"]:
+        attention = self.reader.read(ids, mask, self.layers)
+        if self.options.first_token == "keep":
+            return attention
+        return drop_first_token(attention, mask)
+
+    def _rows(self, ids: Ids, mask: Mask) -> tuple[Rows, Bool[Tensor, "batch most"]]:
+        """The attention by rows, with padding behind the text, and the mask of that."""
+        rows, ordered = self.reader.read_rows(ids, mask, self.layers)
+        if self.options.first_token == "keep":
+            return rows, ordered
+        return lambda start, stop: drop_first_token(rows(start, stop), ordered[:, :stop]), ordered

@@ -20,8 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from flowtracer_plugin.answers import AnswerFinder, check_finder, finder_name
 from flowtracer_plugin.attention import AttentionAdapter
 from flowtracer_plugin.causal_lm import (
-    check_input,
-    check_packing,
     check_tokenizer,
     input_device,
     language_model,
@@ -31,10 +29,10 @@ from flowtracer_plugin.causal_lm import (
 from flowtracer_plugin.encoding import Prompt, encode_prompt, encode_response, user_text
 from flowtracer_plugin.generation import generate_ids
 from flowtracer_plugin.layers import layer_numbers, select_layers
-from flowtracer_plugin.memory import MODES, Budget, MemoryEstimate
+from flowtracer_plugin.memory import MODES, MemoryEstimate
 from flowtracer_plugin.reader import AttentionReader
 from flowtracer_plugin.rollouts import FlowBatch, check_rollouts, join_batches, rollout_masks
-from flowtracer_plugin.solving import solve_batch, solve_text
+from flowtracer_plugin.solving import Solver
 from flowtracer_plugin.spans import decode_tokens, find_spans
 from flowtracer_plugin.trace import FlowOptions, FlowTrace
 
@@ -121,11 +119,11 @@ def _rebuilt(
     tokenizer: PreTrainedTokenizerBase | None,
     options: FlowOptions,
     answer: AnswerFinder,
+    mode: str,
     adapter: AttentionAdapter,
     backend: str,
     block: int,
     verified: bool,
-    mode: str,
 ) -> FlowTracer:
     """The tracer that was pickled."""
     reader = AttentionReader(model, adapter, backend=backend, block=block)
@@ -161,7 +159,7 @@ class FlowTracer:
         self.answer = answer
         self.reader = reader
         self.mode = mode
-        self._budget = Budget(reader, self.layers, drops_first=options.first_token == "drop")
+        self._solver = Solver(reader, self.layers, options, mode)
 
     def __repr__(self) -> str:
         return (
@@ -172,9 +170,14 @@ class FlowTracer:
     def __reduce__(self) -> tuple[Any, ...]:
         # Without the lock and nnsight's handles on the model, which are made anew.
         reader = self.reader
-        parts = self.model, self.tokenizer, self.options, self.answer
-        way = reader.adapter, reader.backend.name, reader.block, reader.verified
-        return _rebuilt, (*parts, *way, self.mode)
+        parts = self.model, self.tokenizer, self.options, self.answer, self.mode
+        return _rebuilt, (
+            *parts,
+            reader.adapter,
+            reader.backend.name,
+            reader.block,
+            reader.verified,
+        )
 
     def estimate(self, tokens: int, *, batch: int = 1) -> MemoryEstimate:
         """What tracing texts of so many tokens would take beside the model, and what is free.
@@ -185,9 +188,7 @@ class FlowTracer:
         Raises:
             ValueError: `tokens` or `batch` is below 1.
         """
-        if tokens < 1 or batch < 1:
-            raise ValueError(f"tokens and batch must be at least 1, got {tokens} and {batch}")
-        return self._budget.estimate(tokens, batch)
+        return self._solver.budget.estimate(tokens, batch)
 
     def attention(
         self,
@@ -211,21 +212,7 @@ class FlowTracer:
                 the model's context, or packed texts come with a mask.
             AdapterMismatchError: On first use, if what is read is not what the model computes.
         """
-        others = dict(model_inputs or {})
-        if self.mode == "streamed":
-            raise ValueError(
-                "attention() returns the attention between all pairs of tokens, which "
-                "mode='streamed' is there to avoid; wrap(..., mode='dense')"
-            )
-        cache = others.get("past_key_values")
-        cached = 0 if cache is None else int(cache.get_seq_length())
-        mask = check_input(self.model, input_ids, attention_mask, cached=cached)
-        if attention_mask is None and "position_ids" in others:
-            others["attention_mask"] = None  # with one, transformers does not look for packing
-        check_packing(attention_mask, others.get("position_ids"))
-        self._budget.choose("dense", input_ids.shape[1], input_ids.shape[0])
-        self.reader.verify()
-        return self.reader.read(input_ids, mask, self.layers, model_inputs=others)
+        return self._solver.attention(input_ids, attention_mask, dict(model_inputs or {}))
 
     def trace(
         self,
@@ -234,6 +221,7 @@ class FlowTracer:
         *,
         answer: AnswerFinder | None = None,
         question: str | Sequence[bool] | TokenMask | None = None,
+        progress: bool = False,
     ) -> FlowTrace:
         """What carried the answer of `response` to `prompt`.
 
@@ -246,16 +234,18 @@ class FlowTracer:
             response: What the model answered.
             answer: How to find the answer, instead of the tracer's own finder.
             question: A mask over the prompt's tokens or another rule, instead of the tracer's.
+            progress: Show a bar while a long text is streamed.
 
         Raises:
             AnswerNotFoundError: There is no answer in the response.
+            TooLittleMemoryError: It would not fit in the memory that is free.
             ValueError: Prompt or response is empty or too long, or no question token reaches the
                 answer.
         """
         tokenizer = self.require_tokenizer()
         prompt_ids, text = encode_prompt(tokenizer, prompt)
         ids = encode_response(tokenizer, text, response)
-        return self._trace(prompt_ids, ids, answer, question, user_text(prompt))
+        return self._trace(prompt_ids, ids, answer, question, user_text(prompt), progress)
 
     def trace_tokens(
         self,
@@ -264,6 +254,7 @@ class FlowTracer:
         *,
         answer: AnswerFinder | None = None,
         question: str | Sequence[bool] | TokenMask | None = None,
+        progress: bool = False,
     ) -> FlowTrace:
         """`trace` for token ids, such as sampled ones; `question="user"` raises, it needs text."""
         rule = self.options.question if question is None else question
@@ -272,7 +263,7 @@ class FlowTracer:
                 "question='user' needs to know what the user said, and token ids do not tell; "
                 "pass trace_tokens(..., question=mask)"
             )
-        return self._trace(list(prompt_ids), list(response_ids), answer, question, None)
+        return self._trace(list(prompt_ids), list(response_ids), answer, question, None, progress)
 
     def generate(
         self,
@@ -306,7 +297,7 @@ class FlowTracer:
                 pad_token_id=tokenizer.pad_token_id or 0,
                 progress=progress,
             )
-        return self._trace(prompt_ids, ids, answer, None, user_text(prompt))
+        return self._trace(prompt_ids, ids, answer, None, user_text(prompt), progress)
 
     def trace_ids(
         self,
@@ -348,27 +339,13 @@ class FlowTracer:
         mask = torch.cat([prompt_mask, completion_mask], dim=1).bool()
         tokenizer, finder = self.require_tokenizer(), self.answer if answer is None else answer
         length = prompt_ids.shape[1]
-        check_input(self.model, ids, mask)
-        self.reader.verify()
         parts = []
         for start in range(0, len(ids), size := batch_size or len(ids)):
             rows = slice(start, start + size)
             # Rows without an answer run through the model too: every process of a distributed run
             # must make the same forward passes.
             masks = rollout_masks(tokenizer, ids[rows], mask[rows], length, self.options, finder)
-            mode = self._budget.choose(self.mode, ids.shape[1], len(masks.target))
-            parts.append(
-                solve_batch(
-                    self.reader,
-                    self.layers,
-                    ids[rows],
-                    mask[rows],
-                    masks,
-                    length,
-                    self.options,
-                    mode,
-                )
-            )
+            parts.append(self._solver.rollouts(ids[rows], mask[rows], masks, length))
         return join_batches(parts)
 
     def _trace(
@@ -378,6 +355,7 @@ class FlowTracer:
         finder: AnswerFinder | None,
         question: str | Sequence[bool] | TokenMask | None,
         user_text: str | None,
+        progress: bool,
     ) -> FlowTrace:
         tokenizer = self.require_tokenizer()
         spans = find_spans(
@@ -396,9 +374,6 @@ class FlowTracer:
         all_ids = prompt_ids + response_ids
         tokens = decode_tokens(tokenizer, all_ids).pieces
         ids = torch.tensor([all_ids], device=input_device(self.model))
-        check_input(self.model, ids, None)
-        self.reader.verify()
-        mode = self._budget.choose(self.mode, len(all_ids))
         return FlowTrace(
             token_ids=np.array(all_ids),
             tokens=tokens,
@@ -406,7 +381,7 @@ class FlowTracer:
             model=model_name(self.model),
             options=options,
             layers=self.layers,
-            **solve_text(self.reader, self.layers, ids, spans, tokens, options, mode),
+            **self._solver.text(ids, spans, tokens, progress=progress),
         )
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:

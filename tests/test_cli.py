@@ -128,6 +128,42 @@ def test_the_model_answers_itself(trace):
     assert greedy[0]["answer"]["rule"] == "regex"
 
 
+def test_a_streamed_trace_is_the_same_document(trace):
+    dense, streamed = (
+        json.loads(trace("--response", RESPONSE, "--json", "--mode", mode).out)
+        for mode in ("dense", "streamed")
+    )
+    for found, wanted in zip(streamed["tokens"], dense["tokens"], strict=True):
+        assert found["throughput"] == pytest.approx(wanted["throughput"], rel=1e-4, abs=1e-6)
+    assert [hub["index"] for hub in streamed["hubs"]] == [hub["index"] for hub in dense["hubs"]]
+
+
+def test_what_a_trace_would_take_is_estimated(flowtracer, plain_model):
+    ran = flowtracer("estimate", "--model", plain_model, "--tokens", 40_000, "--batch", 2)
+    assert re.fullmatch(
+        r"2 × 40,000 tokens: dense \d+ GB, streamed [\d.]+ [MG]B; .+ free → \w+( \w+)?\n", ran.out
+    )
+    more = flowtracer(
+        *("estimate", "--model", plain_model, "--tokens", 40_000, "--layers", "all", "--json")
+    )
+    document = json.loads(more.out)
+    wanted = ft.wrap(tiny_llama(), layers="all").estimate(40_000)
+    assert document["dense"] == wanted.dense
+    assert document["streamed"] == wanted.streamed
+    assert document["mode"] in ("dense", "streamed", None)
+
+
+def test_a_trace_that_does_not_fit_ends_in_one_sentence(trace, monkeypatch):
+    from flowtracer_plugin import memory
+
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 1000)
+    ran = trace("--response", RESPONSE)
+    assert ran.code == 1
+    assert re.match(r"error: tracing \d+ tokens would take .* what fits: ", ran.err)
+    assert "Traceback" not in ran.err
+
+
 def test_samples_follow_the_seed(trace):
     def sampled(seed):
         ran = trace(

@@ -69,10 +69,10 @@ def test_dense_grows_with_the_square_and_streamed_with_the_text(model):
 def test_estimates_know_the_queries_and_keys_of_the_layers_that_are_read(model):
     two, all_ = wrap(model), wrap(model, layers="all")
     kept = 2 * (4 + 2) * 16 * 4  # layers, heads and key heads, width, bytes
-    assert two._budget._footprint().kept == kept
-    assert all_._budget._footprint().kept == 3 * kept
+    assert two._solver.budget._footprint().kept == kept
+    assert all_._solver.budget._footprint().kept == 3 * kept
     halves = tiny_llama().to(torch.bfloat16)
-    assert wrap(halves)._budget._footprint().kept == kept / 2
+    assert wrap(halves)._solver.budget._footprint().kept == kept / 2
 
 
 def test_eager_attention_and_the_dropped_first_token_take_more():
@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_refused_before_the_model_runs(model, room):
     room(1000)
     model_ran = []
     hook = model.register_forward_pre_hook(lambda *_: model_ran.append(1))
-    tracer._budget._footprint()
+    tracer._solver.budget._footprint()
     model_ran.clear()
     with pytest.raises(MemoryError, match=r"would take \d+ kB dense beside .* up to 1? ?\d* token"):
         tracer.trace(PROMPT, RESPONSE)

@@ -324,6 +324,17 @@ def test_what_needs_the_matrix_says_so(pair):
         tracer.attention(torch.tensor([[3, 4]]))
 
 
+def test_a_long_text_shows_how_far_it_is(capfd):
+    tokenizer = tiny_tokenizer()
+    tracer = ft.wrap(tiny_llama(), tokenizer, mode="streamed")
+    ids = [tokenizer(text)["input_ids"] for text in (PROMPT, RESPONSE)]
+    trace = tracer.trace_tokens(*ids, progress=True)
+    rows = 2 * (int(np.flatnonzero(trace.spans.target).max()) + 1)
+    assert f"streaming: 100%|██████████| {rows}/{rows}" in capfd.readouterr().err
+    tracer.trace_tokens(*ids)
+    assert not capfd.readouterr().err
+
+
 def test_unknown_modes_are_refused():
     with pytest.raises(ValueError, match="mode must be one of auto, dense, streamed, got 'lazy'"):
         ft.wrap(tiny_llama(), mode="lazy")
