@@ -29,6 +29,9 @@ CONTROL_GROUPS = (
 SMALL = 2**24
 """Pairs of tokens, 64 MB of attention, up to which nobody asks what is free."""
 
+AT_EASE = 0.5
+"""Share up to which dense is preferred, which is faster: a trace goes on to keep its map."""
+
 FLOAT = 4
 """Bytes of a float32, in which attention is computed whatever the model's dtype."""
 
@@ -58,11 +61,14 @@ class MemoryEstimate:
 
     @property
     def mode(self) -> str | None:
-        """What `mode="auto"` chooses: dense if that fits, which is faster; None if neither fits."""
-        room = SPARE * self.free
-        if self.dense <= room:
+        """What `mode="auto"` chooses; None if neither fits.
+
+        Dense, which is faster, where it takes no more than half of what is free, as the trace keeps
+        it; else streamed; else dense, if that just fits.
+        """
+        if self.dense <= AT_EASE * self.free:
             return "dense"
-        return "streamed" if self.streamed is not None and self.streamed <= room else None
+        return next((mode for mode in ("streamed", "dense") if self.fits(mode)), None)
 
     def fits(self, mode: str) -> bool:
         """Whether there is room for this mode, or for either with "auto"."""

@@ -79,7 +79,7 @@ def wrap(
         block: Query rows that are computed at a time: memory against speed.
         mode: `"dense"` holds the attention between all pairs of tokens; `"streamed"` computes it
             twice, a block at a time, and takes memory in proportion to the tokens; `"auto"` takes
-            dense where it fits in the memory that is free, see `FlowTracer.estimate`.
+            dense where that fits with ease, see `FlowTracer.estimate`.
         verify: Whether to check that the tokenizer fits the model, and on the first trace that what
             is read is what the model computes.
 

@@ -109,10 +109,15 @@ def test_dense_is_chosen_where_it_fits_and_streamed_where_only_that_does(model, 
     streamed = wrap(model, mode="streamed").trace(PROMPT, RESPONSE)
     assert streamed.attention is None
     np.testing.assert_allclose(streamed.throughput, wanted.throughput, atol=1e-6)
-    long = MemoryEstimate(tokens=9, batch=1, dense=90, streamed=40, free=100)
+
+    def made(dense, streamed):
+        return MemoryEstimate(tokens=9, batch=1, dense=dense, streamed=streamed, free=100)
+
+    long = made(90, 40)
     assert long.mode == "streamed"
-    assert MemoryEstimate(tokens=9, batch=1, dense=80, streamed=40, free=100).mode == "dense"
-    neither = MemoryEstimate(tokens=9, batch=1, dense=90, streamed=86, free=100)
+    assert made(50, 40).mode == made(85, 86).mode == made(85, None).mode == "dense"
+    assert made(51, 40).mode == made(85, 85).mode == "streamed"
+    neither = made(90, 86)
     assert neither.mode is None
     assert [neither.fits(mode) for mode in memory.MODES] == [False] * 3
     assert [long.fits(mode) for mode in memory.MODES] == [True, False, True]
@@ -128,7 +133,7 @@ def test_auto_streams_long_texts_for_which_there_is_no_map(room):
     room(just_enough(estimate.streamed))
     trace = tracer.trace(text, RESPONSE)
     assert trace.attention is None
-    room(just_enough(estimate.dense))
+    room(2 * estimate.dense)
     dense = tracer.trace(text, RESPONSE)
     assert dense.attention is not None
     np.testing.assert_allclose(trace.throughput, dense.throughput, rtol=1e-4, atol=1e-7)
