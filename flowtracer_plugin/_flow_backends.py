@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ class Backend(NamedTuple):
         solve: `x = rhs + L x`, or with `L.T` if `transposed`, restricted to some queries and keys.
         product: `L x`.
         small: `(I + S) x = rhs` for a dense strictly lower S, or with `S.T`.
+        exact: a context in which products beside an array are not rounded, as autocast does.
         entries: the query, the key and the value of every stored number; the values are no copy.
         assemble: a matrix like the given one, from queries, keys and values in row order.
         sparsify: the sparse form of one dense graph.
@@ -39,6 +41,7 @@ class Backend(NamedTuple):
     solve: Callable[..., Any]
     product: Callable[[Any, Any], Any]
     small: Callable[..., Any]
+    exact: Callable[[Any], AbstractContextManager[Any]]
     entries: Callable[[Any], tuple[Any, Any, Any]] | None = None
     assemble: Callable[[Any, Any, Any, Any], Any] | None = None
     sparsify: Callable[[Any], Any] | None = None
@@ -129,7 +132,9 @@ def solve(
 def product(edges: Any, vector: Any) -> Any:
     """`Backend.product` for a graph, a batch, or a tuple of sparse graphs."""
     if not isinstance(edges, tuple):
-        return backend_of(edges).product(edges, vector)
+        backend = backend_of(edges)
+        with backend.exact(vector):
+            return backend.product(edges, vector)
     pairs = zip(edges, vector, strict=True)
     return backend_of(vector).xp.stack([product(one, each) for one, each in pairs])
 

@@ -10,7 +10,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.linalg import spsolve_triangular
 
 from flowtracer_plugin._flow_backends import Backend, restricted, working_dtype
-from flowtracer_plugin._flow_numpy import extremes, mask, small
+from flowtracer_plugin._flow_numpy import exact, extremes, mask, small
 
 Entries = tuple[Int[np.ndarray, " edge"], Int[np.ndarray, " edge"], Float[np.ndarray, " edge"]]
 
@@ -58,6 +58,7 @@ SCIPY = Backend(
     solve=solve,
     product=product,
     small=small,
+    exact=exact,
     entries=entries,
     assemble=assemble,
     densify=csr_array.toarray,

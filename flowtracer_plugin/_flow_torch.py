@@ -61,6 +61,11 @@ def small(
     return column[..., 0]
 
 
+def exact(beside: Tensor) -> torch.autocast:
+    """Flow may be solved in the middle of somebody else's forward pass, under autocast."""
+    return torch.autocast(beside.device.type, enabled=False)
+
+
 def sparsify(edges: Float[Tensor, "query key"]) -> Tensor:
     """The graph as a sparse CSR tensor."""
     with warnings.catch_warnings():
@@ -153,6 +158,7 @@ TORCH = Backend(
     solve=solve,
     product=product,
     small=small,
+    exact=exact,
     sparsify=sparsify,
 )
 TORCH_CSR = Backend(
@@ -163,6 +169,7 @@ TORCH_CSR = Backend(
     solve=solve_csr,
     product=product_csr,
     small=small,
+    exact=exact,
     entries=entries,
     assemble=assemble,
     densify=Tensor.to_dense,

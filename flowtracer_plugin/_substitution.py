@@ -51,10 +51,11 @@ def substitute(
     starts = range(0, length, block)
     for start in reversed(starts) if transposed else starts:
         stop = min(start + block, length)
-        part = rows(start, stop)
-        step(part, solution, start, stop, *masks)
-        if visit is not None:
-            visit(start, stop, part, solution)
+        with backend_of(rhs).exact(rhs):
+            part = rows(start, stop)
+            step(part, solution, start, stop, *masks)
+            if visit is not None:
+                visit(start, stop, part, solution)
     return solution
 
 
@@ -123,5 +124,6 @@ def above(matrix: Float[Any, "*batch token token"], block: int = BLOCK) -> Any:
         stop = min(start + block, length)
         part = matrix[..., start:stop, start:]
         total = total + xp.triu(part[..., : stop - start], 1).sum((-2, -1))
-        total = total + _times(ones[..., start:stop], part[..., stop - start :]).sum(-1)
+        with backend_of(matrix).exact(matrix):
+            total = total + _times(ones[..., start:stop], part[..., stop - start :]).sum(-1)
     return total.sum()

@@ -11,7 +11,11 @@ import torch
 from torch import nn
 
 from flowtracer_plugin._substitution import BLOCK
-from flowtracer_plugin.attention import AttentionCall, AttentionWeights
+from flowtracer_plugin.attention import (
+    AttentionCall,
+    AttentionWeights,
+    UnsupportedArchitectureError,
+)
 from flowtracer_plugin.causal_lm import input_device, language_model
 from flowtracer_plugin.reader import AttentionReader
 
@@ -96,6 +100,7 @@ class Footprint:
         pairs: Bytes a pair of tokens in the forward pass: masks, and the maps of eager attention.
         sites: How often the layers that are read attend.
         kept: Bytes a token of their queries and keys; None if a call does not have any.
+        masks: Bytes a pair of tokens of their masks and biases, which are kept as well.
         heads: Most query heads of a layer.
         block: Query rows that are computed at a time.
         drops_first: Whether what is paid to the first token is divided among the others.
@@ -105,6 +110,7 @@ class Footprint:
     pairs: int
     sites: int
     kept: int | None
+    masks: int
     heads: int
     block: int
     drops_first: bool
@@ -123,7 +129,9 @@ class Footprint:
         rows = 3 * self.heads * min(self.block, tokens) * tokens * FLOAT
         block = _BLOCK_COPIES * min(BLOCK, tokens) * tokens * FLOAT
         return batch * (
-            self.kept * tokens + max(self._forward(tokens, 1), rows + block + _TOKEN_BYTES * tokens)
+            self.kept * tokens
+            + self.masks * tokens**2
+            + max(self._forward(tokens, 1), rows + block + _TOKEN_BYTES * tokens)
         )
 
     def only(self, sites: int) -> Footprint:
@@ -136,6 +144,9 @@ class Footprint:
 
 _BLOCK_COPIES = 8
 """Matrices of [block, token] that are alive at once in the second pass."""
+
+_MASK_COPIES = 5
+"""Masks that are alive at once while transformers puts one together of its conditions."""
 
 _TOKEN_BYTES = 1200
 """What is kept of each token beside: edges, paths, their logarithms and places."""
@@ -157,12 +168,14 @@ def footprint(
     heads = max(_shape(call)[1] for call in calls)
     eager = getattr(config, "_attn_implementation", "eager") == "eager"
     window = getattr(config, "sliding_window", None)
-    masked = window is not None or any(getattr(call, "mask", None) is not None for call in calls)
+    # A window leaves no mask in the calls of a text that it covers, but one in those of long texts.
+    masks = max(0 if window is None else 1, *(_masks([call]) for call in calls))
     return Footprint(
         forward=size * (6 * width + 3 * inner),
-        pairs=(2 * heads * (size + FLOAT) if eager else 0) + (1 if masked else 0),
+        pairs=(2 * heads * (size + FLOAT) if eager else 0) + _MASK_COPIES * masks,
         sites=len(calls),
         kept=_kept(calls),
+        masks=max(0 if window is None else 1, _masks(calls)),
         heads=heads,
         block=block,
         drops_first=drops_first,
@@ -186,6 +199,18 @@ def _kept(calls: tuple[AttentionCall | AttentionWeights, ...]) -> int | None:
         for part in (call.query, call.key):
             total += part.shape[1] * part.shape[3] * part.element_size()
     return total
+
+
+def _masks(calls: Sequence[AttentionCall | AttentionWeights]) -> int:
+    """Bytes a pair of tokens of masks and biases, each once however many calls share it."""
+    found: dict[int, int] = {}
+    for call in calls:
+        parts = () if isinstance(call, AttentionWeights) else (call.mask, call.bias)
+        for part in parts:
+            if part is not None and part.shape[2] > 1:
+                held, pairs = part.untyped_storage(), part.shape[2] * part.shape[3]
+                found[held.data_ptr()] = -(-held.nbytes() // pairs)
+    return sum(found.values())
 
 
 def free_memory(device: torch.device) -> int:
@@ -264,10 +289,16 @@ class Budget:
 
         Raises:
             TooLittleMemoryError: It does not fit.
+            UnsupportedArchitectureError: There is nothing to stream from.
         """
         if batch * tokens**2 <= SMALL:
             return "dense" if mode == "auto" else mode
         estimate = self.estimate(tokens, batch)
+        if mode == "streamed" and estimate.streamed is None:
+            raise UnsupportedArchitectureError(
+                f"{type(self._reader.model).__name__} hands over its probabilities, and no queries "
+                "and keys: there is nothing to stream from; wrap(..., mode='dense')"
+            )
         if not estimate.fits(mode):
             raise _refusal(estimate, mode, self._footprint())
         return estimate.mode if mode == "auto" and estimate.mode else mode

@@ -558,6 +558,23 @@ def test_torch_stays_off_the_tape():
     assert not found.edge_flow().requires_grad
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["torch", "torch_csr"])
+def test_autocast_does_not_lower_the_precision(kind, precision):
+    size = 2 * _substitution.BLOCK + 100  # products come with the second block
+    attention = np.tril(np.random.default_rng(0).random((size, size)))
+    attention /= attention.sum(1, keepdims=True)
+    question = held_as(kind, mask(size, *range(1, 30)))
+    parts = held_as(kind, attention, "float32"), question, held_as(kind, mask(size, 300, size - 2))
+    plain = solve_flow(*parts)
+    with torch.autocast("cpu", precision):
+        found = solve_flow(*parts)
+        for name in FIELDS:
+            assert torch.equal(getattr(found, name), getattr(plain, name))
+        entered = found.inflow(question)
+    assert torch.equal(entered, plain.inflow(question))
+
+
 @pytest.mark.parametrize(
     "convert",
     [

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import flowtracer_plugin as ft
 from flowtracer_plugin import memory
+from flowtracer_plugin.attention import AttentionCall, UnsupportedArchitectureError
 from flowtracer_plugin.memory import (
     MemoryEstimate,
     TooLittleMemoryError,
@@ -86,7 +87,19 @@ def test_eager_attention_and_the_dropped_first_token_take_more():
     assert wrap(windowed, verify=False).estimate(20_000).streamed > 20_000**2
 
 
-def test_a_model_without_queries_and_keys_has_a_dense_estimate_only():
+def test_masks_and_biases_are_counted_as_often_as_they_are_kept():
+    shared, own = torch.ones(1, 1, 17, 17).bool(), torch.zeros(1, 2, 17, 17)
+    parts = {"query": torch.zeros(1, 2, 17, 4), "key": torch.zeros(1, 2, 17, 4), "scaling": 1.0}
+    calls = tuple(
+        AttentionCall(**parts, mask=shared, bias=None if bias is None else bias.clone())
+        for bias in (None, own, own)
+    )
+    found = memory.footprint(tiny_llama(), calls, block=64, drops_first=False)
+    assert found.masks == 1 + 2 * 2 * 4  # of [1, 17, 17] booleans, and twice [2, 17, 17] floats
+    assert found.streamed(50_000, 1) > found.masks * 50_000**2
+
+
+def test_a_model_without_queries_and_keys_has_a_dense_estimate_only(room):
     from transformers import BloomConfig, BloomForCausalLM
 
     config = BloomConfig(vocab_size=len(tiny_tokenizer()), hidden_size=32, n_layer=3, n_head=4)
@@ -96,6 +109,10 @@ def test_a_model_without_queries_and_keys_has_a_dense_estimate_only():
     assert estimate.streamed is None
     assert "streamed not possible" in str(estimate)
     assert not estimate.fits("streamed")
+    room(10**12)
+    with pytest.raises(UnsupportedArchitectureError, match=r"nothing to stream from; .*'dense'"):
+        wrap(model, mode="streamed").trace(PROMPT, RESPONSE)
+    assert wrap(model, mode="dense").trace(PROMPT, RESPONSE).attention is not None
 
 
 def test_dense_is_chosen_where_it_fits_and_streamed_where_only_that_does(model, room):
@@ -193,16 +210,29 @@ def test_streaming_is_a_remedy_for_dense(room):
 
 
 @pytest.mark.parametrize("mode", ["dense", "streamed"])
-def test_estimates_are_a_little_above_what_is_taken(mode):
+@pytest.mark.parametrize(
+    ("model", "tokens"),
+    [
+        ("build(SMALL)", 1500),
+        # All layers see a window, through a mask of all pairs of tokens.
+        (
+            "tiny_model('mistral', vocab_size=1000, max_position_embeddings=6000, "
+            "sliding_window=5000)",
+            6000,
+        ),
+    ],
+)
+def test_estimates_are_a_little_above_what_is_taken(model, tokens, mode):
     """In a process of its own, whose allocator gives back what is freed."""
     code = f"""
 import torch
 from benchmarks.harness import peak_of
 from benchmarks.models import SMALL, build, number_tokenizer
+from tests.families import tiny_model
 import flowtracer_plugin as ft
 
-ids = torch.randint(3, 1000, (1500,)).tolist()
-tracer = ft.wrap(build(SMALL), number_tokenizer(), mode="{mode}", answer="last_number")
+ids = torch.randint(3, 1000, ({tokens},)).tolist()
+tracer = ft.wrap({model}, number_tokenizer(), mode="{mode}", answer="last_number")
 print(tracer.estimate(len(ids)).{mode} / 2**20)
 print(peak_of(lambda: tracer.trace_tokens(ids[:300], ids[300:])))
 """
