@@ -41,7 +41,8 @@ class Flow:
     """One unit of flow from the question to the answer; arrays are of the graph's kind and device.
 
     Attributes:
-        graph: the graph that was solved.
+        graph: the graph that was solved; a dense one holds the attention that was passed, not a
+            copy, so `edge_flow` is right as long as that stays as it is.
         reach: `h`, the influence of each token on the answer: the expected number of visits of a
             walk that starts at every answer token and steps back along attention. At most the
             number of answer tokens if the attention of each token sums to at most one.
@@ -127,6 +128,7 @@ def solve_flow(
     Args:
         attention: `[query, key]` or `[batch, query, key]`, lower triangular; a numpy array, a
             torch tensor (dense or sparse CSR), a scipy sparse array, or a list of sparse ones.
+            Dense attention is not copied: what comes back refers to it.
         question: where the unit is injected: booleans, or 0 and 1, of shape `[token]` or
             `[batch, token]`.
         answer: the tokens that are connected to the sink, likewise.
@@ -227,7 +229,7 @@ def solve_nodes(
     does not reach the answer carry no flow; else that raises.
     """
     xp = backend_of(answer).xp
-    unit = _unit(xp.finfo(dtype))
+    unit = unit_of(xp.finfo(dtype))
     passing = ~answer if boundary == "absorbing" else None
     with np.errstate(all="ignore"):  # _check_flow finds what does not fit
         scaled = _reach(solve, xp.asarray(answer, dtype=dtype) * unit, passing)
@@ -251,7 +253,7 @@ def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
-def _unit(finfo: Any) -> float:
+def unit_of(finfo: Any) -> float:
     """What the sink holds while we compute: the square root of the largest power of two.
 
     Throughput does not change when reach is scaled. With the sink in the middle of the upper half

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -86,10 +88,11 @@ class LikelyPaths:
         known[0].copy_(kept)
 
     def likeliest(
-        self, source: Float[Tensor, " token"], reach: Float[Tensor, " token"]
+        self, source: Float[Tensor, " token"], reach: Float[Tensor, " token"], unit: float
     ) -> tuple[FlowPath, ...]:
-        """The best of all that begin at a question token."""
-        starts = source.log() - reach.where(reach > 0, 1).log()
+        """The best of all that begin at a question token; `reach` in the unit of the sink."""
+        # Not reach / unit: that may be less than the dtype holds.
+        starts = source.log() - reach.where(reach > 0, 1).log() + math.log(unit)
         totals = (starts[:, None] + self._best).flatten().cpu().numpy()
         following, rank = self._next.cpu().numpy(), self._rank.cpu().numpy()
         return tuple(

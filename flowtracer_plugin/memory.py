@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 
@@ -16,19 +14,16 @@ from flowtracer_plugin.attention import (
     AttentionWeights,
     UnsupportedArchitectureError,
 )
-from flowtracer_plugin.causal_lm import input_device, language_model
+from flowtracer_plugin.backbone import MAX_STEPS
+from flowtracer_plugin.causal_lm import input_device, language_model, vocabulary_size
+from flowtracer_plugin.free_memory import free_memory
+from flowtracer_plugin.parallel import may_stop, smallest
 from flowtracer_plugin.reader import AttentionReader
 
 MODES = ("auto", "dense", "streamed")
 
 SPARE = 0.85
 """Share of the free memory that a trace may take: estimates are estimates."""
-
-CONTROL_GROUPS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
-)
-"""Where containers see their limits, by version 2 and by version 1 of Linux's control groups."""
 
 SMALL = 2**24
 """Pairs of tokens, 64 MB of attention, up to which nobody asks what is free."""
@@ -128,11 +123,16 @@ class Footprint:
             return None
         rows = 3 * self.heads * min(self.block, tokens) * tokens * FLOAT
         block = _BLOCK_COPIES * min(BLOCK, tokens) * tokens * FLOAT
-        return batch * (
+        steps = min(tokens // _TOKENS_A_STEP, MAX_STEPS) ** 2 * FLOAT
+        return steps + batch * (
             self.kept * tokens
             + self.masks * tokens**2
             + max(self._forward(tokens, 1), rows + block + _TOKEN_BYTES * tokens)
         )
+
+    def padded(self) -> Footprint:
+        """For texts of different lengths, which transformers makes a mask for."""
+        return replace(self, masks=max(1, self.masks), pairs=max(_MASK_COPIES, self.pairs))
 
     def only(self, sites: int) -> Footprint:
         """If so many of the layers were read."""
@@ -147,6 +147,9 @@ _BLOCK_COPIES = 8
 
 _MASK_COPIES = 5
 """Masks that are alive at once while transformers puts one together of its conditions."""
+
+_TOKENS_A_STEP = 8
+"""Steps are lines and sentences; few are shorter."""
 
 _TOKEN_BYTES = 1200
 """What is kept of each token beside: edges, paths, their logarithms and places."""
@@ -170,8 +173,10 @@ def footprint(
     window = getattr(config, "sliding_window", None)
     # A window leaves no mask in the calls of a text that it covers, but one in those of long texts.
     masks = max(0 if window is None else 1, *(_masks([call]) for call in calls))
+    # A forward pass that has to go to its end computes logits, and in float32 once more.
+    logits = 0 if may_stop(model) else vocabulary_size(model) * (size + FLOAT)
     return Footprint(
-        forward=size * (6 * width + 3 * inner),
+        forward=size * (6 * width + 3 * inner) + logits,
         pairs=(2 * heads * (size + FLOAT) if eager else 0) + _MASK_COPIES * masks,
         sites=len(calls),
         kept=_kept(calls),
@@ -213,42 +218,6 @@ def _masks(calls: Sequence[AttentionCall | AttentionWeights]) -> int:
     return sum(found.values())
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on the host, within the limit of the container."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return min([psutil.virtual_memory().available, *_container_room()])
-
-
-def _container_room() -> list[int]:
-    """What the control group of this process may still take, if it has a limit."""
-    found = []
-    for group, limit, usage in CONTROL_GROUPS:
-        most, taken = _number(group / limit), _number(group / usage)
-        if most is not None and taken is not None:
-            found.append(most - taken + _cached_files(group / "memory.stat"))
-    return found
-
-
-def _cached_files(path: Path) -> int:
-    """Pages of files, which count as taken and are given back when they are needed."""
-    try:
-        fields = dict(line.split() for line in path.read_text("ascii").splitlines())
-    except (OSError, ValueError):
-        return 0
-    return sum(int(fields.get(name, 0)) for name in ("inactive_file", "active_file"))
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text("ascii"))
-    except (OSError, ValueError):  # not there, or "max"
-        return None
-
-
 def readable(size: int | float) -> str:
     """Bytes as people say them."""
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -265,9 +234,9 @@ class Budget:
         self, reader: AttentionReader, layers: Sequence[int], *, drops_first: bool
     ) -> None:
         self._reader, self._layers, self._drops_first = reader, layers, drops_first
-        self._parts: Footprint | None = None
+        self._known: Footprint | None = None
 
-    def estimate(self, tokens: int, batch: int = 1) -> MemoryEstimate:
+    def estimate(self, tokens: int, batch: int = 1, *, padded: bool = False) -> MemoryEstimate:
         """What so many texts of so many tokens take, and what is free.
 
         Raises:
@@ -275,17 +244,25 @@ class Budget:
         """
         if tokens < 1 or batch < 1:
             raise ValueError(f"tokens and batch must be at least 1, got {tokens} and {batch}")
-        parts, model = self._footprint(), self._reader.model
+        model, parts = self._reader.model, self._parts(padded)
         return MemoryEstimate(
             tokens=tokens,
             batch=batch,
             dense=parts.dense(tokens, batch),
             streamed=parts.streamed(tokens, batch),
-            free=free_memory(input_device(model)),
+            free=smallest(model, free_memory(input_device(model))),
         )
 
-    def choose(self, mode: str, tokens: int, batch: int = 1) -> str:
+    def prepare(self) -> None:
+        """Run the model as often as it takes, at a time when all processes do."""
+        self._footprint()
+
+    def choose(
+        self, mode: str, tokens: int, batch: int = 1, *, padded: bool = False, fixed: bool = False
+    ) -> str:
         """The mode, or of "auto" the one that fits.
+
+        With `fixed`, nothing but shorter texts is suggested.
 
         Raises:
             TooLittleMemoryError: It does not fit.
@@ -293,27 +270,32 @@ class Budget:
         """
         if batch * tokens**2 <= SMALL:
             return "dense" if mode == "auto" else mode
-        estimate = self.estimate(tokens, batch)
+        estimate = self.estimate(tokens, batch, padded=padded)
         if mode == "streamed" and estimate.streamed is None:
             raise UnsupportedArchitectureError(
                 f"{type(self._reader.model).__name__} hands over its probabilities, and no queries "
                 "and keys: there is nothing to stream from; wrap(..., mode='dense')"
             )
         if not estimate.fits(mode):
-            raise _refusal(estimate, mode, self._footprint())
+            raise _refusal(estimate, mode, self._parts(padded), fixed=fixed)
         return estimate.mode if mode == "auto" and estimate.mode else mode
 
+    def _parts(self, padded: bool) -> Footprint:
+        return self._footprint().padded() if padded else self._footprint()
+
     def _footprint(self) -> Footprint:
-        if self._parts is None:
+        if self._known is None:
             reader = self._reader
             calls = reader.check_calls(self._layers)
-            self._parts = footprint(
+            self._known = footprint(
                 reader.model, calls, block=reader.block, drops_first=self._drops_first
             )
-        return self._parts
+        return self._known
 
 
-def _refusal(estimate: MemoryEstimate, mode: str, parts: Footprint) -> TooLittleMemoryError:
+def _refusal(
+    estimate: MemoryEstimate, mode: str, parts: Footprint, *, fixed: bool
+) -> TooLittleMemoryError:
     modes = ("dense", "streamed") if mode == "auto" else (mode,)
     sizes = {one: getattr(estimate, one) for one in modes}
     taken = " or ".join(f"{readable(size)} {one}" for one, size in sizes.items() if size)
@@ -321,30 +303,27 @@ def _refusal(estimate: MemoryEstimate, mode: str, parts: Footprint) -> TooLittle
     return TooLittleMemoryError(
         f"tracing {texts}{estimate.tokens:,} tokens would take {taken} beside the model, and of "
         f"the {readable(estimate.free)} that are free at most {SPARE:.0%} are used; "
-        f"what fits: {' or '.join(_fitting(estimate, mode, parts))}"
+        f"what fits: {' or '.join(_fitting(estimate, mode, parts, fixed=fixed))}"
     )
 
 
-def _fitting(estimate: MemoryEstimate, mode: str, parts: Footprint) -> list[str]:
+def _fitting(estimate: MemoryEstimate, mode: str, parts: Footprint, *, fixed: bool) -> list[str]:
     """Settings that would fit, the least painful first."""
-    room, batch = int(SPARE * estimate.free), estimate.batch
+    room, batch, tokens = int(SPARE * estimate.free), estimate.batch, estimate.tokens
+
+    def fits(parts: Footprint, tokens: int, batch: int) -> bool:
+        return _least(parts, mode, tokens, batch) <= room
+
     found = []
-    if mode == "dense" and estimate.fits("streamed"):
-        found.append("mode='streamed'")
-    rows = [
-        size
-        for size in range(batch - 1, 0, -1)
-        if _least(parts, mode, estimate.tokens, size) <= room
-    ]
-    if rows:
-        found.append(f"batch_size={rows[0]}")
-    if mode != "dense" and parts.kept:
-        kept = max(1, parts.sites // 2)
-        while kept > 1 and _least(parts.only(kept), mode, estimate.tokens, batch) > room:
-            kept //= 2
-        if _least(parts.only(kept), mode, estimate.tokens, batch) <= room and kept < parts.sites:
-            found.append(f"layers='middle:{kept}'")
-    most = longest(room, lambda tokens: _least(parts, mode, tokens, 1))
+    if not fixed:
+        others = {"dense": ["streamed"], "streamed": ["dense"], "auto": []}[mode]
+        found += [f"mode={other!r}" for other in others if estimate.fits(other)]
+        sizes = (size for size in range(batch - 1, 0, -1) if fits(parts, tokens, size))
+        found += [f"batch_size={size}" for size in list(sizes)[:1]]
+        halves = (parts.sites >> power for power in range(1, parts.sites.bit_length()))
+        fewer = (sites for sites in halves if parts.kept and fits(parts.only(sites), tokens, batch))
+        found += [f"layers='middle:{sites}'" for sites in list(fewer)[:1]]
+    most = longest(room, lambda length: _least(parts, mode, length, 1))
     return [*found, f"up to {most:,} tokens"]
 
 

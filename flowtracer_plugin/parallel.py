@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, distributed, nn
 
@@ -40,6 +41,17 @@ def average_heads(model: nn.Module, total: Float[Tensor, "batch query key"]) -> 
     if group is not None:
         distributed.all_reduce(total, group=group)
         total /= distributed.get_world_size(group)
+
+
+def smallest(model: nn.Module, value: int) -> int:
+    """The smallest value of the processes that share a model's heads: they must decide alike."""
+    group = tensor_parallel_group(model)
+    if group is None:
+        return value
+    device = next(model.parameters()).device
+    least = torch.tensor(value, dtype=torch.int64, device=device)
+    distributed.all_reduce(least, op=distributed.ReduceOp.MIN, group=group)
+    return int(least)
 
 
 def may_stop(model: nn.Module) -> bool:

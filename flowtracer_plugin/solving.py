@@ -65,8 +65,11 @@ class Solver:
         if attention_mask is None and "position_ids" in others:
             others["attention_mask"] = None  # with one, transformers does not look for packing
         check_packing(attention_mask, others.get("position_ids"))
-        self.budget.choose("dense", input_ids.shape[1], input_ids.shape[0])
         self.reader.verify()
+        self.budget.prepare()
+        padded = not bool(mask.all())
+        batch, tokens = input_ids.shape
+        self.budget.choose("dense", tokens, batch, padded=padded, fixed=True)
         return self.reader.read(input_ids, mask, self.layers, model_inputs=others)
 
     def text(
@@ -123,7 +126,9 @@ class Solver:
         """The mode, once all that could be wrong is known not to be."""
         check_input(self.reader.model, ids, mask)
         self.reader.verify()
-        return self.budget.choose(self.mode, ids.shape[1], len(ids))
+        self.budget.prepare()
+        padded = not bool(mask.all())
+        return self.budget.choose(self.mode, ids.shape[1], len(ids), padded=padded)
 
     def _edges(self, ids: Ids, mask: Mask) -> Float[Tensor, "batch query key"]:
         attention = self.reader.read(ids, mask, self.layers)

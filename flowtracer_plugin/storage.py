@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from flowtracer_plugin.backbone import Backbone, FlowPath, StrongEdges
+from flowtracer_plugin.backbone import Backbone, FlowPath, StrongEdges, step_bounds
 from flowtracer_plugin.spans import Spans
 from flowtracer_plugin.trace import FlowOptions, FlowTrace
 
@@ -136,6 +136,14 @@ def _backbone_arrays(backbone: Backbone) -> dict[str, Any]:
 
 
 def _assemble_backbone(header: dict[str, Any], arrays: dict[str, Any]) -> Backbone:
+    tokens = len(header["tokens"])
+    steps = len(step_bounds(header["tokens"], header["prompt_length"]))
+    paths = [token for path in header["paths"] for token in path["tokens"]]
+    ends = [arrays[f"{name}.token"] for name in _EDGES] + [np.array(paths, np.int64)]
+    shapes = {arrays[f"{name}.{part}"].shape for name in _EDGES for part in ("token", "flow")}
+    within = all(((one >= 0) & (one < tokens)).all() for one in ends)
+    if arrays["steps"].shape != (steps, steps) or len(shapes) > 1 or not within:
+        raise ValueError("its edges are not those of its tokens and steps")
     edges: dict[str, Any] = {
         name: StrongEdges(token=arrays[f"{name}.token"], flow=arrays[f"{name}.flow"])
         for name in _EDGES

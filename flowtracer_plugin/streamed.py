@@ -23,7 +23,7 @@ from flowtracer_plugin.backbone import (
     Outline,
     StrongEdges,
 )
-from flowtracer_plugin.flow import Nodes, into_sink, solve_nodes
+from flowtracer_plugin.flow import Nodes, into_sink, solve_nodes, unit_of
 from flowtracer_plugin.likely_paths import LikelyPaths
 
 
@@ -176,7 +176,7 @@ class _Passes:
         """As `solve_nodes` wants it: first from the end, then from the beginning."""
         visit: Visit = self._paths.visit
         if not transposed:
-            reach = self._reach.where(masks["queries"], 0)
+            self._reach = reach = self._reach.where(masks["queries"], 0)
             self._sums = _EdgeSums(
                 reach, self._passing, self._outline, min(self._edges, len(reach)), self._total
             )
@@ -191,11 +191,12 @@ class _Passes:
     def backbone(self, nodes: Nodes) -> Backbone:
         assert self._sums is not None, "solve_nodes solves twice"
         sink = into_sink(self._target, nodes.reach, nodes.throughput)
+        unit = unit_of(torch.finfo(self._reach.dtype))
         return Backbone(
             question_reached=int(nodes.question_reached),
             source=_padded(nodes.source, self._total),
             sink=_padded(sink, self._total),
-            paths=self._paths.likeliest(nodes.source, nodes.reach),
+            paths=self._paths.likeliest(nodes.source, self._reach, unit),
             **self._sums.found(nodes, sink),
         )
 

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 JSON_SCHEMA_VERSION = 1
 
+ALL_STEPS = 256
+"""Steps up to which a document holds all flows between them; of more, the strongest into each."""
+
+STEP_EDGES = 16
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlowOptions:
@@ -333,11 +338,17 @@ class FlowTrace:
 
 
 def _step_dict(graph: StepGraph) -> dict[str, Any]:
-    flows: Sequence[Sequence[int]] = np.argwhere(graph.edges > 0).tolist()
+    edges = graph.edges
+    if len(edges) > ALL_STEPS:  # the document grows with the text, not with its square
+        kept = np.argpartition(-edges, STEP_EDGES, axis=1)[:, :STEP_EDGES]
+        few = np.zeros_like(edges)
+        np.put_along_axis(few, kept, np.take_along_axis(edges, kept, 1), 1)
+        edges = few
+    flows: Sequence[Sequence[int]] = np.argwhere(edges > 0).tolist()
     return {
         "steps": [asdict(step) for step in graph.steps],
         "edges": [
-            {"source": earlier, "target": later, "flow": float(graph.edges[later, earlier])}
+            {"source": earlier, "target": later, "flow": float(edges[later, earlier])}
             for later, earlier in flows
         ],
     }

@@ -18,7 +18,7 @@ ADAPTERS = ROOT / "adapters" / "flowtracer_adapters"
 # A module may import modules of earlier lines only; those of one line do not know each other.
 LAYERS = [
     {"_versions"},
-    {"_flow_backends", "_trl_version"},
+    {"_flow_backends", "_trl_version", "free_memory"},
     {"_substitution"},
     {"_flow_numpy", "_flow_torch"},
     {"_flow_scipy"},
@@ -70,6 +70,7 @@ LATE = {
     ("_flow_numpy", "scipy.sparse"),
     ("_grpo_credit", "peft"),
     ("credit", "torch"),
+    ("free_memory", "resource"),
     ("causal_lm", "peft"),
     ("rewards", "math_verify"),
 }

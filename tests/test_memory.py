@@ -16,12 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flowtracer_plugin as ft
+from flowtracer_plugin import free_memory as free
 from flowtracer_plugin import memory
 from flowtracer_plugin.attention import AttentionCall, UnsupportedArchitectureError
+from flowtracer_plugin.free_memory import free_memory
 from flowtracer_plugin.memory import (
     MemoryEstimate,
     TooLittleMemoryError,
-    free_memory,
     longest,
     readable,
 )
@@ -59,12 +60,12 @@ def test_dense_grows_with_the_square_and_streamed_with_the_text(model):
     tracer = wrap(model)
     short, long = tracer.estimate(50_000), tracer.estimate(100_000)
     assert long.dense / short.dense == pytest.approx(4, rel=0.1)
-    assert long.streamed / short.streamed == pytest.approx(2, rel=0.01)
+    assert long.streamed / short.streamed == pytest.approx(2, rel=0.1)
     assert short.dense > 50_000**2 * 4
     many = tracer.estimate(1000, batch=8)
     one = tracer.estimate(1000)
     assert many.dense == pytest.approx(8 * one.dense, rel=1e-3)
-    assert many.streamed == pytest.approx(8 * one.streamed, rel=1e-3)
+    assert many.streamed == pytest.approx(8 * one.streamed, rel=1e-2)
 
 
 def test_estimates_know_the_queries_and_keys_of_the_layers_that_are_read(model):
@@ -182,8 +183,8 @@ def test_what_does_not_fit_is_refused_before_the_model_runs(model, room):
     with pytest.raises(MemoryError, match=r"would take \d+ kB dense beside .* up to 1? ?\d* token"):
         tracer.trace(PROMPT, RESPONSE)
     ids = torch.ones(4, 8, dtype=torch.long)
-    with pytest.raises(MemoryError, match=r"4 texts of 8 tokens would take"):
-        tracer.attention(ids)
+    with pytest.raises(MemoryError, match=r"4 texts of 8 tokens .* what fits: up to \d+ tokens$"):
+        tracer.attention(ids)  # which has neither modes nor parts of batches
     with pytest.raises(MemoryError, match=r"tracing 4 texts of 16 tokens would take"):
         tracer.trace_ids(ids, ids, ids, ids)
     hook.remove()
@@ -198,6 +199,52 @@ def test_a_smaller_batch_is_a_remedy(model, room):
         tracer.trace_ids(ids, ids, ids, ids)
     size = int(re.search(r"batch_size=(\d+)", str(refused.value))[1])
     assert len(tracer.trace_ids(ids, ids, ids, ids, batch_size=size).answers) == 4
+
+
+def test_padding_takes_a_mask(model):
+    estimate, padded = (
+        wrap(model)._solver.budget.estimate(4096, 2, padded=padded) for padded in (False, True)
+    )
+    assert padded.streamed - estimate.streamed >= 2 * 4096**2
+    assert padded.dense - estimate.dense >= 2 * 4096**2
+
+
+def test_padded_rollouts_are_estimated_as_such(model, monkeypatch):
+    monkeypatch.setattr(memory, "SMALL", 0)
+    asked = []
+    real = memory.Budget.estimate
+
+    def estimate(self, tokens, batch=1, *, padded=False):
+        asked.append((tokens, batch, padded))
+        return real(self, tokens, batch, padded=padded)
+
+    monkeypatch.setattr(memory.Budget, "estimate", estimate)
+    ids, mask = torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long)
+    wrap(model).trace_ids(ids, ids, mask, mask)
+    mask[0, -1] = 0
+    wrap(model).trace_ids(ids, ids, torch.ones_like(ids), mask)
+    assert asked == [(16, 2, False), (16, 2, True)]
+
+
+def test_dense_is_a_remedy_for_streaming_short_texts(model, room):
+    tracer = wrap(model, mode="streamed")
+    room(just_enough(tracer.estimate(TOKENS).dense))
+    with pytest.raises(MemoryError, match=r"what fits: mode='dense' or"):
+        tracer.trace(PROMPT, RESPONSE)
+
+
+def test_the_model_runs_as_often_for_long_texts_as_for_short_ones(monkeypatch):
+    """Where processes share a model, each must make the same forward passes."""
+    runs = []
+    for small in (0, 2**24):
+        monkeypatch.setattr(memory, "SMALL", small)
+        model = tiny_llama()
+        tracer = wrap(model)
+        counted = []
+        model.register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
+        tracer.trace(PROMPT, RESPONSE)
+        runs.append(len(counted))
+    assert runs[0] == runs[1]
 
 
 def test_streaming_is_a_remedy_for_dense(room):
@@ -285,21 +332,76 @@ def test_the_longest_text_is_the_last_that_fits(room, factor):
     assert factor * most * most <= room < factor * (most + 1) ** 2
 
 
-@pytest.mark.parametrize("version", [2, 1])
-def test_a_container_has_as_much_as_its_limit_leaves(tmp_path, monkeypatch, version):
-    _, limit, usage = memory.CONTROL_GROUPS[2 - version]
-    monkeypatch.setattr(memory, "CONTROL_GROUPS", ((tmp_path, limit, usage),))
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
+LIMITS = {
+    2: ("", "0::/job/step\n", "memory.max", "memory.current", ""),
+    1: (
+        "memory/",
+        "4:cpu,memory:/job/step\n",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_",
+    ),
+}
+
+
+@pytest.mark.parametrize("version", LIMITS)
+@pytest.mark.parametrize("inside", ["", "job/", "job/step/"])
+def test_a_container_has_as_much_as_its_limits_leave(tmp_path, monkeypatch, version, inside):
+    folder, line, limit, usage, prefix = LIMITS[version]
+    monkeypatch.setattr(free, "ROOT", tmp_path)
+    monkeypatch.setattr(free.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
     host = torch.device("cpu")
     assert free_memory(host) == 10**9  # no control group
-    (tmp_path / usage).write_text("700\n")
-    (tmp_path / limit).write_text("1000\n")
+    group = tmp_path / "sys/fs/cgroup" / folder / inside
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"7:devices:/\n{line}")
+    assert free_memory(host) == 10**9
+    (group / usage).write_text("700\n")
+    (group / limit).write_text("1000\n")
     assert free_memory(host) == 300
     # files that the system keeps at hand are given back when memory is needed
-    (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 60\nactive_file 5\n")
+    files = f"anon 600\n{prefix}inactive_file 60\n{prefix}active_file 5\n"
+    (group / "memory.stat").write_text(files)
     assert free_memory(host) == 365
-    (tmp_path / limit).write_text("max\n")
+    (group / limit).write_text("500\n")
+    assert free_memory(host) == 0
+    (group / limit).write_text("max\n")
     assert free_memory(host) == 10**9
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no ulimit")
+def test_the_limits_of_the_process_count():
+    code = """
+import resource, psutil, torch
+from flowtracer_plugin.free_memory import free_memory
+
+taken = psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, resource.RLIM_INFINITY))
+print(free_memory(torch.device("cpu")))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**27 < int(ran.stdout) <= 2**28
+
+
+def test_processes_that_share_heads_decide_alike(monkeypatch):
+    from flowtracer_plugin import parallel
+
+    model = tiny_llama()
+    assert parallel.smallest(model, 7) == 7
+    asked = []
+
+    def all_reduce(tensor, *, op, group):
+        asked.append((op, group))
+        tensor.fill_(3)
+
+    tracer = wrap(model)
+    tracer.estimate(100)
+    monkeypatch.setattr(parallel, "tensor_parallel_group", lambda _: "group")
+    monkeypatch.setattr(parallel.distributed, "all_reduce", all_reduce)
+    assert parallel.smallest(model, 7) == 3
+    assert asked == [(parallel.distributed.ReduceOp.MIN, "group")]
+    assert tracer.estimate(100).free == 3
 
 
 def test_this_machine_has_some_memory():

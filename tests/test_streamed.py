@@ -278,14 +278,24 @@ def test_a_streamed_trace_is_saved_and_loaded_bit_for_bit(pair, tmp_path):
     assert loaded.backbone.paths == trace.backbone.paths
 
 
-def test_a_damaged_backbone_is_refused(pair, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("hubs", lambda array: array[:-1], "header and its arrays differ in length"),
+        ("steps", lambda array: array[1:], "edges are not those of its tokens and steps"),
+        ("sources.token", lambda array: array + 1, "edges are not those of its tokens"),
+        ("targets.token", lambda array: array - 99, "edges are not those of its tokens"),
+        ("sources.flow", lambda array: array[:, :-1], "edges are not those of its tokens"),
+    ],
+)
+def test_a_damaged_backbone_is_refused(pair, tmp_path, name, change, message):
     path = pair[1].save(tmp_path / "a.flow")
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
     arrays = load_file(path)
-    arrays["hubs"] = arrays["hubs"][:-1]
+    arrays[name] = np.ascontiguousarray(change(arrays[name]))
     save_file(arrays, path, metadata)
-    with pytest.raises(ValueError, match="header and its arrays differ in length"):
+    with pytest.raises(ValueError, match=message):
         ft.load(path)
 
 
@@ -333,6 +343,23 @@ def test_a_long_text_shows_how_far_it_is(capfd):
     assert f"streaming: 100%|██████████| {rows}/{rows}" in capfd.readouterr().err
     tracer.trace_tokens(*ids)
     assert not capfd.readouterr().err
+
+
+def test_paths_are_known_where_reach_is_less_than_the_dtype_holds():
+    length = 12
+    attention = torch.diag(torch.full((length - 1,), 1e-5), -1)
+    ends = torch.arange(length)
+    nodes, backbone = stream_flow(
+        lambda start, stop: attention[start:stop, :stop],
+        ends == 0,
+        ends == length - 1,
+        Outline(prompt_length=1, bounds=[(0, length)]),
+    )
+    assert nodes.reach[0] == 0  # 1e-55
+    assert nodes.throughput[0] == pytest.approx(1)
+    (path,) = backbone.paths
+    assert path.tokens == tuple(range(length))
+    assert path.probability == pytest.approx(1, rel=1e-4)
 
 
 def test_unknown_modes_are_refused():

@@ -208,6 +208,19 @@ def test_the_document_holds_what_the_trace_says(trace):
     assert len(document["steps"]["edges"]) == np.count_nonzero(edges)
 
 
+def test_the_document_of_many_steps_holds_the_strongest_flows(trace, monkeypatch):
+    whole = trace.to_dict()["steps"]["edges"]
+    monkeypatch.setattr("flowtracer_plugin.trace.ALL_STEPS", 2)
+    monkeypatch.setattr("flowtracer_plugin.trace.STEP_EDGES", 2)
+    few = trace.to_dict()["steps"]["edges"]
+    into = {}
+    for edge in sorted(whole, key=lambda edge: -edge["flow"]):
+        into.setdefault(edge["target"], []).append(edge)
+    wanted = [edge for edges in into.values() for edge in edges[:2]]
+    assert sorted(map(str, few)) == sorted(map(str, wanted))
+    assert len(few) < len(whole)
+
+
 @pytest.mark.parametrize("text", ["日本", "€", '"\\', "\u2028", "\0", LONE, f"a{LONE}b"])
 def test_any_text_can_be_written_as_json(trace, text):
     odd = replace(trace, model=text, tokens=(text, *trace.tokens[1:]))

@@ -330,7 +330,7 @@ def test_what_is_hidden_within_a_completion_does_not_count(tracer, tokenizer):
 @pytest.mark.parametrize("mode", ["dense", "streamed"])
 def test_no_forward_pass_is_wider_than_its_longest_text(model, tokenizer, mode):
     tracer = ft.wrap(model, tokenizer, mode=mode)
-    tracer.reader.verify()
+    tracer.trace(PROMPT, RESPONSE)  # checks the model first
     rollouts = padded(tokenizer, ROLLOUTS)
     lengths = torch.cat(rollouts[2:], dim=1).sum(1).tolist()
     seen = []
