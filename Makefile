@@ -22,8 +22,8 @@ test: $(STAMP)
 conformance: $(STAMP)
 	$(BIN)/python -m tests.conformance $(if $(TYPES),--types $(TYPES))
 
-# Takes an hour of an idle machine; make bench ONLY="flow_stage" runs one of them.
-bench: $(STAMP)
+# Takes two hours of an idle machine; make bench ONLY="flow_stage" runs one of them.
+bench: flashtrace
 	$(BIN)/python -m benchmarks $(ONLY)
 
 test-lowest: $(LOWEST_STAMP)
@@ -38,7 +38,7 @@ deepspeed: $(STAMP)
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(ZERO)/bin/python -m pip install --quiet --no-deps \
 		--no-build-isolation deepspeed==0.19.8
 
-# FlashTrace, which a benchmark compares with, beside the environment: it brings thirty packages that ours does not need.
+# FlashTrace, which a benchmark compares with, beside the environment: it brings thirty packages.
 flashtrace: $(STAMP)
 	$(PYTHON) -m venv $(FLASHTRACE)
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import flow_stage, growth, harness, plots, rollout_batches, tables
 from benchmarks import sparse_against_dense as sparse
-from benchmarks.__main__ import ALL
+from benchmarks.__main__ import ALL, PRETRAINED, _measurable
 from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.graphs import ends, random_attention
 from benchmarks.harness import MIB, Target, interleaved, peak_of
@@ -39,7 +39,7 @@ SMALLEST = {
     "long_sequences": [{"model": "stories15M's shape", "tokens": 40}],
     "growth": [{"axis": "tokens", "tokens": 24, "batch": 2, "layers": 3, "hidden": 128}],
 }
-NEED_MODELS = {"flashtrace", "grpo_step"}  # test_benchmarks_training.py
+NEED_MODELS = set(PRETRAINED)  # test_benchmarks_training.py
 SMALL_CASES = [(name, case) for name, cases in SMALLEST.items() for case in cases]
 
 
@@ -143,6 +143,14 @@ def test_other_results_are_named(elsewhere):
 
 def test_every_benchmark_has_a_smallest_case():
     assert set(SMALLEST) == set(ALL) - NEED_MODELS
+
+
+def test_without_models_those_that_need_them_are_left_out(monkeypatch, capsys):
+    monkeypatch.delenv("FLOWTRACER_MODELS", raising=False)
+    assert set(_measurable()) == set(ALL) - NEED_MODELS
+    assert "flashtrace, grpo_step: set FLOWTRACER_MODELS" in capsys.readouterr().out
+    monkeypatch.setenv("FLOWTRACER_MODELS", "folder")
+    assert _measurable() == list(ALL)
 
 
 @pytest.mark.parametrize("name", ALL)
