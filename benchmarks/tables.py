@@ -59,13 +59,13 @@ _PROFILE = """\
 Profiles (torch's and Python's, one thread) of the paths above, and what they led to:
 
 - `trace`, 2,048 tokens: 90 % is the model's own forward pass (linear layers 55 %, its attention
-  27 %), 10 % the head mean, 0.4 % the flow, 1 % the text. The head mean took half as long again when
-  it masked whole blocks instead of the square on the diagonal, and copied them twice.
+  27 %), 10 % the head mean, 0.4 % the flow, 1 % the text. The head mean took half as long again
+  when it masked whole blocks instead of the square on the diagonal, and copied them twice.
 - flow stage, 8,192 tokens: nearly all was copies of the matrix (lower triangle, negation, masks of
   the checks). Now only squares of 256 tokens are copied; 22 of 37 ms look at every number once.
-- `streamed`, 8,192 tokens: forward pass 39 %, attention rows twice 35 %, edges 13 %, paths 12 %, text
-  1 %. Block sizes from 64 to 512 make no difference, so that memory decides: 64 rows of attention at
-  a time, 256 rows of the flow.
+- `streamed`, 8,192 tokens: forward pass 39 %, attention rows twice 35 %, edges 13 %, paths 12 %,
+  text 1 %. Block sizes from 64 to 512 make no difference, so that memory decides: 64 rows of
+  attention at a time, 256 rows of the flow.
 - credit in a step of the reasoner: half was decoding token by token to find answers; names now
   spell most texts at once. The other half is the head mean, with masks for padding.
 - a batch of rollouts: 76 % linear layers, which take the same time however rows are put together.
