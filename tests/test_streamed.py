@@ -177,6 +177,17 @@ def test_every_way_of_reading_streams(backend, implementation):
     assert_same(*both(model, backend=backend, layers="all"))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_streams_what_the_host_reads(dtype):
+    model = tiny_llama().to(dtype)
+    close = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.02}
+    wanted = both(model)[0]
+    dense, streamed = both(model.cuda())
+    assert_same(dense, streamed)
+    np.testing.assert_allclose(streamed.throughput, wanted.throughput, **close)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_padded_rollouts_stream(options):
     tokenizer = tiny_tokenizer()
