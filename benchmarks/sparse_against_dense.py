@@ -2,7 +2,7 @@
 
 Random causal graphs in float32, made before the clock starts. `sparse` solves along the stored
 edges, `made_dense` makes the same graph dense first, which is what `backend="auto"` chooses between
-(`flowtracer_plugin.flow.CROSSOVER`); `dense` is a graph that was dense all along. Each library is
+(`Backend.crossover`); `dense` is a graph that was dense all along. Each library is
 compared with itself: numpy against scipy's CSR on the CPU, torch against its own CSR on the GPU, if
 there is one. In the sparsest graphs the question may not reach the answer; the work is the same.
 """

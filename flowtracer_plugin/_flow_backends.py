@@ -32,6 +32,8 @@ class Backend(NamedTuple):
         assemble: a matrix like the given one, from queries, keys and values in row order.
         sparsify: the sparse form of one dense graph.
         densify: the dense form of one sparse graph.
+        crossover: the density from which it pays to make a sparse graph dense before it is solved,
+            conversion included, as `benchmarks/README.md` shows.
     """
 
     xp: Any
@@ -46,6 +48,7 @@ class Backend(NamedTuple):
     assemble: Callable[[Any, Any, Any, Any], Any] | None = None
     sparsify: Callable[[Any], Any] | None = None
     densify: Callable[[Any], Any] | None = None
+    crossover: float = 0.0
 
 
 def backend_of(array: Any) -> Backend:

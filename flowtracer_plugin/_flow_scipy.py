@@ -62,4 +62,5 @@ SCIPY = Backend(
     entries=entries,
     assemble=assemble,
     densify=csr_array.toarray,
+    crossover=0.03,
 )

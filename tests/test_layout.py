@@ -68,6 +68,7 @@ LATE = {
     ("_flow_backends", "_flow_torch"),
     ("_flow_backends", "_flow_scipy"),
     ("_flow_numpy", "scipy.sparse"),
+    ("_flow_torch", "scipy.sparse"),
     ("_grpo_credit", "peft"),
     ("credit", "torch"),
     ("free_memory", "resource"),
