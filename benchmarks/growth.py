@@ -5,6 +5,13 @@ One axis at a time, the others at 512 tokens, one sequence, four layers read and
 forward pass is the same whichever are read; batches are of 256 tokens. `trace` includes the flow,
 `forward` is the plain forward pass. Exponents are slopes on logarithmic axes, by least squares over
 the larger half of an axis, at least three sizes: 1 is linear, 2 is quadratic.
+
+What to expect: over tokens, linear layers take time in proportion and attention by the square, so
+that exponents lie between 1 and 2; the map of a dense trace grows with the square, all else in
+proportion (`long_sequences` is about traces without a map). Over batches everything is in
+proportion. Over the layers that are read nothing grows, since reading one is a small part of a
+forward pass, and they share one map. Over the hidden size, linear layers take time by the square
+and attention, whose heads become more, in proportion; memory is in proportion.
 """
 
 from __future__ import annotations
