@@ -164,7 +164,7 @@ def footprint(
 ) -> Footprint:
     """Of a model that makes `calls`, those of the layers that are read, on a short text."""
     config = language_model(model).config.get_text_config()
-    width = config.hidden_size
+    width = getattr(config, "hidden_size", None) or max(_width(call) for call in calls)
     inner = getattr(config, "intermediate_size", None) or 4 * width
     inner = max(inner) if isinstance(inner, list | tuple) else inner
     size = _element_size(model)
@@ -185,6 +185,13 @@ def footprint(
         block=block,
         drops_first=drops_first,
     )
+
+
+def _width(call: AttentionCall | AttentionWeights) -> int:
+    """Of all heads together, where the configuration does not tell the model's own."""
+    if isinstance(call, AttentionWeights):
+        return 64 * call.weights.shape[1]
+    return call.query.shape[1] * call.query.shape[3]
 
 
 def _element_size(model: nn.Module) -> int:

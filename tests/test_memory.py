@@ -116,6 +116,16 @@ def test_a_model_without_queries_and_keys_has_a_dense_estimate_only(room):
     assert wrap(model, mode="dense").trace(PROMPT, RESPONSE).attention is not None
 
 
+def test_the_width_of_a_model_that_does_not_tell_is_that_of_its_heads(model):
+    tracer, wanted = wrap(model), wrap(model).estimate(9000)
+    config = SimpleNamespace(intermediate_size=96, _attn_implementation="sdpa")
+    model.config.get_text_config, kept = lambda: config, model.config.get_text_config
+    try:
+        assert tracer.estimate(9000).dense == wanted.dense
+    finally:
+        model.config.get_text_config = kept
+
+
 def test_dense_is_chosen_where_it_fits_and_streamed_where_only_that_does(model, room):
     wanted = wrap(model).trace(PROMPT, RESPONSE)
     estimate = wrap(model).estimate(TOKENS)
