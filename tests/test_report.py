@@ -210,6 +210,16 @@ def test_known_edges_are_the_strongest(trace):
             assert kept == expected[:EDGES_PER_UNIT]
 
 
+def test_long_texts_show_the_strongest_three(trace, monkeypatch):
+    before = page_data(read(trace))
+    monkeypatch.setattr("flowtracer_plugin.report.payload.LONG", 5)
+    data = page_data(read(trace))
+    assert (before["edgesPerUnit"], data["edgesPerUnit"]) == (5, 3)
+    for side in ("sources", "targets"):
+        wanted = np.reshape(before[side], (-1, 5, 2))[:, :3]
+        np.testing.assert_array_equal(np.reshape(data[side], (-1, 3, 2)), wanted)
+
+
 def test_characters_that_cannot_be_seen_are_spelled_out():
     assert visible("a\x00\x1b\x7f\t\n") == "a␀␛␡\t\n"
     assert visible("\ud83dx\u202e") == "⟨U+D83D⟩x⟨U+202E⟩"

@@ -16,6 +16,9 @@ EDGES_PER_UNIT = 5
 """Sources, and as many targets, that the page knows of each token: enough to read, and the page
 grows with the length of the text instead of its square."""
 
+LONG, EDGES_IF_LONG = 16_384, 3
+"""Texts with more units show fewer, so that their pages load."""
+
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&"}
 
 
@@ -26,10 +29,15 @@ def embed(value: Any) -> Markup:
     return Markup(text.translate(_ESCAPES))
 
 
+def edges_per_unit(units: int) -> int:
+    """Sources, and as many targets, that a page of so many units knows of each."""
+    return EDGES_PER_UNIT if units <= LONG else EDGES_IF_LONG
+
+
 def page_data(reading: Reading) -> dict[str, Any]:
     """What the page's script knows, in units.
 
-    `sources` and `targets` hold `EDGES_PER_UNIT` pairs a unit, the strongest first: how many units
+    `sources` and `targets` hold `edgesPerUnit` pairs a unit, the strongest first: how many units
     away, and which share of the unit's throughput in thousandths.
     """
     trace, units = reading.trace, reading.units
@@ -43,7 +51,7 @@ def page_data(reading: Reading) -> dict[str, Any]:
         "throughput": [_round(unit.throughput) for unit in units],
         "injected": _nonzero(np.add.reduceat(backbone.source, starts)),
         "absorbed": _nonzero(np.add.reduceat(backbone.sink, starts)),
-        "edgesPerUnit": EDGES_PER_UNIT,
+        "edgesPerUnit": edges_per_unit(len(units)),
         "sources": _strongest(backbone.sources, reading),
         "targets": _strongest(backbone.targets, reading),
     }
@@ -58,8 +66,9 @@ def _strongest(edges: StrongEdges, reading: Reading) -> list[int]:
     unit, other, flows = unit[order], other[order], flows[order]
     place = np.arange(len(unit)) - np.searchsorted(unit, unit)
     shares = np.rint(1000 * flows / np.where(reading.throughput > 0, reading.throughput, 1)[unit])
-    shown = (place < EDGES_PER_UNIT) & (shares > 0)
-    pairs = np.zeros((count, EDGES_PER_UNIT, 2), dtype=np.int64)
+    most = edges_per_unit(count)
+    shown = (place < most) & (shares > 0)
+    pairs = np.zeros((count, most, 2), dtype=np.int64)
     where = unit[shown], place[shown]
     pairs[where] = np.column_stack([np.abs(unit - other)[shown], shares[shown]])
     return pairs.ravel().tolist()
