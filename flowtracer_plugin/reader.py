@@ -139,10 +139,9 @@ class AttentionReader:
                 hand over queries and keys.
         """
         input_ids, attention_mask = text_first(input_ids, attention_mask)
-        kept = KeptCalls(self.model, self.adapter)
+        kept, sites = KeptCalls(self.model, self.adapter), self._chosen(layers)
         inputs = self._inputs(input_ids, attention_mask, {})
         with self._running():
-            sites = self._chosen(layers)
             self.backend.run(inputs, sites, kept.receive, whole=not may_stop(self.model))
         visible = attention_mask.to(input_ids.device)
         return AttentionRows(self.model, kept.calls(), visible, block=self.block), visible
