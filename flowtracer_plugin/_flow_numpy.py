@@ -22,8 +22,8 @@ def read(attention: np.ndarray) -> Float[np.ndarray, "..."]:
 
 def extremes(values: np.ndarray) -> tuple[Any, Any]:
     """The smallest and the largest number, by parts that stay in cache from one to the other."""
-    rows = values.reshape(-1, values.shape[-1])
-    parts = [rows[start : start + 32] for start in range(0, len(rows), 32)]
+    rows = np.atleast_2d(values)
+    parts = [rows[..., start : start + 32, :] for start in range(0, rows.shape[-2], 32)]
     found = np.array([(part.min(), part.max()) for part in parts])
     return found[:, 0].min(), found[:, 1].max()
 

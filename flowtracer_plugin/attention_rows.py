@@ -24,6 +24,7 @@ from flowtracer_plugin.head_mean import mean_of_rows
 from flowtracer_plugin.parallel import average_heads
 
 ROWS_CHECKED = 1024
+"""Of a mask that are looked at together, so that no copy of the whole is made."""
 
 
 class KeptCalls:
@@ -89,7 +90,9 @@ class AttentionRows:
         *,
         block: int,
     ) -> None:
-        for call in calls:
+        # Layers share masks, and each is looked at once.
+        kinds = {(id(call.mask), call.causal, call.key_tokens is None): call for call in calls}
+        for call in kinds.values():
             _check_causal(call)
         self._model, self._calls, self._block = model, calls, block
         self._hidden = None if bool(visible.all()) else ~visible

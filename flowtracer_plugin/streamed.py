@@ -60,11 +60,12 @@ def stream_flow(
     """
     # After the last target there is no flow, so these rows are never asked for.
     length = int(target.nonzero().max()) + 1
-    passes = _Passes(rows, question, target, outline, dtype, block, paths, edges, boundary)
+    total, question, target = len(target), question[:length], target[:length]
+    passes = _Passes(rows, target, outline, dtype, block, paths, edges, boundary, total)
     nodes = solve_nodes(
         passes.solve,
-        question[:length],
-        target[:length],
+        question,
+        target,
         dtype=dtype,
         question_weights=question_weights,
         boundary=boundary,
@@ -72,7 +73,7 @@ def stream_flow(
     )
     backbone = passes.backbone(nodes)
     padded = {
-        name: _padded(getattr(nodes, name), len(target))
+        name: _padded(getattr(nodes, name), total)
         for name in ("reach", "throughput", "source", "potential")
     }
     return nodes._replace(**padded), backbone
@@ -154,7 +155,6 @@ class _Passes:
     def __init__(
         self,
         rows: Rows,
-        question: Bool[Tensor, " token"],
         target: Bool[Tensor, " token"],
         outline: Outline,
         dtype: torch.dtype,
@@ -162,14 +162,13 @@ class _Passes:
         paths: int,
         edges: int,
         boundary: str,
+        total: int,
     ) -> None:
-        self._rows, self._block, self._total = rows, block, len(target)
-        self._target = target[: int(target.nonzero().max()) + 1]
-        self._passing = ~self._target if boundary == "absorbing" else None
-        self._outline = outline
-        self._edges = edges
-        self._paths = LikelyPaths(self._target, self._passing, paths, dtype)
-        self._reach = torch.zeros_like(self._target, dtype=dtype)
+        self._rows, self._block, self._total = rows, block, total
+        self._target, self._outline, self._edges = target, outline, edges
+        self._passing = ~target if boundary == "absorbing" else None
+        self._paths = LikelyPaths(target, self._passing, paths, dtype)
+        self._reach = torch.zeros_like(target, dtype=dtype)
         self._sums: _EdgeSums | None = None
 
     def solve(self, rhs: Float[Tensor, " token"], *, transposed: bool, **masks: Any) -> Tensor:

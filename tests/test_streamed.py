@@ -56,25 +56,22 @@ def lower(call):
     return replace(call, key=key, mask=mask, bias=bias)
 
 
-class Nobody(torch.nn.Module):
-    """A model that is not spread over devices."""
-
-
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    monkeypatch.setattr("flowtracer_plugin.attention_rows.average_heads", lambda *_: None)
+@pytest.fixture(scope="module")
+def nobody():
+    """A model whose calls nobody looks at: it only says that it is not spread over processes."""
+    return tiny_llama()
 
 
 @settings(deadline=None, max_examples=150)
 @given(calls().map(lower), st.integers(1, 10), st.integers(1, 4), st.data())
-def test_rows_are_those_of_the_whole_map(call, rows, block, data):
+def test_rows_are_those_of_the_whole_map(nobody, call, rows, block, data):
     batch, _, tokens, _ = call.query.shape
     whole = torch.zeros(batch, tokens, tokens)
     for one in (call, call):
         add_head_mean(one, whole, weight=0.5)
     visible = torch.tensor(data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)))
     whole = whole.masked_fill(~visible[:, None], 0).masked_fill(~visible, 0)
-    part = AttentionRows(Nobody(), [call, call], visible.expand(batch, tokens), block=block)
+    part = AttentionRows(nobody, [call, call], visible.expand(batch, tokens), block=block)
     for start in range(0, tokens, rows):
         stop = min(start + rows, tokens)
         found = part(start, stop)
@@ -237,7 +234,7 @@ def test_a_model_that_hands_over_probabilities_has_nothing_to_stream():
         (torch.ones(1, 1, 5, 5).tril(1).bool(), True),
     ],
 )
-def test_calls_that_look_ahead_are_refused(mask, causal):
+def test_calls_that_look_ahead_are_refused(nobody, mask, causal):
     call = AttentionCall(
         query=torch.rand(1, 2, 5, 3),
         key=torch.rand(1, 2, 5, 3),
@@ -246,7 +243,17 @@ def test_calls_that_look_ahead_are_refused(mask, causal):
         causal=causal,
     )
     with pytest.raises(UnsupportedArchitectureError, match="looks at later tokens"):
-        AttentionRows(Nobody(), [call], torch.ones(1, 5).bool(), block=4)
+        AttentionRows(nobody, [call], torch.ones(1, 5).bool(), block=4)
+
+
+def test_heads_on_other_processes_are_averaged_in_every_block(nobody, monkeypatch):
+    call = AttentionCall(query=torch.rand(1, 2, 5, 3), key=torch.rand(1, 2, 5, 3), scaling=1.0)
+    rows = AttentionRows(nobody, [call], torch.ones(1, 5).bool(), block=2)
+    own = rows(2, 5)
+    monkeypatch.setattr(
+        "flowtracer_plugin.attention_rows.average_heads", lambda model, total: total.mul_(0.5)
+    )
+    torch.testing.assert_close(rows(2, 5), own / 2)
 
 
 def test_only_queries_and_keys_are_kept():
