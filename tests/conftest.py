@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import beartype  # noqa: F401 - before nnsight, which hangs a method on `object` that it cannot take
 import pytest
@@ -35,3 +37,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if marker in required:
                 pytest.fail(f"FLOWTRACER_REQUIRE lists {marker!r}, but there is {reason}")
             pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """One browser for the tests of a module; not for all, since its event loop stays."""
+    from tests.browsing import open_chromium
+
+    with open_chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visits(chromium: Any, tmp_path: Path) -> Iterator[Any]:
+    """Opens pages. None may say anything to its console, or ask for anything but itself."""
+    from tests.browsing import Visits
+
+    visits = Visits(chromium, tmp_path)
+    yield visits
+    for context in chromium.contexts:
+        context.close()
+    assert visits.said == []
+    assert visits.requested == []
