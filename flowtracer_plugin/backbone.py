@@ -26,6 +26,9 @@ KEPT_PATHS = 10
 MAX_STEPS = 4096
 """Of a longer text, neighbouring steps are taken together."""
 
+BINS = 100
+"""Parts of equal length between which a backbone knows the flow."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlowPath:
@@ -115,6 +118,7 @@ class Backbone:
         targets: The strongest edges out of each token.
         paths: The most probable ways from the question to the answer, the likeliest first.
         steps: `steps[later, earlier]` is the flow from one step to another; the diagonal is 0.
+        bins: The same between the bins that begin at `bin_starts`.
     """
 
     question_reached: int
@@ -127,6 +131,26 @@ class Backbone:
     targets: StrongEdges
     paths: tuple[FlowPath, ...]
     steps: Float[np.ndarray, "step step"]
+    bins: Float[np.ndarray, "bin bin"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StrongFlows:
+    """The strongest flows between steps.
+
+    Attributes:
+        flows: The earlier step, the later one, and what travels from one to the other; the
+            strongest first.
+        share: What they hold of all flow between steps.
+    """
+
+    flows: tuple[tuple[int, int, float], ...]
+    share: float
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps at their ends, in reading order."""
+        return tuple(sorted({end for earlier, later, _ in self.flows for end in (earlier, later)}))
 
 
 def strongest_edges(backbone: Backbone, minimum: float = 0.0) -> list[tuple[int, int, float]]:
@@ -138,6 +162,43 @@ def strongest_edges(backbone: Backbone, minimum: float = 0.0) -> list[tuple[int,
             ends = (token, other) if swapped else (other, token)
             found[ends] = float(edges.flow[token, place])
     return [(earlier, later, flow) for (earlier, later), flow in sorted(found.items())]
+
+
+def strongest_flows(
+    graph: StepGraph, *, share: float = 0.8, max_steps: int = 60, max_flows: int = 150
+) -> StrongFlows:
+    """The smallest set of flows between steps that holds `share` of all, within the limits.
+
+    Flows are taken from the strongest on. One that needs more than `max_steps` steps is passed
+    over.
+
+    Raises:
+        ValueError: `share` is not between 0 and 1, or a limit is below 2 steps or 1 flow.
+    """
+    if not 0 <= share <= 1 or max_steps < 2 or max_flows < 1:
+        raise ValueError(
+            "wanted a share from 0 to 1, at least 2 steps and 1 flow, got "
+            f"share={share!r}, max_steps={max_steps!r}, max_flows={max_flows!r}"
+        )
+    total, held = float(graph.edges.sum()), 0.0
+    flows: list[tuple[int, int, float]] = []
+    known: set[int] = set()
+    for place in np.argsort(-graph.edges, axis=None, kind="stable").tolist():
+        later, earlier = divmod(place, len(graph.steps))
+        flow = float(graph.edges[later, earlier])
+        if flow <= 0 or held >= share * total or len(flows) == max_flows:
+            break
+        ends = known | {earlier, later}
+        if len(ends) <= max_steps:
+            known, held = ends, held + flow
+            flows.append((earlier, later, flow))
+    return StrongFlows(flows=tuple(flows), share=held / total if total else 0.0)
+
+
+def bin_starts(length: int, prompt_length: int) -> Int[np.ndarray, " bin"]:
+    """The first token of each of about `BINS` equal parts of a text; the response begins one."""
+    equal = np.arange(BINS, dtype=np.int64) * length // BINS
+    return np.union1d(equal, [min(prompt_length, length - 1)])
 
 
 def outline(pieces: Sequence[str], prompt_length: int) -> Outline:

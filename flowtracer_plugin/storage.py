@@ -15,18 +15,18 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from flowtracer_plugin.backbone import Backbone, FlowPath, StrongEdges, step_bounds
+from flowtracer_plugin.backbone import Backbone, FlowPath, StrongEdges, bin_starts, step_bounds
 from flowtracer_plugin.spans import Spans
 from flowtracer_plugin.trace import FlowOptions, FlowTrace
 
 FORMAT = "flowtracer.trace"
-VERSION = 2
+VERSION = 3
 """The newest that can be read. Traces with all their attention are written as version 1, streamed
-ones, which hold a backbone instead, as version 2."""
+ones, which hold a backbone instead, as version 3; 2 was one without bins, and is not read."""
 
 _ARRAYS = ("token_ids", "reach", "throughput")
 _MASKS = ("question", "answer", "target")
-_BACKBONE = ("source", "sink", "hubs", "checkpoints", "prompt_inflow", "steps")
+_BACKBONE = ("source", "sink", "hubs", "checkpoints", "prompt_inflow", "steps", "bins")
 
 _EDGES = ("sources", "targets")
 _BACKBONE_ARRAYS = [
@@ -53,7 +53,7 @@ def save(trace: FlowTrace, path: Path) -> Path:
         "layers": trace.layers,
     }
     if trace.streamed is not None:
-        version = 2
+        version = VERSION
         arrays |= _backbone_arrays(trace.streamed)
         header["paths"] = [asdict(path) for path in trace.streamed.paths]
         header["question_reached"] = trace.streamed.question_reached
@@ -90,6 +90,8 @@ def _read(path: Path) -> FlowTrace:
                 f"it has format version {metadata['version']}, this flowtracer-plugin reads "
                 f"versions up to {VERSION}; upgrade flowtracer-plugin"
             )
+        if int(metadata["version"]) == 2:
+            raise ValueError("format version 2 was never released; trace the text again")
         names = [*_ARRAYS, *_MASKS]
         names += ["attention"] if int(metadata["version"]) == 1 else _BACKBONE_ARRAYS
         arrays = {name: file.get_tensor(name) for name in names}
@@ -97,7 +99,7 @@ def _read(path: Path) -> FlowTrace:
 
 
 def _assemble(header: dict[str, Any], arrays: dict[str, Any]) -> FlowTrace:
-    per_token = [name for name in arrays if name not in ("attention", "steps")]
+    per_token = [name for name in arrays if name not in ("attention", "steps", "bins")]
     if {len(arrays[name]) for name in per_token} != {len(header["tokens"])}:
         raise ValueError("its header and its arrays differ in length")
     attention, streamed = arrays.get("attention"), None
@@ -142,7 +144,9 @@ def _assemble_backbone(header: dict[str, Any], arrays: dict[str, Any]) -> Backbo
     ends = [arrays[f"{name}.token"] for name in _EDGES] + [np.array(paths, np.int64)]
     shapes = {arrays[f"{name}.{part}"].shape for name in _EDGES for part in ("token", "flow")}
     within = all(((one >= 0) & (one < tokens)).all() for one in ends)
-    if arrays["steps"].shape != (steps, steps) or len(shapes) > 1 or not within:
+    bins = len(bin_starts(tokens, header["prompt_length"]))
+    square = arrays["steps"].shape == (steps, steps) and arrays["bins"].shape == (bins, bins)
+    if not square or len(shapes) > 1 or not within:
         raise ValueError("its edges are not those of its tokens and steps")
     edges: dict[str, Any] = {
         name: StrongEdges(token=arrays[f"{name}.token"], flow=arrays[f"{name}.flow"])

@@ -22,6 +22,7 @@ from flowtracer_plugin.backbone import (
     Backbone,
     Outline,
     StrongEdges,
+    bin_starts,
 )
 from flowtracer_plugin.flow import Nodes, into_sink, solve_nodes, unit_of
 from flowtracer_plugin.likely_paths import LikelyPaths
@@ -219,9 +220,12 @@ class _EdgeSums:
         self._from_prompt = torch.zeros_like(like)
         self._sources = like.new_zeros(length, kept), _themselves(length, kept, like.device)
         self._targets = like.new_zeros(length, kept), _themselves(length, kept, like.device)
-        sizes = torch.tensor([stop - start for start, stop in outline.bounds], device=like.device)
-        self._step = torch.arange(len(sizes), device=like.device).repeat_interleave(sizes)
-        self._steps = like.new_zeros(len(sizes), len(sizes))
+        self._steps = _PartSums([start for start, _ in outline.bounds], total, like)
+        self._bins = _PartSums(bin_starts(total, self._prompt).tolist(), total, like)
+        # Summing over tokens takes long, so it is done once, for parts of both.
+        cuts = sorted({*self._steps.starts, *self._bins.starts})
+        self._part = _numbers(cuts, total, like.device)
+        self._parts = torch.tensor(cuts, device=like.device)
 
     def visit(
         self, start: int, stop: int, part: Float[Tensor, "row key"], potential: Tensor
@@ -237,9 +241,10 @@ class _EdgeSums:
         self._leaving[:stop] += _entropy(flow, through, 0)
         self._keep_sources(start, stop, flow)
         self._keep_targets(start, stop, flow)
-        between = flow.new_zeros(len(flow), len(self._steps))
-        between.index_add_(1, self._step[:stop], flow)
-        self._steps.index_add_(0, self._step[start:stop], between)
+        columns = flow.new_zeros(len(flow), len(self._parts))
+        columns.index_add_(1, self._part[:stop], flow)
+        for sums in (self._steps, self._bins):
+            sums.add(start, stop, columns, self._parts)
 
     def _keep_sources(self, start: int, stop: int, flow: Float[Tensor, "row key"]) -> None:
         kept, token = flow.topk(min(self._kept, stop))
@@ -268,14 +273,14 @@ class _EdgeSums:
         through = nodes.throughput
         leaving = self._leaving + _entropy(sink[None], through, 0)
         entering = self._entering + _entropy(nodes.source[None], through, 0)
-        self._steps.fill_diagonal_(0)
         return {
             "hubs": _padded(through * leaving.exp(), self._total),
             "checkpoints": _padded(through * entering.exp(), self._total),
             "prompt_inflow": _padded(self._from_prompt, self._total),
             "sources": self._strong(self._sources),
             "targets": self._strong(self._targets),
-            "steps": self._steps.cpu().numpy(),
+            "steps": self._steps.between(),
+            "bins": self._bins.between(),
         }
 
     def _strong(self, edges: tuple[Tensor, Tensor]) -> StrongEdges:
@@ -285,6 +290,37 @@ class _EdgeSums:
             token=np.concatenate([token, rest]),
             flow=np.concatenate([flow, np.zeros_like(rest, flow.dtype)]),
         )
+
+
+class _PartSums:
+    """The flow between parts of the text that begin at certain tokens."""
+
+    def __init__(self, starts: list[int], total: int, like: Tensor) -> None:
+        self.starts = starts
+        self._number = _numbers(starts, total, like.device)
+        self._sums = like.new_zeros(len(starts), len(starts))
+
+    def add(
+        self,
+        start: int,
+        stop: int,
+        columns: Float[Tensor, "row smaller"],
+        smaller: Int[Tensor, " smaller"],
+    ) -> None:
+        """Take the rows of tokens `start` to `stop`, summed over parts that begin at `smaller`."""
+        rows = columns.new_zeros(len(columns), len(self._sums))
+        rows.index_add_(1, self._number[smaller], columns)
+        self._sums.index_add_(0, self._number[start:stop], rows)
+
+    def between(self) -> Float[np.ndarray, "part part"]:
+        """Without what stays inside a part."""
+        return self._sums.fill_diagonal_(0).cpu().numpy()
+
+
+def _numbers(starts: list[int], total: int, device: torch.device) -> Int[Tensor, " token"]:
+    """Which of the parts that begin at `starts` each token lies in."""
+    sizes = torch.tensor([*starts, total], device=device).diff()
+    return torch.arange(len(starts), device=device).repeat_interleave(sizes)
 
 
 def _themselves(length: int, count: int, device: torch.device) -> Int[Tensor, "token count"]:

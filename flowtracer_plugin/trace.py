@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from flowtracer_plugin import backbone
 from flowtracer_plugin.backbone import KEPT_PATHS, Backbone, FlowPath, Outline, StepGraph
 from flowtracer_plugin.flow import Flow, solve_flow
+from flowtracer_plugin.river import River, river
 from flowtracer_plugin.spans import Region, Spans
 
 if TYPE_CHECKING:
@@ -215,6 +216,10 @@ class FlowTrace:
         return backbone.step_graph(
             self.backbone, self.tokens, self.outline.bounds, self.spans.regions
         )
+
+    def river(self) -> River:
+        """The flow across about a hundred cuts of the text, by where it comes from."""
+        return river(self.backbone, self.spans.prompt_length)
 
     def _ranked(
         self, scores: Float[np.ndarray, " token"], count: int, within: str

@@ -1,5 +1,7 @@
 """Slow definitions of what a trace derives from its flow: every path, one after the other."""
 
+from itertools import combinations
+
 import numpy as np
 
 from tests import reference
@@ -90,3 +92,35 @@ def reasoning_share_by_walk(flow, prompt_length, target):
             elif not target[later]:
                 share += waiting[earlier] * part
     return share
+
+
+def crossing(flow, cut):
+    """What a cut before the token `cut` meets: edges by where they begin, and what is on no edge.
+
+    Returned are the flow of every earlier token across it, what starts after it, and what has
+    arrived in the sink.
+    """
+    size = len(flow["throughput"])
+    edges = [
+        sum(flow["edge_flow"][later, earlier] for later in range(cut, size)) if earlier < cut else 0
+        for earlier in range(size)
+    ]
+    return edges, sum(flow["source"][cut:]), sum(flow["sink_flow"][:cut])
+
+
+def passing_over(flow, start, stop):
+    """What edges carry from before the tokens `start` to `stop` to after them."""
+    size = len(flow["throughput"])
+    return sum(
+        flow["edge_flow"][later, earlier] for earlier in range(start) for later in range(stop, size)
+    )
+
+
+def smallest_flow_set(edges, share):
+    """The least number of flows that hold a share of all, by trying every subset."""
+    flows = [flow for flow in np.ravel(edges) if flow > 0]
+    for count in range(len(flows) + 1):
+        best = max((sum(part) for part in combinations(flows, count)), default=0)
+        if best >= share * sum(flows):
+            return count
+    raise AssertionError("all flows hold all flow")

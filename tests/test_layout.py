@@ -26,7 +26,7 @@ LAYERS = [
     {"graph"},
     {"flow"},
     {"attention", "layers", "answers", "encoding", "credit", "controls", "backbone"},
-    {"spans", "likely_paths"},
+    {"spans", "likely_paths", "river"},
     {"streamed"},
     {"head_mean", "backends", "causal_lm", "padding"},
     {"generation", "capture", "interception", "self_check", "parallel", "rhythm"},

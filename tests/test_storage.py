@@ -171,8 +171,8 @@ def test_a_rewritten_file_reads_as_before(trace, tmp_path):
 
 
 def test_a_newer_file_asks_for_an_upgrade(trace, tmp_path):
-    path = rewritten(trace, tmp_path / "a.flow", lambda meta, _: meta.update(version="3"))
-    with pytest.raises(ValueError, match=r"version 3, .* up to 2; upgrade flowtracer-plugin"):
+    path = rewritten(trace, tmp_path / "a.flow", lambda meta, _: meta.update(version="4"))
+    with pytest.raises(ValueError, match=r"version 4, .* up to 3; upgrade flowtracer-plugin"):
         load(path)
 
 

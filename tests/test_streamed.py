@@ -143,7 +143,7 @@ def assert_same(dense, streamed, **close):
     for name in ("throughput", "reach"):
         np.testing.assert_allclose(getattr(streamed, name), getattr(dense, name), **close)
     ours, theirs = streamed.backbone, dense.backbone
-    for name in ("source", "sink", "hubs", "checkpoints", "prompt_inflow", "steps"):
+    for name in ("source", "sink", "hubs", "checkpoints", "prompt_inflow", "steps", "bins"):
         np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), **close)
     for name in ("sources", "targets"):
         found, wanted = getattr(ours, name), getattr(theirs, name)
@@ -285,7 +285,7 @@ def test_a_streamed_trace_is_saved_and_loaded_bit_for_bit(pair, tmp_path):
     loaded = ft.load(trace.save(tmp_path / "a.flow"))
     assert loaded.attention is None
     assert loaded.to_json() == trace.to_json()
-    for name in ("source", "sink", "hubs", "checkpoints", "prompt_inflow", "steps"):
+    for name in ("source", "sink", "hubs", "checkpoints", "prompt_inflow", "steps", "bins"):
         found, wanted = getattr(loaded.backbone, name), getattr(trace.backbone, name)
         assert found.dtype == wanted.dtype
         np.testing.assert_array_equal(found, wanted)
@@ -301,6 +301,7 @@ def test_a_streamed_trace_is_saved_and_loaded_bit_for_bit(pair, tmp_path):
     [
         ("hubs", lambda array: array[:-1], "header and its arrays differ in length"),
         ("steps", lambda array: array[1:], "edges are not those of its tokens and steps"),
+        ("bins", lambda array: array[1:], "edges are not those of its tokens and steps"),
         ("sources.token", lambda array: array + 1, "edges are not those of its tokens"),
         ("targets.token", lambda array: array - 99, "edges are not those of its tokens"),
         ("sources.flow", lambda array: array[:, :-1], "edges are not those of its tokens"),
@@ -314,6 +315,15 @@ def test_a_damaged_backbone_is_refused(pair, tmp_path, name, change, message):
     arrays[name] = np.ascontiguousarray(change(arrays[name]))
     save_file(arrays, path, metadata)
     with pytest.raises(ValueError, match=message):
+        ft.load(path)
+
+
+def test_a_format_that_was_never_released_is_refused(pair, tmp_path):
+    path = pair[1].save(tmp_path / "a.flow")
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, metadata | {"version": "2"})
+    with pytest.raises(ValueError, match="format version 2 was never released; trace the text"):
         ft.load(path)
 
 
