@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -288,11 +288,18 @@ class FlowTrace:
         # Half a surrogate pair, as in an undecodable file name, cannot be written but as an escape.
         return text.encode(errors="backslashreplace").decode()
 
-    def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained page and return its path."""
+    def to_html(self, path: str | Path, *, drops: Mapping[int, float] | None = None) -> Path:
+        """Write one self-contained page and return its path.
+
+        `drops` says by how many nats the answer's log-probability fell when a token was knocked
+        out, by the token's number; the page shows it beside the token's throughput.
+
+        Raises:
+            ValueError: `drops` names a token that the trace does not have.
+        """
         from flowtracer_plugin.report import write_page
 
-        return write_page(self, Path(path))
+        return write_page(self, Path(path), drops)
 
     def to_networkx(self, *, minimum: float = 0.0) -> networkx.DiGraph[int]:
         """The tokens as nodes and the flow between them as edges, those above `minimum`.

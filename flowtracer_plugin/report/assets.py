@@ -14,8 +14,10 @@ from markupsafe import Markup
 from flowtracer_plugin.report.display import number, percent, signed, visible
 
 
-def render(template: str, *, styles: str, script: str | None = None, **context: Any) -> str:
-    """A page of `template`, with its styles and script after those that all pages share.
+def render(
+    template: str, *, styles: str, script: str | tuple[str, ...] = (), **context: Any
+) -> str:
+    """A page of `template`, with its styles and scripts after those that all pages share.
 
     The same context always gives the same page.
     """
@@ -24,7 +26,7 @@ def render(template: str, *, styles: str, script: str | None = None, **context: 
         .get_template(template)
         .render(
             styles=_asset("base.css") + _asset(styles),
-            script=script and _asset("tokens.js") + _asset(script),
+            script=_script((script,) if isinstance(script, str) else script),
             **context,
         )
     )
@@ -52,6 +54,11 @@ def _templates() -> Environment:
 @cache
 def _asset(name: str) -> Markup:
     return Markup(files("flowtracer_plugin.report").joinpath(name).read_text("utf-8"))
+
+
+def _script(names: tuple[str, ...]) -> Markup | None:
+    """One script, since all of it shares a scope; none without a name."""
+    return Markup("").join(map(_asset, ("tokens.js", *names))) if names else None
 
 
 def _digest(content: str) -> str:

@@ -1,23 +1,24 @@
-"""Where the lines of the drawings go: the ribbon and the arcs between steps."""
+"""Where the lines of the drawings go: the ribbon, the steps and the river."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from flowtracer_plugin.backbone import Step
+from flowtracer_plugin.backbone import Step, StepGraph, strongest_flows
 from flowtracer_plugin.report.display import Reading, Unit, visible
+from flowtracer_plugin.river import River
 
 MAX_BARS = 1200
-MAX_STEPS = 40
-MAX_ARCS = 60
+_FEW_STEPS = 60
+"""Steps that are listed where nothing flows between any."""
 
 RIBBON_HEIGHT = 100
-ROW_HEIGHT = 32
-GUTTER_WIDTH = 100
-_NARROWEST, _WIDEST = 0.75, 7.0
+RIVER_WIDTH, RIVER_HEIGHT = 1000, 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,6 @@ class StepRow:
 
     Attributes:
         number: Of the step in the text, from 1.
-        hidden_before: Steps that are left out above it.
         step: The step.
         text: Its text, made visible, on one line.
         region: prompt, question, response, or answer.
@@ -83,7 +83,6 @@ class StepRow:
     """
 
     number: int
-    hidden_before: int
     step: Step
     text: str
     region: str
@@ -92,98 +91,112 @@ class StepRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arc:
-    """A flow between two rows: an SVG path in a drawing `GUTTER_WIDTH` wide."""
-
-    source: int
-    target: int
-    flow: float
-    width: float
-    opacity: float
-    path: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class StepDrawing:
-    """The strongest flows between steps.
+    """The backbone: the strongest flows between steps, and the steps at their ends.
 
     Attributes:
-        rows: The steps that are shown.
-        arcs: The flows that are shown, the weakest first.
-        height: Of the drawing.
+        rows: The steps, in reading order.
+        flows: Row of the earlier step, row of the later one, and flow; the strongest first.
         step_count: How many steps there are.
-        arc_count: How many flows there are.
-        share: Of all flow between steps, what is shown.
+        flow_count: How many flows there are.
+        total: All flow between steps.
     """
 
     rows: tuple[StepRow, ...]
-    arcs: tuple[Arc, ...]
-    height: int
+    flows: tuple[tuple[int, int, float], ...]
     step_count: int
-    arc_count: int
-    share: float
+    flow_count: int
+    total: float
 
 
-def draw_steps(reading: Reading) -> StepDrawing:
-    """The `MAX_STEPS` steps with most inflow and, among them, the `MAX_ARCS` strongest flows."""
-    graph = reading.trace.steps()
-    inflow = np.array([step.inflow for step in graph.steps])
-    kept = np.sort(np.argsort(-inflow, kind="stable")[:MAX_STEPS])
-    edges = graph.edges[np.ix_(kept, kept)]
-    arcs = _arcs(edges)
-    total = float(graph.edges.sum())
+def draw_steps(reading: Reading, graph: StepGraph) -> StepDrawing:
+    """As many of the strongest flows as can be read, and the steps at their ends."""
+    strong = strongest_flows(graph, share=1.0)
+    shown = strong.steps or tuple(range(len(graph.steps)))[:_FEW_STEPS]
+    row = {step: place for place, step in enumerate(shown)}
     return StepDrawing(
-        rows=_rows(reading, graph.steps, kept.tolist()),
-        arcs=arcs,
-        height=len(kept) * ROW_HEIGHT,
+        rows=tuple(step_row(reading, graph.steps[index], index + 1) for index in shown),
+        flows=tuple((row[earlier], row[later], flow) for earlier, later, flow in strong.flows),
         step_count=len(graph.steps),
-        arc_count=int((graph.edges > 0).sum()),
-        share=sum(arc.flow for arc in arcs) / total if total else 0.0,
+        flow_count=int((graph.edges > 0).sum()),
+        total=float(graph.edges.sum()),
     )
 
 
-def _rows(reading: Reading, steps: tuple[Step, ...], kept: list[int]) -> tuple[StepRow, ...]:
-    regions = reading.trace.spans.regions
-    return tuple(
-        StepRow(
-            number=index + 1,
-            hidden_before=index - before - 1,
-            step=steps[index],
-            text=visible(" ".join(steps[index].text.split())) or "⏎",
-            region="answer"
-            if "answer" in regions[steps[index].start : steps[index].stop]
-            else steps[index].region,
-            first=reading.unit_of(steps[index].start).index,
-            last=reading.unit_of(steps[index].stop - 1).index,
-        )
-        for before, index in zip([-1, *kept[:-1]], kept, strict=True)
+def step_row(reading: Reading, step: Step, number: int) -> StepRow:
+    """A step as it is listed."""
+    answers = "answer" in reading.trace.spans.regions[step.start : step.stop]
+    return StepRow(
+        number=number,
+        step=step,
+        text=visible(" ".join(step.text.split())) or "⏎",
+        region="answer" if answers else step.region,
+        first=reading.unit_of(step.start).index,
+        last=reading.unit_of(step.stop - 1).index,
     )
 
 
-def _arcs(edges: Float[np.ndarray, "row row"]) -> tuple[Arc, ...]:
-    flows = edges.ravel()
-    strongest = np.argsort(-flows, kind="stable")[:MAX_ARCS]
-    strongest = strongest[flows[strongest] > 0][::-1]
-    ends = [divmod(int(index), len(edges)) for index in strongest]
-    longest = max((target - source for target, source in ends), default=1)
-    largest = float(flows.max(initial=0.0))
-    return tuple(
-        _arc(source, target, float(edges[target, source]), largest, longest)
-        for target, source in ends
+@dataclass(frozen=True, kw_only=True)
+class RiverDrawing:
+    """The river as areas in a drawing `RIVER_WIDTH` wide and `RIVER_HEIGHT` high.
+
+    Attributes:
+        bands: Name, tokens and area of each part that flow comes from.
+        waiting: Area of what has not started.
+        arrived: Area of what has arrived.
+        passing: Area of what passes over the text beneath it, drawn from the middle.
+        flags: Position of each checkpoint.
+        deviation: By how much the sum at a cut differs from 1 at most.
+    """
+
+    bands: tuple[tuple[str, str, str], ...]
+    waiting: str
+    arrived: str
+    passing: str
+    flags: tuple[float, ...]
+    deviation: float
+
+
+def draw_river(river: River, checkpoints: Sequence[Unit]) -> RiverDrawing:
+    """What waits lies on top, then what comes from each part in reading order, then the arrived."""
+    layers = river_layers(river)
+    length = int(river.cuts[-1])
+    places = RIVER_WIDTH * river.cuts / length
+    edges = np.concatenate([np.zeros((len(layers), 1)), np.cumsum(layers, axis=1)], axis=1)
+    areas = [
+        _area(places, RIVER_HEIGHT * top, RIVER_HEIGHT * bottom)
+        for top, bottom in pairwise(edges.T)
+    ]
+    stops = [*river.band_starts[1:], length]
+    tokens = [
+        f"tokens {start}–{stop - 1}" for start, stop in zip(river.band_starts, stops, strict=True)
+    ]
+    # One value for each stretch, so each is drawn as wide as its stretch.
+    stretch = np.repeat(places, 2)[1:-1]
+    half = RIVER_HEIGHT * np.repeat(river.passing, 2) / 2
+    return RiverDrawing(
+        bands=tuple(zip(river.bands, tokens, areas[1:-1], strict=True)),
+        waiting=areas[0],
+        arrived=areas[-1],
+        passing=_area(stretch, RIVER_HEIGHT / 2 - half, RIVER_HEIGHT / 2 + half),
+        flags=tuple(round(100 * (unit.last + 0.5) / length, 2) for unit in checkpoints),
+        deviation=float(np.abs(layers.sum(1) - 1).max()),
     )
 
 
-def _arc(source: int, target: int, flow: float, largest: float, longest: int) -> Arc:
-    strength = (flow / largest) ** 0.5
-    start, stop = ((row + 0.5) * ROW_HEIGHT for row in (source, target))
-    # A curve swings out by three quarters of its handles.
-    edge = GUTTER_WIDTH
-    x = edge * (1 - 1.28 * ((target - source) / longest) ** 0.6)
-    return Arc(
-        source=source,
-        target=target,
-        flow=flow,
-        width=round(max(_WIDEST * strength, _NARROWEST), 2),
-        opacity=round(0.25 + 0.6 * strength, 2),
-        path=f"M{edge} {start:g}C{x:.1f} {start:g} {x:.1f} {stop:g} {edge} {stop:g}",
-    )
+def river_layers(river: River) -> Float[np.ndarray, "cut layer"]:
+    """What a river consists of at each cut, from top to bottom; each row sums to 1."""
+    return np.column_stack([river.waiting, river.flow, river.arrived])
+
+
+def _area(
+    places: Float[np.ndarray, " point"],
+    top: Float[np.ndarray, " point"],
+    bottom: Float[np.ndarray, " point"],
+) -> str:
+    """The area between two lines as an SVG path; empty where they meet everywhere."""
+    if np.allclose(top, bottom, atol=0.05):
+        return ""
+    there = [f"{x:.1f} {y:.1f}" for x, y in zip(places, top, strict=True)]
+    back = [f"{x:.1f} {y:.1f}" for x, y in zip(places[::-1], bottom[::-1], strict=True)]
+    return f"M{'L'.join([*there, *back])}z"

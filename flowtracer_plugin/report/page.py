@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +21,63 @@ from flowtracer_plugin.report.display import (
     visible,
 )
 from flowtracer_plugin.report.payload import embed, page_data
+from flowtracer_plugin.report.table import step_rows, token_rows
 from flowtracer_plugin.storage import write_atomically
 from flowtracer_plugin.trace import FlowTrace
 
-_MARKS = 10
+_MARKS, _LEAST_MARKS, _TOKENS_A_MARK = 10, 3, 6
+"""Hubs, and as many checkpoints, that are marked; fewer in a short text, which they would cover."""
+
 _PATHS = 5
+_SCRIPTS = (
+    "page_data.js",
+    "page_text.js",
+    "page_search.js",
+    "page_ribbon.js",
+    "page_steps.js",
+    "page_river.js",
+    "page_table.js",
+    "page_start.js",
+)
 
 
-def write_page(trace: FlowTrace, path: Path) -> Path:
+def write_page(trace: FlowTrace, path: Path, drops: Mapping[int, float] | None = None) -> Path:
     """Write the page of `trace` to `path`, whole or not at all, and return `path`."""
-    write_atomically(path, render_page(trace).encode())
+    write_atomically(path, render_page(trace, drops).encode())
     return path
 
 
-def render_page(trace: FlowTrace) -> str:
-    """The page of `trace` as HTML; the same trace always gives the same page."""
-    reading = read(trace)
-    hubs = standouts(reading, trace.backbone.hubs, _MARKS)
-    checkpoints = standouts(reading, trace.backbone.checkpoints, _MARKS)
+def render_page(trace: FlowTrace, drops: Mapping[int, float] | None = None) -> str:
+    """The page of `trace` as HTML; the same trace always gives the same page.
+
+    Args:
+        trace: What to show.
+        drops: By how many nats the answer's log-probability fell when a token was knocked out, by
+            the token's number: stands beside its throughput.
+
+    Raises:
+        ValueError: `drops` names a token that the trace does not have.
+    """
+    unknown = [token for token in drops or () if not 0 <= token < len(trace.tokens)]
+    if unknown:
+        raise ValueError(f"wanted drops of tokens 0 to {len(trace.tokens) - 1}, found {unknown}")
+    reading, graph, river = read(trace), trace.steps(), trace.river()
+    hubs, checkpoints = (_marked(reading, name) for name in ("hubs", "checkpoints"))
+    steps = drawing.draw_steps(reading, graph)
     return render(
         "page.html.j2",
         styles="page.css",
-        script="page.js",
-        **_shared(reading),
-        hubs=hubs,
-        checkpoints=checkpoints,
+        script=_SCRIPTS,
+        **_shared(reading, hubs),
         marks=_marks(hubs, checkpoints),
+        token_rows=token_rows(reading, [*hubs, *checkpoints], drops),
+        step_rows=step_rows(reading, graph),
+        measured=bool(drops),
         paths=[(reading.units_of(path.tokens), path.probability) for path in trace.paths(_PATHS)],
-        ribbon=drawing.draw_ribbon(reading, tuple(unit for unit, _ in hubs)),
-        steps=drawing.draw_steps(reading),
+        steps=steps,
+        river=drawing.draw_river(river, checkpoints),
         drawing=drawing,
-        data=embed(page_data(reading)),
+        data=embed(page_data(reading, steps, river)),
     )
 
 
@@ -60,23 +87,23 @@ def render_notebook(trace: FlowTrace) -> str:
     It lies in a frame of its own, so that its styles and those of the notebook never meet.
     """
     reading = read(trace)
-    hubs = standouts(reading, trace.backbone.hubs, _MARKS)
+    hubs = _marked(reading, "hubs")
     page = render(
         "notebook.html.j2",
         styles="page.css",
-        **_shared(reading),
-        hubs=hubs,
+        **_shared(reading, hubs),
+        drawing=drawing,
         marks=_marks(hubs, ()),
     )
     # About 110 characters a line at 27 pixels, beneath a header; longer texts scroll.
     lines = sum(1 + len(line) // 110 for line in trace.text.splitlines())
     return (
         f'<iframe sandbox="" title="FlowTracer" srcdoc="{escape(page)}" width="100%" '
-        f'height="{min(260 + 27 * lines, 640)}" style="border:0;color-scheme:normal"></iframe>'
+        f'height="{min(320 + 27 * lines, 640)}" style="border:0;color-scheme:normal"></iframe>'
     )
 
 
-def _shared(reading: Reading) -> dict[str, Any]:
+def _shared(reading: Reading, hubs: tuple[Unit, ...]) -> dict[str, Any]:
     trace = reading.trace
     return {
         "trace": trace,
@@ -86,15 +113,20 @@ def _shared(reading: Reading) -> dict[str, Any]:
         "layers": ranges(sorted(trace.layers)),
         "question_count": int(trace.spans.question.sum()),
         "heat_shares": HEAT_SHARES,
+        "ribbon": drawing.draw_ribbon(reading, hubs),
     }
 
 
-def _marks(
-    hubs: tuple[tuple[Unit, float], ...], checkpoints: tuple[tuple[Unit, float], ...]
-) -> dict[int, dict[str, int]]:
+def _marked(reading: Reading, name: str) -> tuple[Unit, ...]:
+    scores = getattr(reading.trace.backbone, name)
+    count = min(_MARKS, max(_LEAST_MARKS, len(reading.response) // _TOKENS_A_MARK))
+    return tuple(unit for unit, _ in standouts(reading, scores, count))
+
+
+def _marks(hubs: tuple[Unit, ...], checkpoints: tuple[Unit, ...]) -> dict[int, dict[str, int]]:
     """Number of each hub and checkpoint, by unit."""
     marks: dict[int, dict[str, int]] = {}
     for name, ranked in (("hub", hubs), ("checkpoint", checkpoints)):
-        for number, (unit, _) in enumerate(ranked, start=1):
+        for number, unit in enumerate(ranked, start=1):
             marks.setdefault(unit.index, {})[name] = number
     return marks

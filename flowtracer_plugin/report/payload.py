@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped, UInt8
 from markupsafe import Markup
 
 from flowtracer_plugin.backbone import StrongEdges
 from flowtracer_plugin.report.display import Reading
+from flowtracer_plugin.report.drawing import StepDrawing, river_layers
+from flowtracer_plugin.river import River
 
 EDGES_PER_UNIT = 5
 """Sources, and as many targets, that the page knows of each token: enough to read, and the page
@@ -18,6 +21,10 @@ grows with the length of the text instead of its square."""
 
 LONG, EDGES_IF_LONG = 16_384, 3
 """Texts with more units show fewer, so that their pages load."""
+
+SHARE_BITS = 10
+"""Of an edge: its share of the throughput in thousandths. The rest of it is the distance, which for
+texts that are not long fits into 14 bits."""
 
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&"}
 
@@ -34,31 +41,51 @@ def edges_per_unit(units: int) -> int:
     return EDGES_PER_UNIT if units <= LONG else EDGES_IF_LONG
 
 
-def page_data(reading: Reading) -> dict[str, Any]:
+def page_data(reading: Reading, steps: StepDrawing, river: River) -> dict[str, Any]:
     """What the page's script knows, in units.
 
-    `sources` and `targets` hold `edgesPerUnit` pairs a unit, the strongest first: how many units
-    away, and which share of the unit's throughput in thousandths.
+    `throughput` is float32. `sources` and `targets` hold `perUnit` edges a unit, the strongest
+    first, of `width` bytes: how many units away, and which share of the unit's throughput in
+    thousandths. All are little-endian, in base64.
     """
-    trace, units = reading.trace, reading.units
-    backbone, starts = trace.backbone, reading.starts
+    trace, units, starts = reading.trace, reading.units, reading.starts
+    backbone = trace.backbone
     return {
         "tokens": list(trace.tokens),
         "starts": None if len(starts) == len(trace.tokens) else starts.tolist(),
         "promptUnits": reading.prompt_units,
         "regions": "".join(unit.region[0] for unit in units),
-        "ranks": [unit.rank for unit in units],
-        "throughput": [_round(unit.throughput) for unit in units],
+        "throughput": _base64(reading.throughput.astype("<f4")),
         "injected": _nonzero(np.add.reduceat(backbone.source, starts)),
         "absorbed": _nonzero(np.add.reduceat(backbone.sink, starts)),
-        "edgesPerUnit": edges_per_unit(len(units)),
-        "sources": _strongest(backbone.sources, reading),
-        "targets": _strongest(backbone.targets, reading),
+        "edges": {
+            "perUnit": edges_per_unit(len(units)),
+            "width": _width(len(units)),
+            "sources": _base64(_strongest(backbone.sources, reading)),
+            "targets": _base64(_strongest(backbone.targets, reading)),
+        },
+        "steps": {
+            "total": steps.total,
+            "flows": [(first, second, _round(flow)) for first, second, flow in steps.flows],
+        },
+        "river": {
+            "cuts": river.cuts.tolist(),
+            "layers": np.round(river_layers(river), 4).tolist(),
+            "passing": np.round(river.passing, 4).tolist(),
+        },
     }
 
 
-def _strongest(edges: StrongEdges, reading: Reading) -> list[int]:
-    """Distance and share of the strongest edges of each unit, flat; 0 where there are fewer."""
+def _base64(values: Shaped[np.ndarray, "..."]) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
+
+
+def _width(units: int) -> int:
+    return 3 if units <= LONG else 4
+
+
+def _strongest(edges: StrongEdges, reading: Reading) -> UInt8[np.ndarray, "unit edge byte"]:
+    """Distance and share of the strongest edges of each unit; 0 where there are fewer."""
     count = len(reading.units)
     unit, other, flows = _between_units(edges, reading.starts, count)
     # By flow, and of equal ones the nearer: the page must not depend on how ties were broken.
@@ -66,12 +93,11 @@ def _strongest(edges: StrongEdges, reading: Reading) -> list[int]:
     unit, other, flows = unit[order], other[order], flows[order]
     place = np.arange(len(unit)) - np.searchsorted(unit, unit)
     shares = np.rint(1000 * flows / np.where(reading.throughput > 0, reading.throughput, 1)[unit])
-    most = edges_per_unit(count)
-    shown = (place < most) & (shares > 0)
-    pairs = np.zeros((count, most, 2), dtype=np.int64)
-    where = unit[shown], place[shown]
-    pairs[where] = np.column_stack([np.abs(unit - other)[shown], shares[shown]])
-    return pairs.ravel().tolist()
+    shown = (place < edges_per_unit(count)) & (shares > 0)
+    packed = np.zeros((count, edges_per_unit(count)), dtype="<u4")
+    distance = np.abs(unit - other)[shown]
+    packed[unit[shown], place[shown]] = (distance << SHARE_BITS) | shares[shown].astype(np.int64)
+    return packed.view(np.uint8).reshape(*packed.shape, 4)[..., : _width(count)]
 
 
 def _between_units(

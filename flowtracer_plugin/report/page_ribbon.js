@@ -1,0 +1,73 @@
+/** The ribbon: where the window stands in the whole text, and a handle to move it. */
+(() => {
+  const ribbon = document.getElementById("ribbon");
+  const view = document.getElementById("window");
+  const { units } = text;
+
+  /** The first unit whose lower edge lies beneath `y`; units follow each other down the page. */
+  function firstBelow(y) {
+    let [low, high] = [0, units.length];
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (units[middle].getBoundingClientRect().bottom > y) high = middle;
+      else low = middle + 1;
+    }
+    return low;
+  }
+
+  function markWindow() {
+    const first = firstBelow(ribbon.getBoundingClientRect().bottom);
+    const last = firstBelow(innerHeight);
+    view.style.left = `${(100 * first) / units.length}%`;
+    view.style.width = `${(100 * (last - first)) / units.length}%`;
+  }
+
+  let waiting = false;
+  const markSoon = () => {
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => {
+      waiting = false;
+      markWindow();
+    });
+  };
+  addEventListener("scroll", markSoon, { passive: true });
+  addEventListener("resize", markSoon);
+
+  function unitAt(event) {
+    const box = ribbon.getBoundingClientRect();
+    const unit = Math.floor(((event.clientX - box.left) / box.width) * units.length);
+    return Math.min(Math.max(unit, 0), units.length - 1);
+  }
+
+  let [start, dragged] = [null, false];
+  ribbon.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
+    [start, dragged] = [event.clientX, false];
+    ribbon.setPointerCapture(event.pointerId);
+    event.preventDefault();
+  });
+  ribbon.addEventListener("pointermove", (event) => {
+    if (start === null) return;
+    dragged ||= Math.abs(event.clientX - start) > 4;
+    if (dragged) text.scrollTo(unitAt(event));
+  });
+  ribbon.addEventListener("pointerup", (event) => {
+    if (start !== null && !dragged) text.goTo(unitAt(event));
+    start = null;
+  });
+  ribbon.addEventListener("pointercancel", () => (start = null));
+
+  // Bars of the ribbon are as wide as its drawing says, which may hold several units.
+  const width = ribbon.querySelector("svg").viewBox.baseVal.width;
+  const ticks = (kept, y) => {
+    const bars = new Set(kept.map((unit) => Math.floor((unit * width) / units.length)));
+    return [...bars].map((bar) => `M${bar + 0.5} ${y}v12`).join("");
+  };
+  text.onSelect((kept) => {
+    document.getElementById("above").setAttribute("d", ticks(kept.sources, 88));
+    document.getElementById("below").setAttribute("d", ticks(kept.targets, 88));
+  });
+
+  markWindow();
+})();

@@ -1,0 +1,23 @@
+/** Colours, and the token that the address names. */
+(() => {
+  const root = document.documentElement;
+  const button = document.getElementById("theme");
+  const themes = [["", "◐", "auto", "as the system"], ["light", "○", "light", "light"], ["dark", "●", "dark", "dark"]];
+  let theme = 0;
+  button.addEventListener("click", () => {
+    theme = (theme + 1) % themes.length;
+    const [name, sign, short, said] = themes[theme];
+    root.classList.remove("light", "dark");
+    if (name) root.classList.add(name);
+    button.firstChild.data = sign;
+    button.lastChild.textContent = ` ${short}`;
+    button.setAttribute("aria-label", `Colours: ${said}`);
+  });
+
+  function follow() {
+    const linked = /^#t(\d+)$/.exec(location.hash);
+    if (linked && Number(linked[1]) < trace.tokenCount) text.goTo(trace.unitOf(Number(linked[1])));
+  }
+  addEventListener("hashchange", follow);
+  follow();
+})();

@@ -1,0 +1,210 @@
+/** The text: one token in detail, or one that is kept with all that leads to it and on from it. */
+const text = (() => {
+  const byId = (id) => document.getElementById(id);
+  const root = document.documentElement;
+  const pane = byId("pane");
+  const units = [...pane.querySelectorAll(".text > span")];
+  const numberOf = new Map(units.map((unit, number) => [unit, number]));
+  const rover = tokens.rove(units);
+  const [LEAST, STRONG] = [0.01, 0.1];
+  const atSelection = [];
+  let selected = null;
+
+  const literal = (unit) => tokens.literal(trace.text(unit));
+
+  // Detail
+
+  function show(unit) {
+    pane.querySelector(".shown")?.classList.remove("shown");
+    root.classList.toggle("inspecting", unit !== null);
+    byId("hint").hidden = unit !== null;
+    byId("facts").hidden = unit === null;
+    byId("cursor").style.display = unit === null ? "none" : "block";
+    if (unit === null) return;
+    units[unit].classList.add("shown");
+    byId("cursor").style.left = `${(100 * (unit + 0.5)) / trace.count}%`;
+    byId("token").textContent = literal(unit);
+    byId("where").textContent = places(unit).join(" · ");
+    byId("amount").textContent = tokens.percent(trace.throughput[unit]);
+    byId("reset").hidden = selected === null;
+    byId("kept").hidden = unit !== selected;
+    byId("inflow").textContent = `${tokens.percent(trace.throughput[unit])}, from`;
+    byId("outflow").textContent = `${tokens.percent(trace.throughput[unit])}, to`;
+    list("sources", unit, trace.injected(unit), "starts here");
+    list("targets", unit, trace.absorbed(unit), "ends here, in the answer");
+  }
+
+  function places(unit) {
+    const inPrompt = unit < trace.promptUnits;
+    const population = inPrompt ? trace.promptUnits : trace.count - trace.promptUnits;
+    const { hub, checkpoint } = units[unit].dataset;
+    return [
+      `token ${trace.name(unit)}`,
+      trace.region(unit),
+      `rank ${trace.ranks[unit]} of ${population} in the ${inPrompt ? "prompt" : "response"}`,
+      hub && `hub ${hub}`,
+      checkpoint && `checkpoint ${checkpoint}`,
+    ].filter(Boolean);
+  }
+
+  function list(side, unit, end, endName) {
+    const edges = trace.edgesOf(unit, side).slice(0, 3);
+    const items = edges.map((edge) => item(literal(edge.unit), edge.share, edge.unit));
+    if (end > 0) items.unshift(item(endName, end / trace.throughput[unit], null));
+    if (!items.length) items.push(item("nothing", 0, null));
+    byId(side).replaceChildren(...items);
+  }
+
+  function item(said, share, unit) {
+    const row = document.createElement(unit === null ? "span" : "button");
+    const fill = document.createElement("span");
+    fill.className = "fill";
+    fill.style.width = `${Math.min(100 * share, 100)}%`;
+    const name = document.createElement(unit === null ? "small" : "code");
+    name.textContent = said;
+    const amount = document.createElement("b");
+    amount.textContent = share > 0 ? `${(100 * share).toFixed(1)}\u00a0%` : "";
+    row.append(fill, name);
+    if (unit !== null) {
+      const place = document.createElement("small");
+      place.textContent = trace.name(unit);
+      row.type = "button";
+      row.dataset.unit = unit;
+      row.append(place);
+    }
+    row.append(amount);
+    const entry = document.createElement("li");
+    entry.append(row);
+    return entry;
+  }
+
+  // Selection
+
+  const KINDS = { sources: "upstream", targets: "downstream" };
+
+  function select(unit) {
+    pane.querySelectorAll(".selected, .upstream, .downstream").forEach((element) => {
+      element.classList.remove("selected", "upstream", "downstream", "strong");
+    });
+    selected = unit;
+    root.classList.toggle("selecting", unit !== null);
+    const kept = { sources: [], targets: [] };
+    if (unit !== null) {
+      for (const side of ["sources", "targets"]) kept[side] = keep(unit, side);
+      units[unit].classList.add("selected");
+      const [above, below] = [kept.sources.length, kept.targets.length];
+      byId("kept").textContent = ` · kept: ${above} before it and ${below} after it that 1\u00a0% of this and more passes`;
+    }
+    history.replaceState(null, "", unit === null ? location.pathname + location.search : `#t${trace.firstToken(unit)}`);
+    atSelection.forEach((listen) => listen(kept));
+    show(unit);
+  }
+
+  function keep(unit, side) {
+    const kept = [];
+    trace.carried(unit, side).forEach((share, other) => {
+      if (share < LEAST || other === unit) return;
+      units[other].classList.add(KINDS[side]);
+      units[other].classList.toggle("strong", share >= STRONG);
+      kept.push(other);
+    });
+    return kept;
+  }
+
+  function scrollTo(unit, block = "center") {
+    units[unit].scrollIntoView({ block, behavior: "instant" });
+  }
+
+  function goTo(unit) {
+    scrollTo(unit);
+    rover.focus(unit);
+    select(unit);
+  }
+
+  const unitAt = (event) => numberOf.get(event.target.closest?.(".text > span")) ?? null;
+  const isTouch = (event) => event.pointerType === "touch";
+
+  pane.addEventListener("pointerover", (event) => {
+    const unit = unitAt(event);
+    if (unit !== null && !isTouch(event)) show(unit);
+  });
+  pane.addEventListener("pointerleave", (event) => isTouch(event) || show(selected));
+  pane.addEventListener("focusin", (event) => unitAt(event) !== null && show(unitAt(event)));
+  pane.addEventListener("click", (event) => {
+    const unit = unitAt(event);
+    if (unit === null || String(getSelection())) return;
+    rover.focus(unit);
+    select(unit === selected ? null : unit);
+  });
+  byId("reset").addEventListener("click", () => select(null));
+  document.addEventListener("click", (event) => {
+    const target = event.target.closest("[data-unit]");
+    if (target) goTo(Number(target.dataset.unit));
+  });
+
+  document.addEventListener("keydown", (event) => {
+    if (event.altKey || event.ctrlKey || event.metaKey || event.target.matches("input")) return;
+    if (event.key === "Escape") return select(null);
+    if (unitAt(event) !== null && (event.key === "Enter" || event.key === " ")) {
+      event.preventDefault();
+      return select(rover.current() === selected ? null : rover.current());
+    }
+    rover.step(event);
+  });
+
+  // How it is shown
+
+  const HEATS = [1, 2, 3, 4, 5].map((heat) => `h${heat}`);
+  const byRank = units.map((unit) => HEATS.find((heat) => unit.classList.contains(heat)));
+  const isAnswer = (unit) => trace.region(unit) === "answer";
+  const highest = trace.throughput.reduce((most, flow, unit) => (isAnswer(unit) ? most : Math.max(most, flow)), 0);
+
+  /** At least half of the highest is 5, a quarter 4, and so on. */
+  function byAmount(unit) {
+    const heat = 6 + Math.floor(Math.log2(trace.throughput[unit] / (highest || 1)));
+    return heat >= 1 ? HEATS[Math.min(heat, 5) - 1] : undefined;
+  }
+
+  function shade(amount) {
+    root.classList.toggle("amount", amount);
+    byId("by-rank").setAttribute("aria-pressed", !amount);
+    byId("by-amount").setAttribute("aria-pressed", amount);
+    units.forEach((unit, number) => {
+      unit.classList.remove(...HEATS);
+      const heat = amount ? byAmount(number) : byRank[number];
+      if (heat) unit.classList.add(heat);
+    });
+  }
+  byId("by-rank").addEventListener("click", () => shade(false));
+  byId("by-amount").addEventListener("click", () => shade(true));
+
+  const GLYPHS = { " ": "·", "\t": "→\t", "\u00a0": "⍽", "\u3000": "□" };
+  const written = new Map();
+
+  function showBlanks(on) {
+    root.classList.toggle("blanks", on);
+    byId("blanks").setAttribute("aria-pressed", on);
+    for (const unit of units) {
+      for (const node of unit.childNodes) {
+        if (node.nodeType !== Node.TEXT_NODE) continue;
+        if (!on) node.data = written.get(node) ?? node.data;
+        else if (/[ \t\u00a0\u3000]/.test(node.data)) {
+          written.set(node, node.data);
+          node.data = node.data.replace(/[ \t\u00a0\u3000]/g, (blank) => GLYPHS[blank]);
+        }
+      }
+    }
+    if (!on) written.clear();
+  }
+  byId("blanks").addEventListener("click", () => showBlanks(!root.classList.contains("blanks")));
+
+  /** Lets some tokens light up, for the eye to find them. */
+  function flash(first, last) {
+    units.slice(first, last + 1).forEach((unit) => {
+      unit.classList.add("flash");
+      setTimeout(() => unit.classList.remove("flash"), 1600);
+    });
+  }
+
+  return { units, select, goTo, scrollTo, flash, focus: rover.focus, onSelect: (listen) => atSelection.push(listen) };
+})();
