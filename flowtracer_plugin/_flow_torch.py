@@ -185,5 +185,5 @@ TORCH_CSR = Backend(
     entries=entries,
     assemble=assemble,
     densify=densify,
-    crossover=0.05,
+    crossover=0.03,
 )

@@ -20,6 +20,8 @@ from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.graphs import ends, random_attention
 from benchmarks.harness import MIB, Target, interleaved, peak_of
 from examples.reasoner.problems import make_problems
+from flowtracer_plugin._flow_scipy import SCIPY
+from flowtracer_plugin._flow_torch import TORCH_CSR
 from tests import reference
 
 MODULES = {name: tables.module_of(name) for name in ALL}
@@ -266,6 +268,14 @@ def test_remarks_name_every_crossover():
         "numpy, 64 tokens: crossover at a density of 0.1",
         "torch, 64 tokens: crossover below 0.01, the sparsest graph measured",
     ]
+
+
+def test_graphs_are_made_dense_where_that_was_measured_to_pay():
+    rows = json.loads((harness.RESULTS / "sparse_against_dense.json").read_text())["rows"]
+    for library, backend in (("numpy", SCIPY), ("torch", TORCH_CSR)):
+        curves = [curve for name, _, curve in sparse.curves(rows) if name == library]
+        found = [crossing for crossing in map(sparse.crossover, curves) if crossing is not None]
+        assert min(found) <= backend.crossover <= max(found)
 
 
 # Growth
