@@ -12,7 +12,15 @@ from rich.console import Console
 from flowtracer_plugin.credit import token_credit
 from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.report import render_notebook, render_page, write_page
-from flowtracer_plugin.report.display import HEAT_SHARES, percent, ranges, read, visible
+from flowtracer_plugin.report.display import (
+    HEAT_SHARES,
+    Piece,
+    direction,
+    percent,
+    ranges,
+    read,
+    visible,
+)
 from flowtracer_plugin.report.payload import EDGES_PER_UNIT
 from flowtracer_plugin.report.terminal import render_trace
 from flowtracer_plugin.spans import Spans
@@ -259,6 +267,16 @@ def test_characters_that_cannot_be_seen_are_spelled_out():
     assert visible("\u200d") == "⟨U+200D⟩"
     assert visible("👩\u200d🚀 — é") == "👩\u200d🚀 — é"
     assert visible(" \n\n") == " \n\n"
+
+
+def test_the_first_letter_gives_the_direction():
+    def of(*texts):
+        return direction(Piece(first=0, last=0, text=text) for text in texts)
+
+    assert of("<s>", "א") == "ltr"  # the s
+    assert of("12 ", "…", "שלום", "a") == "rtl"
+    assert of("١٢", "سلام") == "rtl"
+    assert (of("漢字", "א"), of("123", "🎀"), of()) == ("ltr", "ltr", "ltr")
 
 
 def test_percent_and_ranges():

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from flowtracer_plugin.report.display import number, percent, signed, visible
+from flowtracer_plugin.report.display import direction, number, percent, signed, visible
 
 
 def render(
@@ -46,6 +46,7 @@ def _templates() -> Environment:
         "number": number,
         "signed": signed,
         "visible": visible,
+        "direction": direction,
         "digest": _digest,
     }
     return environment

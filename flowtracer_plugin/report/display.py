@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -208,6 +208,19 @@ def _picture(match: re.Match[str]) -> str:
 
 def _code(match: re.Match[str]) -> str:
     return f"⟨U+{ord(match[0]):04X}⟩"
+
+
+def direction(pieces: Iterable[Piece]) -> str:
+    """`rtl` if the first letter of the pieces is written from right to left, otherwise `ltr`.
+
+    Browsers do the same for `dir="auto"`, but again for every element that they add to the text.
+    """
+    for piece in pieces:
+        for letter in piece.text:
+            kind = unicodedata.bidirectional(letter)
+            if kind in ("L", "R", "AL"):
+                return "ltr" if kind == "L" else "rtl"
+    return "ltr"
 
 
 def shorten(text: str, limit: int = 60) -> str:
