@@ -17,7 +17,7 @@ ADAPTERS = ROOT / "adapters" / "flowtracer_adapters"
 
 # A module may import modules of earlier lines only; those of one line do not know each other.
 LAYERS = [
-    {"_versions"},
+    {"_versions", "extras"},
     {"_flow_backends", "_trl_version", "free_memory"},
     {"_substitution"},
     {"_flow_numpy", "_flow_torch"},
@@ -33,11 +33,12 @@ LAYERS = [
     {"reading", "scorers", "attention_rows"},
     {"reader"},
     {"trace", "diagnosis", "memory"},
-    {"storage", "rollouts"},
+    {"storage", "rollouts", "document"},
+    {"table"},
     {"solving"},
     {"tracer"},
     {"report.display"},
-    {"report.drawing", "report.terminal", "report.assets"},
+    {"network", "report.drawing", "report.terminal", "report.assets"},
     {"report.payload", "report.table"},
     {"report.completion", "report.group_index"},
     {"report.page", "report.group"},
@@ -61,10 +62,12 @@ RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line}
 # optional package loads where it is used.
 LATE = {
     ("trace", "storage"),
+    ("trace", "document"),
     ("trace", "streamed"),
     ("trace", "report"),
     ("trace", "report.terminal"),
-    ("trace", "networkx"),
+    ("trace", "table"),
+    ("trace", "network"),
     ("_flow_backends", "_flow_numpy"),
     ("_flow_backends", "_flow_torch"),
     ("_flow_backends", "_flow_scipy"),
@@ -97,6 +100,7 @@ PUBLIC = [
     "UnsupportedArchitectureError",
     "__version__",
     "find_answer",
+    "json_schema",
     "load",
     "register_adapter",
     "solve_flow",
@@ -173,7 +177,8 @@ def test_nothing_else_is_imported_late(name):
     [
         ("nnsight", {"capture"}),
         ("trl", {"grpo", "_grpo_checks", "_grpo_credit", "training"}),
-        ("networkx", {"trace"}),
+        ("networkx", {"network"}),
+        ("pyarrow", {"table"}),
         ("datasets", {"training", "training_data"}),
         ("math_verify", {"rewards"}),
         ("typer", {"cli", "cli_adapters", "cli_loading"}),
