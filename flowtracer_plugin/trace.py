@@ -311,6 +311,26 @@ class FlowTrace:
             from flowtracer_plugin.network import write_graphml
         return write_graphml(self, Path(path), minimum=minimum)
 
+    def to_figure(
+        self, path: str | Path, kind: str = "ribbon", *, width: float | None = None
+    ) -> Path:
+        """Write a figure for a paper, as PNG, SVG or PDF by the suffix of `path`; return the path.
+
+        Args:
+            path: Ends in .png, .svg or .pdf. Text stays text in the latter two.
+            kind: `"ribbon"`, throughput along the text; `"river"`, the flow across every cut of
+                the text by where it comes from; `"steps"`, the strongest flows between lines and
+                sentences; or `"overview"`, all three.
+            width: In inches; by default 3.3, one column, and of an overview 7, two columns.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is missing; it comes with the extra `viz`.
+            ValueError: There is no such kind, suffix or width.
+        """
+        with comes_with("viz", "to_figure"):
+            from flowtracer_plugin.report.figures import write_figure
+        return write_figure(self, Path(path), kind=kind, width=width)
+
     def _repr_html_(self) -> str:
         from flowtracer_plugin.report import render_notebook
 
