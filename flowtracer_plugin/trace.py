@@ -278,7 +278,7 @@ class FlowTrace:
             ModuleNotFoundError: pyarrow is missing; it comes with the extra `viz`.
         """
         with comes_with("viz", "to_parquet"):
-            from flowtracer_plugin.table import write_table
+            from flowtracer_plugin.parquet import write_table
         return write_table(self, Path(path))
 
     def to_networkx(self, *, minimum: float = 0.0) -> networkx.DiGraph[int]:

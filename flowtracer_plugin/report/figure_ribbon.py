@@ -63,7 +63,7 @@ def along_the_text(axes: Axes, reading: Reading, width: float, top: float = 1.0)
     length, border = len(reading.trace.tokens), reading.trace.spans.prompt_length
     axes.set_xlim(0, length)
     inches = (width - LEFT - RIGHT) / length
-    ticks = MaxNLocator(6, integer=True).tick_values(0, length).astype(int).tolist()
+    ticks = map(int, MaxNLocator(6, integer=True).tick_values(0, length))
     axes.set_xticks(
         [at for at in ticks if text_width(str(at)) / 2 <= (length - at) * inches + RIGHT]
     )

@@ -100,7 +100,7 @@ def test_the_same_trace_gives_the_same_file(trace, tmp_path):
 
 
 def test_without_pyarrow_the_extra_is_named(trace, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "flowtracer_plugin.table", raising=False)
+    monkeypatch.delitem(sys.modules, "flowtracer_plugin.parquet", raising=False)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
         ModuleNotFoundError, match=r"to_parquet needs pyarrow; .*'flowtracer-plugin\[viz\]'"
