@@ -59,10 +59,9 @@ def test_figures_are_files_of_their_kind_and_width(trace, kind, width, tmp_path)
     paths = [tmp_path / "new" / name for name in ("a.png", "a.SVG", "a.pdf")]
     for path in paths:
         assert trace.to_figure(path, kind, width=width) == path
-    image = Image.open(paths[0])
-    image.load()
-    assert image.width == pytest.approx(300 * inches, abs=1)
-    assert len(set(image.convert("L").tobytes())) > 20
+    with Image.open(paths[0]) as image:
+        assert image.width == pytest.approx(300 * inches, abs=1)
+        assert len(set(image.convert("L").tobytes())) > 20
     root = ElementTree.parse(paths[1]).getroot()
     assert float(root.get("width").removesuffix("pt")) == pytest.approx(72 * inches, abs=0.1)
     content = paths[2].read_bytes()
@@ -238,6 +237,15 @@ def test_numbers_of_hubs_do_not_lie_on_each_other(trace, long_trace, width):
         assert len(boxes) > 5
         for left, right in pairwise(sorted(boxes, key=lambda box: box.x0)):
             assert left.x1 < right.x0
+
+
+def test_numbers_of_steps_do_not_lie_on_each_other(trace):
+    figure = drawn(steps_trace([f"{number}." for number in range(1200)]), "steps", 3.3)
+    axes = figure.axes[0]
+    boxes = [box for text, box in written(figure) if text in axes.texts[:-1]]
+    assert len(boxes) > 10
+    for left, right in pairwise(boxes):
+        assert left.x1 < right.x0
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0.5, 8)), min_size=1, max_size=8))

@@ -17,7 +17,7 @@ INK, MUTED, LINE = "#1b1f24", "#5c646e", "#a8a59d"
 FILLS = {"prompt": "#bfbbb1", "question": "#bfbbb1", "response": "#2f74b8", "answer": INK}
 """Of each region; far apart in lightness too, for print in grey."""
 
-STROKES = FILLS | {"prompt": "#a39d91", "question": "#a39d91"}
+STROKES = FILLS | {"prompt": "#a39d91", "question": "#a39d91", "answer": FILLS["response"]}
 LETTERS = FILLS | {"prompt": MUTED, "question": MUTED}
 """The same for lines and letters, which are thinner."""
 

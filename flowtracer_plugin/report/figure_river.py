@@ -8,6 +8,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.patches import Patch
 
 from flowtracer_plugin.report.display import Reading
+from flowtracer_plugin.report.drawing import river_layers
 from flowtracer_plugin.report.figure_panels import (
     FILLS,
     INK,
@@ -33,10 +34,9 @@ def river_panels(reading: Reading, width: float) -> list[Panel]:
     rows = -(-len(bands) // columns)
 
     def draw(axes: Axes) -> None:
-        heights = np.stack([flows.waiting, *flows.flow.T, flows.arrived])[::-1]
         axes.stackplot(
             flows.cuts,
-            heights,
+            river_layers(flows).T[::-1],
             colors=[colour for _, colour in bands][::-1],
             linewidth=0.3,
             edgecolor="white",
