@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         register_adapter,
     )
     from flowtracer_plugin.credit import token_credit
+    from flowtracer_plugin.document import json_schema
     from flowtracer_plugin.flow import Flow, solve_flow, solve_graph
     from flowtracer_plugin.graph import FlowGraph
     from flowtracer_plugin.memory import MemoryEstimate, TooLittleMemoryError
@@ -46,6 +47,7 @@ _HOMES = {
     "TooLittleMemoryError": "memory",
     "UnsupportedArchitectureError": "attention",
     "find_answer": "answers",
+    "json_schema": "document",
     "load": "storage",
     "register_adapter": "attention",
     "solve_flow": "flow",
@@ -72,6 +74,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "__version__",
     "find_answer",
+    "json_schema",
     "load",
     "register_adapter",
     "solve_flow",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from flowtracer_plugin import backbone
 from flowtracer_plugin.backbone import KEPT_PATHS, Backbone, FlowPath, Outline, StepGraph
+from flowtracer_plugin.extras import comes_with
 from flowtracer_plugin.flow import Flow, solve_flow
 from flowtracer_plugin.river import River, river
 from flowtracer_plugin.spans import Region, Spans
@@ -21,13 +22,6 @@ from flowtracer_plugin.spans import Region, Spans
 if TYPE_CHECKING:
     import networkx
     from rich.console import RenderableType
-
-JSON_SCHEMA_VERSION = 1
-
-ALL_STEPS = 256
-"""Steps up to which a document holds all flows between them; of more, the strongest into each."""
-
-STEP_EDGES = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,38 +243,10 @@ class FlowTrace:
         return save(self, Path(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the attention, as plain Python values."""
-        regions = self.spans.regions
-        return {
-            "schema": JSON_SCHEMA_VERSION,
-            "model": self.model,
-            "layers": list(self.layers),
-            "options": asdict(self.options),
-            "text": self.text,
-            "prompt_length": self.spans.prompt_length,
-            "answer": {
-                "text": self.spans.answer_text,
-                "rule": self.spans.rule,
-                "tokens": np.flatnonzero(self.spans.answer).tolist(),
-            },
-            "reasoning_share": self.reasoning_share,
-            "question_reached": self.backbone.question_reached,
-            "tokens": [
-                {
-                    "index": index,
-                    "id": int(self.token_ids[index]),
-                    "text": text,
-                    "region": regions[index],
-                    "throughput": float(self.throughput[index]),
-                    "reach": float(self.reach[index]),
-                }
-                for index, text in enumerate(self.tokens)
-            ],
-            "hubs": [asdict(token) for token in self.hubs()],
-            "checkpoints": [asdict(token) for token in self.checkpoints()],
-            "paths": [asdict(path) for path in self.paths()],
-            "steps": _step_dict(self.steps()),
-        }
+        """Everything but the attention, as plain values; `json_schema` says what they mean."""
+        from flowtracer_plugin.document import document
+
+        return document(self)
 
     def to_json(self) -> str:
         """`to_dict` as a JSON document."""
@@ -301,35 +267,69 @@ class FlowTrace:
 
         return write_page(self, Path(path), drops)
 
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write a table with one row per token and return its path.
+
+        Its columns are the fields of a token in `json_schema()`; the file's metadata
+        "flowtracer.trace" holds the document's other short fields as JSON. Half a surrogate pair
+        in a text is U+FFFD.
+
+        Raises:
+            ModuleNotFoundError: pyarrow is missing; it comes with the extra `viz`.
+        """
+        with comes_with("viz", "to_parquet"):
+            from flowtracer_plugin.parquet import write_table
+        return write_table(self, Path(path))
+
     def to_networkx(self, *, minimum: float = 0.0) -> networkx.DiGraph[int]:
         """The tokens as nodes and the flow between them as edges, those above `minimum`.
 
-        Of a streamed trace, the edges are the strongest ones of each token.
+        Nodes have the fields of a token in `json_schema()`, edges have `flow`, and the graph has
+        the document's other short fields. Of a streamed trace, the edges are the strongest ones
+        of each token.
 
         Raises:
             ModuleNotFoundError: networkx is missing; it comes with the extra `viz`.
+            ValueError: `minimum` is below 0.
         """
-        import networkx
+        with comes_with("viz", "to_networkx"):
+            from flowtracer_plugin.network import token_graph
+        return token_graph(self, minimum=minimum)
 
-        graph: networkx.DiGraph[int] = networkx.DiGraph()
-        for index, text in enumerate(self.tokens):
-            graph.add_node(
-                index,
-                text=text,
-                region=self.spans.regions[index],
-                throughput=float(self.throughput[index]),
-            )
-        for earlier, later, flow in self._edges(minimum):
-            graph.add_edge(earlier, later, flow=flow)
-        return graph
+    def to_graphml(self, path: str | Path, *, minimum: float = 0.0) -> Path:
+        """Write the same graph with the strongest edges of each token, and return its path.
 
-    def _edges(self, minimum: float) -> Iterator[tuple[int, int, float]]:
-        if self.streamed is not None:
-            yield from backbone.strongest_edges(self.streamed, minimum)
-            return
-        edges = self.flow.edge_flow()
-        for later, earlier in np.argwhere(edges > minimum).tolist():
-            yield earlier, later, float(edges[later, earlier])
+        These are the 8 into and the 8 out of each, so that the file grows with the length of the
+        text; of them, those above `minimum`. Characters that cannot be seen are spelled out, and
+        a token without text is "∅".
+
+        Raises:
+            ModuleNotFoundError: networkx is missing; it comes with the extra `viz`.
+            ValueError: `minimum` is below 0.
+        """
+        with comes_with("viz", "to_graphml"):
+            from flowtracer_plugin.network import write_graphml
+        return write_graphml(self, Path(path), minimum=minimum)
+
+    def to_figure(
+        self, path: str | Path, kind: str = "ribbon", *, width: float | None = None
+    ) -> Path:
+        """Write a figure for a paper, as PNG, SVG or PDF by the suffix of `path`; return the path.
+
+        Args:
+            path: Ends in .png, .svg or .pdf. Text stays text in the latter two.
+            kind: `"ribbon"`, throughput along the text; `"river"`, the flow across every cut of
+                the text by where it comes from; `"steps"`, the strongest flows between lines and
+                sentences; or `"overview"`, all three.
+            width: In inches; by default 3.3, one column, and of an overview 7, two columns.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is missing; it comes with the extra `viz`.
+            ValueError: There is no such kind, suffix or width.
+        """
+        with comes_with("viz", "to_figure"):
+            from flowtracer_plugin.report.figures import write_figure
+        return write_figure(self, Path(path), kind=kind, width=width)
 
     def _repr_html_(self) -> str:
         from flowtracer_plugin.report import render_notebook
@@ -347,20 +347,3 @@ class FlowTrace:
             f"FlowTrace({len(self.tokens)} tokens, answer {self.spans.answer_text!r} "
             f"by {self.spans.rule!r}, layers {list(self.layers)} of {self.model})"
         )
-
-
-def _step_dict(graph: StepGraph) -> dict[str, Any]:
-    edges = graph.edges
-    if len(edges) > ALL_STEPS:  # the document grows with the text, not with its square
-        kept = np.argpartition(-edges, STEP_EDGES, axis=1)[:, :STEP_EDGES]
-        few = np.zeros_like(edges)
-        np.put_along_axis(few, kept, np.take_along_axis(edges, kept, 1), 1)
-        edges = few
-    flows: Sequence[Sequence[int]] = np.argwhere(edges > 0).tolist()
-    return {
-        "steps": [asdict(step) for step in graph.steps],
-        "edges": [
-            {"source": earlier, "target": later, "flow": float(edges[later, earlier])}
-            for later, earlier in flows
-        ],
-    }

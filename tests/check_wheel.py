@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 WANTED = (
     "flowtracer_plugin/py.typed",
+    "flowtracer_plugin/schema/trace.schema.json",
     *(
         f"flowtracer_plugin/report/{name}"
         for name in ("base.html.j2", "page.html.j2", "group.html.j2", "group.css", "group.js")

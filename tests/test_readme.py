@@ -20,6 +20,7 @@ DOCUMENTS = [
         "CONTRIBUTING.md",
         "adapters/README.md",
         "benchmarks/README.md",
+        "docs/exports.md",
         "docs/long_texts.md",
         "docs/rewards.md",
     )

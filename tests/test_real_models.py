@@ -7,6 +7,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -51,7 +52,9 @@ def command(*arguments):
         cwd=Path(ft.__file__).parent.parent,
     )
     assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    document = json.loads(ran.stdout)
+    jsonschema.validate(document, ft.json_schema())
+    return document
 
 
 def throughput(document):

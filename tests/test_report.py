@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from flowtracer_plugin.credit import token_credit
-from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.report import render_notebook, render_page, write_page
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
@@ -23,32 +22,8 @@ from flowtracer_plugin.report.display import (
 )
 from flowtracer_plugin.report.payload import EDGES_PER_UNIT
 from flowtracer_plugin.report.terminal import render_trace
-from flowtracer_plugin.spans import Spans
-from flowtracer_plugin.trace import FlowOptions, FlowTrace
-from tests.pages import HOSTILE, Page
-
-
-def make_trace(tokens, *, prompt=3, answer=(-2,), attention=None, **changes):
-    """A trace with smooth made-up attention, solved for real."""
-    length = len(tokens)
-    if attention is None:
-        rows = np.random.default_rng(0).random((length, length)) ** 3 + 1e-3
-        attention = np.tril(rows) / np.tril(rows).sum(1, keepdims=True)
-    question, found = np.zeros(length, bool), np.zeros(length, bool)
-    question[1:prompt] = True
-    found[list(answer)] = True
-    flow = solve_flow(attention, question, found)
-    spans = {"rule": "boxed", "answer_text": tokens[answer[0]], **changes.pop("spans", {})}
-    return FlowTrace(
-        token_ids=np.arange(length),
-        tokens=tuple(tokens),
-        spans=Spans(prompt_length=prompt, question=question, answer=found, target=found, **spans),
-        attention=attention,
-        reach=flow.reach,
-        throughput=flow.throughput,
-        **{"model": "tiny", "options": FlowOptions(), "layers": (2, 3, 4), **changes},
-    )
-
+from tests.pages import Page
+from tests.traces import hostile_trace, make_trace
 
 WORDS = ("<s>", "What", " is", " 3", " +", " 4", "?", "\n", "It", " is", " 7", ".")
 
@@ -60,13 +35,7 @@ def trace():
 
 @pytest.fixture
 def hostile():
-    tokens = ("<s>", "a", "b", *HOSTILE, "c", "7", ".")
-    return make_trace(
-        tokens,
-        model=HOSTILE[0],
-        options=FlowOptions(answer=HOSTILE[1]),
-        spans={"rule": HOSTILE[2], "answer_text": HOSTILE[4] + HOSTILE[16]},
-    )
+    return hostile_trace()
 
 
 def printed(trace, width=80, **console):

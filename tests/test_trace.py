@@ -3,7 +3,6 @@ import json
 import math
 from dataclasses import replace
 
-import networkx
 import numpy as np
 import pytest
 import torch
@@ -210,8 +209,8 @@ def test_the_document_holds_what_the_trace_says(trace):
 
 def test_the_document_of_many_steps_holds_the_strongest_flows(trace, monkeypatch):
     whole = trace.to_dict()["steps"]["edges"]
-    monkeypatch.setattr("flowtracer_plugin.trace.ALL_STEPS", 2)
-    monkeypatch.setattr("flowtracer_plugin.trace.STEP_EDGES", 2)
+    monkeypatch.setattr("flowtracer_plugin.document.ALL_STEPS", 2)
+    monkeypatch.setattr("flowtracer_plugin.document.STEP_EDGES", 2)
     few = trace.to_dict()["steps"]["edges"]
     into = {}
     for edge in sorted(whole, key=lambda edge: -edge["flow"]):
@@ -231,30 +230,6 @@ def test_any_text_can_be_written_as_json(trace, text):
 
 def test_text_that_can_be_read_is_not_escaped(trace):
     assert "日本" in replace(trace, model="日本").to_json()
-
-
-def test_the_graph_holds_the_flow(trace):
-    graph = trace.to_networkx()
-    assert networkx.is_directed_acyclic_graph(graph)
-    assert graph.number_of_nodes() == 28
-    edges = trace.flow.edge_flow()
-    assert graph.number_of_edges() == np.count_nonzero(edges)
-    for earlier, later, flow in graph.edges(data="flow"):
-        assert flow == edges[later, earlier] > 0
-        assert earlier < later
-    source = trace.flow.source
-    for token in graph:
-        assert graph.nodes[token]["text"] == trace.tokens[token]
-        assert graph.nodes[token]["region"] == trace.spans.regions[token]
-        through = graph.in_degree(token, weight="flow") + source[token]
-        assert through == pytest.approx(graph.nodes[token]["throughput"], abs=1e-6)
-
-
-def test_weak_edges_can_be_left_out_of_the_graph(trace):
-    edges = trace.flow.edge_flow()
-    few = trace.to_networkx(minimum=0.02)
-    assert few.number_of_nodes() == 28
-    assert 0 < few.number_of_edges() == (edges > 0.02).sum() < np.count_nonzero(edges)
 
 
 def test_repr_says_what_was_traced(trace):

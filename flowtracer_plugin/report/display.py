@@ -18,7 +18,7 @@ HEAT_SHARES = (0.40, 0.25, 0.15, 0.08, 0.03)
 """A token's heat is the number of these top shares that it belongs to, from 0 to 5; the widest one
 is the share of tokens that the paper gives more credit."""
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
 _BIDI = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp"})
 

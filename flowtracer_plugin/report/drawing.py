@@ -41,22 +41,53 @@ class Ribbon:
     prompt_end: float
 
 
-def draw_ribbon(reading: Reading, hubs: tuple[Unit, ...]) -> Ribbon:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bars:
+    """The whole text in at most `MAX_BARS` bins.
+
+    Attributes:
+        first: First unit of each bin.
+        peak: Highest throughput in each bin.
+        prompt: Whether a bin begins in the prompt, and holds none of the answer.
+        answer: Whether the answer, or a part of it, is in a bin.
+    """
+
+    first: Int[np.ndarray, " bar"]
+    peak: Float[np.ndarray, " bar"]
+    prompt: Bool[np.ndarray, " bar"]
+    answer: Bool[np.ndarray, " bar"]
+
+    @property
+    def highest(self) -> float:
+        """The highest peak outside the answer, which would dwarf all others; 1 if there is none."""
+        return float(self.peak[~self.answer].max(initial=0.0)) or 1.0
+
+
+def bars(reading: Reading) -> Bars:
     """One bar per unit, or fewer where there are more than `MAX_BARS`."""
     count = len(reading.units)
-    width = min(count, MAX_BARS)
-    first = np.arange(width) * count // width
-    peaks = np.maximum.reduceat(reading.throughput, first)
+    first = np.arange(min(count, MAX_BARS)) * count // min(count, MAX_BARS)
     answer = np.logical_or.reduceat([unit.region == "answer" for unit in reading.units], first)
-    prompt = first < reading.prompt_units
-    highest = float(peaks[~answer].max(initial=0.0)) or 1.0
-    heights = np.rint(RIBBON_HEIGHT * np.sqrt(np.minimum(peaks / highest, 1))).astype(int)
+    return Bars(
+        first=first,
+        peak=np.maximum.reduceat(reading.throughput, first),
+        prompt=(first < reading.prompt_units) & ~answer,
+        answer=answer,
+    )
+
+
+def draw_ribbon(reading: Reading, hubs: tuple[Unit, ...]) -> Ribbon:
+    """The bars of a text, and where its hubs are."""
+    shown = bars(reading)
+    width, count = len(shown.first), len(reading.units)
+    relative = np.sqrt(np.minimum(shown.peak / shown.highest, 1))
+    heights = np.rint(RIBBON_HEIGHT * relative).astype(int)
     return Ribbon(
         width=width,
         bars={
-            "prompt": bars_path(heights, prompt & ~answer),
-            "response": bars_path(heights, ~prompt & ~answer),
-            "answer": bars_path(heights, answer),
+            "prompt": bars_path(heights, shown.prompt),
+            "response": bars_path(heights, ~shown.prompt & ~shown.answer),
+            "answer": bars_path(heights, shown.answer),
         },
         marks=tuple(round((hub.index + 0.5) * width / count, 2) for hub in hubs),
         prompt_end=round(reading.prompt_units * width / count, 2),
