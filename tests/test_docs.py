@@ -28,6 +28,10 @@ COMMANDS = [(page, words) for page in DOCUMENTS for words in commands(page)]
 CONTINUED = {"credit", "long_texts", "rewards"}
 WITH_CODE = {"method", "quickstart", "look", "train", "faithfulness", *CONTINUED}
 
+FUTURE = pytest.mark.filterwarnings(
+    "ignore:.*is deprecated and will be removed in v6:FutureWarning"
+)
+
 
 @pytest.fixture(autouse=True)
 def clone(tmp_path, monkeypatch):
@@ -51,7 +55,7 @@ def test_these_pages_have_code():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@FUTURE
 @pytest.mark.parametrize("name", sorted(WITH_CODE))
 def test_the_code_of_a_page_runs_and_prints_what_the_page_says(name, clone, trl):
     page = ROOT / "docs" / f"{name}.md"
@@ -78,6 +82,7 @@ def test_these_commands_are_shown():
     } | {"adapters"}
 
 
+@FUTURE
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda one: getattr(one, "stem", None))
 def test_a_command_of_the_documents_runs(page, words, clone, trl):
     if words[0] == "train":  # for hours, on data of the hub: only what it is told is looked at
