@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ include_patterns = [
 root_doc = "docs/index"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 nitpicky = True
-smartquotes = False  # two dashes begin an option
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
@@ -50,6 +50,7 @@ html_title = project
 html_copy_source = False
 html_extra_path = ["index.html"]  # leads to the first page
 html_math_renderer = "mathml"
+pygments_dark_style = "a11y-high-contrast-dark"
 
 
 def setup(app: Any) -> None:
@@ -62,7 +63,8 @@ def setup(app: Any) -> None:
 
 def _formula(writer: Any, node: Any) -> None:
     block = isinstance(node, nodes.math_block)
-    writer.body.append(tex2mathml(node.astext(), as_block=block))
+    drawn = tex2mathml(node.astext(), as_block=block)
+    writer.body.append(f'<div style="overflow-x: auto">{drawn}</div>' if block else drawn)
     raise nodes.SkipNode
 
 
@@ -76,7 +78,15 @@ def _add_options(_: Any, page: str, source: list[str]) -> None:
 
     command = typer.main.get_command(app)
     with typer.Context(command, info_name="flowtracer") as context:
-        source[0] += get_docs_for_click(obj=command, ctx=context, name="flowtracer", indent=2)
+        text = get_docs_for_click(obj=command, ctx=context, name="flowtracer", indent=2)
+    source[0] += "\n\n".join(map(_as_code, text.split("\n\n")))
+
+
+def _as_code(paragraph: str) -> str:
+    """A paragraph of a command's help: an example, or prose with the names of options."""
+    if paragraph.startswith("flowtracer "):
+        return f"```bash\n{paragraph}\n```"
+    return re.sub(r"(?<![`\w-])--[a-z][a-z-]*", r"`\g<0>`", paragraph)
 
 
 def _drop_empty_signature(*about: Any) -> tuple[None, None] | None:
