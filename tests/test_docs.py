@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
+from flowtracer_plugin.answers import FINDERS
 from flowtracer_plugin.cli import app
+from flowtracer_plugin.grpo import FlowGRPOConfig
+from flowtracer_plugin.training import parse
 from tests import reference
 from tests.snippets import (
     REASONER,
@@ -22,7 +26,7 @@ from tests.snippets import (
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [*PAGES, ROOT / "README.md", ROOT / "adapters/README.md", ROOT / "CONTRIBUTING.md"]
-COMMANDS = [(page, words) for page in DOCUMENTS for words in commands(page)]
+WITH_COMMANDS = [document for document in DOCUMENTS if list(commands(document))]
 
 # These pages are looked up in the middle of something: a reader has a model, a trainer, a trace.
 CONTINUED = {"credit", "long_texts", "rewards"}
@@ -44,8 +48,6 @@ def clone(tmp_path, monkeypatch):
 @pytest.fixture
 def trl(monkeypatch):
     """TRL's own fields do not hold what they declare, which the type checks of the tests refuse."""
-    from flowtracer_plugin.grpo import FlowGRPOConfig
-
     monkeypatch.setattr(FlowGRPOConfig, "__init__", inspect.unwrap(FlowGRPOConfig.__init__))
 
 
@@ -75,24 +77,23 @@ def substituted(words):
     ]
 
 
-def test_these_commands_are_shown():
-    shown = {words[0] for _, words in COMMANDS}
-    assert shown == {
-        command.name or command.callback.__name__ for command in app.registered_commands
-    } | {"adapters"}
+def test_every_command_is_shown():
+    shown = {words[0] for document in DOCUMENTS for words in commands(document)}
+    assert shown == set(get_command(app).commands)
 
 
 @FUTURE
-@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda one: getattr(one, "stem", None))
-def test_a_command_of_the_documents_runs(page, words, clone, trl):
-    if words[0] == "train":  # for hours, on data of the hub: only what it is told is looked at
-        from flowtracer_plugin.training import parse
-
-        (clone / "run.yaml").write_text("output_dir: out")
-        parse(words[1:])
-        return
-    result = CliRunner().invoke(app, substituted(words))
-    assert result.exit_code == 0, result.output
+@pytest.mark.parametrize(
+    "document", WITH_COMMANDS, ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_the_commands_of_a_document_run_in_their_order(document, clone, trl):
+    (clone / "run.yaml").write_text("output_dir: out")
+    for words in commands(document):
+        if words[0] == "train":  # for hours, on data of the hub: only what it is told is looked at
+            parse(words[1:])
+            continue
+        result = CliRunner().invoke(app, substituted(words))
+        assert result.exit_code == 0, f"{words}: {result.output}"
 
 
 def table(page: Path, heading: str) -> list[list[str]]:
@@ -124,8 +125,6 @@ def test_the_example_of_the_method_is_right_by_definition(clone):
     np.testing.assert_allclose(flows, wanted["edge_flow"])
 
 
-def test_the_finders_and_options_that_pages_list_are_those_there_are():
-    from flowtracer_plugin.answers import FINDERS
-
+def test_the_finders_that_a_page_lists_are_those_there_are():
     listed = [row[0].strip("`") for row in table(ROOT / "docs/look.md", "finder")]
     assert listed == list(FINDERS)
