@@ -11,7 +11,7 @@ LOWEST_STAMP := $(LOWEST)/.installed
 # What depends on the versions of torch, transformers and nnsight: the families of models, read.
 LOWEST_TESTS := $(addprefix tests/test_,versions.py attention.py capture.py head_mean.py tracer.py)
 
-.PHONY: demo test test-lowest deepspeed flashtrace bench conformance lint types package reasoner clean
+.PHONY: demo test test-lowest deepspeed flashtrace bench conformance docs lint types package reasoner clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -44,6 +44,9 @@ flashtrace: $(STAMP)
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
 		> "$$($(FLASHTRACE)/bin/python -c 'import site; print(site.getsitepackages()[0])')/flowtracer.pth"
 	$(FLASHTRACE)/bin/python -m pip install --quiet --no-deps --requirement constraints-flashtrace.txt
+
+docs: $(STAMP)
+	$(BIN)/sphinx-build --quiet --fresh-env -W --keep-going -c docs . build/docs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,7 +20,8 @@ Report = Mapping[str, Any]
 _HEAD = """\
 # Benchmarks
 
-This page is made from [what was measured](results); `python -m benchmarks --tables` makes it anew.
+This page is made from what was measured, in `benchmarks/results/`; `python -m benchmarks --tables`
+makes it anew.
 
 **How it is measured.** Ways of doing one thing, side by side, on one thread. Seconds: all ways in
 one process, in turn, so that what else the machine does hits all of them; the median of the rounds
