@@ -71,7 +71,10 @@ def load(path: str | Path) -> FlowTrace:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no trace at {str(path)!r}")
+        raise FileNotFoundError(
+            f"no trace at {str(path)!r}; wanted a file that FlowTrace.save() or "
+            "flowtracer trace --save wrote"
+        )
     try:
         return _read(path)
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
