@@ -41,8 +41,8 @@ def load_model(
     name: str, device: str, dtype: str, *, wanted: str = "a causal language model", **options: Any
 ) -> Any:
     """A causal language model, for inference. `options` are transformers' own."""
-    import_libraries()
-    from transformers import AutoModelForCausalLM
+    with waiting("importing PyTorch and transformers"):
+        from transformers import AutoModelForCausalLM
 
     from flowtracer_plugin.attention import known_adapters
 
@@ -56,19 +56,21 @@ def load_model(
 
 def load_tokenizer(name: str, **options: Any) -> Any:
     """The tokenizer that belongs to a model. `options` are transformers' own."""
-    import_libraries()
-    from transformers import AutoTokenizer
+    with waiting("importing PyTorch and transformers"):
+        from transformers import AutoTokenizer
 
     with _friendly(name, "model and tokenizer"):
         return AutoTokenizer.from_pretrained(name, **options)
 
 
-def import_libraries() -> None:
-    """Import what takes seconds, with a sign of life in a terminal."""
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A sign of life in a terminal, while something takes seconds that nobody can foretell."""
     from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status("importing PyTorch and transformers"):
-        import flowtracer_plugin.tracer  # noqa: F401
+    with Console(stderr=True).status(Text(what)):
+        yield
 
 
 def named_adapter(name: str) -> AttentionAdapter:

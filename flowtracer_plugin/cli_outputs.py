@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from flowtracer_plugin.cli_loading import waiting
 from flowtracer_plugin.cli_options import OutputOptions
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def write_file(write: Callable[[Path], object], path: Path) -> None:
         OSError: It cannot be written; the message names the file and the way out.
     """
     try:
-        write(path)
+        with waiting(f"writing {path}"):
+            write(path)
     except OSError as error:
         raise OSError(
             f"cannot write {str(path)!r}: {error.strerror or error}; name a file in a folder that "

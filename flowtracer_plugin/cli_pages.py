@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowtracer_plugin.cli_loading import Traceback
+from flowtracer_plugin.cli_loading import Traceback, waiting
 from flowtracer_plugin.cli_options import OutputOptions, PageFile, flattened
-from flowtracer_plugin.cli_outputs import deliver, print_document, print_table, write_file
+from flowtracer_plugin.cli_outputs import deliver, print_document, print_table, show, write_file
 
 if TYPE_CHECKING:
     from flowtracer_plugin.comparison import ComparedTrace
@@ -29,14 +28,19 @@ def report(files: TraceFiles, outputs: OutputOptions, traceback: Traceback = Fal
 
     flowtracer report apples.flow --html apples.html
     """
+    from rich.rule import Rule
+    from rich.text import Text
+
     asked = outputs != OutputOptions()
     if asked and len(files) > 1:
         raise typer.BadParameter(
             f"--json and the names of files are for one trace, found {len(files)}; without them "
             "each trace gets a page beside its file"
         )
-    for file, trace in zip(files, load_traces(files), strict=True):
-        deliver(trace, outputs if asked else OutputOptions(html=page_beside(file)))
+    for file in files:
+        if len(files) > 1:
+            show(Rule(Text(str(file))))
+        deliver(load_trace(file), outputs if asked else OutputOptions(html=page_beside(file)))
 
 
 @flattened
@@ -62,7 +66,7 @@ def compare(
     flowtracer compare first.flow second.flow --right 14 --html comparison.html
     """
     _check_files(files, label)
-    traces = load_traces(files)
+    traces = [load_trace(file) for file in files]
     from flowtracer_plugin.comparison import compare as compare_traces
     from flowtracer_plugin.report import write_comparison
 
@@ -79,14 +83,12 @@ def compare(
         print_table(("trace", "answer", "through the reasoning", ""), map(_row, compared.traces))
 
 
-def load_traces(files: list[Path]) -> list[FlowTrace]:
-    """The saved traces, with a bar in a terminal."""
-    from tqdm import tqdm
-
+def load_trace(file: Path) -> FlowTrace:
+    """A saved trace."""
     import flowtracer_plugin as ft
 
-    shown = len(files) > 1 and sys.stderr.isatty()
-    return [ft.load(file) for file in tqdm(files, "loading", unit="trace", disable=not shown)]
+    with waiting(f"loading {file}"):
+        return ft.load(file)
 
 
 def page_beside(file: Path) -> Path:

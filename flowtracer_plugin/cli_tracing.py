@@ -18,6 +18,7 @@ from flowtracer_plugin.cli_loading import (
     load_model,
     load_tokenizer,
     named_adapter,
+    waiting,
 )
 from flowtracer_plugin.cli_options import (
     AsJson,
@@ -71,7 +72,7 @@ def trace(
             "--response gives the answer, and nothing is generated: leave it out, or leave out "
             "--generate, --max-new-tokens, --do-sample, --temperature and --seed"
         )
-    text = _prompt_text(asked)
+    text, response = _prompt_text(asked), _checked("response", response)
     tracer = load_tracer(source, tracing)
     prompt = _messages(tracer, text, asked)
     deliver(tracer.trace(prompt, response, progress=sys.stderr.isatty()), outputs)
@@ -146,6 +147,8 @@ def estimate(
 
 def load_tracer(source: ModelOptions, tracing: TracingOptions) -> FlowTracer:
     """A tracer of the model that is named, with its tokenizer."""
+    with waiting("importing PyTorch, transformers and nnsight"):
+        from flowtracer_plugin.tracer import wrap
     chosen = None if tracing.adapter is None else named_adapter(tracing.adapter)
     shared: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     tokenizer = load_tokenizer(source.model, **shared)
@@ -154,10 +157,8 @@ def load_tracer(source: ModelOptions, tracing: TracingOptions) -> FlowTracer:
     wanted = "model and tokenizer"
     model = load_model(source.model, source.device, source.dtype, wanted=wanted, **shared)
     check_adapter(chosen, model)
-    import flowtracer_plugin as ft
-
     options: dict[str, Any] = asdict(tracing) | {"adapter": chosen}
-    return ft.wrap(model, tokenizer, **options)
+    return wrap(model, tokenizer, **options)
 
 
 def demo_model() -> Path:
@@ -196,11 +197,22 @@ def _generated(
 
 def _prompt_text(asked: PromptOptions) -> str:
     if asked.prompt != "-":
-        return asked.prompt
+        return _checked("prompt", asked.prompt)
     try:
-        return sys.stdin.read().removesuffix("\n")
+        return _checked("prompt", sys.stdin.read().removesuffix("\n"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt on standard input must be UTF-8 text: {error}") from error
+        raise ValueError(f"the prompt must be UTF-8 text: {error}") from error
+
+
+def _checked(name: str, text: str) -> str:
+    """The text, if a tokenizer can read it; better refused now than when the model is loaded."""
+    if not text:
+        raise ValueError(f"the {name} is empty, so there is nothing to trace; pass a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # what a shell passes on, Python keeps as surrogates
+        raise ValueError(f"the {name} must be UTF-8 text: {error}") from error
+    return text
 
 
 def _messages(tracer: FlowTracer, text: str, asked: PromptOptions) -> Any:

@@ -37,11 +37,11 @@ def run_here(monkeypatch, capsys, *arguments, stdin=""):
     return Ran(left.value.code or 0, output.out, output.err)
 
 
-def in_a_process(*arguments, **environment):
+def in_a_process(*arguments, encoding="utf-8", **environment):
     return subprocess.run(
         [sys.executable, "-m", "flowtracer_plugin", *map(str, arguments)],
         capture_output=True,
-        text=True,
+        encoding=encoding,
         check=False,
         cwd=Path(ft.__file__).parent.parent,
         env={**os.environ, **environment},
