@@ -38,6 +38,12 @@ def sentence(error: BaseException) -> str:
             "--mode streamed, --dtype bfloat16 or on another --device; flowtracer estimate shows "
             "what a trace takes"
         )
+    if type(error).__name__ == "AnswerNotFoundError":
+        found, _, _ = said.rpartition("; say how to find it")
+        return (
+            f"{found}; --answer says how to find it, such as last_word or re:PATTERN, and "
+            "--max-new-tokens lets a model say more"
+        )
     if isinstance(error, KeyError):
         return f"there is no {said}"
     return said

@@ -148,6 +148,19 @@ def test_what_is_no_text_is_refused(tmp_path, encoding):
         assert ran.stderr.startswith(f"error: the {name} must be UTF-8 text".encode())
 
 
+def test_where_no_answer_is_found_an_option_helps(flowtracer, plain_model):
+    given = ["trace", "--model", plain_model, "--prompt", PROMPT, "--response", "I do not know."]
+    ran = flowtracer(*given)
+    assert_failed(
+        ran,
+        1,
+        "no answer found by 'auto' in the response 'I do not know.'; --answer says how to find it, "
+        "such as last_word or re:PATTERN, and --max-new-tokens lets a model say more",
+    )
+    for remedy in ("last_word", "re:not (.+)"):
+        assert flowtracer(*given, "--answer", remedy).code == 0
+
+
 # how commands end
 
 
