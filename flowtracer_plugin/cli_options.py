@@ -219,8 +219,12 @@ class OutputOptions:
         Path | None, _output(dir_okay=False, help="Write the graph of the flow.")
     ] = None
     figure: Annotated[
-        Path | None, _output(dir_okay=False, help="Write a figure: .svg, .pdf or .png.")
+        Path | None, _output(dir_okay=False, help="Write a figure: .png, .svg or .pdf.")
     ] = None
+    figure_kind: Annotated[
+        Literal["ribbon", "river", "steps", "overview"],
+        _output(help="Flow along the text, across its cuts, between its lines, or all three."),
+    ] = "ribbon"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,9 @@ def deliver(trace: FlowTrace, outputs: OutputOptions) -> None:
     for name in ("save", "html", "parquet", "graphml", "figure"):
         path = vars(outputs).get(name)  # nnsight gives every object an attribute "save"
         if path is not None:
-            write_file(getattr(trace, name if name == "save" else f"to_{name}"), path)
+            write = getattr(trace, name if name == "save" else f"to_{name}")
+            kind = {"kind": outputs.figure_kind} if name == "figure" else {}
+            write_file(partial(write, **kind), path)
     if outputs.json:
         print_document(trace.to_dict())
     else:

@@ -151,14 +151,18 @@ def test_a_page_never_overwrites_its_trace():
 def test_every_kind_of_file_is_written_by_the_method_of_its_name(
     flowtracer, files, plain_model, monkeypatch
 ):
-    for name in ("parquet", "graphml", "figure"):
+    for name in ("parquet", "graphml"):
         write = lambda self, path, name=name: path.write_text(f"{name} of {self.text}")  # noqa: E731
         monkeypatch.setattr(FlowTrace, f"to_{name}", write, raising=False)
+    draw = lambda self, path, kind: path.write_text(f"{kind} of {self.text}")  # noqa: E731
+    monkeypatch.setattr(FlowTrace, "to_figure", draw, raising=False)
     asked = ["--parquet", "a.parquet", "--graphml", "a.graphml", "--figure", "a.svg"]
     said = "wrote a.parquet\nwrote a.graphml\nwrote a.svg\n"
     ran = flowtracer("report", files[0], *asked)
     assert (ran.code, ran.err) == (0, said)
-    assert Path("a.svg").read_text() == f"figure of {PROMPT + RESPONSE}"
+    assert Path("a.svg").read_text() == f"ribbon of {PROMPT + RESPONSE}"
+    assert flowtracer("report", files[0], "--figure", "b.svg", "--figure-kind", "river").code == 0
+    assert Path("b.svg").read_text() == f"river of {PROMPT + RESPONSE}"
     tracing = ["trace", "--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE]
     ran = flowtracer(*tracing, *asked, "--save", "a.flow")
     assert (ran.code, ran.err) == (0, "wrote a.flow\n" + said)
