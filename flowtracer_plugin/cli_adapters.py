@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import fields
-from itertools import compress
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
-from flowtracer_plugin.cli_loading import Device, Precision, Traceback, load_model
+from flowtracer_plugin.cli_loading import (
+    Device,
+    Implementation,
+    Precision,
+    RemoteCode,
+    Traceback,
+    check_adapter,
+    load_model,
+    named_adapter,
+)
+from flowtracer_plugin.cli_outputs import print_document, print_table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from flowtracer_plugin.attention import AdapterEntry
     from flowtracer_plugin.diagnosis import Diagnosis, SiteFinding
     from flowtracer_plugin.reader import AttentionReader
@@ -27,35 +33,36 @@ class _ListFirst(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         command = args and (not args[0].startswith("-") or args[0] == "--help")
+        command = command or ctx.resilient_parsing  # a shell asks what there is
         return super().parse_args(ctx, args if command else ["list", *args])
 
 
 adapters_app = typer.Typer(
     name="adapters",
     cls=_ListFirst,
-    help="List the adapters that are installed, or check one on a model.",
+    help="List the adapters that are installed, or check one on a model.\n\n"
+    "For example:\n\nflowtracer adapters check Qwen/Qwen3-0.6B",
     pretty_exceptions_enable=False,
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the same as JSON.")]
-Implementation = Annotated[
-    str | None, typer.Option(help="Load the model with this: sdpa, eager, flash_attention_2, …")
-]
-RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the model code that its files bring along.")
-]
 
 
 @adapters_app.command("list")
 def list_adapters(json: AsJson = False, traceback: Traceback = False) -> None:
-    """List the adapters that are installed, in the order in which models are shown to them."""
+    """List the adapters that are installed, in the order in which models are shown to them.
+
+    For example:
+
+    flowtracer adapters list --json
+    """
     from flowtracer_plugin.attention import adapter_entries
 
     entries = adapter_entries()
     if json:
-        _print_json([_entry_facts(entry) for entry in entries])
+        print_document([_entry_facts(entry) for entry in entries])
         return
-    _print_table(
+    print_table(
         ("adapter", "from", "entry point", ""),
         [(e.name, e.source, e.entry_point, _standing(e)) for e in entries],
     )
@@ -86,38 +93,18 @@ def check(
 
     flowtracer adapters check Qwen/Qwen3-0.6B
     """
-    chosen = None if adapter is None else _named(adapter)
+    chosen = None if adapter is None else named_adapter(adapter)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     loaded = load_model(model, device, dtype, trust_remote_code=trust_remote_code, **options)
-    from flowtracer_plugin.attention import UnsupportedArchitectureError
     from flowtracer_plugin.diagnosis import diagnose
     from flowtracer_plugin.reader import AttentionReader
 
-    if chosen is not None and not chosen.matches(loaded):
-        raise UnsupportedArchitectureError(
-            f"the adapter {adapter!r} is not for {type(loaded).__name__}: its matches() says no; "
-            "leave --adapter out, or mend it"
-        )
+    check_adapter(chosen, loaded)
     reader = AttentionReader(loaded, chosen, backend=backend)
     diagnosis = diagnose(reader)
     show = _print_check_json if json else _print_check
     show(reader, diagnosis)
     raise typer.Exit(0 if diagnosis.passed else 1)
-
-
-def _named(name: str) -> Any:
-    from flowtracer_plugin.attention import adapter_entries
-
-    entries = adapter_entries()
-    found = [entry for entry in entries if entry.name == name]
-    for entry in found:
-        if entry.adapter and not entry.skipped:
-            return entry.adapter
-    known = ", ".join(entry.name for entry in entries if not entry.skipped)
-    raise typer.BadParameter(
-        f"{name} is skipped: {found[0].skipped}" if found else f"wanted {known}, found {name!r}",
-        param_hint="--adapter",
-    )
 
 
 def _standing(entry: AdapterEntry) -> str:
@@ -150,7 +137,7 @@ def _model_facts(reader: AttentionReader) -> dict[str, Any]:
 
 
 def _print_check_json(reader: AttentionReader, diagnosis: Diagnosis) -> None:
-    _print_json(
+    print_document(
         _model_facts(reader)
         | {
             "adapter": _entry_facts(_entry_of(reader)),
@@ -195,7 +182,7 @@ def _print_check(reader: AttentionReader, diagnosis: Diagnosis) -> None:
         "ahead",
         "verdict",
     )
-    _print_table(heads, map(_row, diagnosis.sites))
+    print_table(heads, map(_row, diagnosis.sites))
     typer.echo()
     for line in _findings(diagnosis):
         typer.echo(line)
@@ -236,47 +223,3 @@ def _findings(diagnosis: Diagnosis) -> Iterable[str]:
         yield f"the run as a whole: {diagnosis.problem}"
     good = sum(found.verdict == "ok" for found in diagnosis.sites)
     yield f"{good} of {len(diagnosis.sites)} sites pass"
-
-
-def _print_json(document: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(document, indent=2))
-
-
-def _print_table(heads: Sequence[str], rows: Iterable[Sequence[str | None]]) -> None:
-    """A table: in a terminal as wide as that, elsewhere as wide as its longest line."""
-    from rich.console import Console
-
-    kept, cells = list(heads), [[cell or "" for cell in row] for row in rows]
-    console = Console(width=None if sys.stdout.isatty() else 10_000)
-    if Console(width=10_000).measure(_table(kept, cells)).maximum > console.width:
-        kept, cells = _constants_above(kept, cells)
-    with console.capture() as captured:
-        console.print(_table(kept, cells))
-    for line in captured.get().splitlines():
-        typer.echo(line.rstrip())
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        style = "" if row[-1] in {"ok", "", "generic"} else "red"
-        table.add_row(*map(Text, row), style=style)
-    return table
-
-
-def _constants_above(heads: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """What is the same in every row is said once, above a table that is too wide."""
-    varied = [
-        len({row[n] for row in rows}) > 1 or n in {0, len(heads) - 1} for n in range(len(heads))
-    ]
-    same = [f"{head} {rows[0][n]}" for n, head in enumerate(heads) if not varied[n]]
-    if same:
-        typer.echo(f"everywhere: {', '.join(same)}")
-    return list(compress(heads, varied)), [list(compress(row, varied)) for row in rows]

@@ -5,15 +5,34 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+if TYPE_CHECKING:
+    from flowtracer_plugin.attention import AttentionAdapter
+
+_loading = partial(typer.Option, rich_help_panel="Loading the model")
+
+ModelName = Annotated[str, typer.Option(help="Folder of a model, or its id on the hub.")]
+Device = Annotated[
+    str,
+    _loading(
+        help="auto, cpu, cuda, cuda:1, mps.",
+        autocompletion=lambda: ["auto", "cpu", "cuda", "mps"],
+    ),
+]
 Precision = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Precision of the model; auto is that of its files."),
+    _loading(help="Precision of the model; auto is that of its files."),
+]
+Implementation = Annotated[
+    str | None, _loading(help="Load the model with this: sdpa, eager, flash_attention_2, …")
+]
+RemoteCode = Annotated[
+    bool, _loading("--trust-remote-code", help="Run the model code that its files bring along.")
 ]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where errors arise.")]
 
@@ -22,7 +41,8 @@ def load_model(
     name: str, device: str, dtype: str, *, wanted: str = "a causal language model", **options: Any
 ) -> Any:
     """A causal language model, for inference. `options` are transformers' own."""
-    from transformers import AutoModelForCausalLM
+    with waiting("importing PyTorch and transformers"):
+        from transformers import AutoModelForCausalLM
 
     from flowtracer_plugin.attention import known_adapters
 
@@ -36,10 +56,56 @@ def load_model(
 
 def load_tokenizer(name: str, **options: Any) -> Any:
     """The tokenizer that belongs to a model. `options` are transformers' own."""
-    from transformers import AutoTokenizer
+    with waiting("importing PyTorch and transformers"):
+        from transformers import AutoTokenizer
 
     with _friendly(name, "model and tokenizer"):
         return AutoTokenizer.from_pretrained(name, **options)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A sign of life in a terminal, while something takes seconds that nobody can foretell."""
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status(Text(what)):
+        yield
+
+
+def named_adapter(name: str) -> AttentionAdapter:
+    """The adapter of that name.
+
+    Raises:
+        typer.BadParameter: There is none, or it cannot be used.
+    """
+    from flowtracer_plugin.attention import adapter_entries
+
+    entries = adapter_entries()
+    found = [entry for entry in entries if entry.name == name]
+    for entry in found:
+        if entry.adapter and not entry.skipped:
+            return entry.adapter
+    known = ", ".join(entry.name for entry in entries if not entry.skipped)
+    raise typer.BadParameter(
+        f"{name} is skipped: {found[0].skipped}" if found else f"wanted {known}, found {name!r}",
+        param_hint="--adapter",
+    )
+
+
+def check_adapter(adapter: AttentionAdapter | None, model: Any) -> None:
+    """Refuse an adapter that does not know the model.
+
+    Raises:
+        UnsupportedArchitectureError: It says so itself.
+    """
+    from flowtracer_plugin.attention import UnsupportedArchitectureError
+
+    if adapter is not None and not adapter.matches(model):
+        raise UnsupportedArchitectureError(
+            f"the adapter {adapter.name!r} is not for {type(model).__name__}: its matches() says "
+            "no; leave --adapter out, or mend it"
+        )
 
 
 @contextmanager

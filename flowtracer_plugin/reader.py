@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from flowtracer_plugin.attention import (
     AdapterMismatchError,
@@ -109,6 +110,7 @@ class AttentionReader:
         *,
         heads: Mapping[int, Int[Tensor, " chosen"]] | None = None,
         model_inputs: Mapping[str, Any] | None = None,
+        progress: bool = False,
     ) -> Float[Tensor, "batch query key"]:
         """Mean over `layers` and their heads, float32, rows and columns of padding zero.
 
@@ -120,7 +122,12 @@ class AttentionReader:
         if not model_inputs:  # what else the model is given is not moved with the tokens
             input_ids, attention_mask = text_first(input_ids, attention_mask)
         found = self.read_in_place(
-            input_ids, attention_mask, layers, heads=heads, model_inputs=model_inputs
+            input_ids,
+            attention_mask,
+            layers,
+            heads=heads,
+            model_inputs=model_inputs,
+            progress=progress,
         ).attention
         return found if torch.equal(attention_mask, seen) else put_back(found, seen)
 
@@ -129,6 +136,8 @@ class AttentionReader:
         input_ids: Int[Tensor, "batch token"],
         attention_mask: Bool[Tensor, "batch token"],
         layers: Sequence[int],
+        *,
+        progress: bool = False,
     ) -> tuple[AttentionRows, Bool[Tensor, "batch most"]]:
         """What `read` returns, row by row when it is asked for, with all padding behind the text.
 
@@ -141,8 +150,7 @@ class AttentionReader:
         input_ids, attention_mask = text_first(input_ids, attention_mask)
         kept, sites = KeptCalls(self.model, self.adapter), self._chosen(layers)
         inputs = self._inputs(input_ids, attention_mask, {})
-        with self._running():
-            self.backend.run(inputs, sites, kept.receive, whole=not may_stop(self.model))
+        self._run(inputs, sites, kept.receive, progress)
         visible = attention_mask.to(input_ids.device)
         return AttentionRows(self.model, kept.calls(), visible, block=self.block), visible
 
@@ -155,6 +163,7 @@ class AttentionReader:
         heads: Mapping[int, Int[Tensor, " chosen"]] | None = None,
         model_inputs: Mapping[str, Any] | None = None,
         keep: bool = False,
+        progress: bool = False,
     ) -> Reading:
         """`read` with the padding where it is, as whoever passes it to the model sees it.
 
@@ -164,9 +173,25 @@ class AttentionReader:
         shape = (*input_ids.shape, attention_mask.shape[1])
         total = self._sum(sites, shape, input_ids.device, heads=heads, keep=keep)
         inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
-        with self._running():
-            self.backend.run(inputs, sites, total.receive, whole=not may_stop(self.model))
+        self._run(inputs, sites, total.receive, progress)
         return total.reading(attention_mask)
+
+    def _run(
+        self,
+        inputs: Mapping[str, Any],
+        sites: Sequence[AttentionSite],
+        receive: Receive,
+        progress: bool,
+    ) -> None:
+        """Run the model to the last of the sites; a bar shows up where that takes over a second."""
+        bar = tqdm(total=len(sites), desc="reading", unit="layer", delay=1, disable=not progress)
+
+        def counted(*call: Any) -> None:
+            receive(*call)
+            bar.update()
+
+        with bar, self._running():
+            self.backend.run(inputs, sites, counted, whole=not may_stop(self.model))
 
     def listen(
         self,

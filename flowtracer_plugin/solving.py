@@ -84,7 +84,7 @@ class Solver:
         mask = torch.ones_like(ids, dtype=torch.bool)
         weights, boundary = self.options.question_weights, self.options.boundary
         if self._ready(ids, mask) == "dense":
-            attention = self._edges(ids, mask)[0].cpu().numpy()
+            attention = self._edges(ids, mask, progress=progress)[0].cpu().numpy()
             flow = solve_flow(
                 attention,
                 spans.question,
@@ -93,7 +93,7 @@ class Solver:
                 boundary=boundary,
             )
             return {"attention": attention, "reach": flow.reach, "throughput": flow.throughput}
-        rows, _ = self._rows(ids, mask)
+        rows, _ = self._rows(ids, mask, progress=progress)
         twice = 2 * (int(spans.target.nonzero()[0].max()) + 1)
         with tqdm(total=twice, desc="streaming", unit="row", disable=not progress) as bar:
 
@@ -130,15 +130,19 @@ class Solver:
         padded = not bool(mask.all())
         return self.budget.choose(self.mode, ids.shape[1], len(ids), padded=padded)
 
-    def _edges(self, ids: Ids, mask: Mask) -> Float[Tensor, "batch query key"]:
-        attention = self.reader.read(ids, mask, self.layers)
+    def _edges(
+        self, ids: Ids, mask: Mask, *, progress: bool = False
+    ) -> Float[Tensor, "batch query key"]:
+        attention = self.reader.read(ids, mask, self.layers, progress=progress)
         if self.options.first_token == "keep":
             return attention
         return drop_first_token(attention, mask)
 
-    def _rows(self, ids: Ids, mask: Mask) -> tuple[Rows, Bool[Tensor, "batch most"]]:
+    def _rows(
+        self, ids: Ids, mask: Mask, *, progress: bool = False
+    ) -> tuple[Rows, Bool[Tensor, "batch most"]]:
         """The attention by rows, with padding behind the text, and the mask of that."""
-        rows, ordered = self.reader.read_rows(ids, mask, self.layers)
+        rows, ordered = self.reader.read_rows(ids, mask, self.layers, progress=progress)
         if self.options.first_token == "keep":
             return rows, ordered
         return lambda start, stop: drop_first_token(rows(start, stop), ordered[:, :stop]), ordered

@@ -71,10 +71,18 @@ def load(path: str | Path) -> FlowTrace:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no trace at {str(path)!r}")
+        raise FileNotFoundError(
+            f"no trace at {str(path)!r}; wanted a file that FlowTrace.save() or "
+            "flowtracer trace --save wrote"
+        )
     try:
         return _read(path)
-    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+    except SafetensorError as error:
+        raise ValueError(
+            f"cannot read {str(path)!r} as a trace: it is damaged, or not a file that "
+            f"FlowTrace.save() wrote ({error}); trace anew, or get the whole file"
+        ) from error
+    except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read {str(path)!r} as a trace: {error}") from error
 
 

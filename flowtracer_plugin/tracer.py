@@ -234,7 +234,7 @@ class FlowTracer:
             response: What the model answered.
             answer: How to find the answer, instead of the tracer's own finder.
             question: A mask over the prompt's tokens or another rule, instead of the tracer's.
-            progress: Show a bar while a long text is streamed.
+            progress: Show a bar while a long text is read.
 
         Raises:
             AnswerNotFoundError: There is no answer in the response.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,9 @@ def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> Ar
     """
     kinds: Any = (FlowScriptArguments, FlowGRPOConfig, ModelConfig)
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
-    parser = _Parser(kinds, prog=prog, usage=usage)
+    parser = _Parser(
+        kinds, prog=prog, usage=usage, description=_EXAMPLE, formatter_class=_HelpFormatter
+    )
     if not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True, bf16=False)  # TRL's defaults are for accelerators
     parsed: Any
@@ -200,6 +203,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     if not sys.stderr.isatty():
         disable_progress_bars()  # each of their updates would be a line of a log file
     train(build_trainer(*parse(arguments, prog)))
+
+
+_EXAMPLE = """For example:
+
+%(prog)s --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --reward_funcs math_answer
+"""
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and the example on a line of its own."""
 
 
 class _Parser(TrlParser):

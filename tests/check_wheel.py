@@ -21,6 +21,7 @@ WANTED = (
         f"flowtracer_plugin/report/{name}"
         for name in ("base.html.j2", "page.html.j2", "group.html.j2", "group.css", "group.js")
     ),
+    "flowtracer_plugin/reasoner/model.safetensors",
     "flowtracer_adapters/py.typed",
     "flowtracer_adapters/interface.py",
 )
@@ -76,6 +77,9 @@ def main() -> None:
         constraints = ROOT / "constraints.txt"
         run(python, "-m", "pip", "install", "--quiet", "-c", constraints, wheel, cwd=folder)
         print(run(command, "--help", cwd=folder))
+        run(command, "demo", cwd=folder)
+        if not (folder / "flowtracer-demo.html").stat().st_size:
+            raise SystemExit("the installed demo wrote no page")
         model = ROOT / "examples/reasoner/model"
         page = folder / "page.html"
         output = run(

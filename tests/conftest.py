@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,39 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if marker in required:
                 pytest.fail(f"FLOWTRACER_REQUIRE lists {marker!r}, but there is {reason}")
             pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model with a chat template."""
+    from tests.families import quiet_transformers
+    from tests.tiny import tiny_llama, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "chat"
+    with quiet_transformers():
+        tiny_llama().save_pretrained(folder)
+    tiny_tokenizer(chat=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain_model(chat_model: Path) -> Path:
+    """The same model without one."""
+    from tests.tiny import tiny_tokenizer
+
+    folder = chat_model.parent / "plain"
+    shutil.copytree(chat_model, folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    return folder
+
+
+@pytest.fixture
+def flowtracer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The command `flowtracer` in this process."""
+    from tests.command_line import run_here
+
+    return partial(run_here, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

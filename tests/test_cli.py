@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import re
@@ -17,53 +16,10 @@ from transformers import (
 )
 
 import flowtracer_plugin as ft
-from flowtracer_plugin import attention, cli
+from flowtracer_plugin import attention, cli, cli_tracing
+from tests.command_line import EVERYTHING, Ran, Terminal, assert_failed, in_a_process
 from tests.families import quiet_transformers
 from tests.tiny import MESSAGES, PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
-
-EVERYTHING = r"re:(?s)(.+)"
-
-
-@pytest.fixture(scope="session")
-def chat_model(tmp_path_factory):
-    """The folder of a tiny model with a chat template."""
-    folder = tmp_path_factory.mktemp("models") / "chat"
-    with quiet_transformers():
-        tiny_llama().save_pretrained(folder)
-    tiny_tokenizer(chat=True).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def plain_model(chat_model):
-    """The same model without one."""
-    folder = chat_model.parent / "plain"
-    shutil.copytree(chat_model, folder)
-    tiny_tokenizer().save_pretrained(folder)
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    return folder
-
-
-class Ran:
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
-        # what a box around a message breaks into lines is one sentence
-        self.said = " ".join(re.sub(r"[│╭╮╰╯─]", " ", err).split())
-
-
-@pytest.fixture
-def flowtracer(monkeypatch, capsys):
-    """The command in this process: what `flowtracer ARGUMENTS` does, without its start-up time."""
-
-    def run(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["flowtracer", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        output = capsys.readouterr()
-        return Ran(left.value.code or 0, output.out, output.err)
-
-    return run
 
 
 @pytest.fixture
@@ -72,17 +28,6 @@ def trace(flowtracer, plain_model):
         return flowtracer("trace", "--model", model, "--prompt", prompt, *arguments, **options)
 
     return run
-
-
-def in_a_process(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "flowtracer_plugin", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(ft.__file__).parent.parent,
-        env={**os.environ, **environment},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +112,7 @@ def test_a_trace_that_does_not_fit_ends_in_one_sentence(trace, monkeypatch):
 def test_samples_follow_the_seed(trace):
     def sampled(seed):
         ran = trace(
-            "--sample", "--seed", seed, "--json", "--max-new-tokens", 8, "--answer", EVERYTHING
+            "--do-sample", "--seed", seed, "--json", "--max-new-tokens", 8, "--answer", EVERYTHING
         )
         return json.loads(ran.out)["text"]
 
@@ -218,10 +163,11 @@ def test_options_reach_the_trace(trace, option, name, value):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_precision_can_be_chosen(trace, dtype, monkeypatch):
     seen = []
-    load = cli._load
-    monkeypatch.setattr(cli, "_load", lambda *given: seen.append(load(*given)) or seen[0])
+    load = cli_tracing.load_tracer
+    kept = lambda *given: seen.append(load(*given)) or seen[0]  # noqa: E731
+    monkeypatch.setattr(cli_tracing, "load_tracer", kept)
     assert trace("--response", RESPONSE, "--dtype", dtype, "--device", "cpu").code == 0
-    assert str(seen[0][0].dtype) == f"torch.{dtype}"
+    assert str(seen[0].model.dtype) == f"torch.{dtype}"
 
 
 @pytest.mark.parametrize("ending", ["", "\n"])
@@ -248,16 +194,10 @@ def test_version(flowtracer):
     assert (ran.code, ran.out, ran.err) == (0, f"flowtracer {ft.__version__}\n", "")
 
 
-def test_the_help_of_a_command_shows_an_example(flowtracer):
-    ran = flowtracer("trace", "--help")
-    assert ran.code == 0
-    assert 'flowtracer trace --model Qwen/Qwen3-0.6B --prompt "What is 17 * 3?"' in ran.out
-
-
 def test_without_a_command_there_is_help(flowtracer):
     ran = flowtracer()
     assert ran.code == 2
-    assert "Show which tokens carried the answer" in ran.out + ran.err
+    assert "Show which tokens carried an answer" in ran.out + ran.err
 
 
 # adapters
@@ -369,13 +309,13 @@ def test_a_check_of_damaged_files_says_so(flowtracer, plain_model, tmp_path):
 
 
 def test_in_a_narrow_terminal_what_is_the_same_everywhere_is_said_once(flowtracer, monkeypatch):
-    from flowtracer_plugin.cli_adapters import _print_table
+    from flowtracer_plugin.cli_outputs import print_table
 
     monkeypatch.setenv("COLUMNS", "50")
     monkeypatch.setattr(sys, "stdout", Terminal())
     module = "model.layers.{}.self_attn"
     rows = [(str(n), module.format(n), "attention_interface", "ok") for n in range(2)]
-    _print_table(("layer", "module", "function", "verdict"), rows)
+    print_table(("layer", "module", "function", "verdict"), rows)
     said = re.sub(r"\x1b\[[\d;]*m", "", sys.stdout.getvalue()).splitlines()
     assert [line.rstrip() for line in said] == [
         "everywhere: function attention_interface",
@@ -385,25 +325,7 @@ def test_in_a_narrow_terminal_what_is_the_same_everywhere_is_said_once(flowtrace
     ]
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 # mistakes: one sentence on stderr, no traceback
-
-
-def assert_failed(ran, code, *parts):
-    assert ran.code == code
-    assert ran.out == ""
-    assert "Traceback" not in ran.err
-    for part in parts:
-        assert part in ran.said, ran.said
-    if code == 1:
-        first, second, *rest = ran.err.splitlines()
-        assert first.startswith("error: ")
-        assert second == "(--traceback shows where it arose)"
-        assert not rest
 
 
 @pytest.mark.parametrize(
@@ -417,7 +339,9 @@ def assert_failed(ran, code, *parts):
         (["--target", "end"], "'end' is not one of 'answer', 'decision'"),
         (["--question", "mask"], "'mask' is not one of 'prompt', 'all', 'user'"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
-        (["--generate"], "pass --response or --generate, not both"),
+        (["--layers", "center"], "layers must be one of all, early, middle, late"),
+        (["--generate"], "--response gives the answer, and nothing is generated: leave it out"),
+        (["--seed", "1"], "leave out --generate, --max-new-tokens, --do-sample, --temperature"),
         (["--nothing"], "No such option"),
     ],
 )
@@ -433,7 +357,6 @@ def test_what_is_missing_is_a_usage_error(flowtracer, plain_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--layers", "center"], "layers must be one of all, early, middle, late"),
         (["--layers", "4,99"], "layers [99] have no attention to read"),
         (["--answer", "boxed"], "no answer found by 'boxed' in the response"),
     ],
@@ -515,12 +438,15 @@ def test_files_are_written_even_if_nobody_reads_the_output(plain_model, tmp_path
 
 
 def test_a_page_that_cannot_be_written_does_not_lose_the_trace(flowtracer, plain_model, tmp_path):
+    (tmp_path / "file").touch()
+    page = tmp_path / "file" / "x.html"
     ran = flowtracer(
         *("trace", "--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE),
-        *("--html", tmp_path, "--save", tmp_path / "x.flow"),
+        *("--html", page, "--save", tmp_path / "x.flow"),
     )
     assert ran.code == 1
-    assert "found the directory" in ran.said
+    assert f"error: cannot write '{page}': " in ran.said
+    assert "name a file in a folder that you may write to" in ran.said
     assert ft.load(tmp_path / "x.flow")
 
 

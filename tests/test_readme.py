@@ -76,7 +76,7 @@ def test_the_options_that_the_readme_shows_for_the_command_exist():
 
     from flowtracer_plugin.cli import app
 
-    commands = (["trace", "--help"], ["train", "--help"])
+    commands = (["generate", "--help"], ["trace", "--help"], ["train", "--help"])
     described = "".join(CliRunner().invoke(app, c, terminal_width=200).output for c in commands)
     inline = re.findall(r"`(flowtracer [^`]+)`", README)
     shell = [block.text for block in BLOCKS if block.language == "bash"]

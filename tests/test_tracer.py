@@ -595,3 +595,24 @@ class Refusing(AttentionAdapter):
 def test_an_adapter_may_refuse_the_model(model):
     with pytest.raises(ft.UnsupportedArchitectureError, match=r"tried: refusing.*adapters/README"):
         ft.wrap(model, adapter=Refusing())
+
+
+@pytest.mark.parametrize("mode", ["dense", "streamed"])
+@pytest.mark.parametrize("backend", ["nnsight", "interface"])
+def test_progress_counts_the_layers_that_are_read(mode, backend, monkeypatch):
+    from flowtracer_plugin import reader
+
+    bars = []
+
+    def bar(**options):
+        bars.append((tqdm(**options), options["disable"]))
+        return bars[-1][0]
+
+    tqdm = reader.tqdm
+    monkeypatch.setattr(reader, "tqdm", bar)
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode=mode, backend=backend)
+    tracer.trace(PROMPT, RESPONSE, progress=True)
+    assert all(disabled for _, disabled in bars[:-1])
+    last, disabled = bars[-1]
+    assert not disabled
+    assert last.n == last.total == len(tracer.layers)

@@ -1,0 +1,60 @@
+"""What went wrong, in one sentence that says what to do."""
+
+from __future__ import annotations
+
+MISTAKES = (
+    ValueError,
+    LookupError,
+    TypeError,
+    OSError,
+    RuntimeError,
+    ImportError,
+    MemoryError,
+)
+"""What a user can cause. Anything else is a mistake of this package, and shows where it arose."""
+
+EXTRAS = {
+    "trl": "trl",
+    "peft": "trl",
+    "datasets": "trl",
+    "math_verify": "math",
+    "matplotlib": "viz",
+    "networkx": "viz",
+    "pyarrow": "viz",
+}
+"""Packages that not everyone has, and the extra that brings each."""
+
+
+def sentence(error: BaseException) -> str:
+    """The mistake on one line."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    missing = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and missing in EXTRAS and "pip install" not in said:
+        extra = EXTRAS[missing]
+        return f"this needs {missing}; run: pip install 'flowtracer-plugin[{extra}]'"
+    if _is_out_of_memory(error):
+        return (
+            "the memory is used up; trace a shorter text or fewer layers (--layers middle:2), with "
+            "--mode streamed, --dtype bfloat16 or on another --device; flowtracer estimate shows "
+            "what a trace takes"
+        )
+    if type(error).__name__ == "AnswerNotFoundError":
+        found, _, _ = said.rpartition("; say how to find it")
+        return (
+            f"{found}; --answer says how to find it, such as last_word or re:PATTERN, and "
+            "--max-new-tokens lets a model say more"
+        )
+    if isinstance(error, KeyError):
+        return f"there is no {said}"
+    return said
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or PyTorch ran out of memory; `TooLittleMemoryError` knows better advice."""
+    said = str(error)
+    return (
+        type(error) is MemoryError
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in said)
+        or (isinstance(error, RuntimeError) and "MPS backend out of memory" in said)
+    )

@@ -1,0 +1,236 @@
+"""The options that commands share, with the names and defaults of the Python API."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from flowtracer_plugin.cli_loading import Device, Implementation, ModelName, Precision, RemoteCode
+
+_generating = partial(typer.Option, rich_help_panel="The model's answer")
+_tracing = partial(typer.Option, rich_help_panel="Flow")
+_output = partial(typer.Option, rich_help_panel="Output")
+
+
+def flattened(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer wants it: the fields of its dataclass parameters are its options."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        own = [parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)]
+        parameters += _field_parameters(groups[name]) if name in groups else own
+
+    def run(**given: Any) -> None:
+        made = {
+            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**made, **given)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    vars(run)["__signature__"] = inspect.Signature(parameters)
+    return run
+
+
+def _field_parameters(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+    ]
+
+
+def answer_rule(text: str) -> str | re.Pattern[str]:
+    """A finder of answers: its name, or the pattern after `re:`.
+
+    Raises:
+        typer.BadParameter: There is no such finder, or the pattern has not one group.
+    """
+    from flowtracer_plugin.answers import FINDERS, check_finder
+
+    names = ["auto", *FINDERS]
+    if text in names:
+        return text
+    if not text.startswith("re:"):
+        raise typer.BadParameter(f"wanted {', '.join(names)} or re:PATTERN, found {text!r}")
+    try:
+        pattern = re.compile(text.removeprefix("re:"))
+        check_finder(pattern)
+    except (ValueError, re.error) as error:
+        raise typer.BadParameter(f"{error}, in {text!r}") from error
+    return pattern
+
+
+def layer_selection(text: str) -> str | list[int]:
+    """Layers by name or by number; whether the model has these, only the model can tell.
+
+    Raises:
+        typer.BadParameter: It is neither.
+    """
+    from flowtracer_plugin.layers import select_layers
+
+    parts = text.split(",")
+    if all(part.strip().isdecimal() for part in parts):
+        return [int(part) for part in parts]
+    try:
+        select_layers(text, [0])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return text
+
+
+def _beginning_with(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
+    """What a shell may complete a word to."""
+    return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
+
+
+def _answer_rules() -> list[str]:
+    from flowtracer_plugin.answers import FINDERS
+
+    return ["auto", *FINDERS]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    model: ModelName
+    device: Device = "auto"
+    dtype: Precision = "auto"
+    attn_implementation: Implementation = None
+    trust_remote_code: RemoteCode = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """What the model is asked."""
+
+    prompt: Annotated[str, typer.Option(help="The question; - reads it from standard input.")]
+    chat: Annotated[
+        bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
+    ] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How the model answers: those of `FlowTracer.generate`."""
+
+    max_new_tokens: Annotated[int, _generating(min=1, help="Length of a generated answer.")] = 256
+    do_sample: Annotated[
+        bool, _generating("--do-sample", help="Sample instead of decoding greedily.")
+    ] = False
+    temperature: Annotated[
+        float | None, _generating(help="Of the sampling, instead of the model's own.")
+    ] = None
+    seed: Annotated[int, _generating(help="Seed of the sampling.")] = 0
+
+
+Layers = Annotated[
+    Any,
+    _tracing(
+        parser=layer_selection,
+        metavar="LAYERS",
+        help="middle, early, late, all, middle:5, or numbers such as 4,5,6.",
+        autocompletion=_beginning_with(lambda: ["middle", "early", "late", "all"]),
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracingOptions:
+    """How the flow is traced: those of `wrap`."""
+
+    layers: Layers = "middle"
+    question: Annotated[
+        Literal["prompt", "all", "user"],
+        _tracing(help="Trace from the prompt, also from its special tokens, or from --prompt."),
+    ] = "prompt"
+    answer: Annotated[
+        Any,
+        _tracing(
+            parser=answer_rule,
+            metavar="RULE",
+            help="How to find the answer: auto, boxed, answer_tag, hash, phrase, after_think, "
+            "last_number, last_word, or re:PATTERN with one group.",
+            autocompletion=_beginning_with(_answer_rules),
+        ),
+    ] = "auto"
+    target: Annotated[
+        Literal["answer", "decision"],
+        _tracing(help="Trace to the answer, or to the tokens whose logits choose it."),
+    ] = "answer"
+    question_weights: Annotated[
+        Literal["uniform", "reach"],
+        _tracing(help="Start with equal parts, or in proportion to the influence on the answer."),
+    ] = "uniform"
+    boundary: Annotated[
+        Literal["literal", "absorbing"],
+        _tracing(help="Flow passes through answer tokens, or ends at the first that it meets."),
+    ] = "literal"
+    first_token: Annotated[
+        Literal["keep", "drop"],
+        _tracing(help="Keep or drop what is paid to the first token, a common attention sink."),
+    ] = "keep"
+    adapter: Annotated[
+        str | None,
+        _tracing(help="Name of an adapter (flowtracer adapters), not the one that fits."),
+    ] = None
+    backend: Annotated[Literal["nnsight", "interface"], _tracing(help="How the model is read.")] = (
+        "nnsight"
+    )
+    block: Annotated[int, _tracing(min=1, help="Query rows that are computed at a time.")] = 64
+    mode: Annotated[
+        Literal["auto", "dense", "streamed"],
+        _tracing(help="Hold the attention between all pairs of tokens, or compute it in blocks."),
+    ] = "auto"
+    verify: Annotated[
+        bool, _tracing(help="Check first that what is read is what the model computes.")
+    ] = True
+
+
+AsJson = Annotated[bool, _output("--json", help="Print the trace as JSON.")]
+PageFile = Annotated[Path | None, _output(dir_okay=False, help="Write a page.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What becomes of a trace: those of its methods `to_…`."""
+
+    json: AsJson = False
+    html: PageFile = None
+    parquet: Annotated[
+        Path | None, _output(dir_okay=False, help="Write the tokens as a table.")
+    ] = None
+    graphml: Annotated[
+        Path | None, _output(dir_okay=False, help="Write the graph of the flow.")
+    ] = None
+    figure: Annotated[
+        Path | None, _output(dir_okay=False, help="Write a figure: .png, .svg or .pdf.")
+    ] = None
+    figure_kind: Annotated[
+        Literal["ribbon", "river", "steps", "overview"],
+        _output(help="Flow along the text, across its cuts, between its lines, or all three."),
+    ] = "ribbon"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewTraceOptions(OutputOptions):
+    """What becomes of a trace that is not on disk yet."""
+
+    save: Annotated[
+        Path | None, _output(dir_okay=False, help="Write the trace itself, for flowtracer report.")
+    ] = None
