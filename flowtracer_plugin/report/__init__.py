@@ -1,5 +1,6 @@
 """What people look at: a trace as a page or a notebook cell, and the groups of a training."""
 
+from flowtracer_plugin.report.compare import render_comparison, write_comparison
 from flowtracer_plugin.report.group import (
     CompletionView,
     group_page,
@@ -11,8 +12,10 @@ from flowtracer_plugin.report.page import render_notebook, render_page, write_pa
 __all__ = [
     "CompletionView",
     "group_page",
+    "render_comparison",
     "render_notebook",
     "render_page",
+    "write_comparison",
     "write_group_page",
     "write_index",
     "write_page",

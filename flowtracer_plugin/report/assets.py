@@ -15,7 +15,11 @@ from flowtracer_plugin.report.display import direction, number, percent, signed,
 
 
 def render(
-    template: str, *, styles: str, script: str | tuple[str, ...] = (), **context: Any
+    template: str,
+    *,
+    styles: str | tuple[str, ...],
+    script: str | tuple[str, ...] = (),
+    **context: Any,
 ) -> str:
     """A page of `template`, with its styles and scripts after those that all pages share.
 
@@ -25,8 +29,8 @@ def render(
         _templates()
         .get_template(template)
         .render(
-            styles=_asset("base.css") + _asset(styles),
-            script=_script((script,) if isinstance(script, str) else script),
+            styles=_joined("base.css", styles),
+            script=_joined("tokens.js", script) if script else None,
             **context,
         )
     )
@@ -57,9 +61,9 @@ def _asset(name: str) -> Markup:
     return Markup(files("flowtracer_plugin.report").joinpath(name).read_text("utf-8"))
 
 
-def _script(names: tuple[str, ...]) -> Markup | None:
-    """One script, since all of it shares a scope; none without a name."""
-    return Markup("").join(map(_asset, ("tokens.js", *names))) if names else None
+def _joined(shared: str, own: str | tuple[str, ...]) -> Markup:
+    """One style, or one script, since all of it shares a scope."""
+    return Markup("").join(map(_asset, (shared, *((own,) if isinstance(own, str) else own))))
 
 
 def _digest(content: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -12,10 +13,12 @@ from jaxtyping import Bool, Float, Int
 from flowtracer_plugin.report.display import Piece, piece_starts, shorten, shown_text, visible
 from flowtracer_plugin.report.drawing import RIBBON_HEIGHT, bars_path
 
+P = TypeVar("P", bound=Piece)
+
 LEVELS = 3
 """Steps of colour on each side of zero."""
 
-_MAX_BARS = 480
+MAX_BARS = 480
 _LOWEST_BAR = 12
 
 
@@ -173,6 +176,45 @@ def cut_pieces(view: CompletionView, largest: float) -> tuple[CreditPiece, ...]:
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Excerpt:
+    """Pieces of a text from its beginning and its end.
+
+    Attributes:
+        parts: The text in pieces, in two parts where the middle is left out.
+        stop: The first token after the text.
+    """
+
+    parts: tuple[tuple[Piece, ...], ...]
+    stop: int
+
+    @property
+    def gap(self) -> tuple[int, int] | None:
+        """The first and the last token that the text leaves out."""
+        if len(self.parts) < 2:
+            return None
+        before, after = self.parts
+        stop = after[0].first if after else self.stop
+        return (before[-1].last + 1 if before else 0, stop - 1)
+
+    @property
+    def shown(self) -> int:
+        """Tokens in the text."""
+        return sum(piece.last + 1 - piece.first for part in self.parts for piece in part)
+
+
+def ends_of(pieces: tuple[P, ...], most: int) -> tuple[tuple[P, ...], ...]:
+    """All pieces, or as many from the beginning and the end as have `most` tokens."""
+    first, stop = (pieces[0].first, pieces[-1].last + 1) if pieces else (0, 0)
+    if stop - first <= most:
+        return (pieces,)
+    head, tail = first + most - most // 2, stop - most // 2
+    return (
+        tuple(piece for piece in pieces if piece.last < head),
+        tuple(piece for piece in pieces if piece.first >= tail),
+    )
+
+
 def _hub_numbers(view: CompletionView, starts: Int[np.ndarray, " piece"]) -> list[int]:
     numbers = [0] * len(starts)
     for number, hub in reversed(list(enumerate(view.hubs, start=1))):
@@ -202,9 +244,9 @@ class CreditRibbon:
 
 def draw_credit(view: CompletionView, largest: float, longest: int) -> CreditRibbon:
     """The ribbon of a completion in a group whose longest has `longest` tokens."""
-    width, length = min(longest, _MAX_BARS), len(view.tokens)
-    count = min(length, math.ceil(length * width / max(longest, 1)))
-    first = np.arange(count) * length // max(count, 1)
+    width, length = min(longest, MAX_BARS), len(view.tokens)
+    first = bar_starts(length, longest)
+    count = len(first)
     stops = [*first[1:].tolist(), length][:count]
     best = [
         start + int(view.throughput[start:stop].argmax())
@@ -218,9 +260,20 @@ def draw_credit(view: CompletionView, largest: float, longest: int) -> CreditRib
             level_class(level): bars_path(_heights(view, best), levels == level)
             for level in np.unique(levels).tolist()
         },
-        answer="".join(f"M{bar} 106h1v10h-1z" for bar in np.flatnonzero(answer).tolist()),
+        answer=answer_path(answer),
         hubs=tuple(round((hub + 0.5) * count / length, 2) for hub in view.hubs),
     )
+
+
+def bar_starts(length: int, longest: int) -> Int[np.ndarray, " bar"]:
+    """First token of each bar of a text, where one of `longest` tokens would fill the width."""
+    count = min(length, math.ceil(length * min(longest, MAX_BARS) / max(longest, 1)))
+    return np.arange(count) * length // max(count, 1)
+
+
+def answer_path(bars: Bool[np.ndarray, " bar"]) -> str:
+    """An SVG path beneath the bars of an answer."""
+    return "".join(f"M{bar} 106h1v10h-1z" for bar in np.flatnonzero(bars).tolist())
 
 
 def _heights(view: CompletionView, shown: list[int]) -> Int[np.ndarray, " bar"]:

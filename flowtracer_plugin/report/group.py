@@ -11,22 +11,29 @@ from typing import Any
 
 import numpy as np
 
+from flowtracer_plugin.contrast import first_equals, two_sides
+from flowtracer_plugin.contrast_texts import contrast_beginning, contrast_words
 from flowtracer_plugin.report.assets import render
 from flowtracer_plugin.report.completion import (
     LEVELS,
     CompletionView,
     CreditPiece,
     CreditRibbon,
+    Excerpt,
     cut_pieces,
     draw_credit,
+    ends_of,
     level_class,
 )
+from flowtracer_plugin.report.differences import Differences, Person, show_differences
 from flowtracer_plugin.report.display import shorten, signed, visible
 from flowtracer_plugin.report.group_index import GroupSummary, write_index
 from flowtracer_plugin.report.payload import embed
 from flowtracer_plugin.storage import write_atomically
 
 __all__ = ["CompletionView", "group_page", "write_group_page", "write_index"]
+
+_SIDES = ("right", "wrong")
 
 _MAX_PROMPT = 20_000
 
@@ -80,8 +87,8 @@ def group_page(
     summary = _summary(prompt, completions, title, step)
     return render(
         "group.html.j2",
-        styles="group.css",
-        script="group.js",
+        styles=("contrast.css", "group.css"),
+        script=("tips.js", "contrast.js", "page_table.js", "group.js"),
         title=shorten(visible(title), 200),
         prompt=_prompt(prompt),
         summary=summary,
@@ -89,6 +96,7 @@ def group_page(
         columns=columns,
         scale=_scale(largest),
         facts=_facts(completions),
+        shown=_differences([column.view for column in columns], max_tokens),
         data=embed([_column_data(column) for column in columns]),
     )
 
@@ -99,34 +107,19 @@ def _best_first(numbered: tuple[int, CompletionView]) -> tuple[float, float, int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Column:
+class Column(Excerpt):
     """A completion as the page shows it.
 
     Attributes:
         sample: Its number in the order in which the completions came, from 1.
         view: The completion.
-        parts: Its text in pieces, in two parts where the middle is left out.
         ribbon: All of it as bars.
     """
 
+    parts: tuple[tuple[CreditPiece, ...], ...]
     sample: int
     view: CompletionView
-    parts: tuple[tuple[CreditPiece, ...], ...]
     ribbon: CreditRibbon
-
-    @property
-    def gap(self) -> tuple[int, int] | None:
-        """The first and the last token that the text leaves out."""
-        if len(self.parts) < 2:
-            return None
-        before, after = self.parts
-        stop = after[0].first if after else len(self.view.tokens)
-        return (before[-1].last + 1 if before else 0, stop - 1)
-
-    @property
-    def shown(self) -> int:
-        """Tokens in the text."""
-        return sum(piece.last + 1 - piece.first for part in self.parts for piece in part)
 
 
 def _column(
@@ -135,20 +128,36 @@ def _column(
     return Column(
         sample=sample,
         view=view,
-        parts=_parts(cut_pieces(view, largest), max_tokens),
+        stop=len(view.tokens),
+        parts=ends_of(cut_pieces(view, largest), max_tokens),
         ribbon=draw_credit(view, largest, longest),
     )
 
 
-def _parts(pieces: tuple[CreditPiece, ...], max_tokens: int) -> tuple[tuple[CreditPiece, ...], ...]:
-    """All pieces, or as many from the beginning and the end as have `max_tokens`."""
-    length = pieces[-1].last + 1 if pieces else 0
-    if length <= max_tokens:
-        return (pieces,)
-    head, tail = max_tokens - max_tokens // 2, length - max_tokens // 2
-    return (
-        tuple(piece for piece in pieces if piece.last < head),
-        tuple(piece for piece in pieces if piece.first >= tail),
+def _differences(columns: Sequence[CompletionView], most: int) -> Differences | None:
+    """Completions with a positive advantage against those with a negative one; None without."""
+    # Where no flow was traced there is none to compare.
+    places = [at for at, view in enumerate(columns) if view.advantage and view.throughput.any()]
+    views = [columns[at] for at in places]
+    truths = [bool(view.advantage > 0) for view in views]
+    texts, flows = [tuple(view.tokens) for view in views], [view.throughput for view in views]
+    sides = two_sides(_SIDES, truths, first_equals(list(zip(texts, truths, strict=True)), flows))
+    if sides is None:
+        return None
+    beginning = contrast_beginning(texts, texts, flows, sides)
+    return show_differences(
+        texts[0],
+        {"Completion": (0, beginning.length)},
+        ["answer" if answer else "" for answer in views[0].answer],
+        beginning,
+        contrast_words(texts, flows, [~view.answer for view in views], sides),
+        sides,
+        names=_SIDES,
+        people=[
+            Person(label=f"{at + 1}", link=f"completion-{at + 1}", right=truth)
+            for at, truth in zip(places, truths, strict=True)
+        ],
+        most=most,
     )
 
 

@@ -48,7 +48,7 @@
     }
   }
 
-  for (const heading of document.querySelectorAll("#tokens th button")) {
+  for (const heading of document.querySelectorAll("th button")) {
     heading.addEventListener("click", () => sort(heading.closest("table"), heading.closest("th")));
   }
   for (const button of document.querySelectorAll(".copy")) {

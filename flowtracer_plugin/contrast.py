@@ -1,0 +1,164 @@
+"""How two groups of texts differ in numbers: means, and how far chance alone goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+MOST_DEALS = 20_000
+"""Ways of dealing out the sides up to which all are tried; of more, half as many at random."""
+
+_BLOCK = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sides:
+    """Which texts are compared with which.
+
+    Attributes:
+        names: What the two sides are called.
+        first: Numbers of the texts of one side.
+        second: Numbers of those of the other.
+    """
+
+    names: tuple[str, str]
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The texts of both sides, the first one's first."""
+        return self.first + self.second
+
+    @property
+    def deals(self) -> int:
+        """In how many ways the texts can be dealt out to sides of these sizes."""
+        return math.comb(len(self.members), len(self.first))
+
+    @property
+    def tried(self) -> int:
+        """How many of these ways a chance is told from."""
+        return self.deals if self.deals <= MOST_DEALS else MOST_DEALS // 2
+
+    @property
+    def lowest_chance(self) -> float:
+        """What no chance can be below: as they are is one of the ways, as is its mirror image."""
+        mirrored = self.tried == self.deals and len(self.first) == len(self.second)
+        return (2 if mirrored else 1) / self.tried
+
+
+def first_equals(
+    texts: Sequence[Hashable], flows: Sequence[Float[np.ndarray, " _"]]
+) -> tuple[int, ...]:
+    """For each text the number of the first one that is the same and has the same flow.
+
+    Whoever samples gets some texts several times. They say nothing new, and could not be dealt out
+    to both sides, so that counting them would make chance look smaller than it is.
+    """
+    known: dict[Hashable, list[int]] = {}
+    found = []
+    for number, (text, flow) in enumerate(zip(texts, flows, strict=True)):
+        alike = known.setdefault(text, [])
+        same = (at for at in alike if np.allclose(flows[at], flow, rtol=1e-3, atol=1e-6))
+        found.append(next(same, number))
+        if found[-1] == number:
+            alike.append(number)
+    return tuple(found)
+
+
+def two_sides(
+    names: tuple[str, str], truths: Sequence[bool | None], same: Sequence[int]
+) -> Sides | None:
+    """The true texts and the false ones, each text once; None unless there are both.
+
+    `same` is what `first_equals` gives.
+    """
+    first, second = (
+        tuple(at for at, truth in enumerate(truths) if truth is side and same[at] == at)
+        for side in (True, False)
+    )
+    return Sides(names=names, first=first, second=second) if first and second else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Contrast:
+    """How several things differ between the sides.
+
+    Attributes:
+        first: Mean over the texts of the first side; without sides the highest of all.
+        second: Mean over those of the second side; without sides the lowest of all.
+        chance: In which share of all ways to deal out the sides the thing differs at least as much
+            as it does; None without sides, and for two texts, where there is no telling.
+        chance_of_any: In which share of them at least one of the things does.
+    """
+
+    first: Float[np.ndarray, " thing"]
+    second: Float[np.ndarray, " thing"]
+    chance: Float[np.ndarray, " thing"] | None
+    chance_of_any: Float[np.ndarray, " thing"] | None
+
+    @property
+    def difference(self) -> Float[np.ndarray, " thing"]:
+        """First minus second."""
+        return self.first - self.second
+
+    def columns(self) -> list[dict[str, Any]]:
+        """The numbers of each thing, by name, in plain Python."""
+        names = ("first", "second", "chance", "chance_of_any")
+        known = [
+            [None] * len(self.first) if part is None else part.tolist()
+            for part in (getattr(self, name) for name in names)
+        ]
+        return [dict(zip(names, numbers, strict=True)) for numbers in zip(*known, strict=True)]
+
+
+def contrast(values: Float[np.ndarray, "text thing"], sides: Sides | None) -> Contrast:
+    """How `values` differ; the chances are those of an exact permutation test, without direction.
+
+    Where there are more than `MOST_DEALS` ways to deal out the sides, a fixed sample of them
+    stands for all (Phipson and Smyth 2010: the sample holds the sides as they are).
+    """
+    if sides is None:
+        return Contrast(first=values.max(0), second=values.min(0), chance=None, chance_of_any=None)
+    values, count = values[list(sides.members)].astype(float), len(sides.first)
+    chance, of_any = _chances(values, count) if sides.deals > 2 else (None, None)
+    return Contrast(
+        first=values[:count].mean(0),
+        second=values[count:].mean(0),
+        chance=chance,
+        chance_of_any=of_any,
+    )
+
+
+def _chances(
+    values: Float[np.ndarray, "text thing"], count: int
+) -> tuple[Float[np.ndarray, " thing"], Float[np.ndarray, " thing"]]:
+    deals = _deals(len(values), count)
+    # Sums in another order round differently: a deal that is the same must not be missed.
+    least = np.abs(deals[0] @ values) - 1e-9 * np.abs(values).max(0)
+    hits, largest = np.zeros(values.shape[1]), []
+    for start in range(0, len(deals), _BLOCK):
+        found = np.abs(deals[start : start + _BLOCK] @ values)
+        hits += (found >= least).sum(0)
+        largest.append(found.max(1, initial=0.0))
+    reached = len(deals) - np.searchsorted(np.sort(np.concatenate(largest)), least)
+    return hits / len(deals), reached / len(deals)
+
+
+def _deals(texts: int, count: int) -> Float[np.ndarray, "deal text"]:
+    """What each text's value is multiplied with to give a difference; as they are comes first."""
+    if math.comb(texts, count) <= MOST_DEALS:
+        chosen = np.array(list(combinations(range(texts), count)))
+    else:
+        order = np.tile(np.arange(texts), (MOST_DEALS // 2, 1))
+        order[1:] = np.random.default_rng(0).permuted(order[1:], axis=1)
+        chosen = order[:, :count]
+    deals = np.full((len(chosen), texts), -1 / (texts - count))
+    np.put_along_axis(deals, chosen, 1 / count, 1)
+    return deals

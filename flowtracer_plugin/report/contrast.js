@@ -1,0 +1,30 @@
+/** Two sides: what is known of the tokens that all share. */
+const contrast = (() => {
+  const data = JSON.parse(document.getElementById("differences")?.textContent ?? "null");
+  const places = new Map();
+  document.querySelectorAll(".text.shared > span").forEach((unit, place) => places.set(unit, place));
+
+  /** A difference of two shares, in percentage points. */
+  function points(value) {
+    const short = String(Number(Math.abs(100 * value).toPrecision(3)));
+    return value ? `${value < 0 ? "\u2212" : "+"}${short} points` : "0 points";
+  }
+
+  /** Of a token that all share. */
+  function describe(unit) {
+    const known = data.shared[places.get(unit)];
+    const [first, second, chance, chanceOfAny] = known.numbers;
+    const numbers = {
+      [data.names[0]]: tokens.percent(first),
+      [data.names[1]]: tokens.percent(second),
+      difference: points(first - second),
+    };
+    if (chance !== null) {
+      numbers.chance = tokens.percent(chance);
+      numbers["chance of any"] = tokens.percent(chanceOfAny);
+    }
+    return { text: known.text, where: ["in all texts", `token ${tokens.range(...known.tokens)}`], numbers };
+  }
+
+  return { describe, units: [...places.keys()] };
+})();
