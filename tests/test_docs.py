@@ -29,7 +29,7 @@ DOCUMENTS = [*PAGES, ROOT / "README.md", ROOT / "adapters/README.md", ROOT / "CO
 WITH_COMMANDS = [document for document in DOCUMENTS if list(commands(document))]
 
 # These pages are looked up in the middle of something: a reader has a model, a trainer, a trace.
-CONTINUED = {"credit", "long_texts", "rewards"}
+CONTINUED = {"credit", "exports", "long_texts", "rewards"}
 WITH_CODE = {"method", "quickstart", "look", "train", "faithfulness", *CONTINUED}
 
 FUTURE = pytest.mark.filterwarnings(
