@@ -1,15 +1,9 @@
 """That docs/exports.md is true."""
 
-import re
-
-import pytest
-from PIL import Image
-
 import flowtracer_plugin as ft
 from flowtracer_plugin.document import token_fields
 from flowtracer_plugin.report.figures import KINDS
 from tests.test_layout import ROOT
-from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
 
 DOCUMENT = (ROOT / "docs" / "exports.md").read_text("utf-8")
 
@@ -28,23 +22,3 @@ def test_the_tables_are_those_of_the_schema():
         f"| `{name}` | {field['description']} |" for name, field in fields.items()
     ]
     assert [row.split("`")[1] for row in rows("Figures")] == list(KINDS)
-
-
-@pytest.mark.parametrize("place", range(4))
-def test_the_examples_run(place, tmp_path, monkeypatch):
-    trace = ft.wrap(tiny_llama(), tiny_tokenizer()).trace(PROMPT, RESPONSE)
-    monkeypatch.chdir(tmp_path)
-    exec(re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)[place], {"ft": ft, "trace": trace})
-    written = {path.name for path in tmp_path.iterdir()}
-    assert (
-        written
-        == [
-            set(),
-            {"trace.parquet"},
-            {"trace.graphml"},
-            {"ribbon.pdf", "steps.svg", "overview.png"},
-        ][place]
-    )
-    if "overview.png" in written:
-        with Image.open("overview.png") as image:
-            assert image.width == 2100
