@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from flowtracer_plugin.comparison import ComparedTrace
     from flowtracer_plugin.trace import FlowTrace
 
-TraceFiles = Annotated[
-    list[Path], typer.Argument(metavar="FILE...", help="Traces that --save wrote.")
-]
+TraceFiles = Annotated[list[Path], typer.Argument(metavar="FILE", help="Traces that --save wrote.")]
 
 
 @flattened

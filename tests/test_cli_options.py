@@ -14,6 +14,7 @@ from typer.main import get_command
 import flowtracer_plugin as ft
 from flowtracer_plugin import answers, cli, cli_options, memory, reader, trace
 from flowtracer_plugin.cli_mistakes import EXTRAS
+from flowtracer_plugin.report import figures
 from tests.command_line import in_a_process
 
 ROOT = get_command(cli.app)
@@ -85,6 +86,13 @@ def test_estimate_has_the_defaults_of_python_too():
     options = defaults("estimate")
     assert options["layers"] == keywords(ft.wrap)["layers"]
     assert options["batch"] == keywords(ft.FlowTracer.estimate)["batch"]
+
+
+def test_a_figure_is_of_the_kinds_and_by_default_of_the_kind_of_python():
+    hint = get_type_hints(cli_options.OutputOptions)["figure_kind"]
+    assert get_args(hint) == figures.KINDS
+    kind = inspect.signature(ft.FlowTrace.to_figure).parameters["kind"]
+    assert defaults("report")["figure_kind"] == kind.default
 
 
 @pytest.mark.parametrize("command", ["trace", "generate", "report"])
