@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     and_masks,
@@ -151,12 +152,17 @@ def _inspect(model: nn.Module, implementation: str) -> bool:
     other = ids.clone()
     other[0, middle] = (ids[0, middle] + 1) % vocabulary_size(model)
     removed = torch.zeros(1, length, length, dtype=torch.bool, device=ids.device)
-    plain, changed = (first_output(model(input_ids=text))[0] for text in (ids, other))
+    more = {"use_cache": False} if "use_cache" in accepted_inputs(model) else {}
+
+    def logits(read: Int[Tensor, "1 token"]) -> Float[Tensor, "token word"]:
+        return first_output(model(input_ids=read, **more))[0]
+
+    plain, changed = logits(ids), logits(other)
     with cutting(removed):
-        uncut = first_output(model(input_ids=ids))[0]
+        uncut = logits(ids)
     removed[0, middle + 1 :, middle] = True
     with cutting(removed):
-        blind, still = (first_output(model(input_ids=text))[0] for text in (ids, other))
+        blind, still = logits(ids), logits(other)
     seen = difference(changed[middle + 1 :], plain[middle + 1 :])
     leaked = difference(still[middle + 1 :], blind[middle + 1 :])
     kind = type(model).__name__
@@ -164,9 +170,9 @@ def _inspect(model: nn.Module, implementation: str) -> bool:
         raise KnockOutError(f"{kind} computes other logits as soon as its masks are written out")
     if torch.equal(blind, plain):
         raise KnockOutError(
-            f"cutting attention has no effect on {kind} with {implementation!r} attention, which "
-            "takes no mask of its own for each token; load it with attn_implementation='sdpa' or "
-            "'eager'"
+            f"cutting attention has no effect on {kind} with {implementation!r} attention: either "
+            "this takes no mask for each token, then load it with attn_implementation='sdpa' or "
+            "'eager', or the model makes its masks itself, or does not attend"
         )
     if leaked > (1e-3 if plain.dtype == torch.float32 else 0.1) * seen:
         raise KnockOutError(
@@ -182,10 +188,17 @@ def _continues(
 ) -> bool:
     if not {"past_key_values", "use_cache"} <= accepted_inputs(model):
         return False
+    # Of its own making: others keep more than keys and values, or make them of other layers'.
+    own = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    if not isinstance(own, DynamicCache) or {type(layer) for layer in own.layers} - _PLAIN:
+        return False
     half = ids.shape[1] // 2
     cache = read_prefix(model, ids)
-    if cache.get_seq_length() != ids.shape[1]:
+    if len(cache.layers) != len(own.layers) or cache.get_seq_length() != ids.shape[1]:
         return False
     inputs = {"past_key_values": prefix_copies(cache, half, 1), "use_cache": True}
     continued = first_output(model(input_ids=ids[:, half:], **inputs))[0]
     return difference(continued, plain[half:]) <= rounding(plain)
+
+
+_PLAIN = {DynamicLayer, DynamicSlidingWindowLayer}
