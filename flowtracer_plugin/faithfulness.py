@@ -228,14 +228,14 @@ def chosen_sets(
     return sets
 
 
-def set_size(candidates: int, percent: float) -> int:
-    """`⌈percent · candidates⌉`, as exact numbers.
+def set_size(candidates: int, percent: int) -> int:
+    """`⌈percent · candidates / 100⌉`.
 
     Examples:
         >>> set_size(70, 10), set_size(71, 10)
         (7, 8)
     """
-    return -(-candidates * round(percent * 10**6) // 10**8)
+    return -(-candidates * percent // 100)
 
 
 def ranking(scores: Scores, among: Mask) -> Int[np.ndarray, " candidate"]:

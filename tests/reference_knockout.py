@@ -1,5 +1,8 @@
 """A Llama in plain numpy, float64, one query at a time, in which edges can be left out."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 
 
@@ -85,3 +88,28 @@ def effect(model, ids, answer, removed):
     flip = any(before[p - 1].argmax() != after[p - 1].argmax() for p in places)
     kl = np.mean([np.exp(before[p - 1]) @ (before[p - 1] - after[p - 1]) for p in places])
     return drop, flip, kl
+
+
+def top(scores, among, percent):
+    """Places of the highest `percent` of the candidates, rounded up; of equal ones the earlier."""
+    places = sorted((k for k, here in enumerate(among) if here), key=lambda k: (-scores[k], k))
+    return set(places[: math.ceil(Fraction(percent) * len(places) / 100)])
+
+
+def bottom(scores, among, percent):
+    """Those that rank last in the same order."""
+    places = sorted((k for k, here in enumerate(among) if here), key=lambda k: (-scores[k], k))
+    return set(places[len(places) - math.ceil(Fraction(percent) * len(places) / 100) :])
+
+
+def interval(values, resamples):
+    """Percentiles of the means of resamples, each a list of places in `values`."""
+    means = sorted(sum(values[k] for k in chosen) / len(values) for chosen in resamples)
+
+    def quantile(share):
+        at = share * (len(means) - 1)
+        low = math.floor(at)
+        high = min(low + 1, len(means) - 1)
+        return means[low] + (at - low) * (means[high] - means[low])
+
+    return quantile(0.025), quantile(0.975)
