@@ -8,7 +8,7 @@ stands on exactly two tokens, and the token that chooses it attends to one of th
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tests.families import quiet_transformers
@@ -28,6 +28,7 @@ SHARP = 40.0
 
 def planted_tokenizer():
     tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="^ "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\S+ ?"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
@@ -84,3 +85,9 @@ def planted_text(seed):
     prompt = [IDS[name] for name in START]
     true = {"far": len(START) + places[0], "near": len(START) + places[1]}
     return prompt, [IDS[name] for name in response], true, after[middle]
+
+
+def planted_story(seed):
+    """The same as text."""
+    prompt, response, *_ = planted_text(seed)
+    return tuple("".join(VOCABULARY[token] for token in ids) for ids in (prompt, response))
