@@ -67,7 +67,13 @@ Gaps = Annotated[
     str, typer.Option(help="How many tokens right before the answer are spared; each is measured.")
 ]
 Draws = Annotated[int, typer.Option(min=1, help="Random sets of each control and share.")]
-ScoreNames = Annotated[str | None, typer.Option(help="Which scores; all by default.")]
+ScoreNames = Annotated[
+    str | None,
+    typer.Option(
+        help="Some of flow, flow_decision, reach, reach_decision, attention, attention_decision, "
+        "fai, waad, entropy, surprisal, recency; all by default."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the draws and of the intervals.")]
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Cuts at once; as many as memory allows by default.")
@@ -276,7 +282,7 @@ def _summaries(outcomes: Sequence[Outcome], options: KnockOutOptions) -> Sequenc
 def _drops(summaries: Sequence[ScoreSummary], options: KnockOutOptions, gap: int) -> Table:
     from rich.table import Table
 
-    spared = f", the {gap} tokens before the answer spared" if gap else ""
+    spared = f"; {gap} right before the answer are spared" if gap else ""
     whom = "all later tokens" if options.rows == "future" else "the tokens that predict the answer"
     table = Table(
         title=f"Answer log-probability lost, in nats per token: top of each score hidden from "
@@ -325,5 +331,5 @@ def _cell(interval: Interval | None) -> str:
     if interval is None:
         return ""
     if interval.low is None:
-        return f"{interval.mean:.2f}"
-    return f"{interval.mean:.2f} ({interval.low:.2f}…{interval.high:.2f})"
+        return f"{interval.mean:z.2f}"
+    return f"{interval.mean:z.2f} ({interval.low:z.2f}…{interval.high:z.2f})"

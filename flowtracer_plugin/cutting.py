@@ -7,7 +7,7 @@ so do sliding windows, chunks, padding and caches, which a mask passed to the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from threading import RLock
@@ -77,6 +77,7 @@ def _narrowed(table: MutableMapping[str, Any], name: str) -> Iterator[None]:
     def build(*args: Any, mask_function: Any = causal_mask_function, **options: Any) -> Any:
         removed = _removed.get()
         if removed is not None:
+            _check_size(removed, options)
             mask_function = and_masks(mask_function, _kept(removed))
             options["allow_is_causal_skip"] = False
         return original(*args, mask_function=mask_function, **options)
@@ -89,6 +90,16 @@ def _narrowed(table: MutableMapping[str, Any], name: str) -> Iterator[None]:
         # What was there may have been an entry of this very table, not one that all tables share.
         if table.get(name) is not original:
             table[name] = original
+
+
+def _check_size(removed: Edges, options: Mapping[str, Any]) -> None:
+    for side, size in (("q", removed.shape[1]), ("kv", removed.shape[2])):
+        end = int(options.get(f"{side}_offset", 0)) + int(options.get(f"{side}_length", 0))
+        if end > size:
+            raise KnockOutError(
+                f"the model builds a mask of {end} places where the text that is cut has {size} "
+                "tokens: it attends to something else than tokens, or the cut is for another text"
+            )
 
 
 def _kept(removed: Edges) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flowtracer_plugin.answers import find_answer
+from flowtracer_plugin.answers import find_answer, same_answer
 from flowtracer_plugin.encoding import Prompt
 from flowtracer_plugin.faithfulness import (
     KnockOutOptions,
@@ -152,8 +152,4 @@ def _is_right(said: str, wanted: str | None) -> bool | None:
         return None
     found = find_answer(wanted)
     right = wanted if found is None else wanted[found.start : found.end]
-    return _plain(said) == _plain(right)
-
-
-def _plain(answer: str) -> str:
-    return "".join(answer.split()).strip("$.").replace(",", "").casefold()
+    return same_answer(said, right)

@@ -152,14 +152,14 @@ def measure_knock_outs(
     special = np.isin(trace.token_ids, sorted(special_ids(tracer.require_tokenizer())))
     candidates = [candidate_tokens(trace, special, gap=gap) for gap in options.gaps]
     text = read_text(tracer, trace)
-    values = {name: _checked(name, score(text)) for name, score in scores.items()}
+    values = {name: checked_scores(name, score(text)) for name, score in scores.items()}
     sets = [
         chosen
         for gap, among in zip(options.gaps, candidates, strict=True)
         for chosen in chosen_sets(values, among, trace, options, gap)
     ]
     ids, answer = torch.from_numpy(trace.token_ids), torch.from_numpy(trace.spans.answer)
-    unique, place = _unique([mask for chosen in sets for mask in chosen.masks])
+    unique, place = unique_sets([mask for chosen in sets for mask in chosen.masks])
     found = knock_out(tracer.model, ids, answer, unique, rows=options.rows, batch_size=batch_size)
     numbers = [
         part.double().numpy()[place] for part in (found.drop, found.flipped, found.divergence)
@@ -284,7 +284,12 @@ def matched_draw(
     return drawn
 
 
-def _checked(name: str, scores: Scores) -> Scores:
+def checked_scores(name: str, scores: Scores) -> Scores:
+    """The scores of a text.
+
+    Raises:
+        ValueError: One is not finite.
+    """
     if not np.isfinite(scores).all():
         raise ValueError(f"the score {name!r} is not finite at some tokens")
     return scores
@@ -296,7 +301,7 @@ def _mask(places: Int[np.ndarray, " chosen"], size: int) -> Mask:
     return mask
 
 
-def _unique(masks: Sequence[Mask]) -> tuple[torch.Tensor, Int[np.ndarray, " mask"]]:
+def unique_sets(masks: Sequence[Mask]) -> tuple[torch.Tensor, Int[np.ndarray, " mask"]]:
     """Each set once, and where each of the given ones is among them."""
     unique, place = np.unique(np.stack(masks), axis=0, return_inverse=True)
     return torch.from_numpy(unique), place.reshape(-1)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from flowtracer_plugin import cli
+from flowtracer_plugin.token_scores import TOKEN_SCORES
 from tests.planted import planted_model, planted_story, planted_text, planted_tokenizer
 
 QUICK = ("--percents", "10,20", "--gaps", "1", "--draws", "2", "--answer", "re:=(.)$")
@@ -76,7 +77,7 @@ def test_a_table_names_the_scores_and_what_was_left_out(flowtracer, model, data)
     assert sorted(lines) == sorted(2 * [*compared, *controls])
     assert lines.index("flow_decision") < lines.index("random")
     assert "10 %" in ran.out
-    assert "the 1 tokens before the answer spared" in ran.out
+    assert "1 right before the answer are spared" in ran.out
 
 
 def test_results_are_kept_and_taken_up_again(flowtracer, model, data, tmp_path):
@@ -118,3 +119,8 @@ def test_mistakes_end_in_a_sentence(flowtracer, model, data, arguments, code, sa
     assert ran.code == code
     assert re.search(said, ran.said)
     assert "Traceback" not in ran.err
+
+
+def test_help_names_every_score(flowtracer):
+    ran = flowtracer("evaluate", "--help")
+    assert all(name in ran.out for name in TOKEN_SCORES)

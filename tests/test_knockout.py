@@ -182,6 +182,16 @@ def test_a_text_grows_while_it_is_cut(small):
     assert said(ids).tolist() == plain.tolist()
 
 
+def test_a_text_that_outgrows_its_cut_is_refused(small):
+    ids, _ = text()
+    with (
+        pytest.raises(KnockOutError, match=r"a mask of 14 places .* cut has 13 tokens"),
+        torch.no_grad(),
+        cutting(torch.zeros(1, 13, 13, dtype=torch.bool)),
+    ):
+        small(ids[None])
+
+
 def test_the_model_and_the_table_stay_as_they_are(small):
     before = dict(ALL_MASK_ATTENTION_FUNCTIONS)
     ids, answer = text()
