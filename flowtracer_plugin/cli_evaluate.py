@@ -17,13 +17,15 @@ from flowtracer_plugin.cli_loading import (
     load_model,
     load_tokenizer,
 )
+from flowtracer_plugin.cli_options import Layers, answer_rule
+from flowtracer_plugin.cli_outputs import print_document
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from flowtracer_plugin.summaries import Interval, ScoreSummary
     from flowtracer_plugin.evaluation import Example, Outcome
     from flowtracer_plugin.faithfulness import KnockOutOptions
+    from flowtracer_plugin.summaries import Interval, ScoreSummary
     from flowtracer_plugin.tracer import FlowTracer
 
 Model = Annotated[str, typer.Argument(help="Folder of a model, or its id on the hub.")]
@@ -54,9 +56,11 @@ PredictedOnly = Annotated[
     bool,
     typer.Option(help="Leave out given responses whose answer the model would not have chosen."),
 ]
-Answer = Annotated[str, typer.Option(help="How to find answers, as in flowtracer trace.")]
-Layers = Annotated[
-    str, typer.Option(help="middle, early, late, all, middle:5, or numbers such as 4,5,6.")
+Answer = Annotated[
+    Any,
+    typer.Option(
+        parser=answer_rule, metavar="RULE", help="How to find answers, as in flowtracer trace."
+    ),
 ]
 Rows = Annotated[
     Literal["future", "answer"],
@@ -136,13 +140,16 @@ def evaluate(
         system=system_prompt,
         chat=chat and tokenizer.chat_template is not None,
     )
-    tracer = _tracer(load_model(model, device, dtype), tokenizer, layers, answer)
+    loaded = load_model(model, device, dtype)
+    from flowtracer_plugin.tracer import wrap
+
+    tracer = wrap(loaded, tokenizer, layers=layers, answer=answer, mode="dense")
     settings = {
         "model": model,
         "data": data,
         "dtype": str(tracer.model.dtype),
         "layers": list(tracer.layers),
-        "answer": answer,
+        "answer": tracer.options.answer,
         "scores": list(compared),
         "max_new_tokens": max_new_tokens,
         "predicted_only": predicted_only,
@@ -190,13 +197,6 @@ def _scores(text: str | None, needed: str) -> Mapping[str, Any]:
     return {name: score for name, score in TOKEN_SCORES.items() if name in kept}
 
 
-def _tracer(model: Any, tokenizer: Any, layers: str, answer: str) -> FlowTracer:
-    from flowtracer_plugin.cli import _finder, _layers
-    from flowtracer_plugin.tracer import wrap
-
-    return wrap(model, tokenizer, layers=_layers(layers), answer=_finder(answer), mode="dense")
-
-
 def _run(
     tracer: FlowTracer,
     examples: Sequence[Example],
@@ -223,7 +223,6 @@ def _run(
 def _print_json(
     outcomes: Sequence[Outcome], options: KnockOutOptions, settings: Mapping[str, Any]
 ) -> None:
-    import json
     from dataclasses import asdict
 
     document = {
@@ -234,7 +233,7 @@ def _print_json(
         "right": _right(outcomes),
         "scores": [asdict(summary) for summary in _summaries(outcomes, options)],
     }
-    typer.echo(json.dumps(document, allow_nan=False))
+    print_document(document)
 
 
 def _print_tables(

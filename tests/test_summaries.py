@@ -4,8 +4,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from flowtracer_plugin.summaries import bootstrap_interval, effects_of, summarise
 from flowtracer_plugin.faithfulness import Effect
+from flowtracer_plugin.summaries import bootstrap_interval, effects_of, summarise
 from tests import reference_knockout as slow
 
 
