@@ -120,6 +120,22 @@ def find_answer(text: str, finder: AnswerFinder = "auto") -> FoundAnswer | None:
     return next(found, None)
 
 
+def same_answer(one: str | None, other: str | None) -> bool:
+    """Whether two answers say the same, but for spaces, case, commas and the signs around them.
+
+    Example:
+        >>> same_answer("$1,000.", "1000"), same_answer(None, "0")
+        (True, False)
+    """
+    return _plain(one) == _plain(other)
+
+
+def _plain(answer: str | None) -> str | None:
+    if answer is None:
+        return None
+    return "".join(answer.split()).strip("$.").replace(",", "").casefold()
+
+
 def finder_name(finder: AnswerFinder) -> str:
     """What a finder is called in messages: its name, its pattern, or its function's name."""
     if isinstance(finder, re.Pattern):

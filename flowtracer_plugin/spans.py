@@ -194,7 +194,7 @@ def answer_mask(
         >>> answer_mask(tokenizer, tokenizer.encode("x=10"))
         (array([False, False,  True,  True]), FoundAnswer(start=2, end=4, rule='last_number'))
     """
-    decoded, special = decode_tokens(tokenizer, response_ids), _special_ids(tokenizer)
+    decoded, special = decode_tokens(tokenizer, response_ids), special_ids(tokenizer)
     tokens = list(zip(response_ids, decoded.pieces, strict=True))
     hidden = np.array([i in special and not _MARKER.fullmatch(piece) for i, piece in tokens], bool)
     shown = ~hidden & (decoded.starts < decoded.ends)
@@ -212,7 +212,8 @@ def answer_mask(
 _MARKER = re.compile(r"\s*</?(?:think|answer)>\s*", re.IGNORECASE)
 
 
-def _special_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
+def special_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that stand for no text: begin, end, padding, roles."""
     added = tokenizer.added_tokens_decoder.items()
     return {*tokenizer.all_special_ids, *(token for token, kind in added if kind.special)}
 
@@ -248,7 +249,7 @@ def question_mask(
     elif question == "user":
         mask = _user_mask(tokenizer, prompt_ids, user_text)
     elif question in ("prompt", "all"):
-        special = _special_ids(tokenizer) if question == "prompt" else ()
+        special = special_ids(tokenizer) if question == "prompt" else ()
         mask = np.array([token not in special for token in prompt_ids])
         mask[0] &= question == "all"
     else:

@@ -7,9 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from datasets import load_dataset
-from datasets.exceptions import DatasetGenerationError
-
 KINDS: Mapping[str, str] = MappingProxyType(
     {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 )
@@ -34,7 +31,11 @@ def load_rows(name: str, split: str, *, config: str | None = None, streaming: bo
 
     Raises:
         ValueError: There is no such file, data set or split, it is empty, or it cannot be read.
+        ModuleNotFoundError: The package datasets is missing; it comes with the extra `trl`.
     """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
     path = Path(name)
     kind = KINDS.get(path.suffix.lower())
     if kind and not path.is_file():
@@ -116,10 +117,15 @@ def _row(
     chat: bool,
 ) -> dict[str, Any]:
     made = {} if answer_column is None else {"answer": row[answer_column]}
-    return made | {"prompt": _prompt(row[prompt_column], template, system, chat)}
+    return made | {"prompt": as_prompt(row[prompt_column], template, system, chat)}
 
 
-def _prompt(asked: Any, template: str | None, system: str | None, chat: bool) -> Any:
+def as_prompt(asked: Any, template: str | None, system: str | None, chat: bool) -> Any:
+    """A prompt out of a column's value: as it is, in a template, or as messages if `chat`.
+
+    Raises:
+        ValueError: It is no text and no list of messages, or messages with a template.
+    """
     if not isinstance(asked, str):
         if template is not None or system is not None or not isinstance(asked, list):
             raise ValueError(

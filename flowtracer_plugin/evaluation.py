@@ -1,0 +1,155 @@
+"""Knock-outs over a data set: examples in, outcomes out, as they come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from flowtracer_plugin.answers import find_answer, same_answer
+from flowtracer_plugin.encoding import Prompt
+from flowtracer_plugin.faithfulness import (
+    KnockOutOptions,
+    TooFewTokensError,
+    measure_knock_outs,
+)
+from flowtracer_plugin.knockout import knock_out
+from flowtracer_plugin.spans import AnswerNotFoundError
+from flowtracer_plugin.token_scores import TOKEN_SCORES, TokenScore
+from flowtracer_plugin.trace import FlowTrace
+from flowtracer_plugin.tracer import FlowTracer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One question.
+
+    Attributes:
+        row: Its number in the data.
+        prompt: Text or chat messages.
+        response: What is traced; None if the model is to answer.
+        answer: The right one, if it is known.
+    """
+
+    row: int
+    prompt: Prompt
+    response: str | None = None
+    answer: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """Tells examples apart, also in another process."""
+        said = json.dumps([self.prompt, self.response, self.answer])
+        return blake2b(said.encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What became of one example: its effects, or why it has none.
+
+    Attributes:
+        row: Its number in the data.
+        digest: Of its texts.
+        left_out: Why it does not count: a key of `REASONS`, or None.
+        detail: The same in words.
+        measured: What `measure_knock_outs` found, as plain values.
+        correct: Whether the answer is the right one, if that is known.
+    """
+
+    row: int
+    digest: str
+    left_out: str | None = None
+    detail: str | None = None
+    measured: Mapping[str, Any] | None = None
+    correct: bool | None = None
+
+
+REASONS: Mapping[str, str] = MappingProxyType(
+    {
+        "no_answer": "no answer was found in the response",
+        "not_predicted": "the model itself would have given another answer",
+        "few_tokens": "too few tokens before the answer",
+        "not_traced": "the text cannot be traced",
+    }
+)
+"""Why examples are left out."""
+
+
+def evaluate(
+    tracer: FlowTracer,
+    examples: Iterable[Example],
+    options: KnockOutOptions | None = None,
+    *,
+    scores: Mapping[str, TokenScore] = TOKEN_SCORES,
+    max_new_tokens: int = 256,
+    predicted_only: bool = True,
+    batch_size: int | None = None,
+) -> Iterator[Outcome]:
+    """Measure examples one by one.
+
+    Args:
+        tracer: Made with `wrap(..., mode="dense")`.
+        examples: Without a response, the model answers greedily.
+        options: What is knocked out.
+        scores: What is compared.
+        max_new_tokens: Length of the model's answers.
+        predicted_only: Leave out given responses whose answer the model would not have chosen,
+            token by token: what it does not say, no knock-out can take from it.
+        batch_size: Cuts in one forward pass.
+
+    Raises:
+        KnockOutError: The model's attention cannot be cut.
+        ValueError: As `measure_knock_outs`, for options and scores.
+    """
+    chosen = options or KnockOutOptions()
+    for example in examples:
+        known: dict[str, Any] = {"row": example.row, "digest": example.digest}
+        try:
+            trace = _traced(tracer, example, max_new_tokens)
+        except AnswerNotFoundError as error:
+            yield Outcome(**known, left_out="no_answer", detail=str(error))
+            continue
+        except ValueError as error:
+            yield Outcome(**known, left_out="not_traced", detail=str(error))
+            continue
+        known["correct"] = _is_right(trace.spans.answer_text, example.answer)
+        if predicted_only and (doubt := _doubt(tracer, trace)) is not None:
+            yield Outcome(**known, left_out="not_predicted", detail=doubt)
+            continue
+        try:
+            found = measure_knock_outs(tracer, trace, chosen, scores=scores, batch_size=batch_size)
+        except TooFewTokensError as error:
+            yield Outcome(**known, left_out="few_tokens", detail=str(error))
+            continue
+        yield Outcome(**known, measured=asdict(found))
+
+
+def _traced(tracer: FlowTracer, example: Example, max_new_tokens: int) -> FlowTrace:
+    if example.response is None:
+        return tracer.generate(example.prompt, max_new_tokens=max_new_tokens)
+    return tracer.trace(example.prompt, example.response)
+
+
+def _doubt(tracer: FlowTracer, trace: FlowTrace) -> str | None:
+    """What speaks against the answer being the model's own, if something does."""
+    ids, answer = torch.from_numpy(trace.token_ids), torch.from_numpy(trace.spans.answer)
+    found = knock_out(tracer.model, ids, answer, torch.zeros(0, len(ids), dtype=torch.bool))
+    if found.predicted:
+        return None
+    return (
+        f"the tokens of {trace.spans.answer_text!r} have a mean log-probability of "
+        f"{found.log_prob:.2f}, and one is not the likeliest"
+    )
+
+
+def _is_right(said: str, wanted: str | None) -> bool | None:
+    if wanted is None:
+        return None
+    found = find_answer(wanted)
+    right = wanted if found is None else wanted[found.start : found.end]
+    return same_answer(said, right)

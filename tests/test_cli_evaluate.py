@@ -1,0 +1,107 @@
+import json
+import re
+
+import pytest
+
+from flowtracer_plugin.token_scores import TOKEN_SCORES
+from tests.planted import planted_model, planted_story, planted_text, planted_tokenizer
+
+QUICK = ("--percents", "10,20", "--gaps", "1", "--draws", "2", "--answer", "re:=(.)$")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    planted_model().save_pretrained(folder)
+    planted_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    rows = []
+    for seed in range(3):
+        prompt, response = planted_story(seed)
+        rows.append({"prompt": prompt, "response": response, "answer": planted_text(seed)[3]})
+    rows[1]["answer"] = "none"
+    rows.append({"prompt": "^ @ ", "response": "a>b "})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_comparison_is_printed_as_json(flowtracer, model, data):
+    ran = flowtracer("evaluate", model, data, *QUICK, "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert (found["examples"], found["measured"], found["right"]) == (4, 3, 2)
+    assert found["left_out"] == {"no_answer": 1}
+    scores = {(one["score"], one["side"]): one for one in found["scores"]}
+    flow = scores["flow_decision", "top"]
+    assert len(flow["drop"]) == 2
+    assert flow["drop"][1]["low"] > 10
+    assert flow["over_chance"]["mean"] == pytest.approx(
+        flow["aopc"]["mean"] - scores["random", "top"]["aopc"]["mean"]
+    )
+    assert found["settings"]["options"]["percents"] == [10, 20]
+
+
+def test_a_table_names_the_scores_and_what_was_left_out(flowtracer, model, data):
+    ran = flowtracer("evaluate", model, data, *QUICK, "--scores", "recency,flow_decision")
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("3 of 4 examples measured, ")
+    assert "1 left out: no answer was found in the response, as in row 3: no answer" in ran.out
+    assert "2 of the 3 answers are right" in ran.out
+    lines = [line.split()[0] for line in ran.out.splitlines() if re.search(r"…", line)]
+    compared = ["attention_decision", "flow", "flow_decision", "recency"]
+    controls = ["random", "random_class", "random_position"]
+    assert sorted(lines) == sorted(2 * [*compared, *controls])
+    assert lines.index("flow_decision") < lines.index("random")
+    assert "10 %" in ran.out
+    assert "1 right before the answer are spared" in ran.out
+
+
+def test_results_are_kept_and_taken_up_again(flowtracer, model, data, tmp_path):
+    path = tmp_path / "results.jsonl"
+    first = flowtracer("evaluate", model, data, *QUICK, "--output", path, "--limit", "1")
+    assert first.out.startswith("1 of 1 examples measured")
+    assert len(path.read_text().splitlines()) == 2
+    more = flowtracer("evaluate", model, data, *QUICK, "--output", path, "--json")
+    assert len(path.read_text().splitlines()) == 5
+    again = flowtracer("evaluate", model, data, *QUICK, "--output", path, "--json")
+    assert again.out == more.out
+    other = flowtracer("evaluate", model, data, *QUICK, "--output", path, "--rows", "answer")
+    assert other.code == 1
+    assert "holds results with other settings" in other.said
+
+
+def test_a_run_that_measures_nothing_fails(flowtracer, model, data):
+    ran = flowtracer("evaluate", model, data, *QUICK, "--prompt-column", "response")
+    assert ran.code == 0
+    nothing = flowtracer("evaluate", model, data, *QUICK[:-1], "last_word", "--gaps", "30")
+    assert nothing.code == 1
+    assert nothing.out.startswith("0 of 4 examples measured")
+    assert "too few tokens before the answer" in nothing.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--percents", "5,x"), 2, "wanted whole numbers such as 1,2,5, found '5,x'"),
+        (("--percents", "0"), 1, "percents must be from 1 to 100"),
+        (("--scores", "flow,love"), 2, "wanted some of flow, flow_decision, .* found 'love'"),
+        (("--prompt-column", "love"), 1, "have no column 'love', they have 'prompt'"),
+        (("--answer", "love"), 2, "wanted auto, .* found 'love'"),
+        (("--rows", "none"), 2, "'future', 'answer'"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(flowtracer, model, data, arguments, code, said):
+    ran = flowtracer("evaluate", model, data, *arguments)
+    assert ran.code == code
+    assert re.search(said, ran.said)
+    assert "Traceback" not in ran.err
+
+
+def test_help_names_every_score(flowtracer):
+    shown = re.sub(r"[│\s]", "", flowtracer("evaluate", "--help").out)
+    assert all(name in shown for name in TOKEN_SCORES)
