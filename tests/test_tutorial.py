@@ -110,6 +110,8 @@ def test_what_the_prose_says_of_the_numbers_is_so(outputs):
         r"The answer is \boxed{14}<eos>": "8 + 6 = 14",
     }.items():
         assert f"{step!r:35} draws most on {source!r}," in printed
+    assert "12.1 nats without ' 14', token 43, flow 1%" in printed  # the line before says it
+    assert "0.0 nats without ' answer', token 46, flow 27%" in printed
 
 
 @pytest.mark.slow
