@@ -86,7 +86,11 @@ def _as_code(paragraph: str) -> str:
     """A paragraph of a command's help: an example, or prose with the names of options."""
     if paragraph.startswith("flowtracer "):
         return f"```bash\n{paragraph}\n```"
-    return re.sub(r"(?<![`\w-])--[a-z][a-z-]*", r"`\g<0>`", paragraph)
+    return re.sub(r"(`[^`]*`)|(--[a-z][a-z-]*)", _quoted, paragraph)
+
+
+def _quoted(match: re.Match[str]) -> str:
+    return match[1] or f"`{match[2]}`"
 
 
 def _drop_empty_signature(*about: Any) -> tuple[None, None] | None:
