@@ -72,11 +72,7 @@ Gaps = Annotated[
 ]
 Draws = Annotated[int, typer.Option(min=1, help="Random sets of each control and share.")]
 ScoreNames = Annotated[
-    str | None,
-    typer.Option(
-        help="Some of flow, flow_decision, reach, reach_decision, attention, attention_decision, "
-        "fai, waad, entropy, surprisal, recency; all by default."
-    ),
+    str | None, typer.Option(help="Some of the scores, such as flow,recency; all by default.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the draws and of the intervals.")]
 BatchSize = Annotated[
@@ -117,6 +113,9 @@ def evaluate(
     traceback: Traceback = False,
 ) -> None:
     """Knock out the tokens that each score ranks on top, and see whether the answers change.
+
+    Scores are flow, flow_decision, reach, reach_decision, attention, attention_decision, fai, waad,
+    entropy, surprisal and recency.
 
     For example:
 

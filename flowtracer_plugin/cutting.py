@@ -166,7 +166,8 @@ def _inspect(model: nn.Module, implementation: str) -> bool:
     more = {"use_cache": False} if "use_cache" in accepted_inputs(model) else {}
 
     def logits(read: Int[Tensor, "1 token"]) -> Float[Tensor, "token word"]:
-        return first_output(model(input_ids=read, **more))[0]
+        found = first_output(model(input_ids=read, **more))[0]
+        return found.masked_fill(found == -torch.inf, 0.0)  # words that can never be said
 
     plain, changed = logits(ids), logits(other)
     with cutting(removed):
