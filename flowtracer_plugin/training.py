@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -202,6 +203,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     """Run the script with these arguments, by default those of the command line."""
     if not sys.stderr.isatty():
         disable_progress_bars()  # each of their updates would be a line of a log file
+    # TRL sets by default what transformers renames: nobody who reads of it here could mend it.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     train(build_trainer(*parse(arguments, prog)))
 
 

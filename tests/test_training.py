@@ -188,6 +188,7 @@ def test_data_that_the_hub_does_not_have_are_named():
     assert ran.stdout == ""
     (sentence,) = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
     assert "cannot load split 'train' of 'nobody/nothing': " in sentence
+    assert "Warning" not in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
