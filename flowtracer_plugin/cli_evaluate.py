@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,11 +14,12 @@ import typer
 from flowtracer_plugin.cli_loading import (
     Device,
     Precision,
+    RemoteCode,
     Traceback,
     load_model,
     load_tokenizer,
 )
-from flowtracer_plugin.cli_options import Layers, answer_rule
+from flowtracer_plugin.cli_options import Layers, answer_rule, writable
 from flowtracer_plugin.cli_outputs import print_document
 
 if TYPE_CHECKING:
@@ -28,58 +30,63 @@ if TYPE_CHECKING:
     from flowtracer_plugin.summaries import Interval, ScoreSummary
     from flowtracer_plugin.tracer import FlowTracer
 
+_data = partial(typer.Option, rich_help_panel="Data")
+_answers = partial(typer.Option, rich_help_panel="Answers")
+_cutting = partial(typer.Option, rich_help_panel="Knock-outs")
+
 Model = Annotated[str, typer.Argument(help="Folder of a model, or its id on the hub.")]
 Data = Annotated[
     str, typer.Argument(help="A file of JSON lines, another file, or a data set on the hub.")
 ]
-Split = Annotated[str, typer.Option(help="Split of a data set.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first rows.")]
+Split = Annotated[str, _data(help="Split of a data set.")]
+Limit = Annotated[int | None, _data(min=1, help="Read only the first rows.")]
 PromptColumn = Annotated[
-    str | None, typer.Option(help="Column of the prompts; by default prompt or question.")
+    str | None, _data(help="Column of the prompts; by default prompt or question.")
 ]
 ResponseColumn = Annotated[
     str | None,
-    typer.Option(help="Column of given responses; by default response. Else the model answers."),
+    _data(help="Column of given responses; by default response. Else the model answers."),
 ]
-AnswerColumn = Annotated[
-    str | None, typer.Option(help="Column of the right answers; by default answer.")
-]
+AnswerColumn = Annotated[str | None, _data(help="Column of the right answers; by default answer.")]
 Template = Annotated[
-    str | None, typer.Option(help="hash, boxed, or a text with {prompt} where the question goes.")
+    str | None, _data(help="hash, boxed, or a text with {prompt} where the question goes.")
 ]
-System = Annotated[str | None, typer.Option(help="A system message before every prompt.")]
-Chat = Annotated[
-    bool, typer.Option(help="Put prompts into the model's chat template, if it has one.")
-]
-Length = Annotated[int, typer.Option(min=1, help="Length of the model's own answers.")]
+System = Annotated[str | None, _data(help="A system message before every prompt.")]
+Chat = Annotated[bool, _data(help="Put prompts into the model's chat template, if it has one.")]
+Length = Annotated[int, _data(min=1, help="Length of the model's own answers.")]
 PredictedOnly = Annotated[
     bool,
-    typer.Option(help="Leave out given responses whose answer the model would not have chosen."),
+    _answers(help="Leave out given responses whose answer the model would not have chosen."),
 ]
 Answer = Annotated[
     Any,
-    typer.Option(
+    _answers(
         parser=answer_rule, metavar="RULE", help="How to find answers, as in flowtracer trace."
     ),
 ]
 Rows = Annotated[
     Literal["future", "answer"],
-    typer.Option(help="Hide tokens from all later ones, or from those that predict the answer."),
+    _cutting(help="Hide tokens from all later ones, or from those that predict the answer."),
 ]
-Percents = Annotated[str, typer.Option(help="Shares of the tokens that are knocked out.")]
+Percents = Annotated[str, _cutting(help="Shares of the tokens that are knocked out.")]
 Gaps = Annotated[
-    str, typer.Option(help="How many tokens right before the answer are spared; each is measured.")
+    str, _cutting(help="How many tokens right before the answer are spared; each is measured.")
 ]
-Draws = Annotated[int, typer.Option(min=1, help="Random sets of each control and share.")]
+Draws = Annotated[int, _cutting(min=1, help="Random sets of each control and share.")]
 ScoreNames = Annotated[
-    str | None, typer.Option(help="Some of the scores, such as flow,recency; all by default.")
+    str | None, _cutting(help="Some of the scores, such as flow,recency; all by default.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the draws and of the intervals.")]
+Seed = Annotated[int, _cutting(min=0, help="Seed of the draws and of the intervals.")]
 BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Cuts at once; as many as memory allows by default.")
+    int | None, _cutting(min=1, help="Cuts at once; as many as memory allows by default.")
 ]
 Output = Annotated[
-    Path | None, typer.Option(help="Write results here as they come, and go on from there.")
+    Path | None,
+    typer.Option(
+        dir_okay=False,
+        callback=writable,
+        help="Write results here as they come, and go on from there.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")]
 
@@ -109,6 +116,7 @@ def evaluate(
     output: Output = None,
     device: Device = "auto",
     dtype: Precision = "auto",
+    trust_remote_code: RemoteCode = False,
     json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
@@ -122,7 +130,7 @@ def evaluate(
     flowtracer evaluate Qwen/Qwen3-0.6B questions.jsonl --limit 50 --output results.jsonl
     """
     shares, spared = _numbers("--percents", percents), _numbers("--gaps", gaps)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     from flowtracer_plugin.evaluation_data import load_examples
     from flowtracer_plugin.faithfulness import KnockOutOptions
 
@@ -139,7 +147,7 @@ def evaluate(
         system=system_prompt,
         chat=chat and tokenizer.chat_template is not None,
     )
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
     from flowtracer_plugin.tracer import wrap
 
     tracer = wrap(loaded, tokenizer, layers=layers, answer=answer, mode="dense")

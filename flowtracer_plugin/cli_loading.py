@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import typer
 
@@ -50,6 +54,7 @@ def load_model(
     # A distribution with an adapter may bring its architecture along, for transformers to know.
     known_adapters()
     with _friendly(name, wanted):
+        options |= {"local_files_only": _without_hub(name)}
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     return model.to(chosen).eval()
 
@@ -60,6 +65,7 @@ def load_tokenizer(name: str, **options: Any) -> Any:
         from transformers import AutoTokenizer
 
     with _friendly(name, "model and tokenizer"):
+        options |= {"local_files_only": _without_hub(name)}
         return AutoTokenizer.from_pretrained(name, **options)
 
 
@@ -117,6 +123,11 @@ def _friendly(name: str, wanted: str) -> Iterator[None]:
     if not sys.stderr.isatty():
         talk.disable_progress_bar()
     here = Path(name).exists()
+    if not (here or re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)):
+        raise ValueError(
+            f"there is no folder {name!r}; wanted the folder of a Hugging Face model, or its id on "
+            "the hub, such as Qwen/Qwen3-0.6B"
+        )
     kinds = ("config.json", "adapter_config.json")  # a whole model, or an adapter of PEFT
     if here and not any((Path(name) / kind).is_file() for kind in kinds):
         raise ValueError(f"{name!r} has no config.json; wanted the folder of a Hugging Face model")
@@ -124,13 +135,27 @@ def _friendly(name: str, wanted: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         cause = str(error).partition("\n")[0].rstrip(" .:")
+        # What is missing then is a package, and the cause names it.
+        wish = f"; wanted a folder that save_pretrained() of {wanted} wrote"
         raise ValueError(
-            f"cannot load {name!r}: {cause}; "
-            f"wanted a folder that save_pretrained() of {wanted} wrote"
+            f"cannot load {name!r}: {cause}{'' if isinstance(error, ImportError) else wish}"
             if here
             else f"there is no folder {name!r}, and no such model could be had from the hub: "
             f"{cause}; check its id and the connection, and if it is gated, hf auth login"
         ) from error
+
+
+def _without_hub(name: str) -> bool:
+    """Whether files must be here: the hub's client would try for minutes, with a line each time."""
+    from huggingface_hub import constants
+
+    if Path(name).exists() or getproxies().keys() - {"no"}:  # a proxy finds addresses itself
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False
 
 
 def _device(name: str) -> str:
@@ -142,7 +167,8 @@ def _device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # the latter if PyTorch is built without CUDA
         raise typer.BadParameter(
-            f"PyTorch has no {name!r} on this machine; wanted auto, cpu, cuda, cuda:1 or mps",
+            f"PyTorch has no {name!r} on this machine; cpu is always there, and auto takes "
+            "the GPU if there is one",
             param_hint="--device",
         ) from error
     return name

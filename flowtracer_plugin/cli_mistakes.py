@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 MISTAKES = (
     ValueError,
     LookupError,
@@ -25,6 +27,12 @@ EXTRAS = {
 """Packages that not everyone has, and the extra that brings each."""
 
 
+_PYTHON = re.compile(
+    r"(?:wrap\(\.\.\., )?\b(mode|layers|question|backend|batch_size)=(['\"]?)([\w:]+)\2\)?"
+)
+"""How messages of the Python API name options that the command line has too."""
+
+
 def sentence(error: BaseException) -> str:
     """The mistake on one line."""
     said = " ".join(str(error).split()) or type(error).__name__
@@ -46,7 +54,9 @@ def sentence(error: BaseException) -> str:
         )
     if isinstance(error, KeyError):
         return f"there is no {said}"
-    return said
+    said = said.replace("wrap(..., verify=False)", "--no-verify")
+    said = said.removesuffix(" or a boolean mask with a True")
+    return _PYTHON.sub(lambda found: f"--{found[1].replace('_', '-')} {found[3]}", said)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -136,7 +137,7 @@ class GenerationOptions:
     temperature: Annotated[
         float | None, _generating(help="Of the sampling, instead of the model's own.")
     ] = None
-    seed: Annotated[int, _generating(help="Seed of the sampling.")] = 0
+    seed: Annotated[int, _generating(min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0
 
 
 Layers = Annotated[
@@ -202,8 +203,41 @@ class TracingOptions:
     ] = True
 
 
+def writable(path: Path | None) -> Path | None:
+    """The file, if one can be made there: better refused now than after the long work.
+
+    Raises:
+        typer.BadParameter: Its folder, or the nearest there is above it, may not be written to.
+    """
+    if path is None:
+        return None
+    target = path.resolve()
+    special = target.exists() and not target.is_file()  # a device or a pipe
+    place = target if special else next(one for one in target.parents if one.exists())
+    if not (special or place.is_dir()) or not os.access(place, os.W_OK):
+        raise typer.BadParameter(
+            f"cannot write {str(path)!r}: nothing can be made in {str(place)!r}; name a file in a "
+            "folder that you may write to"
+        )
+    return path
+
+
+SUFFIXES = (".png", ".svg", ".pdf")
+"""Of figures; matplotlib, which writes them, takes a second to import."""
+
+
+def _figure(path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() not in SUFFIXES:
+        raise typer.BadParameter(
+            f"wanted .png, .svg or .pdf, found {path.suffix!r} in {path.name!r}"
+        )
+    return writable(path)
+
+
+_file = partial(_output, dir_okay=False, callback=writable)
+
 AsJson = Annotated[bool, _output("--json", help="Print the trace as JSON.")]
-PageFile = Annotated[Path | None, _output(dir_okay=False, help="Write a page.")]
+PageFile = Annotated[Path | None, _file(help="Write a page.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,25 +246,33 @@ class OutputOptions:
 
     json: AsJson = False
     html: PageFile = None
-    parquet: Annotated[
-        Path | None, _output(dir_okay=False, help="Write the tokens as a table.")
-    ] = None
-    graphml: Annotated[
-        Path | None, _output(dir_okay=False, help="Write the graph of the flow.")
-    ] = None
+    parquet: Annotated[Path | None, _file(help="Write the tokens as a table.")] = None
+    graphml: Annotated[Path | None, _file(help="Write the graph of the flow.")] = None
     figure: Annotated[
-        Path | None, _output(dir_okay=False, help="Write a figure: .png, .svg or .pdf.")
+        Path | None, _file(callback=_figure, help="Write a figure: .png, .svg or .pdf.")
     ] = None
     figure_kind: Annotated[
         Literal["ribbon", "river", "steps", "overview"],
         _output(help="Flow along the text, across its cuts, between its lines, or all three."),
     ] = "ribbon"
 
+    def __post_init__(self) -> None:
+        """Refuse what would write less than it says.
+
+        Raises:
+            typer.BadParameter: Two files have one name, or there is a kind and no figure.
+        """
+        names = [value for value in vars(self).values() if isinstance(value, Path)]
+        if len(set(names)) < len(names):
+            raise typer.BadParameter("two files have the same name: each needs its own")
+        if self.figure is None and self.figure_kind != "ribbon":
+            raise typer.BadParameter("--figure-kind is of --figure: name its file too")
+
 
 @dataclass(frozen=True, kw_only=True)
 class NewTraceOptions(OutputOptions):
     """What becomes of a trace that is not on disk yet."""
 
-    save: Annotated[
-        Path | None, _output(dir_okay=False, help="Write the trace itself, for flowtracer report.")
-    ] = None
+    save: Annotated[Path | None, _file(help="Write the trace itself, for flowtracer report.")] = (
+        None
+    )

@@ -13,6 +13,7 @@ from flowtracer_plugin.cli_loading import (
     Device,
     ModelName,
     Precision,
+    RemoteCode,
     Traceback,
     check_adapter,
     load_model,
@@ -126,6 +127,7 @@ def estimate(
     layers: Layers = "middle",
     device: Device = "auto",
     dtype: Precision = "auto",
+    trust_remote_code: RemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print bytes as JSON.")] = False,
     traceback: Traceback = False,
 ) -> None:
@@ -135,7 +137,7 @@ def estimate(
 
     flowtracer estimate --model Qwen/Qwen3-0.6B --tokens 32768
     """
-    loaded = load_model(model, device, dtype, wanted="a model")
+    loaded = load_model(model, device, dtype, wanted="a model", trust_remote_code=trust_remote_code)
     import flowtracer_plugin as ft
 
     found = ft.wrap(loaded, layers=layers).estimate(tokens, batch=batch)

@@ -60,7 +60,8 @@ def load_examples(
     if asked is None:
         raise ValueError(
             f"{data!r} has no column {' or '.join(map(repr, PROMPTS))}, it has "
-            f"{', '.join(map(repr, rows[0]))}; name the one that holds the prompts"
+            f"{', '.join(map(repr, rows[0]))}; name the one that holds the prompts "
+            "(--prompt-column)"
         )
     said = _column(rows[0], response_column, ("response",))
     right = _column(rows[0], answer_column, ("answer",))
@@ -77,7 +78,7 @@ def load_examples(
 
 def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"there is no file {str(path)!r}")
+        raise ValueError(f"there is no file {str(path)!r}; wanted one of JSON lines")
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():

@@ -334,7 +334,7 @@ def test_in_a_narrow_terminal_what_is_the_same_everywhere_is_said_once(flowtrace
         (["--answer", "re:("], "missing ), unterminated subpattern at position 0"),
         (["--answer", "re:2"], "write (...) around the answer"),
         (["--answer", "last"], "last_number, last_word or re:PATTERN, found 'last'"),
-        (["--device", "nowhere"], "no 'nowhere' on this machine; wanted auto, cpu, cuda"),
+        (["--device", "nowhere"], "no 'nowhere' on this machine; cpu is always there"),
         (["--dtype", "float31"], "'float31' is not one of 'auto', 'float32'"),
         (["--target", "end"], "'end' is not one of 'answer', 'decision'"),
         (["--question", "mask"], "'mask' is not one of 'prompt', 'all', 'user'"),

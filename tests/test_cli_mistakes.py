@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 import flowtracer_plugin as ft
-from flowtracer_plugin import cli, memory, storage
+from flowtracer_plugin import cli, cli_loading, memory, storage
 from flowtracer_plugin.cli_mistakes import sentence
-from tests.command_line import assert_failed
+from flowtracer_plugin.cli_options import writable
+from tests.command_line import Ran, assert_failed, in_a_process
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
 
 ROOT = Path(ft.__file__).parent.parent
@@ -83,6 +85,77 @@ def test_a_file_that_cannot_be_written_is_named(flowtracer, saved, tmp_path, mon
     ran = flowtracer("report", saved, "--html", page)
     assert_failed(ran, 1, f"cannot write '{page}': Permission denied; name a file in a folder")
     assert storage.load(saved)
+
+
+def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(
+    flowtracer, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    given = tracing(tmp_path / "nowhere")
+    for option in ("--save", "--html", "--parquet", "--graphml"):
+        ran = flowtracer(*given, option, tmp_path / "file" / "new" / "x")
+        assert_failed(ran, 2, option, "nothing can be made in", "that you may write to")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for command in (given, ["demo"], ["evaluate", "nowhere", "no.jsonl"]):
+        option = "--output" if command[0] == "evaluate" else "--html"
+        ran = flowtracer(*command, option, tmp_path / "new" / "x")
+        assert_failed(ran, 2, option, "nothing can be made in")
+
+
+def test_what_can_be_written_is_not_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (None, tmp_path / "file", tmp_path / "new" / "new" / "x", Path("/dev/null")):
+        assert writable(path) == path
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x", ".png"])
+def test_a_figure_of_another_kind_is_refused_before_the_model_is_loaded(flowtracer, tmp_path, name):
+    ran = flowtracer(*tracing(tmp_path / "nowhere", "--figure", tmp_path / name))
+    assert_failed(ran, 2, "'--figure': wanted .png, .svg or .pdf, found", f"in {name!r}")
+
+
+def test_files_do_not_overwrite_each_other(flowtracer, tmp_path):
+    path = tmp_path / "a"
+    ran = flowtracer(*tracing(tmp_path / "nowhere", "--save", path, "--html", path))
+    assert_failed(ran, 2, "two files have the same name: each needs its own")
+    assert not path.exists()
+
+
+def test_the_kind_of_no_figure_is_refused(flowtracer, saved):
+    ran = flowtracer("report", saved, "--figure-kind", "river")
+    assert_failed(ran, 2, "--figure-kind is of --figure: name its file too")
+
+
+# the hub
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "~/model", "a/b/c", "two words"])
+def test_what_can_be_no_id_is_not_looked_for_on_the_hub(flowtracer, name):
+    ran = flowtracer(*tracing(name))
+    assert_failed(ran, 1, f"there is no folder {name!r}; wanted the folder of a Hugging Face model")
+
+
+def test_without_a_network_nobody_waits_for_the_hub(tmp_path):
+    """Its client would try again for minutes, and say so each time."""
+    proxies = {f"{kind}_proxy": "" for kind in ("http", "https", "all")}
+    hub = {"HF_ENDPOINT": "https://hub.invalid", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": ""}
+    ran = in_a_process(*tracing("nobody/nothing"), **hub, **proxies)
+    said = Ran(ran.returncode, ran.stdout, ran.stderr)
+    assert_failed(said, 1, "no such model could be had from the hub", "check its id and the conn")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_hub_is_asked_where_its_address_is_known(monkeypatch, known):
+    def addresses(*_):
+        if not known:
+            raise socket.gaierror
+
+    monkeypatch.setattr(cli_loading, "getproxies", dict)
+    monkeypatch.setattr(cli_loading.socket, "getaddrinfo", addresses)
+    assert cli_loading._without_hub("nobody/nothing") != known
+    assert not cli_loading._without_hub("/")
+    monkeypatch.setattr(cli_loading, "getproxies", lambda: {"https": "http://proxy"})
+    assert not cli_loading._without_hub("nobody/nothing")
 
 
 # memory
@@ -177,6 +250,15 @@ def test_mistakes_of_no_user_show_where_they_arose(flowtracer, monkeypatch, save
     ("error", "said"),
     [
         (ValueError("two\n lines"), "two lines"),
+        (
+            ValueError("mode='streamed' or layers='middle:2'"),
+            "--mode streamed or --layers middle:2",
+        ),
+        (ValueError('wrap(..., backend="interface") can'), "--backend interface can"),
+        (
+            ValueError("load both (wrap(..., verify=False) takes them)"),
+            "load both (--no-verify takes them)",
+        ),
         (RuntimeError(), "RuntimeError"),
         (KeyError("hidden_size"), "there is no 'hidden_size'"),
         (

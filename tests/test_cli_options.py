@@ -12,8 +12,10 @@ import pytest
 from typer.main import get_command
 
 import flowtracer_plugin as ft
-from flowtracer_plugin import answers, cli, cli_options, memory, reader, trace
+from flowtracer_plugin import answers, cli, cli_options, evaluation, memory, reader, trace
 from flowtracer_plugin.cli_mistakes import EXTRAS
+from flowtracer_plugin.evaluation_data import load_examples
+from flowtracer_plugin.faithfulness import KnockOutOptions
 from flowtracer_plugin.report import figures
 from tests.command_line import in_a_process
 
@@ -50,7 +52,8 @@ def keywords(function):
 
 
 def test_all_commands_are_there():
-    wanted = ["trace", "generate", "report", "compare", "train", "adapters", "estimate", "demo"]
+    wanted = ["trace", "generate", "report", "compare", "evaluate", "train"]
+    wanted += ["adapters", "estimate", "demo"]
     assert set(wanted) <= {path[0] for path in COMMANDS}
 
 
@@ -88,11 +91,32 @@ def test_estimate_has_the_defaults_of_python_too():
     assert options["batch"] == keywords(ft.FlowTracer.estimate)["batch"]
 
 
+def test_evaluate_has_the_names_and_defaults_of_python_too():
+    options = defaults("evaluate")
+    python = keywords(evaluation.evaluate) | keywords(load_examples) | keywords(KnockOutOptions)
+    for ours, theirs in (("prompt_template", "template"), ("system_prompt", "system")):
+        options[theirs] = options.pop(ours)
+    # The first is not the command's to choose, the model's template is used if there is one, and
+    # all scores are compared.
+    for name in python.keys() - {"matched", "chat", "scores"}:
+        default = python[name]
+        listed = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        assert options[name] == listed, name
+    assert options["layers"] == keywords(ft.wrap)["layers"]
+    assert options["answer"] == keywords(ft.wrap)["answer"]
+
+
+@pytest.mark.parametrize("command", ["trace", "generate", "evaluate", "estimate"])
+def test_every_command_that_loads_a_model_can_run_its_code(command):
+    assert defaults(command)["trust_remote_code"] is False
+
+
 def test_a_figure_is_of_the_kinds_and_by_default_of_the_kind_of_python():
     hint = get_type_hints(cli_options.OutputOptions)["figure_kind"]
     assert get_args(hint) == figures.KINDS
     kind = inspect.signature(ft.FlowTrace.to_figure).parameters["kind"]
     assert defaults("report")["figure_kind"] == kind.default
+    assert set(cli_options.SUFFIXES) == set(figures._METADATA)
 
 
 @pytest.mark.parametrize("command", ["trace", "generate", "report"])
@@ -119,6 +143,15 @@ def test_the_extras_are_those_that_bring_the_packages():
 
 
 # help
+
+
+@pytest.mark.parametrize("path", [path for path in COMMANDS if path != ("train",)], ids=" ".join)
+def test_help_shows_the_whole_names_of_options(path):
+    """In a terminal of usual width."""
+    shown = in_a_process(*path, "--help", COLUMNS="80").stdout
+    assert "-…" not in shown
+    names = {name for option in COMMANDS[path].params for name in option.secondary_opts}
+    assert all(name in shown for name in names)
 
 
 def examples(command):
