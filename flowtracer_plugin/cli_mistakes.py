@@ -54,6 +54,7 @@ def sentence(error: BaseException) -> str:
         )
     if isinstance(error, KeyError):
         return f"there is no {said}"
+    said = re.sub(r"^\[Errno \d+\] ", "", said)
     said = said.replace("wrap(..., verify=False)", "--no-verify")
     said = said.removesuffix(" or a boolean mask with a True")
     return _PYTHON.sub(lambda found: f"--{found[1].replace('_', '-')} {found[3]}", said)

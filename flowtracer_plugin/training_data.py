@@ -39,7 +39,7 @@ def load_rows(name: str, split: str, *, config: str | None = None, streaming: bo
     path = Path(name)
     kind = KINDS.get(path.suffix.lower())
     if kind and not path.is_file():
-        raise ValueError(f"there is no file {name!r}; --dataset_name wants a file or a data set")
+        raise ValueError(f"there is no file {name!r}; wanted a file or a data set")
     source, options = (kind, {"data_files": name}) if kind else (name, {"name": config})
     try:
         return load_dataset(source, split=split, streaming=streaming, **options)

@@ -250,6 +250,7 @@ def test_mistakes_of_no_user_show_where_they_arose(flowtracer, monkeypatch, save
     ("error", "said"),
     [
         (ValueError("two\n lines"), "two lines"),
+        (FileNotFoundError(2, "No such file", "a.yaml"), "No such file: 'a.yaml'"),
         (
             ValueError("mode='streamed' or layers='middle:2'"),
             "--mode streamed or --layers middle:2",
