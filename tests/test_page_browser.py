@@ -78,6 +78,33 @@ def test_pointing_at_a_token_tells_its_numbers(page, trace):
     assert page.locator("#hint").is_visible()
 
 
+def test_a_character_of_several_tokens_has_the_flow_that_passes_all_of_them(visits):
+    # So few that the page knows every edge.
+    trace = make_trace(("<s>", "", "👩", "x", "", "界", "b", "7", "."), prompt=4)
+    edges, unit_of = trace.flow.edge_flow(), np.array([0, 1, 1, 2, 3, 3, 4, 5, 6])
+    between = np.zeros((7, 7))
+    np.add.at(between, (unit_of[:, None], unit_of), edges)
+    np.fill_diagonal(between, 0)
+    started = np.bincount(unit_of, trace.spans.question / trace.spans.question.sum())
+    page = visits.open(render_page(trace))
+    for unit in range(1, 6):
+        passing = between[unit].sum() + started[unit]
+        tokens_of(page).nth(unit).dispatch_event("pointerover", {"bubbles": True})
+        said = page.locator("#amount").inner_text().split()[0]
+        assert float(said) == pytest.approx(100 * passing, rel=0.006)
+        for side, flows in (("sources", between[unit]), ("targets", between[:, unit])):
+            best = [one for one in np.argsort(-flows, kind="stable")[:3] if flows[one] > 0.001]
+            rows = page.locator(f"#{side} button")
+            named = [int(one) for one in rows.evaluate_all("all => all.map(one => one.dataset.unit)")]
+            assert named[: len(best)] == best
+            shares = [float(one.split()[0]) for one in rows.locator("b").all_inner_texts()]
+            wanted = (100 * flows[best] / passing).tolist()
+            assert shares[: len(best)] == pytest.approx(wanted, abs=0.06)
+        if started[unit]:
+            begins = float(page.locator("#sources li b").first.inner_text().split()[0])
+            assert begins == pytest.approx(100 * started[unit] / passing, abs=0.06)
+
+
 def test_question_and_answer_tell_where_flow_starts_and_ends(page):
     tokens_of(page).nth(5).hover()
     assert "starts here" in page.locator("#sources").inner_text()
