@@ -176,7 +176,7 @@ def test_blanks_can_be_seen_and_go_again(page):
     text = page.locator(".response .text")
     before = text.text_content()
     page.locator("#blanks").click()
-    assert text.text_content() == before.replace(" ", "·")
+    assert text.text_content() == before.replace(" ", "·\u200b")  # where a line may break
     assert page.locator("#blanks").get_attribute("aria-pressed") == "true"
     page.locator("#blanks").click()
     assert text.text_content() == before
@@ -197,6 +197,9 @@ def test_search_finds_across_tokens(page):
     page.keyboard.press("Shift+Enter")
     page.keyboard.press("Shift+Enter")
     assert numbers(page, ".current") == places[-1:]
+    page.locator("#share").focus()
+    page.keyboard.press("/")
+    assert page.locator("#query").evaluate("(field) => field === document.activeElement")
     page.locator("#query").fill("no such text")
     assert page.locator("#matches").inner_text() == "none"
     page.keyboard.press("Escape")
@@ -248,6 +251,13 @@ def test_the_slider_shows_the_smallest_set_of_flows(page, trace):
     page.locator("#share").fill("20")
     assert len(shown_steps(page)) < len(edges)
     assert page.locator("#steplist li.gap").count() > 0
+
+
+def test_a_shorter_list_of_steps_takes_less_room(page):
+    high = page.locator("#steplist").evaluate("(list) => list.offsetHeight")
+    page.locator("#share").fill("5")
+    shown = page.locator("#steplist li:visible").count()
+    assert page.locator("#steplist").evaluate("(list) => list.offsetHeight") == 32 * shown < high
 
 
 def test_widths_are_square_roots_of_flows(page, trace):
@@ -307,6 +317,19 @@ def test_the_river_tells_every_cut(page, trace):
     assert stream.get_attribute("aria-valuenow") == str(len(trace.tokens))
 
 
+def test_keys_lead_along_the_river_and_into_the_text(page, trace):
+    stream, cuts = page.locator("#stream"), trace.river().cuts
+    stream.focus()
+    for key, cut in {"Home": 0, "ArrowUp": 1, "PageUp": 11, "ArrowDown": 10, "PageDown": 0}.items():
+        page.keyboard.press(key)
+        assert stream.get_attribute("aria-valuenow") == str(cuts[cut])
+    page.keyboard.press("End")
+    page.keyboard.press("PageUp")  # at the end already
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Enter")
+    assert numbers(page, ".selected:focus") == [cuts[-2]]
+
+
 # The tables
 
 
@@ -334,6 +357,17 @@ def test_headings_sort(page):
     page.locator("#steptable th").nth(3).locator("button").click()
     inflow = [float(one) for one in column(page, "steptable", 4)]
     assert inflow == sorted(inflow, reverse=True)
+
+
+def test_tables_without_rows_can_be_sorted_and_copied(visits):
+    page = visits.open(render_page(make_trace(("<s>", "a", "b", "7"), prompt=3, answer=(3,))))
+    assert "No token of the reasoning" in page.locator("#tokentable").inner_text()
+    page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    for heading in page.locator("#tokentable th button").all():
+        heading.click()
+    page.locator(".copy").first.click()
+    head = "index,context,hub,checkpoint,throughput,from_prompt,sources,targets"
+    assert page.evaluate("window.copied") == f"{head}\r\n"
 
 
 def test_measured_drops_stand_beside_the_scores(page, visits, trace):
@@ -404,6 +438,58 @@ def test_it_prints_without_what_only_a_screen_has(page):
         assert not page.locator(name).first.is_visible()
     assert page.locator("#pane .text").first.is_visible()
     assert page.locator("#stream").is_visible()
+
+
+def test_the_dark_page_is_printed_as_the_light_one(page):
+    colours = """[...document.querySelectorAll("#pane .text > span, small")]
+        .map((one) => getComputedStyle(one).backgroundColor + getComputedStyle(one).color)"""
+    page.emulate_media(media="print")
+    light = page.evaluate(colours)
+    page.locator("#theme").evaluate("(button) => { button.click(); button.click(); }")
+    assert "dark" in classes(page)
+    assert page.evaluate(colours) == light
+
+
+def test_on_a_phone_the_detail_does_not_cover_its_token(visits, trace):
+    long = make_trace(TOKENS[:13] + tuple(LINES) * 6, prompt=13)
+    page = visits.open(render_page(long), width=375, height=667, has_touch=True)
+    tokens_of(page).nth(200).tap()
+    for side in ("sources", "targets"):
+        page.locator(f"#{side} button").first.tap()
+        token = page.locator("#pane .selected").bounding_box()
+        assert token["y"] + token["height"] <= page.locator("#detail").bounding_box()["y"]
+
+
+def test_reset_leaves_the_focus_at_the_token(page):
+    tokens_of(page).nth(40).click()
+    page.locator("#reset").focus()
+    page.keyboard.press("Enter")
+    assert "selecting" not in classes(page)
+    assert numbers(page, ":focus") == [40]
+
+
+def test_lines_break_between_words_when_blanks_are_shown(visits):
+    prose = make_trace(("<s>", "What", "?", *[" is", " anything"] * 30, "7", "."))
+    page = visits.open(render_page(prose), width=375)
+    page.locator("#blanks").click()
+    lines = """(unit) => {
+        const range = document.createRange();
+        range.setStart(unit.firstChild, unit.textContent.length - 8);
+        range.setEnd(unit.firstChild, unit.textContent.length);
+        return range.getClientRects().length;
+    }"""
+    words = tokens_of(page).filter(has_text="anything").all()
+    assert {word.evaluate(lines) for word in words} == {1}
+
+
+def test_the_address_keeps_the_selection_while_sections_are_visited(page):
+    tokens_of(page).nth(40).click()
+    page.locator("nav a[href='#river']").click()
+    page.wait_for_function("scrollY > 300")
+    assert page.evaluate("location.hash") == "#t40"
+    page.keyboard.press("Escape")
+    page.locator("nav a[href='#tokens']").click()
+    assert page.evaluate("location.hash") == "#tokens"
 
 
 def test_scripts_of_all_directions_stay_whole(visits):

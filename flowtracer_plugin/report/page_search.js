@@ -59,7 +59,7 @@
     }
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "/" || event.ctrlKey || event.metaKey || event.target.matches("input")) return;
+    if (event.key !== "/" || event.ctrlKey || event.metaKey || event.target === field) return;
     event.preventDefault();
     field.focus();
     field.select();

@@ -136,7 +136,10 @@ const text = (() => {
     rover.focus(unit);
     select(unit === selected ? null : unit);
   });
-  byId("reset").addEventListener("click", () => select(null));
+  byId("reset").addEventListener("click", () => {
+    rover.focus(selected); // the button will be gone
+    select(null);
+  });
   document.addEventListener("click", (event) => {
     const target = event.target.closest("[data-unit]");
     if (target) goTo(Number(target.dataset.unit));
@@ -178,7 +181,7 @@ const text = (() => {
   byId("by-rank").addEventListener("click", () => shade(false));
   byId("by-amount").addEventListener("click", () => shade(true));
 
-  const GLYPHS = { " ": "·", "\t": "→\t", "\u00a0": "⍽", "\u3000": "□" };
+  const GLYPHS = { " ": "·\u200b", "\t": "→\t", "\u00a0": "⍽", "\u3000": "□" };
   const written = new Map();
 
   function showBlanks(on) {
