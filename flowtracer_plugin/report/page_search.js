@@ -49,6 +49,7 @@
 
   field.addEventListener("input", find);
   field.addEventListener("keydown", (event) => {
+    if (event.isComposing) return;
     if (event.key === "Enter") {
       event.preventDefault();
       step(event.shiftKey ? -1 : 1);

@@ -124,11 +124,15 @@ const text = (() => {
   const unitAt = (event) => numberOf.get(event.target.closest?.(".text > span")) ?? null;
   const isTouch = (event) => event.pointerType === "touch";
 
-  pane.addEventListener("pointerover", (event) => {
+  // Not pointerover, which a text tells as well that scrolls beneath a pointer at rest.
+  pane.addEventListener("pointermove", (event) => {
     const unit = unitAt(event);
-    if (unit !== null && !isTouch(event)) show(unit);
+    if (unit !== null && !isTouch(event) && !units[unit].classList.contains("shown")) show(unit);
   });
-  pane.addEventListener("pointerleave", (event) => isTouch(event) || show(selected));
+  pane.addEventListener("pointerleave", (event) => {
+    const focused = numberOf.get(pane.querySelector(":focus-visible"));
+    if (!isTouch(event)) show(focused ?? selected);
+  });
   pane.addEventListener("focusin", (event) => unitAt(event) !== null && show(unitAt(event)));
   pane.addEventListener("click", (event) => {
     const unit = unitAt(event);
@@ -146,7 +150,7 @@ const text = (() => {
   });
 
   document.addEventListener("keydown", (event) => {
-    if (event.altKey || event.ctrlKey || event.metaKey || event.target.matches("input")) return;
+    if (event.altKey || event.ctrlKey || event.metaKey || event.target === byId("query")) return;
     if (event.key === "Escape") return select(null);
     if (unitAt(event) !== null && (event.key === "Enter" || event.key === " ")) {
       event.preventDefault();
