@@ -409,6 +409,17 @@ def test_keys_lead_through_all_texts_and_twins_light_up(visits):
 
 
 @pytest.mark.browser
+def test_keys_win_over_a_pointer_that_rests_on_the_text(visits):
+    words = ("So", " then", "\n") * 60
+    page = visits.open(render_comparison([make_trace((*words, one)) for one in (" 7", " 8")]))
+    tokens = page.locator(".text > span")
+    tokens.nth(len(PROMPT_TOKENS) + 3).click()
+    for _ in range(150):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(200)  # until the browser tells what came to lie beneath the pointer
+    assert page.evaluate("document.querySelector('.shown') === document.activeElement")
+
+
 def test_the_table_is_sorted_by_its_headings(visits):
     html = render_comparison(GROUP, right=TRUTHS)
     page, rows = visits.open(html), word_table(html)[1]

@@ -495,7 +495,7 @@ const numbers = () => [...document.querySelectorAll("#numbers dd")].map((one) =>
 const tip = () => [document.getElementById("tip").hidden, text("token"), text("where")];
 const key = (name) => document.activeElement.dispatchEvent(
   new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true }));
-const point = (target) => target.dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
+const point = (target) => target.dispatchEvent(new PointerEvent("pointermove", { bubbles: true }));
 seen.start = tip()[0];
 point(units[8]);
 seen.hover = [...tip(), ...numbers()];

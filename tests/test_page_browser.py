@@ -78,6 +78,35 @@ def test_pointing_at_a_token_tells_its_numbers(page, trace):
     assert page.locator("#hint").is_visible()
 
 
+def test_a_character_of_several_tokens_has_the_flow_that_passes_all_of_them(visits):
+    # So few that the page knows every edge.
+    trace = make_trace(("<s>", "", "👩", "x", "", "界", "b", "7", "."), prompt=4)
+    edges, unit_of = trace.flow.edge_flow(), np.array([0, 1, 1, 2, 3, 3, 4, 5, 6])
+    between = np.zeros((7, 7))
+    np.add.at(between, (unit_of[:, None], unit_of), edges)
+    np.fill_diagonal(between, 0)
+    started = np.bincount(unit_of, trace.spans.question / trace.spans.question.sum())
+    page = visits.open(render_page(trace))
+    for unit in range(1, 6):
+        passing = between[unit].sum() + started[unit]
+        tokens_of(page).nth(unit).dispatch_event("pointermove", {"bubbles": True})
+        said = page.locator("#amount").inner_text().split()[0]
+        assert float(said) == pytest.approx(100 * passing, rel=0.006)
+        for side, flows in (("sources", between[unit]), ("targets", between[:, unit])):
+            best = [one for one in np.argsort(-flows, kind="stable")[:3] if flows[one] > 0.001]
+            rows = page.locator(f"#{side} button")
+            named = [
+                int(one) for one in rows.evaluate_all("all => all.map(one => one.dataset.unit)")
+            ]
+            assert named[: len(best)] == best
+            shares = [float(one.split()[0]) for one in rows.locator("b").all_inner_texts()]
+            wanted = (100 * flows[best] / passing).tolist()
+            assert shares[: len(best)] == pytest.approx(wanted, abs=0.06)
+        if started[unit]:
+            begins = float(page.locator("#sources li b").first.inner_text().split()[0])
+            assert begins == pytest.approx(100 * started[unit] / passing, abs=0.06)
+
+
 def test_question_and_answer_tell_where_flow_starts_and_ends(page):
     tokens_of(page).nth(5).hover()
     assert "starts here" in page.locator("#sources").inner_text()
@@ -128,6 +157,21 @@ def test_keys_go_from_token_to_token_and_from_mark_to_mark(page):
     assert page.locator("#where").inner_text().startswith(f"token {before} ·")
     page.keyboard.press("Enter")
     assert numbers(page, ".selected") == [before]
+    page.locator("#share").focus()
+    page.keyboard.press("j")
+    assert page.locator("#where").inner_text().startswith(f"token {after} ·")
+
+
+def test_keys_win_over_a_pointer_that_rests_on_the_text(visits):
+    page = visits.open(render_page(make_trace(TOKENS[:13] + tuple(LINES) * 12, prompt=13)))
+    tokens_of(page).nth(20).hover()
+    for _ in range(40):
+        page.keyboard.press("j")
+    assert page.evaluate("scrollY") > 300
+    page.wait_for_timeout(200)  # until the browser tells what came to lie beneath the pointer
+    assert numbers(page, ".shown") == numbers(page, ":focus")
+    page.mouse.move(5, 5)
+    assert numbers(page, ".shown") == numbers(page, ":focus")
 
 
 def test_shade_by_amount_follows_the_throughput(page, trace):
@@ -149,7 +193,7 @@ def test_blanks_can_be_seen_and_go_again(page):
     text = page.locator(".response .text")
     before = text.text_content()
     page.locator("#blanks").click()
-    assert text.text_content() == before.replace(" ", "·")
+    assert text.text_content() == before.replace(" ", "·\u200b")  # where a line may break
     assert page.locator("#blanks").get_attribute("aria-pressed") == "true"
     page.locator("#blanks").click()
     assert text.text_content() == before
@@ -170,6 +214,11 @@ def test_search_finds_across_tokens(page):
     page.keyboard.press("Shift+Enter")
     page.keyboard.press("Shift+Enter")
     assert numbers(page, ".current") == places[-1:]
+    page.locator("#query").dispatch_event("keydown", {"key": "Enter", "isComposing": True})
+    assert numbers(page, ".current") == places[-1:]  # it ended the writing of a character
+    page.locator("#share").focus()
+    page.keyboard.press("/")
+    assert page.locator("#query").evaluate("(field) => field === document.activeElement")
     page.locator("#query").fill("no such text")
     assert page.locator("#matches").inner_text() == "none"
     page.keyboard.press("Escape")
@@ -202,6 +251,14 @@ def test_the_ribbon_goes_to_a_token_and_can_be_dragged(visits, trace):
     assert middle == pytest.approx(0.25, abs=0.1)
 
 
+def test_the_window_is_gone_where_no_text_is_in_view(page):
+    assert page.locator("#window").is_visible()
+    page.locator("#about").scroll_into_view_if_needed()
+    page.locator("#window").wait_for(state="hidden")
+    page.locator("#pane").scroll_into_view_if_needed()
+    page.locator("#window").wait_for(state="visible")
+
+
 # The steps
 
 
@@ -221,6 +278,13 @@ def test_the_slider_shows_the_smallest_set_of_flows(page, trace):
     page.locator("#share").fill("20")
     assert len(shown_steps(page)) < len(edges)
     assert page.locator("#steplist li.gap").count() > 0
+
+
+def test_a_shorter_list_of_steps_takes_less_room(page):
+    high = page.locator("#steplist").evaluate("(list) => list.offsetHeight")
+    page.locator("#share").fill("5")
+    shown = page.locator("#steplist li:visible").count()
+    assert page.locator("#steplist").evaluate("(list) => list.offsetHeight") == 32 * shown < high
 
 
 def test_widths_are_square_roots_of_flows(page, trace):
@@ -247,8 +311,8 @@ def test_a_step_keeps_what_leads_to_it_and_on_from_it(page):
     assert page.locator("#arcs path.upstream").count() > 0
     assert buttons.nth(row).get_attribute("aria-pressed") == "true"
     buttons.nth(row).click()
+    assert page.locator("#steplist li.upstream").count() == 0  # though it is still pointed at
     page.mouse.move(5, 5)
-    assert page.locator("#steplist li.upstream").count() == 0
     page.locator("#steplist li a").last.click()
     assert page.locator("#pane .flash").count() > 0
 
@@ -280,6 +344,19 @@ def test_the_river_tells_every_cut(page, trace):
     assert stream.get_attribute("aria-valuenow") == str(len(trace.tokens))
 
 
+def test_keys_lead_along_the_river_and_into_the_text(page, trace):
+    stream, cuts = page.locator("#stream"), trace.river().cuts
+    stream.focus()
+    for key, cut in {"Home": 0, "ArrowUp": 1, "PageUp": 11, "ArrowDown": 10, "PageDown": 0}.items():
+        page.keyboard.press(key)
+        assert stream.get_attribute("aria-valuenow") == str(cuts[cut])
+    page.keyboard.press("End")
+    page.keyboard.press("PageUp")  # at the end already
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Enter")
+    assert numbers(page, ".selected:focus") == [cuts[-2]]
+
+
 # The tables
 
 
@@ -292,6 +369,8 @@ def column(page, table, number):
 def test_headings_sort(page):
     flow = [float(one) for one in column(page, "tokentable", 5)]
     assert flow == sorted(flow, reverse=True)
+    assert page.locator("#tokentable th[aria-sort=descending]").inner_text() == "flow"
+    assert page.locator("#steptable th[aria-sort=ascending]").inner_text() == "step"
     heading = page.locator("#tokentable th").nth(0)
     heading.locator("button").click()
     places = [int(one) for one in column(page, "tokentable", 1)]
@@ -307,6 +386,17 @@ def test_headings_sort(page):
     page.locator("#steptable th").nth(3).locator("button").click()
     inflow = [float(one) for one in column(page, "steptable", 4)]
     assert inflow == sorted(inflow, reverse=True)
+
+
+def test_tables_without_rows_can_be_sorted_and_copied(visits):
+    page = visits.open(render_page(make_trace(("<s>", "a", "b", "7"), prompt=3, answer=(3,))))
+    assert "No token of the reasoning" in page.locator("#tokentable").inner_text()
+    page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    for heading in page.locator("#tokentable th button").all():
+        heading.click()
+    page.locator(".copy").first.click()
+    head = "index,context,hub,checkpoint,throughput,from_prompt,sources,targets"
+    assert page.evaluate("window.copied") == f"{head}\r\n"
 
 
 def test_measured_drops_stand_beside_the_scores(page, visits, trace):
@@ -379,6 +469,58 @@ def test_it_prints_without_what_only_a_screen_has(page):
     assert page.locator("#stream").is_visible()
 
 
+def test_the_dark_page_is_printed_as_the_light_one(page):
+    colours = """[...document.querySelectorAll("#pane .text > span, small")]
+        .map((one) => getComputedStyle(one).backgroundColor + getComputedStyle(one).color)"""
+    page.emulate_media(media="print")
+    light = page.evaluate(colours)
+    page.locator("#theme").evaluate("(button) => { button.click(); button.click(); }")
+    assert "dark" in classes(page)
+    assert page.evaluate(colours) == light
+
+
+def test_on_a_phone_the_detail_does_not_cover_its_token(visits, trace):
+    long = make_trace(TOKENS[:13] + tuple(LINES) * 6, prompt=13)
+    page = visits.open(render_page(long), width=375, height=667, has_touch=True)
+    tokens_of(page).nth(200).tap()
+    for side in ("sources", "targets"):
+        page.locator(f"#{side} button").first.tap()
+        token = page.locator("#pane .selected").bounding_box()
+        assert token["y"] + token["height"] <= page.locator("#detail").bounding_box()["y"]
+
+
+def test_reset_leaves_the_focus_at_the_token(page):
+    tokens_of(page).nth(40).click()
+    page.locator("#reset").focus()
+    page.keyboard.press("Enter")
+    assert "selecting" not in classes(page)
+    assert numbers(page, ":focus") == [40]
+
+
+def test_lines_break_between_words_when_blanks_are_shown(visits):
+    prose = make_trace(("<s>", "What", "?", *[" is", " anything"] * 30, "7", "."))
+    page = visits.open(render_page(prose), width=375)
+    page.locator("#blanks").click()
+    lines = """(unit) => {
+        const range = document.createRange();
+        range.setStart(unit.firstChild, unit.textContent.length - 8);
+        range.setEnd(unit.firstChild, unit.textContent.length);
+        return range.getClientRects().length;
+    }"""
+    words = tokens_of(page).filter(has_text="anything").all()
+    assert {word.evaluate(lines) for word in words} == {1}
+
+
+def test_the_address_keeps_the_selection_while_sections_are_visited(page):
+    tokens_of(page).nth(40).click()
+    page.locator("nav a[href='#river']").click()
+    assert page.evaluate("scrollY") > 300
+    assert page.evaluate("location.hash") == "#t40"
+    page.keyboard.press("Escape")
+    page.locator("nav a[href='#tokens']").click()
+    assert page.evaluate("location.hash") == "#tokens"
+
+
 def test_scripts_of_all_directions_stay_whole(visits):
     words = (
         "<s>",
@@ -403,7 +545,10 @@ def test_scripts_of_all_directions_stay_whole(visits):
     direction = "(text) => getComputedStyle(text).direction"
     assert page.locator(".prompt .text").evaluate(direction) == "ltr"
     assert page.locator(".response .text").evaluate(direction) == "rtl"
-    tokens_of(page).nth(8).dispatch_event("pointerover", {"bubbles": True})
+    left = "(one) => one.getBoundingClientRect().left"
+    cell = page.locator("#tokentable button[data-unit='8']")
+    assert cell.locator(".before").evaluate(left) > cell.locator(".after").evaluate(left)
+    tokens_of(page).nth(8).dispatch_event("pointermove", {"bubbles": True})
     assert "👩" in page.locator("#token").inner_text()
 
 

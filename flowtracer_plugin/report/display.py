@@ -55,7 +55,7 @@ class Unit(Piece):
     Attributes:
         index: Its number in reading order.
         region: Where it lies.
-        throughput: The largest of its tokens.
+        throughput: Flow that passes through it.
         rank: Place by throughput among the prompt's or the response's units; the first is 1.
         heat: From 0, for the most part of the text, to 5.
     """
@@ -104,8 +104,18 @@ class Reading:
 
     @cached_property
     def throughput(self) -> Float[np.ndarray, " unit"]:
-        """The largest throughput of each unit's tokens."""
-        return np.maximum.reduceat(self.trace.throughput, self.starts)
+        """What passes through each unit: through its tokens, but for what they hand each other."""
+        through = np.add.reduceat(self.trace.throughput, self.starts)
+        if len(self.starts) == len(self.trace.tokens):
+            return through
+        edges = self.trace.backbone.sources
+        inside = self.unit_numbers[edges.token] == self.unit_numbers[:, None]
+        return through - np.add.reduceat((edges.flow * inside).sum(1), self.starts)
+
+    @cached_property
+    def unit_numbers(self) -> Int[np.ndarray, " token"]:
+        """The number of the unit that each token is part of."""
+        return np.searchsorted(self.starts, np.arange(len(self.trace.tokens)), side="right") - 1
 
     @property
     def prompt(self) -> tuple[Unit, ...]:

@@ -18,6 +18,7 @@
   function markWindow() {
     const first = firstBelow(ribbon.getBoundingClientRect().bottom);
     const last = firstBelow(innerHeight);
+    view.style.display = first < last ? "block" : "none";
     view.style.left = `${(100 * first) / units.length}%`;
     view.style.width = `${(100 * (last - first)) / units.length}%`;
   }

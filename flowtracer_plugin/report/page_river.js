@@ -6,6 +6,17 @@
   const { cuts, layers, passing } = trace.river;
   const names = [...document.querySelectorAll(".riverkey li")].map((one) => one.textContent.trim());
   const hint = says.textContent;
+  const [forth, back] = [(by) => (cut) => cut + by, (by) => (cut) => cut - by];
+  const moves = {
+    ArrowRight: forth(1),
+    ArrowUp: forth(1),
+    PageUp: forth(10),
+    ArrowLeft: back(1),
+    ArrowDown: back(1),
+    PageDown: back(10),
+    Home: () => 0,
+    End: () => cuts.length - 1,
+  };
   let current = 0;
 
   for (const flag of stream.querySelectorAll(".flag")) flag.style.left = `${flag.dataset.at}%`;
@@ -27,6 +38,8 @@
     says.textContent = hint;
   }
 
+  const goTo = (cut) => text.goTo(trace.unitOf(Math.min(cuts[cut], trace.tokenCount - 1)));
+
   function cutAt(event) {
     const box = stream.getBoundingClientRect();
     const token = ((event.clientX - box.left) / box.width) * trace.tokenCount;
@@ -37,14 +50,12 @@
   stream.addEventListener("pointerleave", hide);
   stream.addEventListener("focus", () => stream.matches(":focus-visible") && show(current));
   stream.addEventListener("blur", hide);
-  stream.addEventListener("click", (event) => {
-    const token = Math.min(cuts[cutAt(event)], trace.tokenCount - 1);
-    text.goTo(trace.unitOf(token));
-  });
+  stream.addEventListener("click", (event) => goTo(cutAt(event)));
   stream.addEventListener("keydown", (event) => {
-    const to = { ArrowLeft: current - 1, ArrowRight: current + 1, Home: 0, End: cuts.length - 1 }[event.key];
-    if (to === undefined || cuts[to] === undefined) return;
+    if (event.key === "Enter") goTo(current);
+    const to = moves[event.key]?.(current);
+    if (to === undefined) return;
     event.preventDefault();
-    show(to);
+    show(Math.min(Math.max(to, 0), cuts.length - 1));
   });
 })();

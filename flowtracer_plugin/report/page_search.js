@@ -49,6 +49,7 @@
 
   field.addEventListener("input", find);
   field.addEventListener("keydown", (event) => {
+    if (event.isComposing) return;
     if (event.key === "Enter") {
       event.preventDefault();
       step(event.shiftKey ? -1 : 1);
@@ -59,7 +60,7 @@
     }
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "/" || event.ctrlKey || event.metaKey || event.target.matches("input")) return;
+    if (event.key !== "/" || event.ctrlKey || event.metaKey || event.target === field) return;
     event.preventDefault();
     field.focus();
     field.select();

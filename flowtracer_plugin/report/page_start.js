@@ -19,5 +19,10 @@
     if (linked && Number(linked[1]) < trace.tokenCount) text.goTo(trace.unitOf(Number(linked[1])));
   }
   addEventListener("hashchange", follow);
+  document.querySelector("nav").addEventListener("click", (event) => {
+    if (!event.target.matches("a") || !root.classList.contains("selecting")) return;
+    event.preventDefault(); // the address holds the selection
+    document.querySelector(event.target.hash).scrollIntoView();
+  });
   follow();
 })();

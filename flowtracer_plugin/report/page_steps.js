@@ -116,7 +116,7 @@
     }
     if (!event.target.closest("button")) return;
     kept = rowAt(event) === kept ? null : rowAt(event);
-    mark(kept ?? rowAt(event));
+    mark(kept);
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") mark((kept = null));

@@ -4,10 +4,13 @@
   const written = (cell) => cell.dataset.value ?? (cell.querySelector("b") ?? cell).textContent;
   const numeric = (cell) => (written(cell) ? Number(written(cell)) : null);
 
+  /** Without the one that says that there are none. */
+  const rowsOf = (table) => [...table.tBodies[0].rows].filter((row) => row.cells.length > 1);
+
   function sort(table, heading) {
     const column = heading.cellIndex;
     const down = heading.getAttribute("aria-sort") !== "descending";
-    const rows = [...table.tBodies[0].rows];
+    const rows = rowsOf(table);
     const isText = rows.some((row) => Number.isNaN(numeric(row.cells[column])));
     const value = (row) => (isText ? written(row.cells[column]) : numeric(row.cells[column]));
     rows.sort((one, other) => {
@@ -29,7 +32,7 @@
 
   function csv(table) {
     const head = [...table.tHead.rows[0].cells].map((cell) => cell.dataset.kind);
-    const rows = [...table.tBodies[0].rows].map((row) => [...row.cells].map(written));
+    const rows = rowsOf(table).map((row) => [...row.cells].map(written));
     const lines = [head, ...rows].map((row) => row.map(quoted).join(","));
     return `${lines.join("\r\n")}\r\n`;
   }

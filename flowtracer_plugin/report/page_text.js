@@ -124,11 +124,15 @@ const text = (() => {
   const unitAt = (event) => numberOf.get(event.target.closest?.(".text > span")) ?? null;
   const isTouch = (event) => event.pointerType === "touch";
 
-  pane.addEventListener("pointerover", (event) => {
+  // Not pointerover, which a text tells as well that scrolls beneath a pointer at rest.
+  pane.addEventListener("pointermove", (event) => {
     const unit = unitAt(event);
-    if (unit !== null && !isTouch(event)) show(unit);
+    if (unit !== null && !isTouch(event) && !units[unit].classList.contains("shown")) show(unit);
   });
-  pane.addEventListener("pointerleave", (event) => isTouch(event) || show(selected));
+  pane.addEventListener("pointerleave", (event) => {
+    const focused = numberOf.get(pane.querySelector(":focus-visible"));
+    if (!isTouch(event)) show(focused ?? selected);
+  });
   pane.addEventListener("focusin", (event) => unitAt(event) !== null && show(unitAt(event)));
   pane.addEventListener("click", (event) => {
     const unit = unitAt(event);
@@ -136,14 +140,17 @@ const text = (() => {
     rover.focus(unit);
     select(unit === selected ? null : unit);
   });
-  byId("reset").addEventListener("click", () => select(null));
+  byId("reset").addEventListener("click", () => {
+    rover.focus(selected); // the button will be gone
+    select(null);
+  });
   document.addEventListener("click", (event) => {
     const target = event.target.closest("[data-unit]");
     if (target) goTo(Number(target.dataset.unit));
   });
 
   document.addEventListener("keydown", (event) => {
-    if (event.altKey || event.ctrlKey || event.metaKey || event.target.matches("input")) return;
+    if (event.altKey || event.ctrlKey || event.metaKey || event.target === byId("query")) return;
     if (event.key === "Escape") return select(null);
     if (unitAt(event) !== null && (event.key === "Enter" || event.key === " ")) {
       event.preventDefault();
@@ -178,7 +185,7 @@ const text = (() => {
   byId("by-rank").addEventListener("click", () => shade(false));
   byId("by-amount").addEventListener("click", () => shade(true));
 
-  const GLYPHS = { " ": "·", "\t": "→\t", "\u00a0": "⍽", "\u3000": "□" };
+  const GLYPHS = { " ": "·\u200b", "\t": "→\t", "\u00a0": "⍽", "\u3000": "□" };
   const written = new Map();
 
   function showBlanks(on) {

@@ -87,7 +87,7 @@ def _width(units: int) -> int:
 def _strongest(edges: StrongEdges, reading: Reading) -> UInt8[np.ndarray, "unit edge byte"]:
     """Distance and share of the strongest edges of each unit; 0 where there are fewer."""
     count = len(reading.units)
-    unit, other, flows = _between_units(edges, reading.starts, count)
+    unit, other, flows = _between_units(edges, reading.unit_numbers, count)
     # By flow, and of equal ones the nearer: the page must not depend on how ties were broken.
     order = np.lexsort((np.abs(unit - other), -flows, unit))
     unit, other, flows = unit[order], other[order], flows[order]
@@ -101,10 +101,9 @@ def _strongest(edges: StrongEdges, reading: Reading) -> UInt8[np.ndarray, "unit 
 
 
 def _between_units(
-    edges: StrongEdges, starts: Int[np.ndarray, " unit"], count: int
+    edges: StrongEdges, unit_of: Int[np.ndarray, " token"], count: int
 ) -> tuple[Int[np.ndarray, " edge"], Int[np.ndarray, " edge"], Float[np.ndarray, " edge"]]:
     """The edges of all tokens as those of units, each once, without those inside a unit."""
-    unit_of = np.repeat(np.arange(count), np.diff([*starts, len(edges.token)]))
     ends = np.repeat(unit_of, edges.token.shape[1]), unit_of[edges.token.ravel()]
     apart = (ends[0] != ends[1]) & (edges.flow.ravel() > 0)
     pair, place = np.unique(ends[0][apart] * count + ends[1][apart], return_inverse=True)

@@ -63,7 +63,7 @@ def _token_row(reading: Reading, unit: Unit, drops: Mapping[int, float]) -> Toke
         unit=unit,
         before=before,
         after=after,
-        from_prompt=float(backbone.prompt_inflow[tokens].max()) / unit.throughput,
+        from_prompt=float(backbone.prompt_inflow[tokens].sum()) / unit.throughput,
         sources=_edges(reading, backbone.checkpoints[tokens], tokens),
         targets=_edges(reading, backbone.hubs[tokens], tokens),
         drop=max(known, default=None),

@@ -29,6 +29,7 @@ const tips = (() => {
   function follow(units, describe, changed = () => {}) {
     const known = new Set(units);
     const rover = tokens.rove(units);
+    let pointed = null;
 
     function show(unit) {
       document.querySelector(".shown")?.classList.remove("shown");
@@ -46,8 +47,12 @@ const tips = (() => {
     };
     const focused = () => (known.has(document.activeElement) ? document.activeElement : null);
 
-    document.addEventListener("pointerover", (event) => {
-      if (event.pointerType !== "touch") show(unitAt(event) ?? focused());
+    // Not pointerover, which a text tells as well that scrolls beneath a pointer at rest.
+    document.addEventListener("pointermove", (event) => {
+      const unit = unitAt(event);
+      if (event.pointerType === "touch" || unit === pointed) return;
+      pointed = unit;
+      show(unit ?? focused());
     });
     document.addEventListener("focusin", (event) => show(unitAt(event)));
     document.addEventListener("click", (event) => {
