@@ -112,6 +112,11 @@ def test_question_and_answer_tell_where_flow_starts_and_ends(page):
     assert "starts here" in page.locator("#sources").inner_text()
     tokens_of(page).nth(len(TOKENS) - 2).hover()
     assert "ends here, in the answer" in page.locator("#targets").inner_text()
+    tokens_of(page).nth(len(TOKENS) - 1).hover()
+    assert "· after the answer ·" in page.locator("#where").inner_text()
+    assert page.locator("#detail").get_attribute("aria-live") == "off"
+    page.keyboard.press("j")
+    assert page.locator("#detail").get_attribute("aria-live") == "polite"
 
 
 def test_a_click_keeps_what_leads_to_a_token_and_on_from_it(page, trace):
@@ -383,6 +388,9 @@ def test_headings_sort(page):
     hubs = [int(one) for one in column(page, "tokentable", 3) if one]
     assert hubs == sorted(hubs)
     assert column(page, "tokentable", 3)[-1] == ""  # those without a number come last
+    inflow, outflow, sink = (column(page, "steptable", number) for number in (4, 6, 7))
+    for come, go, stay in zip(inflow, outflow, sink, strict=True):
+        assert float(come) == pytest.approx(float(go) + float(stay), abs=1e-6)
     page.locator("#steptable th").nth(3).locator("button").click()
     inflow = [float(one) for one in column(page, "steptable", 4)]
     assert inflow == sorted(inflow, reverse=True)

@@ -6,6 +6,7 @@ const trace = (() => {
   const packed = { sources: bytes(data.edges.sources), targets: bytes(data.edges.targets) };
   const count = throughput.length;
   const regions = { p: "prompt", q: "question", r: "reasoning", a: "answer" };
+  const answered = data.regions.lastIndexOf("a");
 
   const firstToken = (unit) => (data.starts ? data.starts[unit] : unit);
   const endToken = (unit) => (unit + 1 < count ? firstToken(unit + 1) : data.tokens.length);
@@ -67,7 +68,7 @@ const trace = (() => {
     promptUnits: data.promptUnits,
     injected: (unit) => data.injected[unit] ?? 0,
     absorbed: (unit) => data.absorbed[unit] ?? 0,
-    region: (unit) => regions[data.regions[unit]],
+    region: (unit) => (unit > answered ? "after the answer" : regions[data.regions[unit]]),
     text: (unit) => data.tokens.slice(firstToken(unit), endToken(unit)).join(""),
     name: (unit) => tokens.range(firstToken(unit), endToken(unit) - 1),
     firstToken,

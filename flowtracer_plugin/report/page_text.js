@@ -127,13 +127,19 @@ const text = (() => {
   // Not pointerover, which a text tells as well that scrolls beneath a pointer at rest.
   pane.addEventListener("pointermove", (event) => {
     const unit = unitAt(event);
-    if (unit !== null && !isTouch(event) && !units[unit].classList.contains("shown")) show(unit);
+    if (unit === null || isTouch(event) || units[unit].classList.contains("shown")) return;
+    byId("detail").setAttribute("aria-live", "off"); // a pointer that passes is not to be read out
+    show(unit);
   });
   pane.addEventListener("pointerleave", (event) => {
     const focused = numberOf.get(pane.querySelector(":focus-visible"));
     if (!isTouch(event)) show(focused ?? selected);
   });
-  pane.addEventListener("focusin", (event) => unitAt(event) !== null && show(unitAt(event)));
+  pane.addEventListener("focusin", (event) => {
+    if (unitAt(event) === null) return;
+    byId("detail").setAttribute("aria-live", "polite");
+    show(unitAt(event));
+  });
   pane.addEventListener("click", (event) => {
     const unit = unitAt(event);
     if (unit === null || String(getSelection())) return;

@@ -83,11 +83,13 @@ class StepTableRow:
     Attributes:
         row: The step.
         from_prompt: Flow that enters it from the prompt's steps.
+        outflow: Flow that leaves it for later steps.
         sink: Flow that ends in it.
     """
 
     row: StepRow
     from_prompt: float
+    outflow: float
     sink: float
 
 
@@ -100,6 +102,7 @@ def step_rows(reading: Reading, graph: StepGraph) -> tuple[StepTableRow, ...]:
         StepTableRow(
             row=step_row(reading, graph.steps[index], index + 1),
             from_prompt=float(graph.edges[index, prompt].sum()),
+            outflow=float(graph.edges[:, index].sum()),
             sink=float(graph.sink[index]),
         )
         for index in shown
