@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from threading import RLock, get_ident
+from contextlib import contextmanager, nullcontext
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,9 +21,7 @@ from flowtracer_plugin.attention import (
     AttentionSite,
     AttentionWeights,
     NoAttentionError,
-    UnsupportedArchitectureError,
     find_adapter,
-    known_adapters,
 )
 from flowtracer_plugin.attention_rows import AttentionRows, KeptCalls
 from flowtracer_plugin.backends import Backend, Receive, Result
@@ -51,6 +48,7 @@ from flowtracer_plugin.self_check import (
     rounding,
     worst,
 )
+from flowtracer_plugin.sites import check_runs, check_sites, counted_runs
 
 BACKENDS = {backend.name: backend for backend in (NnsightBackend, InterfaceBackend)}
 
@@ -96,8 +94,7 @@ class AttentionReader:
             self.sites = self.adapter.sites(model)
             if not self.sites:
                 raise NoAttentionError(f"{type(model).__name__} has no attention to read")
-            self._check_paths()
-            self._check_layers()
+            check_sites(self.model, self.adapter, self.sites)
             self.backend: Backend = BACKENDS[backend](model, self.adapter, self.sites)
         self._lock = _locks.setdefault(model.get_submodule(self.sites[0].module), RLock())
         self._accepted = accepted_inputs(model)
@@ -312,9 +309,9 @@ class AttentionReader:
         inputs = self._inputs(ids, mask, {} if more is None else more(ids))
         with self._running():
             read = first_output(self.backend.run(inputs, sites, receive, whole=True))
-            with self._counted() as visits:
+            with counted_runs(self.model, self.sites) as visits:
                 plain = first_output(self.model(**inputs))
-        self._check_runs(visits)
+        check_runs(self.model, self.adapter, self.sites, visits)
         if not torch.isfinite(plain).all():
             raise ValueError(
                 f"{type(self.model).__name__} computes logits that are not finite on a short text: "
@@ -337,54 +334,6 @@ class AttentionReader:
     def check_calls(self, layers: Sequence[int]) -> tuple[AttentionCall | AttentionWeights, ...]:
         """The calls of some layers on the self-check's text."""
         return self.read_in_place(*self.check_text(0), layers, keep=True).calls
-
-    def _check_paths(self) -> None:
-        paths = {path for path, _ in self.model.named_modules(remove_duplicate=False)}
-        for site in self.sites:
-            if site.module not in paths:
-                raise AdapterMismatchError(
-                    f"the adapter {self.adapter.name!r} lists the module {site.module!r}, which "
-                    f"{type(self.model).__name__} does not have; mend its sites()"
-                )
-
-    def _check_layers(self) -> None:
-        """An adapter that looks around sees one way of attending; a model may have two."""
-        found = {site.layer for site in self.sites}
-        others = [a for a in known_adapters() if a.generic] if self.adapter.generic else []
-        for other in others:
-            for site in other.sites(self.model):
-                if site.layer not in found:
-                    raise UnsupportedArchitectureError(
-                        f"{type(self.model).__name__} attends in two ways: the adapter "
-                        f"{self.adapter.name!r} reads layers {sorted(found)}, and only "
-                        f"{other.name!r} finds {site.module}; write an adapter that lists both "
-                        "(adapters/README.md), and pass it as wrap(model, adapter=...)"
-                    )
-
-    def _check_runs(self, visits: Counter[str]) -> None:
-        listed = Counter(site.module for site in self.sites)
-        for path, runs in visits.items():
-            if runs != listed[path]:
-                raise AdapterMismatchError(
-                    f"{type(self.model).__name__} runs {path} {runs} times in one forward pass, "
-                    f"and the adapter {self.adapter.name!r} lists {listed[path]} visits of it; "
-                    "mend its sites()"
-                )
-
-    @contextmanager
-    def _counted(self) -> Iterator[Counter[str]]:
-        """How often each attention module runs meanwhile."""
-        visits: Counter[str] = Counter()
-        me = get_ident()
-        with ExitStack() as hooks:
-            for path in {site.module for site in self.sites}:
-                module = self.model.get_submodule(path)
-                hook = module.register_forward_pre_hook(
-                    # Other threads may run the model too, and count for themselves.
-                    lambda *_, path=path: visits.update([path] if get_ident() == me else [])
-                )
-                hooks.callback(hook.remove)
-            yield visits
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

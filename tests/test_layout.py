@@ -30,7 +30,7 @@ LAYERS = [
     {"streamed"},
     {"head_mean", "backends", "causal_lm", "padding"},
     {"generation", "capture", "interception", "self_check", "parallel", "rhythm"},
-    {"reading", "scorers", "attention_rows", "cutting"},
+    {"reading", "scorers", "attention_rows", "sites", "cutting"},
     {"reader", "knockout"},
     {"trace", "diagnosis", "memory"},
     {"storage", "rollouts", "document", "comparison"},
