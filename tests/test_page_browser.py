@@ -162,6 +162,7 @@ def test_keys_go_from_token_to_token_and_from_mark_to_mark(page):
     assert page.locator("#where").inner_text().startswith(f"token {before} ·")
     page.keyboard.press("Enter")
     assert numbers(page, ".selected") == [before]
+    assert numbers(page, "[role=button]") == numbers(page, "[tabindex]") == [before]
     page.locator("#share").focus()
     page.keyboard.press("j")
     assert page.locator("#where").inner_text().startswith(f"token {after} ·")

@@ -27,12 +27,19 @@ const tokens = (() => {
       k: (unit) => marked.findLast((mark) => mark < unit),
     };
     let current = 0;
-    units[current]?.setAttribute("tabindex", "0");
 
-    function focus(unit) {
+    /** The token that can be reached is a button; thousands of them would be noise. */
+    function reach(unit) {
       units[current].removeAttribute("tabindex");
+      units[current].removeAttribute("role");
       current = unit;
       units[unit].tabIndex = 0;
+      units[unit].setAttribute("role", "button");
+    }
+    if (units.length) reach(current);
+
+    function focus(unit) {
+      reach(unit);
       units[unit].focus({ preventScroll: true });
     }
 
