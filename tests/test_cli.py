@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -437,15 +438,20 @@ def test_files_are_written_even_if_nobody_reads_the_output(plain_model, tmp_path
     assert "<html" in (tmp_path / "x.html").read_text()
 
 
-def test_a_page_that_cannot_be_written_does_not_lose_the_trace(flowtracer, plain_model, tmp_path):
-    (tmp_path / "file").touch()
-    page = tmp_path / "file" / "x.html"
+def test_a_page_that_cannot_be_written_does_not_lose_the_trace(
+    flowtracer, plain_model, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("flowtracer_plugin.report.write_page", full)
+    page = tmp_path / "x.html"
     ran = flowtracer(
         *("trace", "--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE),
         *("--html", page, "--save", tmp_path / "x.flow"),
     )
     assert ran.code == 1
-    assert f"error: cannot write '{page}': " in ran.said
+    assert f"error: cannot write '{page}': No space left on device" in ran.said
     assert "name a file in a folder that you may write to" in ran.said
     assert ft.load(tmp_path / "x.flow")
 
