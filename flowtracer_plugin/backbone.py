@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -182,17 +182,31 @@ def strongest_flows(
         )
     total, held = float(graph.edges.sum()), 0.0
     flows: list[tuple[int, int, float]] = []
-    known: set[int] = set()
-    for place in np.argsort(-graph.edges, axis=None, kind="stable").tolist():
-        later, earlier = divmod(place, len(graph.steps))
-        flow = float(graph.edges[later, earlier])
-        if flow <= 0 or held >= share * total or len(flows) == max_flows:
+    for earlier, later, flow in _among_few(graph.edges, max_steps):
+        if held >= share * total or len(flows) == max_flows:
             break
-        ends = known | {earlier, later}
-        if len(ends) <= max_steps:
-            known, held = ends, held + flow
-            flows.append((earlier, later, flow))
+        flows.append((earlier, later, flow))
+        held += flow
     return StrongFlows(flows=tuple(flows), share=held / total if total else 0.0)
+
+
+def _among_few(
+    edges: Float[np.ndarray, "step step"], most: int
+) -> Iterator[tuple[int, int, float]]:
+    """The flows between at most so many steps, the strongest first; others are passed over."""
+    order = np.argsort(-edges, axis=None, kind="stable")[: np.count_nonzero(edges > 0)]
+    known: set[int] = set()
+    while len(order) and len(known) < most:
+        later, earlier = divmod(int(order[0]), len(edges))
+        order = order[1:]
+        if len(known | {later, earlier}) <= most:
+            known |= {later, earlier}
+            yield earlier, later, float(edges[later, earlier])
+    # Of a long text, millions are left that need another step.
+    inside = np.isin(np.unravel_index(order, edges.shape), list(known)).all(0)
+    for place in order[inside].tolist():
+        later, earlier = divmod(place, len(edges))
+        yield earlier, later, float(edges[later, earlier])
 
 
 def bin_starts(length: int, prompt_length: int) -> Int[np.ndarray, " bin"]:

@@ -101,6 +101,14 @@ def test_flows_within_the_limits():
     assert few.share == pytest.approx(12 / 15.5)
 
 
+def test_flows_among_known_steps_follow_those_that_need_another():
+    edges = np.zeros((5, 5))
+    edges[1, 0], edges[2, 0], edges[4, 3], edges[2, 1] = 9, 8, 7, 1
+    found = strongest_flows(graph_of(edges), share=1.0, max_steps=3)
+    assert found.flows == ((0, 1, 9.0), (0, 2, 8.0), (1, 2, 1.0))
+    assert found.share == pytest.approx(18 / 25)
+
+
 def test_no_flow_between_steps_is_none_to_show():
     found = strongest_flows(graph_of([[0.0, 0.0], [0.0, 0.0]]))
     assert (found.flows, found.share, found.steps) == ((), 0.0, ())
