@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from flowtracer_plugin.flow import Flow, solve_flow, solve_graph
     from flowtracer_plugin.graph import FlowGraph
     from flowtracer_plugin.memory import MemoryEstimate, TooLittleMemoryError
+    from flowtracer_plugin.options import FlowOptions
     from flowtracer_plugin.rollouts import FlowBatch
     from flowtracer_plugin.spans import AnswerNotFoundError
     from flowtracer_plugin.storage import load
-    from flowtracer_plugin.trace import FlowOptions, FlowTrace
+    from flowtracer_plugin.trace import FlowTrace
     from flowtracer_plugin.tracer import FlowTracer, wrap
 
 __version__ = "0.1.0"
@@ -39,7 +40,7 @@ _HOMES = {
     "Flow": "flow",
     "FlowBatch": "rollouts",
     "FlowGraph": "graph",
-    "FlowOptions": "trace",
+    "FlowOptions": "options",
     "FlowTrace": "trace",
     "FlowTracer": "tracer",
     "MemoryEstimate": "memory",

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from flowtracer_plugin._substitution import Rows
 from flowtracer_plugin.answers import AnswerFinder, FoundAnswer
 from flowtracer_plugin.flow import solve_flow
+from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.spans import answer_mask, knows_ids, question_mask, target_mask
 from flowtracer_plugin.streamed import stream_batch
-from flowtracer_plugin.trace import FlowOptions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -15,6 +15,7 @@ from flowtracer_plugin.backbone import outline
 from flowtracer_plugin.causal_lm import check_input, check_packing
 from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.memory import Budget
+from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.reader import AttentionReader
 from flowtracer_plugin.rollouts import (
     FlowBatch,
@@ -25,7 +26,6 @@ from flowtracer_plugin.rollouts import (
 )
 from flowtracer_plugin.spans import Spans
 from flowtracer_plugin.streamed import stream_flow
-from flowtracer_plugin.trace import FlowOptions
 
 Ids = Int[Tensor, "batch token"]
 Mask = Bool[Tensor, "batch token"]

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from flowtracer_plugin.backbone import Backbone, FlowPath, StrongEdges, bin_starts, step_bounds
+from flowtracer_plugin.options import FlowOptions, head_pairs
 from flowtracer_plugin.spans import Spans
-from flowtracer_plugin.trace import FlowOptions, FlowTrace
+from flowtracer_plugin.trace import FlowTrace
 
 FORMAT = "flowtracer.trace"
 VERSION = 3
@@ -118,6 +119,7 @@ def _assemble(header: dict[str, Any], arrays: dict[str, Any]) -> FlowTrace:
     options = header["options"]
     layers = options["layers"]
     options["layers"] = layers if isinstance(layers, str) else tuple(layers)
+    options["heads"] = head_pairs(options.get("heads", "all"))  # older files have none
     return FlowTrace(
         token_ids=arrays["token_ids"],
         tokens=tuple(header["tokens"]),

@@ -16,58 +16,13 @@ from flowtracer_plugin import backbone
 from flowtracer_plugin.backbone import KEPT_PATHS, Backbone, FlowPath, Outline, StepGraph
 from flowtracer_plugin.extras import comes_with
 from flowtracer_plugin.flow import Flow, solve_flow
+from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.river import River, river
 from flowtracer_plugin.spans import Region, Spans
 
 if TYPE_CHECKING:
     import networkx
     from rich.console import RenderableType
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FlowOptions:
-    """How a trace is made. The defaults are the paper's.
-
-    Attributes:
-        layers: `"middle"` third of the attention layers, `"early"`, `"late"`, `"all"`, five evenly
-            spaced ones as `"middle:5"`, or layer numbers.
-        question: `"prompt"` (without special tokens and never the first), `"all"`, or `"user"`;
-            `"mask"` says that `trace` was given one.
-        answer: How the answer is found in the response.
-        target: Rows of the answer tokens, or `"decision"`: of the tokens before them, whose logits
-            choose them.
-        question_weights: Flow is injected in equal parts, or in proportion to `"reach"`.
-        boundary: `"literal"`, or `"absorbing"`: flow ends at the first answer token it meets.
-        first_token: `"keep"`, or `"drop"`: what is paid to the first token, a common attention
-            sink, goes to the others in proportion.
-    """
-
-    layers: str | tuple[int, ...] = "middle"
-    question: str = "prompt"
-    answer: str = "auto"
-    target: str = "answer"
-    question_weights: str = "uniform"
-    boundary: str = "literal"
-    first_token: str = "keep"
-
-    def __post_init__(self) -> None:
-        """Refuse values that no option has.
-
-        Raises:
-            ValueError: A value is not among the choices.
-        """
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-
-
-_CHOICES = {
-    "question": ("prompt", "all", "user", "mask"),
-    "target": ("answer", "decision"),
-    "question_weights": ("uniform", "reach"),
-    "boundary": ("literal", "absorbing"),
-    "first_token": ("keep", "drop"),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

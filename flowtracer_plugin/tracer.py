@@ -30,11 +30,12 @@ from flowtracer_plugin.encoding import Prompt, encode_prompt, encode_response, u
 from flowtracer_plugin.generation import generate_ids
 from flowtracer_plugin.layers import layer_numbers, select_layers
 from flowtracer_plugin.memory import MODES, MemoryEstimate
+from flowtracer_plugin.options import FlowOptions, flow_options, head_pairs
 from flowtracer_plugin.reader import AttentionReader
 from flowtracer_plugin.rollouts import FlowBatch, check_rollouts, join_batches, rollout_masks
 from flowtracer_plugin.solving import Solver
 from flowtracer_plugin.spans import decode_tokens, find_spans
-from flowtracer_plugin.trace import FlowOptions, FlowTrace
+from flowtracer_plugin.trace import FlowTrace
 
 TokenMask = Bool[np.ndarray, " token"]
 
@@ -43,13 +44,16 @@ def wrap(
     model: nn.Module | Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    preset: str = "paper",
     layers: str | int | Iterable[SupportsIndex] = "middle",
     question: str = "prompt",
     answer: AnswerFinder = "auto",
-    target: str = "answer",
-    question_weights: str = "uniform",
-    boundary: str = "literal",
-    first_token: str = "keep",
+    target: str | None = None,
+    question_weights: str | None = None,
+    boundary: str | None = None,
+    first_token: str | None = None,
+    heads: str | float | Iterable[tuple[int, int]] | None = None,
+    edges: str | None = None,
     adapter: AttentionAdapter | None = None,
     backend: str = "nnsight",
     block: int = 64,
@@ -64,6 +68,8 @@ def wrap(
         model: A transformers model, also with PEFT's LoRA; on any device, in any dtype. Wrappers of
             nnsight, `torch.compile` and data parallelism are taken off.
         tokenizer: The model's; needed for everything that involves text.
+        preset: `"paper"`, `"decision"` or `"sharp"`: values for those of the next options that are
+            None, see `options.PRESETS`.
         layers: Which attention layers are averaged: a name, or numbers.
         question: Which prompt tokens flow is injected at.
         answer: Finder of the answer in a response: a name (`"auto"`, `"boxed"`, …), a compiled
@@ -72,6 +78,8 @@ def wrap(
         question_weights: `"uniform"` or `"reach"`.
         boundary: `"literal"` or `"absorbing"`.
         first_token: `"keep"` or `"drop"`.
+        heads: `"all"`, a share such as 0.3, or (layer, head) pairs.
+        edges: `"attention"` or `"value"`.
         adapter: How to read this architecture, if the built-in adapters cannot.
         backend: `"nnsight"` reads any model; `"interface"`, for models that call transformers'
             attention interface, also works with tensor parallelism, in several threads at once,
@@ -97,7 +105,8 @@ def wrap(
     check_finder(answer)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    options = FlowOptions(
+    options = flow_options(
+        preset,
         layers=layers if isinstance(layers, str) else layer_numbers(layers),
         question=question,
         answer=finder_name(answer),
@@ -105,6 +114,8 @@ def wrap(
         question_weights=question_weights,
         boundary=boundary,
         first_token=first_token,
+        heads=None if heads is None else head_pairs(heads),
+        edges=edges,
     )
     language_model(unwrapped(model))
     reader = AttentionReader(model, adapter, backend=backend, block=block)

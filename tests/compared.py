@@ -3,8 +3,9 @@
 import numpy as np
 
 from flowtracer_plugin.flow import solve_flow
+from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.spans import Spans
-from flowtracer_plugin.trace import FlowOptions, FlowTrace
+from flowtracer_plugin.trace import FlowTrace
 
 PROMPT_TOKENS = ("<s>", "What", " is", " 3", " +", " 4", "?", "\n")
 VOCABULARY: dict[str, int] = {}

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowtracer_plugin.comparison import compare
+from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.report import (
     CompletionView,
     group_page,
@@ -23,7 +24,6 @@ from flowtracer_plugin.report import (
 )
 from flowtracer_plugin.report.differences import MOST_WORDS, difference_levels, difference_scale
 from flowtracer_plugin.report.display import visible
-from flowtracer_plugin.trace import FlowOptions
 from tests.compared import GROUP, PROMPT_TOKENS, RIGHT, TRUTHS, WRONG, make_trace
 from tests.pages import HOSTILE, Page
 

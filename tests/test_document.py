@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flowtracer_plugin as ft
 from flowtracer_plugin import backbone, document
+from flowtracer_plugin.options import CHOICES, FlowOptions
 from flowtracer_plugin.spans import Region
-from flowtracer_plugin.trace import _CHOICES, FlowOptions
 from tests.test_layout import ROOT
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
 from tests.traces import as_streamed, hostile_trace, make_trace
@@ -138,7 +138,7 @@ def test_every_field_says_what_it_means_and_in_which_unit():
 def test_the_schema_knows_the_choices_and_limits_of_the_code():
     options = SCHEMA["properties"]["options"]["properties"]
     assert list(options) == list(FlowOptions.__dataclass_fields__)
-    for name, choices in _CHOICES.items():
+    for name, choices in CHOICES.items():
         assert tuple(options[name]["enum"]) == choices
     assert tuple(SCHEMA["$defs"]["region"]["enum"]) == get_args(Region)
     assert f"at most {backbone.KEPT_EDGES} into" in SCHEMA["properties"]["edges"]["description"]

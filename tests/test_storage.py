@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.numpy import save as to_bytes
 
 from flowtracer_plugin import storage
+from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.spans import Spans
 from flowtracer_plugin.storage import load, save, write_atomically
-from flowtracer_plugin.trace import FlowOptions, FlowTrace
+from flowtracer_plugin.trace import FlowTrace
 
 ARRAYS = ("token_ids", "attention", "reach", "throughput")
 MASKS = ("question", "answer", "target")

@@ -12,9 +12,10 @@ from rich.console import Console
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.flow import solve_flow
+from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.rollouts import RolloutMasks, solve_rollouts
 from flowtracer_plugin.spans import Spans
-from flowtracer_plugin.trace import FlowOptions, FlowTrace, RankedToken
+from flowtracer_plugin.trace import FlowTrace, RankedToken
 from tests import reference, reference_backbone
 from tests.strategies import problems
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer

@@ -9,8 +9,8 @@ from transformers import MambaConfig, MambaForCausalLM
 import flowtracer_plugin as ft
 from flowtracer_plugin.attention import AttentionAdapter
 from flowtracer_plugin.causal_lm import check_input
+from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.rollouts import RolloutMasks, solve_rollouts
-from flowtracer_plugin.trace import FlowOptions
 from tests import reference, reference_backbone
 from tests.tiny import (
     CONTEXT,

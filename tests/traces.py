@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 
 from flowtracer_plugin.flow import solve_flow
+from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.spans import Spans
-from flowtracer_plugin.trace import FlowOptions, FlowTrace
+from flowtracer_plugin.trace import FlowTrace
 from tests.pages import HOSTILE
 
 
