@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flowtracer_plugin.answers import AnswerFinder, FoundAnswer, Span, find_answer
+from flowtracer_plugin.edges import EdgeChoice
 from flowtracer_plugin.reading import Reading
 from flowtracer_plugin.rollouts import RolloutMasks, rollout_masks, solve_rollouts
 from flowtracer_plugin.scorers import Rollouts, Scorer
@@ -85,7 +86,7 @@ class RolloutReader:
             return batch.scored([self._part(batch.with_entropies(call()), None)])
         tracer = self.tracer
         tracer.reader.listen(
-            call, visible, tracer.layers, take, batch_size=batch_size, keep=self._keeps
+            call, visible, tracer.layers, take, batch_size=batch_size, **self._kept
         )
         scored = batch.scored(parts)
         return replace(scored, seconds=before + scored.seconds)
@@ -111,7 +112,7 @@ class RolloutReader:
         for start in range(0, len(ids), batch_size):
             rows = slice(start, start + batch_size)
             try:
-                reading = reader.read_in_place(ids[rows], visible[rows], layers, keep=self._keeps)
+                reading = reader.read_in_place(ids[rows], visible[rows], layers, **self._kept)
                 parts.append(self._part(batch.rows(rows), reading))
             except Exception as error:  # noqa: BLE001 - raised below
                 errors.append(error)
@@ -120,8 +121,32 @@ class RolloutReader:
         return replace(batch.scored(parts), seconds=perf_counter() - started)
 
     @property
-    def _keeps(self) -> bool:
-        return "heads" in self.scorer.needs
+    def _kept(self) -> Mapping[str, Any]:
+        """What a reading must bring beside the mean attention."""
+        options = self.tracer.options
+        heads = "heads" in self.scorer.needs or not options.plain
+        return {"keep": heads, "by_value": options.edges == "value"}
+
+    def prepare(self) -> None:
+        """Run the model as often as it takes, before it is listened to."""
+        if self._kept["by_value"]:
+            self.tracer.reader.projections  # noqa: B018 - found once, and by a run of the model
+
+    def _edges(self, batch: _Batch, reading: Reading) -> Float[Tensor, "batch query key"]:
+        """The edges of the flow: the mean attention, or those that the options choose."""
+        tracer, rollouts = self.tracer, batch.rollouts
+        if tracer.options.plain:
+            return reading.attention
+        choice = EdgeChoice(
+            heads=tracer.options.heads,
+            by_value=tracer.options.edges == "value",
+            target=batch.masks.target,
+            reasoning=batch.masks.reasoning(rollouts.visible, rollouts.prompt_length),
+        )
+        rows = tracer.reader.rows_of(
+            reading.calls, tracer.layers, reading.lengths, rollouts.visible, choice
+        )
+        return rows.whole()
 
     def _batch(
         self,
@@ -153,13 +178,12 @@ class RolloutReader:
     @torch.no_grad()
     def _part(self, batch: _Batch, reading: Reading | None) -> _Part:
         started, rollouts = perf_counter(), batch.rollouts
+        edges = None if reading is None else self._edges(batch, reading)
         jump = torch.full((len(rollouts.ids),), torch.nan, device=rollouts.ids.device)
         if reading is not None:
-            rollouts = replace(rollouts, attention=reading.attention, calls=reading.calls)
-        if reading is not None and "flow" in self.scorer.needs:
-            flow = solve_rollouts(
-                reading.attention, batch.masks, rollouts.prompt_length, self.tracer.options
-            )
+            rollouts = replace(rollouts, attention=edges, calls=reading.calls)
+        if edges is not None and "flow" in self.scorer.needs:
+            flow = solve_rollouts(edges, batch.masks, rollouts.prompt_length, self.tracer.options)
             rollouts = replace(rollouts, throughput=flow.throughput)
             jump = torch.where(flow.found, 1.0 - flow.reasoning_share, torch.nan)
         features = self.scorer.measure(rollouts)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from flowtracer_plugin.attention import (
@@ -20,19 +20,36 @@ from flowtracer_plugin.attention import (
     AttentionWeights,
     UnsupportedArchitectureError,
 )
-from flowtracer_plugin.head_mean import mean_of_rows
+from flowtracer_plugin.head_choice import Chosen
+from flowtracer_plugin.head_mean import given_by, mean_of_rows, one_text
 from flowtracer_plugin.parallel import average_heads
+from flowtracer_plugin.value_lengths import Projections, value_lengths
 
 ROWS_CHECKED = 1024
 """Of a mask that are looked at together, so that no copy of the whole is made."""
 
 
 class KeptCalls:
-    """The calls of one forward pass, as they come."""
+    """The calls of one forward pass, as they come.
 
-    def __init__(self, model: nn.Module, adapter: AttentionAdapter) -> None:
-        self._model, self._adapter = model, adapter
-        self._calls: list[AttentionCall] = []
+    Args:
+        model: Whose they are.
+        adapter: How each is read.
+        maps: Whether calls that hand over a map of all pairs of tokens are kept as they are.
+        projections: If lengths of values are wanted, what they go through.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: AttentionAdapter,
+        *,
+        maps: bool = False,
+        projections: Projections | None = None,
+    ) -> None:
+        self._model, self._adapter, self._maps = model, adapter, maps
+        self._projections, self.lengths = projections, list[Float[Tensor, "batch head key"]]()
+        self._calls: list[AttentionCall | AttentionWeights] = []
         self._error: Exception | None = None
 
     @torch.no_grad()
@@ -41,20 +58,26 @@ class KeptCalls:
         try:
             if self._error is None:
                 call = self._adapter.read(self._model.get_submodule(site.module), args, kwargs)
-                self._calls.append(_slim(call, site))
+                if self._projections is not None:
+                    self.lengths.append(value_lengths(call, self._projections[site]))
+                self._calls.append(_slim(call, site, maps=self._maps))
         except Exception as error:  # noqa: BLE001 - raised in `calls`
             self._error = error
 
-    def calls(self) -> tuple[AttentionCall, ...]:
+    def calls(self) -> tuple[AttentionCall | AttentionWeights, ...]:
         """All of them; raises whatever went wrong."""
         if self._error is not None:
             raise self._error
         return tuple(self._calls)
 
 
-def _slim(call: AttentionCall | AttentionWeights, site: AttentionSite) -> AttentionCall:
+def _slim(
+    call: AttentionCall | AttentionWeights, site: AttentionSite, *, maps: bool
+) -> AttentionCall | AttentionWeights:
     """The call without what its rows do not need."""
     if isinstance(call, AttentionWeights):
+        if maps:
+            return replace(call, weights=call.weights.detach(), value=None)
         raise UnsupportedArchitectureError(
             f"{site.module} hands over its probabilities, a [head, query, key] map, and no queries "
             "and keys: there is nothing to stream from; wrap(..., mode='dense')"
@@ -74,47 +97,107 @@ class AttentionRows:
 
     Args:
         model: Whose calls they are.
-        calls: Of the layers that are averaged.
+        calls: Of the layers that are averaged; they look at no later tokens, see `check_causal`.
         visible: Which tokens are no padding.
         block: Query rows that are computed at a time.
-
-    Raises:
-        UnsupportedArchitectureError: A call lets tokens look at later ones.
+        heads: Which heads of each call are averaged, for each text; all by default.
+        lengths: Of what each call's heads fetch at each key, by which their rows are weighed.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        calls: Sequence[AttentionCall],
+        calls: Sequence[AttentionCall | AttentionWeights],
         visible: Bool[Tensor, "batch token"],
         *,
         block: int,
+        heads: Chosen | None = None,
+        lengths: Sequence[Float[Tensor, "batch head key"]] = (),
     ) -> None:
-        # Layers share masks, and each is looked at once.
-        kinds = {(id(call.mask), call.causal, call.key_tokens is None): call for call in calls}
-        for call in kinds.values():
-            _check_causal(call)
-        self._model, self._calls, self._block = model, calls, block
+        self._model, self._block, self.heads = model, block, heads
         self._hidden = None if bool(visible.all()) else ~visible
         self.shape, self.device = visible.shape, visible.device
+        weighed = lengths or (None,) * len(calls)
+        every: tuple[_Part, ...] = tuple(
+            (call, None, one) for call, one in zip(calls, weighed, strict=True)
+        )
+        self._parts = [(slice(None), every)]
+        if heads is not None:
+            self._parts = [
+                (slice(text, text + 1), _of_text(every, text, chosen))
+                for text, chosen in enumerate(heads)
+            ]
 
     @torch.no_grad()
     def __call__(self, start: int, stop: int) -> Float[Tensor, "batch row key"]:
         """The rows `start` to `stop`, up to the column `stop`."""
         total = torch.zeros(self.shape[0], stop - start, stop, device=self.device)
         for first in range(start, stop, self._block):
-            last = min(first + self._block, stop)
-            for call in self._calls:
-                # Keys that are not the tokens themselves cannot be told apart by their number.
-                keys = stop if call.key_tokens is None else None
-                mean = mean_of_rows(call, slice(first, last), keys=keys)[..., :stop]
-                part = total[:, first - start : last - start, : mean.shape[-1]]
-                part.add_(mean.to(total.device), alpha=1 / len(self._calls))
+            rows = slice(first, min(first + self._block, stop))
+            for texts, parts in self._parts:
+                self._add(total[texts, rows.start - start : rows.stop - start], parts, rows, stop)
         average_heads(self._model, total)
         if self._hidden is not None:
             total.masked_fill_(self._hidden[:, start:stop, None], 0)
             total.masked_fill_(self._hidden[:, None, :stop], 0)
         return total
+
+    def whole(self) -> Float[Tensor, "batch token token"]:
+        """All rows at once."""
+        tokens = self.shape[1]
+        total = torch.zeros(*self.shape, tokens, device=self.device)
+        for start in range(0, tokens, self._block):
+            stop = min(start + self._block, tokens)
+            total[:, start:stop, :stop] = self(start, stop)
+        return total
+
+    def _add(
+        self, total: Float[Tensor, "batch row key"], parts: Sequence[_Part], rows: slice, stop: int
+    ) -> None:
+        """Add the mean over the parts' heads, of which each counts as much as any other."""
+        counts = [1 if heads is None else len(heads) for _, heads, _ in parts]
+        for (call, heads, lengths), count in zip(parts, counts, strict=True):
+            # Keys that are not the tokens themselves cannot be told apart by their number.
+            keys = stop if getattr(call, "key_tokens", None) is None else None
+            mean = mean_of_rows(call, rows, heads=heads, keys=keys, lengths=lengths)[..., :stop]
+            share = count / sum(counts)
+            total[..., : mean.shape[-1]].add_(mean.to(total.device), alpha=share)
+
+
+_Part = tuple[
+    AttentionCall | AttentionWeights,
+    Int[Tensor, " chosen"] | None,
+    Float[Tensor, "batch head key"] | None,
+]
+"""A call, which of its heads count, and the lengths by which their rows are weighed."""
+
+
+def _of_text(
+    parts: Sequence[_Part], text: int, chosen: Sequence[Int[Tensor, " chosen"]]
+) -> tuple[_Part, ...]:
+    """The parts of one text, without calls of which no head counts."""
+    return tuple(
+        (
+            one_text(call, text),
+            heads.to(given_by(call).device),
+            None if lengths is None else lengths[text : text + 1],
+        )
+        for (call, _, lengths), heads in zip(parts, chosen, strict=True)
+        if len(heads)
+    )
+
+
+def check_causal(calls: Sequence[AttentionCall | AttentionWeights]) -> None:
+    """Refuse calls that let tokens look at later ones, which rows do not show.
+
+    Raises:
+        UnsupportedArchitectureError: One does.
+    """
+    found = [call for call in calls if isinstance(call, AttentionCall)]
+    # Layers share masks, and each is looked at once.
+    kinds = {(id(call.mask), call.causal, call.key_tokens is None): call for call in found}
+    for call in kinds.values():
+        _check_causal(call)
 
 
 def _check_causal(call: AttentionCall) -> None:

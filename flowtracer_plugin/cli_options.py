@@ -94,6 +94,27 @@ def layer_selection(text: str) -> str | list[int]:
     return text
 
 
+def head_selection(text: str) -> str | float | tuple[tuple[int, int], ...]:
+    """Heads as `wrap` takes them; whether the model has these, only the model can tell.
+
+    Raises:
+        typer.BadParameter: They are neither all, nor a share, nor pairs.
+    """
+    if text == "all":
+        return text
+    try:
+        if ":" not in text:
+            share = float(text)
+            if 0 < share <= 1:
+                return share
+        pairs = [part.split(":") for part in text.split(",")]
+        return tuple((int(layer), int(head)) for layer, head in pairs)
+    except ValueError:
+        raise typer.BadParameter(
+            f"wanted all, a share above 0 and up to 1, or pairs such as 12:3,15:0, found {text!r}"
+        ) from None
+
+
 def _beginning_with(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
     """What a shell may complete a word to."""
     return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
@@ -155,6 +176,10 @@ Layers = Annotated[
 class TracingOptions:
     """How the flow is traced: those of `wrap`."""
 
+    preset: Annotated[
+        Literal["paper", "decision", "sharp"],
+        _tracing(help="What the next options are if they are left out."),
+    ] = "paper"
     layers: Layers = "middle"
     question: Annotated[
         Literal["prompt", "all", "user"],
@@ -171,21 +196,33 @@ class TracingOptions:
         ),
     ] = "auto"
     target: Annotated[
-        Literal["answer", "decision"],
+        Literal["answer", "decision"] | None,
         _tracing(help="Trace to the answer, or to the tokens whose logits choose it."),
-    ] = "answer"
+    ] = None
     question_weights: Annotated[
-        Literal["uniform", "reach"],
+        Literal["uniform", "reach"] | None,
         _tracing(help="Start with equal parts, or in proportion to the influence on the answer."),
-    ] = "uniform"
+    ] = None
     boundary: Annotated[
-        Literal["literal", "absorbing"],
+        Literal["literal", "absorbing"] | None,
         _tracing(help="Flow passes through answer tokens, or ends at the first that it meets."),
-    ] = "literal"
+    ] = None
     first_token: Annotated[
-        Literal["keep", "drop"],
+        Literal["keep", "drop"] | None,
         _tracing(help="Keep or drop what is paid to the first token, a common attention sink."),
-    ] = "keep"
+    ] = None
+    heads: Annotated[
+        Any,
+        _tracing(
+            parser=head_selection,
+            metavar="HEADS",
+            help="all, the share that looks most at the reasoning, as 0.3, or pairs as 12:3,15:0.",
+        ),
+    ] = None
+    edges: Annotated[
+        Literal["attention", "value"] | None,
+        _tracing(help="Weigh attention alone, or times what each head moves."),
+    ] = None
     adapter: Annotated[
         str | None,
         _tracing(help="Name of an adapter (flowtracer adapters), not the one that fits."),

@@ -12,6 +12,7 @@ import numpy as np
 
 from flowtracer_plugin import __version__
 from flowtracer_plugin.backbone import StepGraph, strongest_edges
+from flowtracer_plugin.options import Heads
 from flowtracer_plugin.trace import FlowTrace
 
 JSON_SCHEMA_VERSION = 1
@@ -64,7 +65,12 @@ def about(trace: FlowTrace) -> dict[str, Any]:
         "package_version": __version__,
         "model": trace.model,
         "layers": list(trace.layers),
-        "options": {**asdict(trace.options), "layers": _listed(trace.options.layers)},
+        "heads": [list(pair) for pair in trace.heads],
+        "options": {
+            **asdict(trace.options),
+            "layers": _listed(trace.options.layers),
+            "heads": _listed_pairs(trace.options.heads),
+        },
         "prompt_length": trace.spans.prompt_length,
         "answer": {
             "text": trace.spans.answer_text,
@@ -78,6 +84,10 @@ def about(trace: FlowTrace) -> dict[str, Any]:
 
 def _listed(layers: str | tuple[int, ...]) -> str | list[int]:
     return layers if isinstance(layers, str) else list(layers)
+
+
+def _listed_pairs(heads: Heads) -> str | float | list[list[int]]:
+    return [list(pair) for pair in heads] if isinstance(heads, tuple) else heads
 
 
 def token_columns(trace: FlowTrace) -> dict[str, list[Any]]:

@@ -6,7 +6,8 @@ as the forward pass itself.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from einops import rearrange, reduce
@@ -31,7 +32,9 @@ def add_head_mean(
     """
     # A cache of a sliding window holds the last keys only; a static one has room for more.
     first = max(0, total.shape[2] - tokens_of(call))
-    queries = min(_given(call).shape[2], total.shape[1])  # some models pad the text behind its end
+    queries = min(
+        given_by(call).shape[2], total.shape[1]
+    )  # some models pad the text behind its end
     for start in range(0, queries, block):
         rows = slice(start, min(start + block, queries))
         mean = mean_of_rows(call, rows, heads=heads)
@@ -47,22 +50,69 @@ def mean_of_rows(
     *,
     heads: Int[Tensor, " chosen"] | None = None,
     keys: int | None = None,
+    lengths: Float[Tensor, "batch head key"] | None = None,
 ) -> Float[Tensor, "batch rows seen"]:
     """The mean over heads for the query rows `rows`, in float32, also under autocast.
 
     Over the keys that they can see at most; with `keys`, over the first so many, of a call that is
-    known not to look at others.
+    known not to look at others. With the `lengths` of what heads fetch at each key, every head's
+    rows are weighed by these, and keep their sums.
     """
     call = _normalized(call)
-    with torch.autocast(_given(call).device.type, enabled=False):
+    with torch.autocast(given_by(call).device.type, enabled=False):
         probabilities = row_probabilities(call, rows, heads, keys)
+        if lengths is not None:
+            chosen = lengths if heads is None else lengths[:, heads]
+            probabilities = _weighed(probabilities, chosen[:, :, : probabilities.shape[-1]])
         mean = reduce(probabilities, "batch head query key -> batch query key", "mean")
         if isinstance(call, AttentionCall) and call.key_tokens is not None:
             mean = mean @ call.key_tokens[:, : mean.shape[-1]].float()
     return mean
 
 
-def _given(call: AttentionCall | AttentionWeights) -> Tensor:
+def _weighed(
+    probabilities: Float[Tensor, "batch head rows seen"], lengths: Float[Tensor, "batch head seen"]
+) -> Float[Tensor, "batch head rows seen"]:
+    """Probabilities times lengths, in rows with the sums of before."""
+    before = probabilities.sum(-1, keepdim=True)
+    weighed = probabilities * lengths[:, :, None]
+    after = weighed.sum(-1, keepdim=True)
+    return weighed.mul_(torch.where(after > 0, before / after, 0.0))
+
+
+@torch.no_grad()
+def attention_output(
+    call: AttentionCall | AttentionWeights,
+) -> Float[Tensor, "batch query head value_width"]:
+    """Probabilities times values, as the model mixes them, in float32."""
+    assert call.value is not None
+    with torch.autocast(given_by(call).device.type, enabled=False):
+        probabilities = row_probabilities(call, slice(0, given_by(call).shape[2]))
+        value = call.value[:, :, : probabilities.shape[-1]].detach().float()
+        folded = rearrange(
+            probabilities, "b (group each) q k -> b group (each q) k", group=value.shape[1]
+        )
+        return rearrange(
+            folded @ value,
+            "b group (each q) width -> b q (group each) width",
+            q=probabilities.shape[2],
+        )
+
+
+def one_text(call: AttentionCall | AttentionWeights, text: int) -> AttentionCall | AttentionWeights:
+    """The call of one text of a batch, as a batch of one."""
+    parts: dict[str, Any] = {
+        field.name: part[text : text + 1]
+        for field in fields(call)
+        if isinstance(part := getattr(call, field.name), Tensor)
+        and part.ndim > 1
+        and part.shape[0] > 1
+    }
+    return replace(call, **parts)
+
+
+def given_by(call: AttentionCall | AttentionWeights) -> Tensor:
+    """What says how many texts, heads and queries there are, and where they are."""
     return call.weights if isinstance(call, AttentionWeights) else call.query
 
 

@@ -99,6 +99,7 @@ class Footprint:
         heads: Most query heads of a layer.
         block: Query rows that are computed at a time.
         drops_first: Whether what is paid to the first token is divided among the others.
+        keeps: Whether dense traces keep queries and keys too, to choose among their edges.
     """
 
     forward: int
@@ -109,13 +110,15 @@ class Footprint:
     heads: int
     block: int
     drops_first: bool
+    keeps: bool = False
 
     def dense(self, tokens: int, batch: int) -> int:
         """Peak of a dense trace: the map, and either the forward pass or the copies of the map."""
         maps = batch * tokens**2 * FLOAT
         rows = batch * 3 * self.heads * min(self.block, tokens) * tokens * FLOAT
         copies = 3 * maps if self.drops_first else 0
-        return maps + max(self._forward(tokens, batch) + rows, copies)
+        kept = batch * (self.kept or 0) * tokens if self.keeps else 0
+        return maps + kept + max(self._forward(tokens, batch) + rows, copies)
 
     def streamed(self, tokens: int, batch: int) -> int | None:
         """Peak of a streamed trace: queries and keys, and either the forward pass or a block."""
@@ -161,6 +164,7 @@ def footprint(
     *,
     block: int,
     drops_first: bool,
+    keeps: bool = False,
 ) -> Footprint:
     """Of a model that makes `calls`, those of the layers that are read, on a short text."""
     config = language_model(model).config.get_text_config()
@@ -179,11 +183,12 @@ def footprint(
         forward=size * (6 * width + 3 * inner) + logits,
         pairs=(2 * heads * (size + FLOAT) if eager else 0) + _MASK_COPIES * masks,
         sites=len(calls),
-        kept=_kept(calls),
+        kept=_kept(calls, lengths=keeps),
         masks=max(0 if window is None else 1, _masks(calls)),
         heads=heads,
         block=block,
         drops_first=drops_first,
+        keeps=keeps,
     )
 
 
@@ -203,11 +208,13 @@ def _shape(call: AttentionCall | AttentionWeights) -> torch.Size:
     return call.weights.shape if isinstance(call, AttentionWeights) else call.query.shape
 
 
-def _kept(calls: tuple[AttentionCall | AttentionWeights, ...]) -> int | None:
+def _kept(calls: tuple[AttentionCall | AttentionWeights, ...], *, lengths: bool) -> int | None:
+    """Bytes a token of queries and keys, and of the `lengths` of what each head fetches there."""
     total = 0
     for call in calls:
         if isinstance(call, AttentionWeights):
             return None
+        total += call.query.shape[1] * FLOAT if lengths else 0
         for part in (call.query, call.key):
             total += part.shape[1] * part.shape[3] * part.element_size()
     return total
@@ -238,9 +245,15 @@ class Budget:
     """Chooses the mode of a reader's traces by the memory that is free."""
 
     def __init__(
-        self, reader: AttentionReader, layers: Sequence[int], *, drops_first: bool
+        self,
+        reader: AttentionReader,
+        layers: Sequence[int],
+        *,
+        drops_first: bool,
+        keeps: bool = False,
     ) -> None:
-        self._reader, self._layers, self._drops_first = reader, layers, drops_first
+        self._reader, self._layers = reader, layers
+        self._drops_first, self._keeps = drops_first, keeps
         self._known: Footprint | None = None
 
     def estimate(self, tokens: int, batch: int = 1, *, padded: bool = False) -> MemoryEstimate:
@@ -295,7 +308,11 @@ class Budget:
             reader = self._reader
             calls = reader.check_calls(self._layers)
             self._known = footprint(
-                reader.model, calls, block=reader.block, drops_first=self._drops_first
+                reader.model,
+                calls,
+                block=reader.block,
+                drops_first=self._drops_first,
+                keeps=self._keeps,
             )
         return self._known
 

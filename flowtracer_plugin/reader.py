@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from threading import RLock
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from flowtracer_plugin.attention import (
     AdapterMismatchError,
-    AttentionAdapter,
     AttentionCall,
     AttentionSite,
     AttentionWeights,
-    NoAttentionError,
-    find_adapter,
+    UnsupportedArchitectureError,
 )
-from flowtracer_plugin.attention_rows import AttentionRows, KeptCalls
-from flowtracer_plugin.backends import Backend, Receive, Result
-from flowtracer_plugin.capture import NnsightBackend
+from flowtracer_plugin.attention_rows import AttentionRows, KeptCalls, check_causal
+from flowtracer_plugin.backends import Receive, Result
 from flowtracer_plugin.causal_lm import (
-    accepted_inputs,
-    check_positions,
-    context_length,
-    evaluating,
     first_output,
-    input_device,
-    unwrapped,
-    vocabulary_size,
 )
-from flowtracer_plugin.interception import InterfaceBackend
+from flowtracer_plugin.edges import EdgeChoice, chosen_rows
 from flowtracer_plugin.padding import put_back, text_first
-from flowtracer_plugin.parallel import check_backend, may_stop, uncompiled
+from flowtracer_plugin.parallel import tensor_parallel_group
 from flowtracer_plugin.reading import Reading, ReadingSum
+from flowtracer_plugin.running import ModelRunner
 from flowtracer_plugin.self_check import (
     SiteReport,
     check_report,
@@ -48,56 +35,19 @@ from flowtracer_plugin.self_check import (
     rounding,
     worst,
 )
-from flowtracer_plugin.sites import check_runs, check_sites, counted_runs
-
-BACKENDS = {backend.name: backend for backend in (NnsightBackend, InterfaceBackend)}
-
-CHECK_TOKENS = 17
-"""Length of the self-check's input: hardly a model has as many heads, so that axes that are mixed
-up do not fit."""
-
-CHECK_PADDING = (0, 5)
-"""Padding of the self-check's inputs: without it, many models pass no mask at all."""
-
-_locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
-"""However many readers share a model, and however it is wrapped, one lock by its first site."""
+from flowtracer_plugin.sites import check_runs, counted_runs
+from flowtracer_plugin.value_lengths import Projections, find_projections
 
 More = Callable[[Int[Tensor, "1 token"]], Mapping[str, Any]]
 
 
-class AttentionReader:
+class AttentionReader(ModelRunner):
     """Reads the head-averaged attention of one model.
 
     The model keeps its weights, configuration and attention implementation.
     """
 
-    def __init__(
-        self,
-        model: nn.Module | Any,
-        adapter: AttentionAdapter | None = None,
-        *,
-        backend: str = "nnsight",
-        block: int = 64,
-    ) -> None:
-        if block < 1:
-            raise ValueError(f"block must be at least 1 query row, got {block!r}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        model = unwrapped(model)
-        check_positions(model)
-        check_backend(model, backend)
-        self.model = model
-        self.block = block
-        self.verified = False
-        with uncompiled(model):
-            self.adapter = find_adapter(model, None if adapter is None else [adapter])
-            self.sites = self.adapter.sites(model)
-            if not self.sites:
-                raise NoAttentionError(f"{type(model).__name__} has no attention to read")
-            check_sites(self.model, self.adapter, self.sites)
-            self.backend: Backend = BACKENDS[backend](model, self.adapter, self.sites)
-        self._lock = _locks.setdefault(model.get_submodule(self.sites[0].module), RLock())
-        self._accepted = accepted_inputs(model)
+    _known_projections: Projections | None = None
 
     def read(
         self,
@@ -134,22 +84,96 @@ class AttentionReader:
         attention_mask: Bool[Tensor, "batch token"],
         layers: Sequence[int],
         *,
+        choice: EdgeChoice | None = None,
+        maps: bool = False,
         progress: bool = False,
     ) -> tuple[AttentionRows, Bool[Tensor, "batch most"]]:
         """What `read` returns, row by row when it is asked for, with all padding behind the text.
 
-        As wide as the longest text; the mask of that comes too.
+        As wide as the longest text; the mask of that comes too. With `choice`, other edges than the
+        plain mean. With `maps`, calls that hand over all their probabilities are kept as they are.
 
         Raises:
             UnsupportedArchitectureError: The model computes its probabilities itself, and does not
-                hand over queries and keys.
+                hand over queries and keys, or values cannot be weighed.
+            ValueError: Chosen are heads that the layers do not have.
         """
+        seen = attention_mask
         input_ids, attention_mask = text_first(input_ids, attention_mask)
-        kept, sites = KeptCalls(self.model, self.adapter), self._chosen(layers)
+        sites, projections = self._chosen(layers), self._projections_of(choice)
+        kept = KeptCalls(self.model, self.adapter, maps=maps, projections=projections)
         inputs = self._inputs(input_ids, attention_mask, {})
         self._run(inputs, sites, kept.receive, progress)
-        visible = attention_mask.to(input_ids.device)
-        return AttentionRows(self.model, kept.calls(), visible, block=self.block), visible
+        visible, calls = attention_mask.to(input_ids.device), kept.calls()
+        check_causal(calls)
+        if choice is None:
+            return AttentionRows(self.model, calls, visible, block=self.block), visible
+        choice = choice.behind(seen, visible)
+        return self.rows_of(calls, layers, kept.lengths, visible, choice), visible
+
+    def read_edges(
+        self,
+        input_ids: Int[Tensor, "batch token"],
+        attention_mask: Bool[Tensor, "batch token"],
+        layers: Sequence[int],
+        choice: EdgeChoice,
+        *,
+        progress: bool = False,
+    ) -> tuple[Float[Tensor, "batch query key"], AttentionRows]:
+        """What `read` returns for chosen edges, and the rows that it was put together of.
+
+        Raises:
+            As `read_rows`.
+        """
+        rows, ordered = self.read_rows(
+            input_ids, attention_mask, layers, choice=choice, maps=True, progress=progress
+        )
+        found = rows.whole()
+        same = torch.equal(ordered, attention_mask.to(ordered.device))
+        return (found if same else put_back(found, attention_mask)), rows
+
+    def rows_of(
+        self,
+        calls: Sequence[AttentionCall | AttentionWeights],
+        layers: Sequence[int],
+        lengths: Sequence[Float[Tensor, "batch head key"]],
+        visible: Bool[Tensor, "batch token"],
+        choice: EdgeChoice,
+    ) -> AttentionRows:
+        """The chosen edges of calls of `layers`, wherever the padding is.
+
+        Raises:
+            UnsupportedArchitectureError: The model is tensor parallel: no process has all heads.
+            ValueError: There are no such heads.
+        """
+        if tensor_parallel_group(self.model) is not None:
+            raise UnsupportedArchitectureError(
+                "heads are chosen among all, and a tensor parallel model has only some of them in "
+                "each process; use heads='all' and edges='attention'"
+            )
+        numbers = [site.layer for site in self._chosen(layers)]
+        return chosen_rows(self.model, calls, numbers, lengths, visible, choice, block=self.block)
+
+    def _projections_of(self, choice: EdgeChoice | None) -> Projections | None:
+        return self.projections if choice is not None and choice.by_value else None
+
+    @property
+    def projections(self) -> Projections:
+        """What the attention output of each site goes through; found by a run, once.
+
+        Raises:
+            UnsupportedArchitectureError: For some site, no linear layer takes it as it is.
+        """
+        if self._known_projections is None:
+            ids, mask = self.check_text(0)
+            inputs = self._inputs(ids, mask, {})
+
+            def run(receive: Receive) -> None:
+                with self._running():
+                    self.backend.listen(lambda: self.model(**inputs), self.sites, receive, runs=1)
+
+            self._known_projections = find_projections(run, self._read, self.model, self.sites)
+        return self._known_projections
 
     def read_in_place(
         self,
@@ -160,35 +184,21 @@ class AttentionReader:
         heads: Mapping[int, Int[Tensor, " chosen"]] | None = None,
         model_inputs: Mapping[str, Any] | None = None,
         keep: bool = False,
+        by_value: bool = False,
         progress: bool = False,
     ) -> Reading:
         """`read` with the padding where it is, as whoever passes it to the model sees it.
 
-        With `keep`, the calls come too.
+        With `keep`, the calls come too, and with `by_value` the lengths of their values.
         """
-        sites = self._chosen(layers)
+        sites, projections = self._chosen(layers), self.projections if by_value else None
         shape = (*input_ids.shape, attention_mask.shape[1])
-        total = self._sum(sites, shape, input_ids.device, heads=heads, keep=keep)
+        total = self._sum(
+            sites, shape, input_ids.device, heads=heads, keep=keep, projections=projections
+        )
         inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
         self._run(inputs, sites, total.receive, progress)
         return total.reading(attention_mask)
-
-    def _run(
-        self,
-        inputs: Mapping[str, Any],
-        sites: Sequence[AttentionSite],
-        receive: Receive,
-        progress: bool,
-    ) -> None:
-        """Run the model to the last of the sites; a bar shows up where that takes over a second."""
-        bar = tqdm(total=len(sites), desc="reading", unit="layer", delay=1, disable=not progress)
-
-        def counted(*call: Any) -> None:
-            receive(*call)
-            bar.update()
-
-        with bar, self._running():
-            self.backend.run(inputs, sites, counted, whole=not may_stop(self.model))
 
     def listen(
         self,
@@ -199,6 +209,7 @@ class AttentionReader:
         *,
         batch_size: int | None = None,
         keep: bool = False,
+        by_value: bool = False,
     ) -> Result:
         """Let `call` run the model, and pass on what it attended to.
 
@@ -208,6 +219,7 @@ class AttentionReader:
         `read_in_place` returns it. What goes wrong with that is raised when `call` has returned.
         """
         sites, rows = self._chosen(layers), len(attention_mask)
+        projections = self.projections if by_value else None
         size = batch_size or rows
         parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
         waiting = iter(parts)
@@ -220,7 +232,10 @@ class AttentionReader:
                 part = next(waiting)
                 mask = attention_mask[part]
                 shape = (*mask.shape, mask.shape[1])
-                current = part, self._sum(sites, shape, mask.device, keep=keep)
+                current = (
+                    part,
+                    self._sum(sites, shape, mask.device, keep=keep, projections=projections),
+                )
             part, total = current
             total.receive(site, args, kwargs, output)
             if total.complete:
@@ -248,9 +263,6 @@ class AttentionReader:
             block=self.block,
             **options,
         )
-
-    def _chosen(self, layers: Sequence[int]) -> list[AttentionSite]:
-        return [site for site in self.sites if site.layer in set(layers)]
 
     def verify(self, more: More | None = None) -> None:
         """Check once, on a short input, that what is read is what the model computes.
@@ -285,7 +297,7 @@ class AttentionReader:
         reports: list[SiteReport] = []
 
         def receive(site: AttentionSite, args: Any, kwargs: Any, output: Any) -> None:
-            call = self.adapter.read(self.model.get_submodule(site.module), args, kwargs)
+            call = self._read(site, args, kwargs)
             reports.append(report_site(site, call, output, visible))
 
         self.probe(self.sites, receive, padding=padding, more=more)
@@ -320,55 +332,6 @@ class AttentionReader:
         if not difference(read, plain) <= rounding(plain):
             raise AdapterMismatchError("a traced forward pass does not give the model's own logits")
 
-    @property
-    def check_padding(self) -> tuple[int, ...]:
-        """Padding of the self-check's texts: none if the model takes no mask."""
-        return CHECK_PADDING if "attention_mask" in self._accepted else CHECK_PADDING[:1]
-
-    def check_text(self, padding: int) -> tuple[Int[Tensor, "1 token"], Bool[Tensor, "1 token"]]:
-        """The self-check's input: tokens, and which of them are visible."""
-        length = min(CHECK_TOKENS, context_length(self.model))
-        token = torch.arange(length, device=input_device(self.model))[None]
-        return token % vocabulary_size(self.model), token >= padding
-
     def check_calls(self, layers: Sequence[int]) -> tuple[AttentionCall | AttentionWeights, ...]:
         """The calls of some layers on the self-check's text."""
         return self.read_in_place(*self.check_text(0), layers, keep=True).calls
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """The model in evaluation mode, while other readers of it wait."""
-        with self._lock, evaluating(self.model):
-            yield
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Everything that a run needs around it."""
-        turn = evaluating(self.model) if self.backend.threads else self.exclusive()
-        with turn, torch.no_grad(), uncompiled(self.model):
-            yield
-
-    def _inputs(
-        self,
-        input_ids: Int[Tensor, "batch query"],
-        attention_mask: Bool[Tensor, "batch key"],
-        model_inputs: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        device = input_device(self.model)
-        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), **model_inputs}
-        if "attention_mask" not in self._accepted:
-            if not bool(attention_mask.all()):
-                raise ValueError(
-                    f"{type(self.model).__name__} takes no attention_mask, so it cannot be given "
-                    "padding; pass one text at a time"
-                )
-            del inputs["attention_mask"]
-        if "use_cache" in self._accepted:
-            inputs["use_cache"] = False
-        if "past_key_values" in model_inputs:  # the forward pass will add to it
-            inputs["past_key_values"] = copy.deepcopy(model_inputs["past_key_values"])
-        if "position_ids" in self._accepted and set(model_inputs) == {"past_key_values"}:
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
-            inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
-        return inputs

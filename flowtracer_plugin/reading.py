@@ -19,6 +19,7 @@ from flowtracer_plugin.attention import (
 )
 from flowtracer_plugin.head_mean import add_head_mean
 from flowtracer_plugin.parallel import average_heads
+from flowtracer_plugin.value_lengths import Projections, value_lengths
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -28,11 +29,13 @@ class Reading:
     Attributes:
         attention: Mean over layers and heads, float32, rows and columns of padding zero.
         calls: Of the layers, in the order of execution; none unless they were asked for.
+        lengths: Of each call's values; none unless they were asked for.
         seconds: That reading took, beside the forward pass. On a GPU: until it was under way.
     """
 
     attention: Float[Tensor, "batch query key"]
     calls: tuple[AttentionCall | AttentionWeights, ...] = ()
+    lengths: tuple[Float[Tensor, "batch head key"], ...] = ()
     seconds: float = 0.0
 
 
@@ -48,6 +51,7 @@ class ReadingSum:
         block: Query rows that are computed at a time.
         heads: Restricts layers to some query heads.
         keep: Whether the calls are kept.
+        projections: If lengths of values are wanted, what they go through.
     """
 
     def __init__(
@@ -61,12 +65,14 @@ class ReadingSum:
         block: int,
         heads: Mapping[int, Int[Tensor, " chosen"]] | None = None,
         keep: bool = False,
+        projections: Projections | None = None,
     ) -> None:
         self._model, self._adapter, self._block = model, adapter, block
         self._missing, self._share = sites, 1 / sites
         self._total = torch.zeros(*shape, dtype=torch.float32, device=device)
         self._heads, self._keep, self._seconds = heads or {}, keep, 0.0
         self._calls: list[AttentionCall | AttentionWeights] = []
+        self._projections, self._lengths = projections, list[Float[Tensor, "batch head key"]]()
         self._error: Exception | None = None
 
     @property
@@ -96,6 +102,8 @@ class ReadingSum:
         add_head_mean(call, self._total, weight=self._share, heads=heads, block=self._block)
         if self._keep:
             self._calls.append(call)
+        if self._projections is not None:
+            self._lengths.append(value_lengths(call, self._projections[site]))
 
     def reading(self, seen: Bool[Tensor, "batch key"]) -> Reading:
         """The sum, without rows and columns of padding; it is not to be added to any more.
@@ -109,4 +117,9 @@ class ReadingSum:
         seen = seen.to(total.device)
         rows = ~seen[:, -total.shape[1] :]  # filled, not multiplied: 0 times NaN is NaN
         total.masked_fill_(rows[:, :, None], 0).masked_fill_(~seen[:, None, :], 0)
-        return Reading(attention=total, calls=tuple(self._calls), seconds=self._seconds)
+        return Reading(
+            attention=total,
+            calls=tuple(self._calls),
+            lengths=tuple(self._lengths),
+            seconds=self._seconds,
+        )

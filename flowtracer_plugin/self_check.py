@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from flowtracer_plugin.attention import (
     AttentionWeights,
     UnsupportedArchitectureError,
 )
-from flowtracer_plugin.head_mean import add_head_mean, row_probabilities, tokens_of
+from flowtracer_plugin.head_mean import add_head_mean, attention_output, tokens_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,15 +130,7 @@ def _output_error(
         return difference(call.weights, wanted.reshape(call.weights.shape)), rounding(wanted)
     if call.value is None:
         raise AdapterMismatchError("the adapter reads no values, which the self-check needs")
-    with torch.autocast(wanted.device.type, enabled=False):
-        probabilities = row_probabilities(call, slice(0, len(visible)))
-        value = call.value[:, :, : probabilities.shape[-1]].detach().float()
-        folded = rearrange(
-            probabilities, "b (group each) q k -> b group (each q) k", group=value.shape[1]
-        )
-        found = rearrange(
-            folded @ value, "b group (each q) width -> b q (group each) width", q=len(visible)
-        )
+    found = attention_output(call)
     heads_first = found.transpose(1, 2)  # as PyTorch's own functions put them
     if wanted.shape in (heads_first.shape, heads_first.flatten(0, 1).shape):
         wanted = wanted.reshape(heads_first.shape).transpose(1, 2)

@@ -11,8 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowtracer_plugin._substitution import Rows
+from flowtracer_plugin.attention_rows import AttentionRows
 from flowtracer_plugin.backbone import outline
 from flowtracer_plugin.causal_lm import check_input, check_packing
+from flowtracer_plugin.edges import EdgeChoice
 from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.memory import Budget
 from flowtracer_plugin.options import FlowOptions
@@ -29,6 +31,7 @@ from flowtracer_plugin.streamed import stream_flow
 
 Ids = Int[Tensor, "batch token"]
 Mask = Bool[Tensor, "batch token"]
+HeadPairs = tuple[tuple[int, int], ...]
 
 
 class Solver:
@@ -45,7 +48,9 @@ class Solver:
         self, reader: AttentionReader, layers: Sequence[int], options: FlowOptions, mode: str
     ) -> None:
         self.reader, self.layers, self.options, self.mode = reader, layers, options, mode
-        self.budget = Budget(reader, layers, drops_first=options.first_token == "drop")
+        self.budget = Budget(
+            reader, layers, drops_first=options.first_token == "drop", keeps=not options.plain
+        )
 
     def attention(
         self,
@@ -53,7 +58,7 @@ class Solver:
         attention_mask: Int[Tensor, "batch key"] | Bool[Tensor, "batch key"] | None,
         others: dict[str, Any],
     ) -> Float[Tensor, "batch query key"]:
-        """The attention itself; `others` is what else the model is given."""
+        """The mean attention of all heads; `others` is what else the model is given."""
         if self.mode == "streamed":
             raise ValueError(
                 "attention() returns the attention between all pairs of tokens, which "
@@ -83,8 +88,14 @@ class Solver:
         """Those fields of a trace that come of the attention of its text."""
         mask = torch.ones_like(ids, dtype=torch.bool)
         weights, boundary = self.options.question_weights, self.options.boundary
+        target, reasoning = (
+            torch.from_numpy(part)[None].to(ids.device)
+            for part in (spans.target, spans.response & ~spans.answer)
+        )
+        choice = self._choice(target, reasoning)
         if self._ready(ids, mask) == "dense":
-            attention = self._edges(ids, mask, progress=progress)[0].cpu().numpy()
+            edges, heads = self._edges(ids, mask, choice, progress=progress)
+            attention = edges[0].cpu().numpy()
             flow = solve_flow(
                 attention,
                 spans.question,
@@ -92,8 +103,9 @@ class Solver:
                 question_weights=weights,
                 boundary=boundary,
             )
-            return {"attention": attention, "reach": flow.reach, "throughput": flow.throughput}
-        rows, _ = self._rows(ids, mask, progress=progress)
+            found = {"reach": flow.reach, "throughput": flow.throughput}
+            return {"attention": attention, "heads": heads, **found}
+        rows, _, heads = self._rows(ids, mask, choice, progress=progress)
         twice = 2 * (int(spans.target.nonzero()[0].max()) + 1)
         with tqdm(total=twice, desc="streaming", unit="row", disable=not progress) as bar:
 
@@ -105,20 +117,21 @@ class Solver:
             nodes, backbone = stream_flow(
                 one,
                 torch.from_numpy(spans.question).to(ids.device),
-                torch.from_numpy(spans.target).to(ids.device),
+                target[0],
                 outline(pieces, spans.prompt_length),
                 question_weights=weights,
                 boundary=boundary,
             )
         found = {"reach": nodes.reach, "throughput": nodes.throughput}
-        return {"attention": None, "streamed": backbone, **found}
+        return {"attention": None, "heads": heads, "streamed": backbone, **found}
 
     def rollouts(self, ids: Ids, mask: Mask, masks: RolloutMasks, prompt_length: int) -> FlowBatch:
         """The flow of padded rollouts that run through the model at once."""
+        choice = self._choice(masks.target, masks.reasoning(mask, prompt_length))
         if self._ready(ids, mask) == "dense":
-            attention = self._edges(ids, mask)
+            attention, _ = self._edges(ids, mask, choice)
             return solve_rollouts(attention, masks, prompt_length, self.options)
-        rows, ordered = self._rows(ids, mask)
+        rows, ordered, _ = self._rows(ids, mask, choice)
         visible = mask.to(ordered.device)
         return stream_rollouts(rows, ordered, visible, masks, prompt_length, self.options)
 
@@ -130,19 +143,52 @@ class Solver:
         padded = not bool(mask.all())
         return self.budget.choose(self.mode, ids.shape[1], len(ids), padded=padded)
 
+    def _choice(self, target: Mask, reasoning: Mask) -> EdgeChoice | None:
+        """Which edges, if not the plain mean."""
+        if self.options.plain:
+            return None
+        return EdgeChoice(
+            heads=self.options.heads,
+            by_value=self.options.edges == "value",
+            target=target,
+            reasoning=reasoning,
+        )
+
     def _edges(
-        self, ids: Ids, mask: Mask, *, progress: bool = False
-    ) -> Float[Tensor, "batch query key"]:
-        attention = self.reader.read(ids, mask, self.layers, progress=progress)
-        if self.options.first_token == "keep":
-            return attention
-        return drop_first_token(attention, mask)
+        self, ids: Ids, mask: Mask, choice: EdgeChoice | None, *, progress: bool = False
+    ) -> tuple[Float[Tensor, "batch query key"], HeadPairs]:
+        """All edges, and the heads that were chosen for the first text."""
+        heads: HeadPairs = ()
+        if choice is None:
+            attention = self.reader.read(ids, mask, self.layers, progress=progress)
+        else:
+            attention, rows = self.reader.read_edges(
+                ids, mask, self.layers, choice, progress=progress
+            )
+            heads = self._pairs(rows)
+        if self.options.first_token == "drop":
+            attention = drop_first_token(attention, mask)
+        return attention, heads
 
     def _rows(
-        self, ids: Ids, mask: Mask, *, progress: bool = False
-    ) -> tuple[Rows, Bool[Tensor, "batch most"]]:
-        """The attention by rows, with padding behind the text, and the mask of that."""
-        rows, ordered = self.reader.read_rows(ids, mask, self.layers, progress=progress)
+        self, ids: Ids, mask: Mask, choice: EdgeChoice | None, *, progress: bool = False
+    ) -> tuple[Rows, Bool[Tensor, "batch most"], HeadPairs]:
+        """The edges by rows, with padding behind the text, the mask of that, and the heads."""
+        rows, ordered = self.reader.read_rows(
+            ids, mask, self.layers, choice=choice, progress=progress
+        )
         if self.options.first_token == "keep":
-            return rows, ordered
-        return lambda start, stop: drop_first_token(rows(start, stop), ordered[:, :stop]), ordered
+            return rows, ordered, self._pairs(rows)
+        found = lambda start, stop: drop_first_token(rows(start, stop), ordered[:, :stop])  # noqa: E731
+        return found, ordered, self._pairs(rows)
+
+    def _pairs(self, rows: AttentionRows) -> HeadPairs:
+        """Layer and head of those that were chosen for the first text; none if all were."""
+        if rows.heads is None:
+            return ()
+        numbers = [site.layer for site in self.reader.sites if site.layer in set(self.layers)]
+        return tuple(
+            (layer, head)
+            for layer, chosen in zip(numbers, rows.heads[0], strict=True)
+            for head in chosen.tolist()
+        )

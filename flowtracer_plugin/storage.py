@@ -52,6 +52,7 @@ def save(trace: FlowTrace, path: Path) -> Path:
         "model": trace.model,
         "options": asdict(trace.options),
         "layers": trace.layers,
+        "heads": trace.heads,
     }
     if trace.streamed is not None:
         version = VERSION
@@ -136,6 +137,7 @@ def _assemble(header: dict[str, Any], arrays: dict[str, Any]) -> FlowTrace:
         model=header["model"],
         options=FlowOptions(**options),
         layers=tuple(header["layers"]),
+        heads=tuple((layer, head) for layer, head in header.get("heads", ())),
     )
 
 

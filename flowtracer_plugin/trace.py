@@ -53,13 +53,14 @@ class FlowTrace:
         tokens: What each decodes to; joined, they are `text`. A token in the middle of a character
             that several tokens spell is empty.
         spans: Question, response and answer.
-        attention: Head mean over the selected layers; rows are queries. None if the trace was
-            streamed: then there is no matrix of all pairs of tokens.
+        attention: Mean over the heads of the selected layers, as `options` say; rows are queries.
+            None if the trace was streamed: then there is no matrix of all pairs of tokens.
         reach: Influence of each token on the answer, `h`.
         throughput: Flow through each token, `f`, when the question injects 1.
         model: Name of the model.
         options: How the trace was made.
         layers: Numbers of the layers that were averaged.
+        heads: Layer and head of those that were averaged; none if all were.
         streamed: What a streamed trace knows of its edges; see `backbone`.
     """
 
@@ -72,6 +73,7 @@ class FlowTrace:
     model: str
     options: FlowOptions
     layers: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...] = ()
     streamed: Backbone | None = None
 
     @property

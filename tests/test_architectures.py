@@ -21,7 +21,8 @@ import flowtracer_plugin as ft
 from flowtracer_adapters import ADAPTERS
 from flowtracer_adapters.refused import REASONS
 from flowtracer_plugin.attention import UnsupportedArchitectureError
-from flowtracer_plugin.reader import BACKENDS, AttentionReader
+from flowtracer_plugin.reader import AttentionReader
+from flowtracer_plugin.running import BACKENDS
 from tests.conformance.reported import model_inputs, reported_attention
 from tests.conformance.tiny_configs import tiny_config
 from tests.conformance.tiny_models import tiny_pair

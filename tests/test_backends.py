@@ -18,7 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import flowtracer_adapters
 import flowtracer_plugin
 from flowtracer_plugin.attention import AdapterMismatchError, UnsupportedArchitectureError
-from flowtracer_plugin.reader import BACKENDS, AttentionReader
+from flowtracer_plugin.reader import AttentionReader
+from flowtracer_plugin.running import BACKENDS
 from tests.families import FAMILIES, redrawn, tiny_model
 from tests.reference_attention import eager_head_mean
 from tests.test_capture import SOME_LAYERS, Misreader, assert_close, eager_twin, prompt

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from flowtracer_plugin.attention import AdapterMismatchError
-from flowtracer_plugin.reader import BACKENDS, AttentionReader
+from flowtracer_plugin.reader import AttentionReader
+from flowtracer_plugin.running import BACKENDS
 from tests.conformance.tiny_models import tiny_pair
 from tests.families import tiny_model
 from tests.own_ways import model_of

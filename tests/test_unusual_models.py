@@ -26,7 +26,8 @@ from transformers.modeling_utils import AttentionInterface
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.attention import UnsupportedArchitectureError
-from flowtracer_plugin.reader import BACKENDS, AttentionReader
+from flowtracer_plugin.reader import AttentionReader
+from flowtracer_plugin.running import BACKENDS
 from tests.families import quiet_transformers, redrawn, tiny_model
 from tests.reference_attention import eager_head_mean
 from tests.test_capture import SOME_LAYERS, assert_close, eager_twin, prompt

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import flowtracer_plugin as ft
-from flowtracer_plugin.reader import BACKENDS
+from flowtracer_plugin.running import BACKENDS
 from tests.families import quiet_transformers
 from tests.test_capture import assert_close
 

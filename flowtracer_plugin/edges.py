@@ -1,0 +1,78 @@
+"""The edges of a flow that are not the plain mean: of some heads, weighed by what they move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from flowtracer_plugin.attention import AttentionCall, AttentionWeights
+from flowtracer_plugin.attention_rows import AttentionRows
+from flowtracer_plugin.head_choice import attention_to, most_attentive, named_heads
+from flowtracer_plugin.head_mean import given_by
+from flowtracer_plugin.options import Heads
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class EdgeChoice:
+    """Which edges are wanted, of texts of which these are the parts.
+
+    Attributes:
+        heads: As in `FlowOptions`.
+        by_value: Whether attention is weighed by what it moves.
+        target: Rows of the answer, or those that decide it.
+        reasoning: Tokens of the response that are not the answer's.
+    """
+
+    heads: Heads
+    by_value: bool
+    target: Bool[Tensor, "batch token"]
+    reasoning: Bool[Tensor, "batch token"]
+
+    def behind(
+        self, mask: Bool[Tensor, "batch token"], ordered: Bool[Tensor, "batch most"]
+    ) -> EdgeChoice:
+        """For the texts with all padding behind them, of which `ordered` is the mask."""
+
+        def moved(values: Tensor) -> Tensor:
+            found = ordered.new_zeros(ordered.shape)
+            found[ordered] = values.to(ordered.device)[mask.to(ordered.device)]
+            return found
+
+        return replace(self, target=moved(self.target), reasoning=moved(self.reasoning))
+
+
+def chosen_rows(
+    model: nn.Module,
+    calls: Sequence[AttentionCall | AttentionWeights],
+    layers: Sequence[int],
+    lengths: Sequence[Float[Tensor, "batch head key"]],
+    visible: Bool[Tensor, "batch token"],
+    choice: EdgeChoice,
+    *,
+    block: int,
+) -> AttentionRows:
+    """The rows of the chosen edges.
+
+    Args:
+        model: Whose calls they are.
+        calls: Of the layers.
+        layers: The layer of each call.
+        lengths: Of each call's values, if they are weighed by these.
+        visible: Which tokens are no padding.
+        choice: Which edges.
+        block: Query rows that are computed at a time.
+
+    Raises:
+        ValueError: There are no such layers or heads.
+    """
+    heads = None
+    if isinstance(choice.heads, tuple):
+        counts = [given_by(call).shape[1] for call in calls]
+        heads = named_heads(choice.heads, layers, counts, len(visible))
+    elif not isinstance(choice.heads, str):
+        paid = [attention_to(call, choice.target, choice.reasoning) for call in calls]
+        heads = most_attentive(paid, choice.heads)
+    return AttentionRows(model, calls, visible, block=block, heads=heads, lengths=lengths)
