@@ -141,7 +141,8 @@ class FlowTrace:
         """Tokens with much flow that many later tokens draw on, the strongest first.
 
         Score: throughput × effective number of outgoing edges, in edges. Ranked are the response's
-        tokens before and around the answer, or with `within="all"` every token.
+        tokens before and around the answer where flow does not end, or with `within="all"` every
+        token.
         """
         return self._ranked(self.backbone.hubs, count, within)
 
@@ -180,7 +181,8 @@ class FlowTrace:
         if within not in ("reasoning", "all"):
             raise ValueError(f"within must be 'reasoning' or 'all', got {within!r}")
         regions = self.spans.regions
-        eligible = (scores > 0) & ((within == "all") | (np.array(regions) == "response"))
+        reasoning = (np.array(regions) == "response") & ~self.spans.target
+        eligible = (scores > 0) & ((within == "all") | reasoning)
         order = np.argsort(-scores, kind="stable")
         return tuple(
             RankedToken(

@@ -12,10 +12,11 @@ import pytest
 from typer.main import get_command
 
 import flowtracer_plugin as ft
-from flowtracer_plugin import answers, cli, cli_options, evaluation, memory, reader, trace
+from flowtracer_plugin import answers, cli, cli_options, evaluation, memory, running
 from flowtracer_plugin.cli_mistakes import EXTRAS
 from flowtracer_plugin.evaluation_data import load_examples
 from flowtracer_plugin.faithfulness import KnockOutOptions
+from flowtracer_plugin.options import CHOICES, PRESETS, flow_options
 from flowtracer_plugin.report import figures
 from tests.command_line import in_a_process
 
@@ -39,7 +40,9 @@ def defaults(command):
 
 def choices(name):
     """The words that an option takes."""
-    return get_args(get_type_hints(cli_options.TracingOptions)[name])
+    parts = get_args(get_type_hints(cli_options.TracingOptions)[name])
+    # An option that a preset may set is one of its words, or None.
+    return get_args(parts[0]) if parts[-1] is type(None) else parts
 
 
 def keywords(function):
@@ -64,8 +67,8 @@ def test_options_have_the_names_and_defaults_of_the_python_functions(command):
         for name, default in keywords(function).items():
             if name not in shown_otherwise and not (function != ft.wrap and name == "answer"):
                 assert options[name] == default, name
-    for field in dataclasses.fields(ft.FlowOptions):
-        assert options[field.name] == field.default, field.name
+    names = {field.name for field in dataclasses.fields(ft.FlowOptions)}
+    assert flow_options(**{name: options[name] for name in names}) == ft.FlowOptions()
 
 
 def test_what_python_does_not_know_is_not_among_the_options_of_tracing():
@@ -76,9 +79,10 @@ def test_what_python_does_not_know_is_not_among_the_options_of_tracing():
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        *((name, set(values) - {"mask"}) for name, values in trace._CHOICES.items()),
+        *((name, set(values) - {"mask"}) for name, values in CHOICES.items()),
         ("mode", set(memory.MODES)),
-        ("backend", set(reader.BACKENDS)),
+        ("preset", set(PRESETS)),
+        ("backend", set(running.BACKENDS)),
     ],
 )
 def test_options_take_the_words_that_python_takes(name, wanted):

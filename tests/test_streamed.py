@@ -21,7 +21,7 @@ from flowtracer_plugin.attention import (
     AttentionWeights,
     UnsupportedArchitectureError,
 )
-from flowtracer_plugin.attention_rows import AttentionRows, KeptCalls
+from flowtracer_plugin.attention_rows import AttentionRows, KeptCalls, check_causal
 from flowtracer_plugin.backbone import Outline
 from flowtracer_plugin.head_mean import add_head_mean
 from flowtracer_plugin.streamed import stream_batch, stream_flow
@@ -243,7 +243,7 @@ def test_calls_that_look_ahead_are_refused(nobody, mask, causal):
         causal=causal,
     )
     with pytest.raises(UnsupportedArchitectureError, match="looks at later tokens"):
-        AttentionRows(nobody, [call], torch.ones(1, 5).bool(), block=4)
+        check_causal([call])
 
 
 def test_heads_on_other_processes_are_averaged_in_every_block(nobody, monkeypatch):
