@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,7 +48,7 @@ class KeptCalls:
         projections: Projections | None = None,
     ) -> None:
         self._model, self._adapter, self._maps = model, adapter, maps
-        self._projections, self.lengths = projections, list[Float[Tensor, "batch head key"]]()
+        self._projections, self.lengths = projections, list[Float[Tensor, "batch _ _"]]()
         self._calls: list[AttentionCall | AttentionWeights] = []
         self._error: Exception | None = None
 
@@ -112,15 +112,13 @@ class AttentionRows:
         *,
         block: int,
         heads: Chosen | None = None,
-        lengths: Sequence[Float[Tensor, "batch head key"]] = (),
+        lengths: Sequence[Float[Tensor, "batch _ _"]] = (),
     ) -> None:
         self._model, self._block, self.heads = model, block, heads
         self._hidden = None if bool(visible.all()) else ~visible
         self.shape, self.device = visible.shape, visible.device
         weighed = lengths or (None,) * len(calls)
-        every: tuple[_Part, ...] = tuple(
-            (call, None, one) for call, one in zip(calls, weighed, strict=True)
-        )
+        every = tuple(_Part(call, None, one) for call, one in zip(calls, weighed, strict=True))
         self._parts = [(slice(None), every)]
         if heads is not None:
             self._parts = [
@@ -164,25 +162,25 @@ class AttentionRows:
             total[..., : mean.shape[-1]].add_(mean.to(total.device), alpha=share)
 
 
-_Part = tuple[
-    AttentionCall | AttentionWeights,
-    Int[Tensor, " chosen"] | None,
-    Float[Tensor, "batch head key"] | None,
-]
-"""A call, which of its heads count, and the lengths by which their rows are weighed."""
+class _Part(NamedTuple):
+    """A call, which of its heads count, and the lengths by which their rows are weighed."""
+
+    call: AttentionCall | AttentionWeights
+    heads: Int[Tensor, " chosen"] | None
+    lengths: Float[Tensor, "batch head key"] | None
 
 
 def _of_text(
-    parts: Sequence[_Part], text: int, chosen: Sequence[Int[Tensor, " chosen"]]
+    parts: Sequence[_Part], text: int, chosen: Sequence[Int[Tensor, " _"]]
 ) -> tuple[_Part, ...]:
     """The parts of one text, without calls of which no head counts."""
     return tuple(
-        (
-            one_text(call, text),
-            heads.to(given_by(call).device),
-            None if lengths is None else lengths[text : text + 1],
+        _Part(
+            one_text(part.call, text),
+            heads.to(given_by(part.call).device),
+            None if part.lengths is None else part.lengths[text : text + 1],
         )
-        for (call, _, lengths), heads in zip(parts, chosen, strict=True)
+        for part, heads in zip(parts, chosen, strict=True)
         if len(heads)
     )
 

@@ -48,7 +48,7 @@ def chosen_rows(
     model: nn.Module,
     calls: Sequence[AttentionCall | AttentionWeights],
     layers: Sequence[int],
-    lengths: Sequence[Float[Tensor, "batch head key"]],
+    lengths: Sequence[Float[Tensor, "batch _ _"]],
     visible: Bool[Tensor, "batch token"],
     choice: EdgeChoice,
     *,

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowtracer_plugin.attention import AttentionCall, AttentionWeights
 from flowtracer_plugin.head_mean import given_by, token_probabilities
 
-Chosen = tuple[tuple[Int[Tensor, " chosen"], ...], ...]
+Chosen = tuple[tuple[Int[Tensor, " _"], ...], ...]
 """For each text, the heads of each call."""
 
 _BLOCK = 64
@@ -39,7 +39,7 @@ def attention_to(
     return paid
 
 
-def most_attentive(paid: Sequence[Float[Tensor, "batch head"]], share: float) -> Chosen:
+def most_attentive(paid: Sequence[Float[Tensor, "batch _"]], share: float) -> Chosen:
     """The `⌈share · n⌉` of all `n` heads of the calls that pay most, of equal ones the earlier.
 
     All heads of a text in which none pays anything: there is nothing to choose by.

@@ -136,7 +136,7 @@ class AttentionReader(ModelRunner):
         self,
         calls: Sequence[AttentionCall | AttentionWeights],
         layers: Sequence[int],
-        lengths: Sequence[Float[Tensor, "batch head key"]],
+        lengths: Sequence[Float[Tensor, "batch _ _"]],
         visible: Bool[Tensor, "batch token"],
         choice: EdgeChoice,
     ) -> AttentionRows:

@@ -35,7 +35,7 @@ class Reading:
 
     attention: Float[Tensor, "batch query key"]
     calls: tuple[AttentionCall | AttentionWeights, ...] = ()
-    lengths: tuple[Float[Tensor, "batch head key"], ...] = ()
+    lengths: tuple[Float[Tensor, "batch _ _"], ...] = ()
     seconds: float = 0.0
 
 
@@ -72,7 +72,7 @@ class ReadingSum:
         self._total = torch.zeros(*shape, dtype=torch.float32, device=device)
         self._heads, self._keep, self._seconds = heads or {}, keep, 0.0
         self._calls: list[AttentionCall | AttentionWeights] = []
-        self._projections, self._lengths = projections, list[Float[Tensor, "batch head key"]]()
+        self._projections, self._lengths = projections, list[Float[Tensor, "batch _ _"]]()
         self._error: Exception | None = None
 
     @property

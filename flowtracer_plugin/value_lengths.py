@@ -22,7 +22,6 @@ from flowtracer_plugin.attention import (
     AttentionWeights,
     UnsupportedArchitectureError,
 )
-from flowtracer_plugin.causal_lm import evaluating
 from flowtracer_plugin.head_mean import attention_output
 from flowtracer_plugin.self_check import difference, rounding
 
@@ -74,9 +73,22 @@ def _matrix(projection: nn.Module, value: Tensor, heads: int) -> Float[Tensor, "
     # Of quantized, adapted or offloaded weights only the module itself knows what they are.
     inputs = heads * value.shape[3]
     basis = torch.eye(inputs, dtype=value.dtype, device=value.device)
-    with evaluating(projection):
+    with _without_dropout(projection):
         moved, bias = projection(basis), projection(torch.zeros_like(basis[:1]))
     return (moved - bias).detach().float()
+
+
+@contextmanager
+def _without_dropout(projection: nn.Module) -> Iterator[None]:
+    """The map in evaluation mode, also in the middle of a forward pass that trains."""
+    training = [module for module in projection.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def find_projections(
