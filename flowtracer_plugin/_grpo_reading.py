@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flowtracer_plugin.answers import AnswerFinder, FoundAnswer, Span, find_answer
-from flowtracer_plugin.edges import EdgeChoice
+from flowtracer_plugin.edges import EdgeChoice, completions, reasoning_mask
 from flowtracer_plugin.reading import Reading
 from flowtracer_plugin.rollouts import RolloutMasks, rollout_masks, solve_rollouts
 from flowtracer_plugin.scorers import Rollouts, Scorer
@@ -141,7 +141,9 @@ class RolloutReader:
             heads=tracer.options.heads,
             by_value=tracer.options.edges == "value",
             target=batch.masks.target,
-            reasoning=batch.masks.reasoning(rollouts.visible, rollouts.prompt_length),
+            reasoning=reasoning_mask(
+                completions(rollouts.visible, rollouts.prompt_length), batch.masks.answer
+            ),
         )
         rows = tracer.reader.rows_of(
             reading.calls, tracer.layers, reading.lengths, rollouts.visible, choice

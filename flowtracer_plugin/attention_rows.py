@@ -21,7 +21,7 @@ from flowtracer_plugin.attention import (
     UnsupportedArchitectureError,
 )
 from flowtracer_plugin.head_choice import Chosen
-from flowtracer_plugin.head_mean import given_by, mean_of_rows, one_text
+from flowtracer_plugin.head_mean import given_by, mean_of_rows, one_text, weighed_mean_of_rows
 from flowtracer_plugin.parallel import average_heads
 from flowtracer_plugin.value_lengths import Projections, value_lengths
 
@@ -101,7 +101,8 @@ class AttentionRows:
         visible: Which tokens are no padding.
         block: Query rows that are computed at a time.
         heads: Which heads of each call are averaged, for each text; all by default.
-        lengths: Of what each call's heads fetch at each key, by which their rows are weighed.
+        lengths: Of what each call's heads fetch at each key: attention is weighed by these, in rows
+            that keep their sums.
     """
 
     def __init__(
@@ -133,7 +134,8 @@ class AttentionRows:
         for first in range(start, stop, self._block):
             rows = slice(first, min(first + self._block, stop))
             for texts, parts in self._parts:
-                self._add(total[texts, rows.start - start : rows.stop - start], parts, rows, stop)
+                block = total[texts, rows.start - start : rows.stop - start]
+                _add_mean(block, parts, rows, stop)
         average_heads(self._model, total)
         if self._hidden is not None:
             total.masked_fill_(self._hidden[:, start:stop, None], 0)
@@ -149,18 +151,6 @@ class AttentionRows:
             total[:, start:stop, :stop] = self(start, stop)
         return total
 
-    def _add(
-        self, total: Float[Tensor, "batch row key"], parts: Sequence[_Part], rows: slice, stop: int
-    ) -> None:
-        """Add the mean over the parts' heads, of which each counts as much as any other."""
-        counts = [1 if heads is None else len(heads) for _, heads, _ in parts]
-        for (call, heads, lengths), count in zip(parts, counts, strict=True):
-            # Keys that are not the tokens themselves cannot be told apart by their number.
-            keys = stop if getattr(call, "key_tokens", None) is None else None
-            mean = mean_of_rows(call, rows, heads=heads, keys=keys, lengths=lengths)[..., :stop]
-            share = count / sum(counts)
-            total[..., : mean.shape[-1]].add_(mean.to(total.device), alpha=share)
-
 
 class _Part(NamedTuple):
     """A call, which of its heads count, and the lengths by which their rows are weighed."""
@@ -168,6 +158,28 @@ class _Part(NamedTuple):
     call: AttentionCall | AttentionWeights
     heads: Int[Tensor, " chosen"] | None
     lengths: Float[Tensor, "batch head key"] | None
+
+
+def _add_mean(
+    total: Float[Tensor, "batch row key"], parts: Sequence[_Part], rows: slice, stop: int
+) -> None:
+    """Add the mean over the parts' heads, of which each counts as much as any other."""
+    counts = [1 if part.heads is None else len(part.heads) for part in parts]
+    sums = total.new_zeros(*total.shape[:2], 1)
+    for (call, heads, lengths), count in zip(parts, counts, strict=True):
+        # Keys that are not the tokens themselves cannot be told apart by their number.
+        keys = stop if getattr(call, "key_tokens", None) is None else None
+        share = count / sum(counts)
+        if lengths is None:
+            mean = mean_of_rows(call, rows, heads=heads, keys=keys)
+        else:
+            mean, had = weighed_mean_of_rows(call, rows, lengths, heads=heads, keys=keys)
+            sums.add_(had[..., None].to(total.device), alpha=share)
+        mean = mean[..., :stop].to(total.device)
+        total[..., : mean.shape[-1]].add_(mean, alpha=share)
+    if parts and parts[0].lengths is not None:
+        after = total.sum(-1, keepdim=True)
+        total *= torch.where(after > 0, sums / after, 0.0)
 
 
 def _of_text(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -13,6 +14,10 @@ from flowtracer_plugin.attention_rows import AttentionRows
 from flowtracer_plugin.head_choice import attention_to, most_attentive, named_heads
 from flowtracer_plugin.head_mean import given_by
 from flowtracer_plugin.options import Heads
+
+BEFORE_ANSWER = 5
+"""Tokens right before the answer that are no reasoning: often a template such as "The answer is".
+Heads that look at these are the local ones, and with them flow finds no more than chance would."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -23,7 +28,7 @@ class EdgeChoice:
         heads: As in `FlowOptions`.
         by_value: Whether attention is weighed by what it moves.
         target: Rows of the answer, or those that decide it.
-        reasoning: Tokens of the response that are not the answer's.
+        reasoning: Tokens of the response, as `reasoning_mask` finds them.
     """
 
     heads: Heads
@@ -42,6 +47,22 @@ class EdgeChoice:
             return found
 
         return replace(self, target=moved(self.target), reasoning=moved(self.reasoning))
+
+
+def reasoning_mask(
+    response: Bool[Tensor, "batch token"], answer: Bool[Tensor, "batch token"]
+) -> Bool[Tensor, "batch token"]:
+    """Response tokens up to five before the answer; none in texts without an answer."""
+    place = torch.arange(answer.shape[1], device=answer.device)
+    first = answer.int().argmax(-1, keepdim=True)
+    return response & (place < first - BEFORE_ANSWER) & answer.any(-1, keepdim=True)
+
+
+def completions(
+    visible: Bool[Tensor, "batch token"], prompt_length: int
+) -> Bool[Tensor, "batch token"]:
+    """The visible tokens behind the prompts."""
+    return visible & (torch.arange(visible.shape[1], device=visible.device) >= prompt_length)
 
 
 def chosen_rows(

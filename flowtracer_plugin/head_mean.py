@@ -50,34 +50,45 @@ def mean_of_rows(
     *,
     heads: Int[Tensor, " chosen"] | None = None,
     keys: int | None = None,
-    lengths: Float[Tensor, "batch head key"] | None = None,
 ) -> Float[Tensor, "batch rows seen"]:
     """The mean over heads for the query rows `rows`, in float32, also under autocast.
 
     Over the keys that they can see at most; with `keys`, over the first so many, of a call that is
-    known not to look at others. With the `lengths` of what heads fetch at each key, every head's
-    rows are weighed by these, and keep their sums.
+    known not to look at others.
     """
     call = _normalized(call)
     with torch.autocast(given_by(call).device.type, enabled=False):
+        return _to_tokens(call, row_probabilities(call, rows, heads, keys))
+
+
+@torch.no_grad()
+def weighed_mean_of_rows(
+    call: AttentionCall | AttentionWeights,
+    rows: slice,
+    lengths: Float[Tensor, "batch head key"],
+    *,
+    heads: Int[Tensor, " chosen"] | None = None,
+    keys: int | None = None,
+) -> tuple[Float[Tensor, "batch rows seen"], Float[Tensor, "batch rows"]]:
+    """The same of each head's attention times `lengths`, and the sums of the rows without these."""
+    call = _normalized(call)
+    with torch.autocast(given_by(call).device.type, enabled=False):
         probabilities = row_probabilities(call, rows, heads, keys)
-        if lengths is not None:
-            chosen = lengths if heads is None else lengths[:, heads]
-            probabilities = _weighed(probabilities, chosen[:, :, : probabilities.shape[-1]])
-        mean = reduce(probabilities, "batch head query key -> batch query key", "mean")
-        if isinstance(call, AttentionCall) and call.key_tokens is not None:
-            mean = mean @ call.key_tokens[:, : mean.shape[-1]].float()
+        sums = reduce(probabilities, "batch head query key -> batch query", "sum")
+        sums /= probabilities.shape[1]
+        chosen = lengths if heads is None else lengths[:, heads]
+        weighed = probabilities * chosen[:, :, None, : probabilities.shape[-1]]
+        return _to_tokens(call, weighed), sums
+
+
+def _to_tokens(
+    call: AttentionCall | AttentionWeights, probabilities: Float[Tensor, "batch head rows key"]
+) -> Float[Tensor, "batch rows seen"]:
+    """The mean over heads, of tokens where keys are others."""
+    mean = reduce(probabilities, "batch head query key -> batch query key", "mean")
+    if isinstance(call, AttentionCall) and call.key_tokens is not None:
+        mean = mean @ call.key_tokens[:, : mean.shape[-1]].float()
     return mean
-
-
-def _weighed(
-    probabilities: Float[Tensor, "batch head rows seen"], lengths: Float[Tensor, "batch head seen"]
-) -> Float[Tensor, "batch head rows seen"]:
-    """Probabilities times lengths, in rows with the sums of before."""
-    before = probabilities.sum(-1, keepdim=True)
-    weighed = probabilities * lengths[:, :, None]
-    after = weighed.sum(-1, keepdim=True)
-    return weighed.mul_(torch.where(after > 0, before / after, 0.0))
 
 
 @torch.no_grad()

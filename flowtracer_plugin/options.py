@@ -47,9 +47,10 @@ class FlowOptions:
         first_token: `"keep"`, or `"drop"`: what is paid to the first token, a common attention
             sink, goes to the others in proportion.
         heads: `"all"`, the share of the layers' heads with the most attention from the target's
-            rows to the reasoning, such as 0.3, or (layer, head) pairs.
+            rows to the response up to five tokens before the answer, such as 0.3, or (layer, head)
+            pairs.
         edges: `"attention"`, or `"value"`: each head's attention times the length of what it moves,
-            `‖W_O v‖`, in rows that keep their sum.
+            `‖W_O v‖`; rows of the mean keep their sum.
     """
 
     layers: str | tuple[int, ...] = "middle"

@@ -77,14 +77,6 @@ class RolloutMasks:
     answer: Bool[Tensor, "batch token"]
     answers: tuple[FoundAnswer | None, ...]
 
-    def reasoning(
-        self, visible: Bool[Tensor, "batch token"], prompt_length: int
-    ) -> Bool[Tensor, "batch token"]:
-        """Completion tokens that are not the answer's."""
-        found = visible.to(self.answer.device) & ~self.answer
-        found[:, :prompt_length] = False
-        return found
-
     def rows(self, rows: slice) -> RolloutMasks:
         """Those of some rows."""
         return RolloutMasks(

@@ -14,7 +14,7 @@ from flowtracer_plugin._substitution import Rows
 from flowtracer_plugin.attention_rows import AttentionRows
 from flowtracer_plugin.backbone import outline
 from flowtracer_plugin.causal_lm import check_input, check_packing
-from flowtracer_plugin.edges import EdgeChoice
+from flowtracer_plugin.edges import EdgeChoice, completions, reasoning_mask
 from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.memory import Budget
 from flowtracer_plugin.options import FlowOptions
@@ -88,11 +88,11 @@ class Solver:
         """Those fields of a trace that come of the attention of its text."""
         mask = torch.ones_like(ids, dtype=torch.bool)
         weights, boundary = self.options.question_weights, self.options.boundary
-        target, reasoning = (
+        target, response, answer = (
             torch.from_numpy(part)[None].to(ids.device)
-            for part in (spans.target, spans.response & ~spans.answer)
+            for part in (spans.target, spans.response, spans.answer)
         )
-        choice = self._choice(target, reasoning)
+        choice = self._choice(target, reasoning_mask(response, answer))
         if self._ready(ids, mask) == "dense":
             edges, heads = self._edges(ids, mask, choice, progress=progress)
             attention = edges[0].cpu().numpy()
@@ -127,7 +127,8 @@ class Solver:
 
     def rollouts(self, ids: Ids, mask: Mask, masks: RolloutMasks, prompt_length: int) -> FlowBatch:
         """The flow of padded rollouts that run through the model at once."""
-        choice = self._choice(masks.target, masks.reasoning(mask, prompt_length))
+        response = completions(mask.to(masks.answer.device), prompt_length)
+        choice = self._choice(masks.target, reasoning_mask(response, masks.answer))
         if self._ready(ids, mask) == "dense":
             attention, _ = self._edges(ids, mask, choice)
             return solve_rollouts(attention, masks, prompt_length, self.options)

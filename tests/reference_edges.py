@@ -24,8 +24,8 @@ def lengths_by_hand(projection, value, heads):
 def edges_by_hand(maps, lengths, target, reasoning, share):
     """One text: maps [layer][head, query, key], lengths [layer][head, key] or None.
 
-    The heads with the most attention from target rows to earlier reasoning tokens are averaged;
-    each head's row is weighed by the lengths, and scaled back to the sum that it had.
+    The heads with the most attention from target rows to earlier reasoning tokens are averaged,
+    each weighed by its lengths, and every row is scaled back to the sum that it had without these.
     """
     paid = []
     for layer, heads in enumerate(maps):
@@ -36,13 +36,12 @@ def edges_by_hand(maps, lengths, target, reasoning, share):
     chosen = ranked[: math.ceil(round(share * len(ranked), 9))]
     if all(one[0] == 0 for one in paid):
         chosen = ranked
-    total = np.zeros_like(maps[0][0])
+    total, before = np.zeros_like(maps[0][0]), np.zeros(len(target))
     for _, layer, head in chosen:
-        rows = maps[layer][head].copy()
-        if lengths is not None:
-            for query in range(len(rows)):
-                weighed = rows[query] * lengths[layer][head]
-                if weighed.sum() > 0:
-                    rows[query] = weighed * rows[query].sum() / weighed.sum()
-        total += rows / len(chosen)
+        rows = maps[layer][head]
+        before += rows.sum(1) / len(chosen)
+        total += (rows if lengths is None else rows * lengths[layer][head]) / len(chosen)
+    for query, sum_before in enumerate(before):
+        if total[query].sum() > 0:
+            total[query] *= sum_before / total[query].sum()
     return total, tuple(sorted((layer, head) for _, layer, head in chosen))

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.attention import UnsupportedArchitectureError
-from flowtracer_plugin.edges import EdgeChoice
+from flowtracer_plugin.edges import EdgeChoice, reasoning_mask
 from flowtracer_plugin.head_choice import most_attentive, named_heads
 from flowtracer_plugin.options import PRESETS, FlowOptions, flow_options
 from flowtracer_plugin.reader import AttentionReader
@@ -45,7 +45,7 @@ def texts(batch=2, tokens=21, seed=0):
 def parts(tokens=21, prompt=6, answer=(18, 20)):
     place = np.arange(tokens)
     said = (place >= answer[0]) & (place < answer[1])
-    return target_mask(said, "decision"), (place >= prompt) & ~said
+    return target_mask(said, "decision"), (place >= prompt) & (place < answer[0] - 5)
 
 
 def read_by_hand(family, ids, mask, share, *, by_value=True):
@@ -299,3 +299,11 @@ def test_named_heads_are_those_of_every_text():
     named = named_heads([(3, 1), (2, 0)], [2, 3], [4, 4], texts=2)
     assert named[0] is named[1]
     assert [heads.tolist() for heads in named[0]] == [[0], [1]]
+
+
+def test_reasoning_ends_five_tokens_before_the_answer():
+    response = torch.tensor([[False] * 2 + [True] * 10] * 2)
+    answer = torch.zeros_like(response)
+    answer[0, 9:11] = True
+    assert reasoning_mask(response, answer)[0].nonzero()[:, 0].tolist() == [2, 3]
+    assert not reasoning_mask(response, answer)[1].any()
