@@ -28,11 +28,11 @@ from flowtracer_plugin._grpo_checks import (
 )
 from flowtracer_plugin._grpo_log import CreditLog
 from flowtracer_plugin._grpo_options import CreditOptions
-from flowtracer_plugin._grpo_reading import RolloutReader, Scored
+from flowtracer_plugin._grpo_reading import Late, RolloutReader, Scored
 from flowtracer_plugin.attention import find_adapter
 from flowtracer_plugin.causal_lm import evaluating, unwrapped
 from flowtracer_plugin.parallel import may_stop, tensor_parallel_group
-from flowtracer_plugin.scorers import SCORERS, credit_weights
+from flowtracer_plugin.scorers import LATE, credit_weights
 from flowtracer_plugin.tracer import wrap
 
 WEIGHTS, ROWS = "flow_weights", "flow_rows"
@@ -186,10 +186,11 @@ class FlowCredit:
         began: list[bool] = []
         returned: list[Passed] = []
 
-        def call() -> Tensor | None:
+        def call() -> Late:
             began.append(True)
             returned.append(forward())
-            return returned[0][1]
+            chances, entropies, *_ = returned[0]
+            return Late(_detached(entropies), _detached(chances, -1))
 
         ids, visible = given["input_ids"], given["attention_mask"].bool()
         prompt_length = ids.shape[1] - given["logits_to_keep"]
@@ -207,7 +208,7 @@ class FlowCredit:
         size, kept = trainer.args.per_device_train_batch_size, rollouts["completion_ids"].shape[1]
         others = {name: rollouts[name] for name in _SCORING if name in rollouts}
         with profiling_context(trainer, "flow_credit"), torch.no_grad():
-            whole = "entropy" in self._reader.scorer.needs or not may_stop(trainer.model)
+            whole = bool(self._reader.scorer.needs & LATE) or not may_stop(trainer.model)
             if not others and not whole:
                 prompt_length = ids.shape[1] - kept
                 return self._attempted(
@@ -280,7 +281,7 @@ class FlowCredit:
 
     def _rollout_reader(self) -> RolloutReader:
         options, trainer = self.options, self._trainer
-        scorer = SCORERS[options.scorer]
+        scorer = options.chosen_scorer
         if "heads" in scorer.needs and tensor_parallel_group(trainer.model) is not None:
             raise ValueError(
                 f"flow_scorer={scorer.name!r} chooses among all heads, and a tensor parallel model "
@@ -289,6 +290,7 @@ class FlowCredit:
         tracer = wrap(
             trainer.model,
             find_tokenizer(trainer.processing_class),
+            preset=scorer.preset or "paper",
             layers=options.chosen_layers,
             answer=options.answer,
             target=options.target,
@@ -296,7 +298,13 @@ class FlowCredit:
             backend="interface" if find_adapter(unwrapped(trainer.model)).interface else "nnsight",
         )
         last = options.no_answer == "last"
-        return RolloutReader(tracer, scorer, last=last, seed=trainer.args.seed)
+        return RolloutReader(
+            tracer, scorer, last=last, seed=trainer.args.seed, oracle=options.oracle
+        )
+
+
+def _detached(values: Tensor | None, factor: int = 1) -> Tensor | None:
+    return None if values is None else factor * values.detach()
 
 
 def _whole(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flowtracer_plugin.answers import AnswerFinder, find_answer
 from flowtracer_plugin.layers import select_layers
-from flowtracer_plugin.scorers import SCORERS
+from flowtracer_plugin.matched_spans import SpanFinder
+from flowtracer_plugin.scorers import Scorer, find_scorer, lowest
 
 CHOICES = {
-    "target": ("answer", "decision"),
+    "target": (None, "answer", "decision"),
     "sign": ("both", "positive", "negative"),
+    "side": ("top", "bottom"),
     "normalize": ("none", "mean_one"),
     "no_answer": ("uniform", "raise", "last"),
-    "scorer": tuple(SCORERS),
     "pass_": ("auto", "training", "scoring", "extra"),
     "on_error": ("raise", "uniform"),
 }
@@ -33,11 +35,13 @@ class CreditOptions:
     gamma: float = 1.5
     layers: str | Sequence[int] = "auto"
     answer: AnswerFinder = "auto"
-    target: str = "answer"
+    target: str | None = None
     sign: str = "both"
     normalize: str = "none"
     no_answer: str = "uniform"
     scorer: str = "flow"
+    side: str = "top"
+    oracle: SpanFinder | None = None
     pass_: str = "auto"
     start_step: int = 0
     warmup_steps: int = 0
@@ -59,19 +63,51 @@ class CreditOptions:
                 raise ValueError(f"flow credit: {name} must be a whole number, got {value!r}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
+                known = ", ".join(choice for choice in choices if choice is not None)
                 raise ValueError(
-                    f"flow credit: {name.rstrip('_')} must be one of {', '.join(choices)}, "
+                    f"flow credit: {name.rstrip('_')} must be one of {known}, "
                     f"got {getattr(self, name)!r}"
                 )
+        self._check_scorer()
         if isinstance(self.layers, str) and self.layers != "auto":
             select_layers(self.layers, range(9))
         if not callable(self.answer):
             find_answer("", self.answer)
 
+    def _check_scorer(self) -> None:
+        try:
+            scorer = self.chosen_scorer
+        except ValueError as error:
+            raise ValueError(f"flow credit: {error}") from error
+        told = self.oracle is not None
+        if ("oracle" in scorer.needs) != told:
+            raise ValueError(
+                "flow credit: the scorer 'oracle' needs oracle, a pattern or a function that finds "
+                "the tokens that matter in a completion, and no other scorer does; "
+                f"got scorer {self.scorer!r} and oracle {self.oracle!r}"
+            )
+        if isinstance(self.oracle, str):
+            try:
+                re.compile(self.oracle)
+            except re.error as error:
+                raise ValueError(
+                    f"flow credit: oracle {self.oracle!r} is no pattern: {error}"
+                ) from error
+
+    @property
+    def chosen_scorer(self) -> Scorer:
+        """What the tokens are chosen by.
+
+        Raises:
+            ValueError: There is no such scorer, or it has no bottom.
+        """
+        scorer = find_scorer(self.scorer)
+        return scorer if self.side == "top" else lowest(scorer)
+
     @property
     def chosen_layers(self) -> str | Sequence[int]:
         """The layers, where none are named those that the scorer was published with."""
-        return SCORERS[self.scorer].layers if self.layers == "auto" else self.layers
+        return self.chosen_scorer.layers if self.layers == "auto" else self.layers
 
     def gamma_at(self, step: int) -> float:
         """The factor at an optimizer step: 1 before `start_step`, then up to `gamma` in a line."""

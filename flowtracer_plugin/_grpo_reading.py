@@ -13,9 +13,11 @@ from torch import Tensor
 
 from flowtracer_plugin.answers import AnswerFinder, FoundAnswer, Span, find_answer
 from flowtracer_plugin.edges import EdgeChoice, completions, reasoning_mask
+from flowtracer_plugin.matched_spans import SpanFinder, matched_mask
 from flowtracer_plugin.reading import Reading
 from flowtracer_plugin.rollouts import RolloutMasks, rollout_masks, solve_rollouts
-from flowtracer_plugin.scorers import Rollouts, Scorer
+from flowtracer_plugin.saliency import answer_saliency
+from flowtracer_plugin.scorers import LATE, Rollouts, Scorer, multiplied
 from flowtracer_plugin.tracer import FlowTracer
 
 
@@ -43,6 +45,13 @@ class Scored:
     boost: Float[Tensor, "batch completion"] | None = None
 
 
+class Late(NamedTuple):
+    """What is known of completion tokens only when a forward pass has come to its end."""
+
+    entropies: Float[Tensor, "batch completion"] | None = None
+    surprisals: Float[Tensor, "batch completion"] | None = None
+
+
 class RolloutReader:
     """Scores the tokens of rollouts by what a model attends to in them.
 
@@ -51,11 +60,20 @@ class RolloutReader:
         scorer: What the scores mean.
         last: Whether the last token stands in for an answer where none is found.
         seed: Of scorers that draw.
+        oracle: What the scorer `oracle` is told.
     """
 
-    def __init__(self, tracer: FlowTracer, scorer: Scorer, *, last: bool, seed: int) -> None:
+    def __init__(
+        self,
+        tracer: FlowTracer,
+        scorer: Scorer,
+        *,
+        last: bool = False,
+        seed: int = 0,
+        oracle: SpanFinder | None = None,
+    ) -> None:
         self.tracer, self.scorer = tracer, scorer
-        self._last, self._seed = last, seed
+        self._last, self._seed, self._oracle = last, seed, oracle
 
     @property
     def attends(self) -> bool:
@@ -64,31 +82,33 @@ class RolloutReader:
 
     def listen(
         self,
-        call: Callable[[], Float[Tensor, "batch completion"] | None],
+        call: Callable[[], Late],
         ids: Int[Tensor, "batch token"],
         visible: Bool[Tensor, "batch token"],
         prompt_length: int,
         batch_size: int,
     ) -> Scored:
-        """Let `call` run the model on every `batch_size` rows; it returns the entropies, if any.
+        """Let `call` run the model on every `batch_size` rows, and return what is known then.
 
         What goes wrong with the scores is raised when `call` has returned.
         """
         started = perf_counter()
-        batch = self._batch(ids, visible, prompt_length)
+        batch = self._batch(ids, visible, prompt_length, batch_size)
         before = perf_counter() - started
         parts: list[_Part] = []
 
         def take(rows: slice, reading: Reading) -> None:
             parts.append(self._part(batch.rows(rows), reading))
 
-        if not self.attends:
-            return batch.scored([self._part(batch.with_entropies(call()), None)])
-        tracer = self.tracer
-        tracer.reader.listen(
-            call, visible, tracer.layers, take, batch_size=batch_size, **self._kept
-        )
-        scored = batch.scored(parts)
+        if self.attends:
+            tracer = self.tracer
+            late = tracer.reader.listen(
+                call, visible, tracer.layers, take, batch_size=batch_size, **self._kept
+            )
+        else:
+            late = call()
+            parts.append(self._part(batch, None))
+        scored = batch.scored(parts, self.scorer, late)
         return replace(scored, seconds=before + scored.seconds)
 
     def read(
@@ -97,15 +117,19 @@ class RolloutReader:
         visible: Bool[Tensor, "batch token"],
         prompt_length: int,
         batch_size: int,
+        late: Late | None = None,
     ) -> Scored:
         """Run the model on `batch_size` rows at a time, up to the last layer that is read.
+
+        `late` is what is known of whole passes already.
+
 
         What goes wrong with some rows is raised when all have been run, as on other processes.
         """
         started = perf_counter()
-        batch = self._batch(ids, visible, prompt_length)
+        batch = self._batch(ids, visible, prompt_length, batch_size)
         if not self.attends:
-            return batch.scored([self._part(batch, None)])
+            return batch.scored([self._part(batch, None)], self.scorer, late)
         reader, layers = self.tracer.reader, self.tracer.layers
         parts: list[_Part] = []
         errors: list[Exception] = []
@@ -118,7 +142,8 @@ class RolloutReader:
                 errors.append(error)
         if errors:
             raise errors[0]
-        return replace(batch.scored(parts), seconds=perf_counter() - started)
+        scored = batch.scored(parts, self.scorer, late)
+        return replace(scored, seconds=perf_counter() - started)
 
     @property
     def _kept(self) -> Mapping[str, Any]:
@@ -155,8 +180,9 @@ class RolloutReader:
         ids: Int[Tensor, "batch token"],
         visible: Bool[Tensor, "batch token"],
         prompt_length: int,
+        batch_size: int,
     ) -> _Batch:
-        tracer = self.tracer
+        tracer, needs = self.tracer, self.scorer.needs
         finder = _FinderOrLast(tracer.answer) if self._last else None
         masks = rollout_masks(
             tracer.require_tokenizer(),
@@ -173,9 +199,26 @@ class RolloutReader:
             competing=visible[:, prompt_length:],
             target=masks.target,
             answer=masks.answer,
+            saliency=answer_saliency(
+                tracer.model, ids, visible, masks.answer, batch_size=batch_size
+            )
+            if "saliency" in needs
+            else None,
+            oracle=self._pointed_at(ids, visible, prompt_length) if "oracle" in needs else None,
             seed=self._seed,
         )
         return _Batch(rollouts, masks, 0 if finder is None else finder.fallbacks)
+
+    def _pointed_at(
+        self, ids: Int[Tensor, "batch token"], visible: Bool[Tensor, "batch token"], start: int
+    ) -> Bool[Tensor, "batch completion"]:
+        """The completion tokens that the oracle names."""
+        assert self._oracle is not None, "CreditOptions refuses an oracle that nobody told"
+        tokenizer, mask = self.tracer.require_tokenizer(), visible[:, start:].cpu().clone()
+        for row, (said, seen) in enumerate(zip(ids[:, start:].cpu(), mask.clone(), strict=True)):
+            found = matched_mask(tokenizer, said[seen].tolist(), self._oracle)
+            mask[row, seen] = torch.from_numpy(found)
+        return mask.to(ids.device)
 
     @torch.no_grad()
     def _part(self, batch: _Batch, reading: Reading | None) -> _Part:
@@ -186,9 +229,9 @@ class RolloutReader:
             rollouts = replace(rollouts, attention=edges, calls=reading.calls)
         if edges is not None and "flow" in self.scorer.needs:
             flow = solve_rollouts(edges, batch.masks, rollouts.prompt_length, self.tracer.options)
-            rollouts = replace(rollouts, throughput=flow.throughput)
+            rollouts = replace(rollouts, throughput=flow.throughput, reach=flow.reach)
             jump = torch.where(flow.found, 1.0 - flow.reasoning_share, torch.nan)
-        features = self.scorer.measure(rollouts)
+        features = [one.measure(rollouts) for one in self.scorer.parts if not one.needs & LATE]
         seconds = perf_counter() - started + (0.0 if reading is None else reading.seconds)
         return _Part(features, rollouts.throughput, jump, seconds)
 
@@ -201,22 +244,37 @@ class _Batch(NamedTuple):
     replaced: int
 
     def rows(self, rows: slice) -> _Batch:
-        """Some of them. Entropies come with all rows or with none."""
+        """Some of them."""
         rollouts = replace(
-            self.rollouts, **{name: getattr(self.rollouts, name)[rows] for name in _BY_ROW}
+            self.rollouts,
+            **{
+                name: part[rows]
+                for name in _BY_ROW
+                if (part := getattr(self.rollouts, name)) is not None
+            },
         )
         return self._replace(rollouts=rollouts, masks=self.masks.rows(rows))
 
-    def with_entropies(self, entropies: Float[Tensor, "batch completion"] | None) -> _Batch:
-        kept = None if entropies is None else entropies.detach()
-        return self._replace(rollouts=replace(self.rollouts, entropies=kept))
-
-    def scored(self, parts: Sequence[_Part]) -> Scored:
+    @torch.no_grad()
+    def scored(self, parts: Sequence[_Part], scorer: Scorer, late: Late | None) -> Scored:
         """These rollouts with the scores of their parts. The maps of attention have served."""
+        entropies, surprisals = late or Late()
         flows = [part.throughput for part in parts if part.throughput is not None]
+        rollouts = replace(
+            self.rollouts,
+            throughput=torch.cat(flows) if flows else None,
+            entropies=entropies,
+            surprisals=surprisals,
+        )
+        early = iter(
+            [torch.cat(found, dim=1) for found in zip(*(p.features for p in parts), strict=True)]
+        )
+        features = [
+            one.measure(rollouts) if one.needs & LATE else next(early) for one in scorer.parts
+        ]
         return Scored(
-            rollouts=replace(self.rollouts, throughput=torch.cat(flows) if flows else None),
-            features=torch.cat([part.features for part in parts], dim=1),
+            rollouts=rollouts,
+            features=features[0] if len(features) == 1 else multiplied(features),
             jump=torch.cat([part.jump for part in parts]),
             answers=self.masks.answers,
             replaced=self.replaced,
@@ -224,13 +282,13 @@ class _Batch(NamedTuple):
         )
 
 
-_BY_ROW = ("ids", "visible", "competing", "target", "answer")
+_BY_ROW = ("ids", "visible", "competing", "target", "answer", "saliency", "oracle")
 
 
 class _Part(NamedTuple):
     """Scores of some rows."""
 
-    features: Float[Tensor, "feature batch completion"]
+    features: list[Float[Tensor, "_ batch completion"]]
     throughput: Float[Tensor, "batch token"] | None
     jump: Float[Tensor, " batch"]
     seconds: float

@@ -122,7 +122,7 @@ def evaluate(
 ) -> None:
     """Knock out the tokens that each score ranks on top, and see whether the answers change.
 
-    Scores are flow, flow_decision, reach, reach_decision, attention, attention_decision, fai, waad,
+    Scores are flow, flow:decision, reach, reach:decision, attention, attention:decision, fai, waad,
     entropy, surprisal and recency.
 
     For example:
@@ -200,7 +200,7 @@ def _scores(text: str | None, needed: str) -> Mapping[str, Any]:
             param_hint="--scores",
         )
     # Controls are matched to the flow, and everything is compared with one hop.
-    kept = {*names, needed, "attention_decision"}
+    kept = {*names, needed, "attention:decision"}
     return {name: score for name, score in TOKEN_SCORES.items() if name in kept}
 
 

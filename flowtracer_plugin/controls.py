@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import blake2b
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 POSITION_BINS = 10
@@ -59,14 +59,14 @@ def role_and_position(
 
 def permute_within(
     bins: Int[Tensor, "batch completion"],
-    mask: Bool[Tensor, "batch completion"],
+    values: Shaped[Tensor, "batch completion"],
     draws: Float[Tensor, "batch completion"],
-) -> Bool[Tensor, "batch completion"]:
-    """The mask with its entries permuted inside every bin, in the order of the draws.
+) -> Shaped[Tensor, "batch completion"]:
+    """The values, such as a mask, permuted inside every bin, in the order of the draws.
 
     With independent uniform draws every permutation of a bin is equally likely.
     """
     in_order = bins.argsort(dim=-1, stable=True)
     by_draw = draws.argsort(dim=-1, stable=True)
     shuffled = by_draw.gather(-1, bins.gather(-1, by_draw).argsort(dim=-1, stable=True))
-    return torch.zeros_like(mask).scatter(-1, shuffled, mask.gather(-1, in_order))
+    return torch.zeros_like(values).scatter(-1, shuffled, values.gather(-1, in_order))

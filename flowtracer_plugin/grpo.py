@@ -23,8 +23,9 @@ from trl.trainer.utils import get_config_model_id
 
 from flowtracer_plugin._grpo_checks import UnsupportedTrainerError, check_host, check_level
 from flowtracer_plugin._grpo_credit import FlowCredit
-from flowtracer_plugin._grpo_options import CHOICES, CreditOptions
+from flowtracer_plugin._grpo_options import CreditOptions
 from flowtracer_plugin.reward import FlowReward
+from flowtracer_plugin.scorers import SCORERS
 
 __all__ = [
     "CreditOptions",
@@ -57,9 +58,10 @@ class FlowGRPOConfig(GRPOConfig):
         flow_answer (`str`, *optional*, defaults to `"auto"`):
             Name of the answer finder, a key of `flowtracer_plugin.answers.FINDERS`, or `"auto"`. A
             pattern or a function of your own goes to [`attach_flow_credit`].
-        flow_target (`str`, *optional*, defaults to `"answer"`):
+        flow_target (`str`, *optional*):
             Where flow ends: at the rows of the `"answer"` tokens, or at those of the `"decision"`,
-            the tokens before them, whose logits choose them.
+            the tokens before them, whose logits choose them. By default as the scorer's preset
+            says, and without one at the answer.
         flow_sign (`str`, *optional*, defaults to `"both"`):
             Which advantages are reweighted: `"both"`, `"positive"` or `"negative"`.
         flow_normalize (`str`, *optional*, defaults to `"none"`):
@@ -73,7 +75,14 @@ class FlowGRPOConfig(GRPOConfig):
             are its predecessor's (arXiv 2510.13554); `"attention"` is what the answer pays to them
             directly; `"entropy"` is the policy's; `"random"` is chance. `"shuffled"` is the flow's
             choice, permuted among tokens of like role and position: if it trains as well as
-            `"flow"`, flow itself is not what helps. `"uniform"` is plain GRPO.
+            `"flow"`, flow itself is not what helps. `"uniform"` is plain GRPO. `"flow:sharp"` and
+            `"flow:decision"` read the graph by another preset, and `"flow*entropy"` multiplies two
+            scores; `docs/credit.md` lists all of them.
+        flow_side (`str`, *optional*, defaults to `"top"`):
+            `"bottom"` chooses as many tokens, of those with the lowest scores: a control.
+        flow_oracle (`str`, *optional*):
+            For `flow_scorer="oracle"`: a pattern that matches, in a completion, what matters there;
+            its groups if it has any. A function of your own goes to [`attach_flow_credit`].
         flow_pass (`str`, *optional*, defaults to `"auto"`):
             Which forward pass is read. `"training"` is the one that trains; `"scoring"` is TRL's
             own over the rollouts, which it makes for `num_iterations > 1`, misaligned accumulation
@@ -111,8 +120,8 @@ class FlowGRPOConfig(GRPOConfig):
     flow_answer: str = field(
         default="auto", metadata={"help": "Name of the answer finder, such as auto or boxed."}
     )
-    flow_target: str = field(
-        default="answer", metadata={"help": "Where flow ends: answer or decision."}
+    flow_target: str | None = field(
+        default=None, metadata={"help": "Where flow ends: answer or decision."}
     )
     flow_sign: str = field(
         default="both",
@@ -128,7 +137,16 @@ class FlowGRPOConfig(GRPOConfig):
     )
     flow_scorer: str = field(
         default="flow",
-        metadata={"help": f"What the tokens are chosen by: {', '.join(CHOICES['scorer'])}."},
+        metadata={
+            "help": f"What the tokens are chosen by: {', '.join(SCORERS)}; of those that read the "
+            "graph also with a preset, as flow:sharp; and products, as flow*entropy."
+        },
+    )
+    flow_side: str = field(
+        default="top", metadata={"help": "Choose the top of the scores, or the bottom."}
+    )
+    flow_oracle: str | None = field(
+        default=None, metadata={"help": "Pattern of what matters, for the scorer oracle."}
     )
     flow_pass: str = field(
         default="auto",

@@ -1,57 +1,34 @@
 """Scorers: which tokens of a rollout get more credit, by flow and by what it is compared with.
 
 A scorer maps a batch of completions to a boost, and `credit_weights` maps the boost to the weights
-of the tokens' advantages, `1 + (gamma − 1) · boost`.
+of the tokens' advantages, `1 + (gamma − 1) · boost`. `find_scorer` finds one by its name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from types import MappingProxyType
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowtracer_plugin.attention import AttentionCall, AttentionWeights
-from flowtracer_plugin.controls import permute_within, role_and_position, row_draws
+from flowtracer_plugin import scores
+from flowtracer_plugin.controls import permute_within, role_and_position
 from flowtracer_plugin.credit import credit_weights as credit_weights
 from flowtracer_plugin.credit import top_tokens
-from flowtracer_plugin.rhythm import Rhythm, coupled_boost, read_rhythm
+from flowtracer_plugin.options import PRESETS
+from flowtracer_plugin.rhythm import Rhythm, coupled_boost
+from flowtracer_plugin.scores import Features
+from flowtracer_plugin.scores import Rollouts as Rollouts
 
-Features = Float[Tensor, "feature batch completion"]
 Boost = Float[Tensor, "batch completion"]
+Choose = Callable[[Features, Rollouts, float], Boost]
 
-
-@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class Rollouts:
-    """One batch of completions, as a scorer sees it; what no chosen scorer needs may be missing.
-
-    Attributes:
-        ids: Prompts, padded on the left, and completions, padded on the right.
-        visible: Not padding.
-        prompt_length: Columns before the completions.
-        competing: Tokens that the model chose: visible, and not a tool's.
-        target: The rows that stand for the answer, or that decide it; none where no answer is.
-        answer: The answer's own tokens.
-        throughput: Flow through every token.
-        attention: Mean over the layers and their heads; 0 in rows and columns of padding.
-        calls: The attention of each layer, over the columns of `ids`.
-        entropies: Of the policy, where it chose each completion token.
-        seed: Of scorers that draw.
-    """
-
-    ids: Int[Tensor, "batch token"]
-    visible: Bool[Tensor, "batch token"]
-    prompt_length: int
-    competing: Bool[Tensor, "batch completion"]
-    target: Bool[Tensor, "batch token"]
-    answer: Bool[Tensor, "batch token"]
-    throughput: Float[Tensor, "batch token"] | None = None
-    attention: Float[Tensor, "batch query key"] | None = None
-    calls: Sequence[AttentionCall | AttentionWeights] = ()
-    entropies: Float[Tensor, "batch completion"] | None = None
-    seed: int = 0
+LATE = frozenset({"entropy", "surprisal"})
+"""What is known only when a forward pass has come to its end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,9 +39,10 @@ class Scorer:
     after that pass.
 
     Attributes:
-        name: Its key in `SCORERS`.
-        needs: What of `Rollouts` it measures: "flow" (`throughput`), "attention", "heads"
-            (`calls`), "entropy" (`entropies`).
+        name: What `find_scorer` finds it by.
+        needs: What of `Rollouts` it measures: "flow" (`throughput` and `reach`), "attention",
+            "heads" (`calls`), "entropy" (`entropies`), "surprisal" (`surprisals`), "saliency",
+            "oracle".
         layers: The selection of layers that it was published with.
         measure: From rollouts to what the tokens are chosen by, without a gradient. It raises
             `ValueError` if what it needs is missing.
@@ -73,82 +51,70 @@ class Scorer:
             compete. Chosen are the `⌈share · n⌉` of a row's `n` competing tokens with the highest
             scores: of equal ones the earlier, and never one whose score is 0. It raises
             `ValueError` if a score is negative or not finite.
+        formula: The score, in words or symbols.
+        source: Where it comes from.
+        cost: What it takes beside the forward pass that trains.
+        preset: The options of the graph that it reads, a key of `options.PRESETS`; if None,
+            whatever the graph was read with.
+        factors: Of a product, the scorers whose scores are multiplied.
     """
 
     name: str
     needs: frozenset[str]
     layers: str
     measure: Callable[[Rollouts], Features]
-    choose: Callable[[Features, Rollouts, float], Boost]
+    choose: Choose
+    formula: str
+    source: str
+    cost: str
+    preset: str | None = None
+    factors: tuple[Scorer, ...] = ()
 
     def boost(self, rollouts: Rollouts, top_fraction: float) -> Boost:
         """Both steps."""
         return self.choose(self.measure(rollouts), rollouts, top_fraction)
 
+    @property
+    def parts(self) -> tuple[Scorer, ...]:
+        """The factors, or itself alone."""
+        return self.factors or (self,)
 
-# --- what the tokens are chosen by ---
+    @property
+    def graph(self) -> bool:
+        """Whether it reads the graph of the flow, which a preset says how to make."""
+        return bool(self.needs & {"flow", "attention"})
 
 
-def flow(rollouts: Rollouts) -> Features:
-    """The flow that they carry: FlowTracer (arXiv 2606.10646)."""
-    throughput = _needed(rollouts.throughput, "throughput").detach()
-    return throughput[None, :, rollouts.prompt_length :]
+def find_scorer(name: str) -> Scorer:
+    """The scorer of a name such as `flow`, `flow:sharp` or `flow*entropy`.
 
+    Before a colon stands a key of `SCORERS`, behind it one of `options.PRESETS`, which says how the
+    graph is made that the scorer reads; without one it is made as the tracer or the trainer says.
+    Scores that are joined by `*` are multiplied.
 
-def attention(rollouts: Rollouts) -> Features:
-    """What the target's rows pay to them: the first hop of the flow, alone.
+    Raises:
+        ValueError: There is no such scorer or preset, the scorer reads no graph, or scores cannot
+            be multiplied.
 
-    The score is the mean over the target's rows. As in the flow's graph, no row pays to itself.
+    Examples:
+        >>> find_scorer("flow:sharp*entropy").preset
+        'sharp'
     """
-    paid = _needed(rollouts.attention, "attention").detach()
-    target, start = rollouts.target, rollouts.prompt_length
-    score = torch.zeros_like(paid[:, 0, start:])
-    for row in range(0, target.shape[1], _BLOCK):
-        rows = slice(row, row + _BLOCK)
-        earlier = paid[:, rows].tril(row - 1)[..., start:]
-        score += (earlier * target[:, rows, None]).sum(1)
-    return (score / target.sum(-1, keepdim=True).clamp_min(1))[None]
+    factors = tuple(_one(part.strip()) for part in name.split("*"))
+    return factors[0] if len(factors) == 1 else _product(factors)
 
 
-def entropy(rollouts: Rollouts) -> Features:
-    """How unsure the policy was of them: the high-entropy baseline of both papers."""
-    # Rounding can make the entropy of a sure choice negative.
-    return _needed(rollouts.entropies, "entropies").detach().clamp_min(0.0)[None]
+def lowest(scorer: Scorer) -> Scorer:
+    """The scorer that chooses as many, of those with the lowest scores.
 
-
-def waad(rollouts: Rollouts) -> Features:
-    """The borders of local chunks, the largest `Δ`: arXiv 2510.13554's first strategy."""
-    return _rhythm(rollouts).step[None]
-
-
-def fai(rollouts: Rollouts) -> Features:
-    """The global anchors, the largest `FAI`: arXiv 2510.13554's second strategy.
-
-    Tokens with none ahead at the distance that counts score 0, so that in completions of at most
-    ten tokens nothing is chosen.
+    Raises:
+        ValueError: It chooses in a way of its own.
     """
-    return _rhythm(rollouts).influence[None]
-
-
-def rhythm(rollouts: Rollouts) -> Features:
-    """Everything that arXiv 2510.13554's third strategy looks at."""
-    found = _rhythm(rollouts)
-    return torch.stack([found.influence, found.distance, found.step])
-
-
-def random(rollouts: Rollouts) -> Features:
-    """Chance, by `controls.row_draws`."""
-    return row_draws(rollouts.ids, rollouts.visible, rollouts.prompt_length, rollouts.seed)[None]
-
-
-def flow_and_chance(rollouts: Rollouts) -> Features:
-    """Both."""
-    return torch.cat([flow(rollouts), random(rollouts)])
-
-
-def nothing(rollouts: Rollouts) -> Features:
-    """All the same."""
-    return torch.zeros_like(rollouts.competing, dtype=torch.float32)[None]
+    if scorer.choose is not top:
+        raise ValueError(
+            f"the scorer {scorer.name!r} chooses in a way of its own, and has no bottom"
+        )
+    return replace(scorer, choose=bottom)
 
 
 # --- how they are chosen ---
@@ -157,6 +123,25 @@ def nothing(rollouts: Rollouts) -> Features:
 def top(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
     """Those with the highest scores."""
     return _top(features[0], rollouts, top_fraction).float()
+
+
+def bottom(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
+    """Those with the lowest, of rollouts in which not all scores are 0: of equal ones the earlier.
+
+    Raises:
+        ValueError: A score is negative or not finite.
+    """
+    _top(features[0], rollouts, top_fraction)  # which refuses scores that are none
+    competing, size = rollouts.competing, rollouts.competing.shape[-1]
+    score = features[0].masked_fill(~competing, torch.inf)
+    turned = (size - score.argsort(dim=-1, stable=True).argsort(dim=-1)).float()
+    scored = (features[0].masked_fill(~competing, 0.0) > 0).any(-1, keepdim=True)
+    return _top(turned * scored, rollouts, top_fraction).float()
+
+
+def every(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
+    """All that have a score, however many these are."""
+    return ((features[0] > 0) & rollouts.competing).float()
 
 
 def coupled(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
@@ -184,34 +169,6 @@ def shuffled(features: Features, rollouts: Rollouts, top_fraction: float) -> Boo
     return permute_within(role_and_position(rollouts.competing, answer), chosen, draws).float()
 
 
-def _scorer(
-    name: str,
-    measure: Callable[[Rollouts], Features],
-    *needs: str,
-    layers: str = "middle",
-    choose: Callable[[Features, Rollouts, float], Boost] = top,
-) -> Scorer:
-    needed = frozenset(needs)
-    return Scorer(name=name, needs=needed, layers=layers, measure=measure, choose=choose)
-
-
-_ALL = (
-    _scorer("flow", flow, "flow"),
-    _scorer("fai", fai, "heads", layers="middle:5"),
-    _scorer("waad", waad, "heads", layers="middle:5"),
-    _scorer("coupled", rhythm, "heads", layers="middle:5", choose=coupled),
-    _scorer("attention", attention, "attention"),
-    _scorer("entropy", entropy, "entropy"),
-    _scorer("random", random),
-    _scorer("shuffled", flow_and_chance, "flow", choose=shuffled),
-    _scorer("uniform", nothing),
-)
-SCORERS: Mapping[str, Scorer] = {scorer.name: scorer for scorer in _ALL}
-"""Every scorer by its name."""
-
-_BLOCK = 64
-
-
 def _top(
     score: Float[Tensor, "batch completion"], rollouts: Rollouts, top_fraction: float
 ) -> Bool[Tensor, "batch completion"]:
@@ -219,16 +176,124 @@ def _top(
     return top_tokens(score.masked_fill(~competing, 0.0), competing, top_fraction=top_fraction)
 
 
-def _rhythm(rollouts: Rollouts) -> Rhythm:
-    if not rollouts.calls:
-        raise ValueError(_MISSING.format("calls"))
-    return read_rhythm(rollouts.calls, rollouts.visible, rollouts.prompt_length)
+# --- all of them ---
+
+FREE = "none"
+READS = "reading attention, no pass"
+FLOWS = "reading attention and solving, no pass"
+PREDECESSOR = "arXiv 2510.13554"
 
 
-def _needed(value: Tensor | None, name: str) -> Tensor:
-    if value is None:
-        raise ValueError(_MISSING.format(name))
-    return value
+def _scorer(
+    name: str,
+    measure: Callable[[Rollouts], Features],
+    *needs: str,
+    formula: str,
+    source: str,
+    cost: str,
+    layers: str = "middle",
+    choose: Choose = top,
+) -> Scorer:
+    return Scorer(
+        name=name,
+        needs=frozenset(needs),
+        layers=layers,
+        measure=measure,
+        choose=choose,
+        formula=formula,
+        source=source,
+        cost=cost,
+    )
 
 
-_MISSING = "this scorer reads the rollouts' {0}, and there are none; pass Rollouts({0}=...)"
+_ALL = (
+    _scorer("flow", scores.flow, "flow", formula="throughput f = h ⊙ g",
+            source="FlowTracer, arXiv 2606.10646", cost=FLOWS),
+    _scorer("reach", scores.reach, "flow", formula="h = 1[target] + Wᵀ h",
+            source="FlowTracer, section 3", cost=FLOWS),
+    _scorer("attention", scores.attention, "attention",
+            formula="mean of W[q, ·] over the target's rows q",
+            source="the first hop of the flow", cost=READS),
+    _scorer("attention_power", scores.attention_power, "attention",
+            formula="mean row of the target, times W", source="FlashTrace, arXiv 2602.01914",
+            cost=READS),
+    _scorer("rollout", scores.rollout, "heads", layers="all",
+            formula="r ← ½ r + ½ r A, from the last layer to the first",
+            source="Abnar & Zuidema 2020, arXiv 2005.00928", cost="reading all layers, no pass"),
+    _scorer("fai", scores.fai, "heads", layers="middle:5",
+            formula="mean attention from 10 to 50 tokens ahead, global heads",
+            source=f"{PREDECESSOR}, second strategy", cost=READS),
+    _scorer("waad", scores.waad, "heads", layers="middle:5",
+            formula="step of the mean distance looked back, local heads",
+            source=f"{PREDECESSOR}, first strategy", cost=READS),
+    _scorer("coupled", scores.rhythm, "heads", layers="middle:5", choose=coupled,
+            formula="FAI, shared with what leads in", source=f"{PREDECESSOR}, third strategy",
+            cost=READS),
+    _scorer("grad_x_input", scores.grad_x_input, "saliency",
+            formula="‖∂ log p(answer) / ∂x‖ · ‖x‖ at the embedding x",
+            source="Li et al. 2016, arXiv 1506.01066", cost="one more forward and backward pass"),
+    _scorer("entropy", scores.entropy, "entropy", formula="H of the policy at the token",
+            source="arXiv 2506.01939; baseline of both papers", cost=FREE),
+    _scorer("surprisal", scores.surprisal, "surprisal", formula="−log p(token)",
+            source="Hale 2001", cost=FREE),
+    _scorer("oracle", scores.oracle, "oracle", choose=every,
+            formula="1 where `flow_oracle` matches; all of these are chosen",
+            source="whoever knows the task", cost=FREE),
+    _scorer("random", scores.random, formula="a draw", source="chance", cost=FREE),
+    _scorer("shuffled", scores.flow_and_chance, "flow", choose=shuffled,
+            formula="flow's choice, permuted within role and tenth",
+            source="control: where flow looks, but not at what", cost=FLOWS),
+    _scorer("uniform", scores.nothing, formula="0", source="plain GRPO", cost=FREE),
+)  # fmt: skip
+SCORERS: Mapping[str, Scorer] = MappingProxyType({scorer.name: scorer for scorer in _ALL})
+"""Every scorer by its name."""
+
+
+def _one(name: str) -> Scorer:
+    base, colon, preset = name.partition(":")
+    if base not in SCORERS:
+        raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {base!r}")
+    scorer = SCORERS[base]
+    if not colon:
+        return scorer
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r} in {name!r}")
+    if not scorer.graph:
+        reading = ", ".join(one.name for one in _ALL if one.graph)
+        raise ValueError(
+            f"a preset says how the graph of {reading} is made, and {base!r} reads none; "
+            f"leave out {colon + preset!r}"
+        )
+    return replace(scorer, name=name, preset=preset)
+
+
+def _product(factors: tuple[Scorer, ...]) -> Scorer:
+    name = "*".join(factor.name for factor in factors)
+    own = [factor.name for factor in factors if factor.choose is not top]
+    if own:
+        raise ValueError(f"{own[0]!r} chooses in a way of its own, and cannot be multiplied")
+    attentive = [one for one in factors if one.needs & {"flow", "attention", "heads"}]
+    layers = {one.layers for one in attentive} or {"middle"}
+    presets = {one.preset for one in factors if one.graph} or {None}
+    if len(layers) > 1 or len(presets) > 1:
+        raise ValueError(
+            f"the factors of {name!r} read other layers or other graphs: {sorted(layers)}, presets "
+            f"{sorted(map(str, presets))}; choose ones that read the same"
+        )
+    return Scorer(
+        name=name,
+        needs=frozenset().union(*(factor.needs for factor in factors)),
+        layers=layers.pop(),
+        measure=lambda rollouts: multiplied([one.measure(rollouts) for one in factors]),
+        choose=top,
+        formula=" · ".join(factor.formula for factor in factors),
+        source=" and ".join(factor.source for factor in factors),
+        cost="; ".join(dict.fromkeys(factor.cost for factor in factors)),
+        preset=presets.pop(),
+        factors=factors,
+    )
+
+
+def multiplied(features: Sequence[Features]) -> Features:
+    """The product of scores, each of which is one feature."""
+    return reduce(torch.mul, features)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
@@ -194,6 +194,28 @@ def answer_mask(
         >>> answer_mask(tokenizer, tokenizer.encode("x=10"))
         (array([False, False,  True,  True]), FoundAnswer(start=2, end=4, rule='last_number'))
     """
+    shown = shown_text(tokenizer, response_ids)
+    found = find_answer(shown.text, finder)
+    if found is None:
+        return None
+    found = replace(found, start=found.start + shown.first, end=found.end + shown.first)
+    mask = tokens_in_span(shown.decoded, found.start, found.end) & ~shown.hidden
+    return (mask, found) if mask.any() else None
+
+
+class ShownText(NamedTuple):
+    """A response as finders see it: `text` begins at character `first` of all that was decoded."""
+
+    decoded: DecodedTokens
+    hidden: Bool[np.ndarray, " token"]
+    text: str
+    first: int
+
+
+def shown_text(
+    tokenizer: transformers.PreTrainedTokenizerBase, response_ids: Sequence[int]
+) -> ShownText:
+    """What finders see of a response; raises as `decode_tokens`."""
     decoded, special = decode_tokens(tokenizer, response_ids), special_ids(tokenizer)
     tokens = list(zip(response_ids, decoded.pieces, strict=True))
     hidden = np.array([i in special and not _MARKER.fullmatch(piece) for i, piece in tokens], bool)
@@ -201,12 +223,7 @@ def answer_mask(
     first = int(decoded.starts[shown].min(initial=len(decoded.text)))
     last = int(decoded.ends[shown].max(initial=0))
     blanked = ["\n" * len(piece) if hidden[at] else piece for at, (_, piece) in enumerate(tokens)]
-    found = find_answer("".join(blanked)[first:last], finder)
-    if found is None:
-        return None
-    found = replace(found, start=found.start + first, end=found.end + first)
-    mask = tokens_in_span(decoded, found.start, found.end) & ~hidden
-    return (mask, found) if mask.any() else None
+    return ShownText(decoded, hidden, "".join(blanked)[first:last], first)
 
 
 _MARKER = re.compile(r"\s*</?(?:think|answer)>\s*", re.IGNORECASE)

@@ -16,7 +16,7 @@ RESAMPLES = 4000
 
 CONFIDENCE = 0.95
 
-BASELINES = {"chance": "random", "one_hop": "attention_decision"}
+BASELINES = {"chance": "random", "one_hop": "attention:decision"}
 """What every score is compared with, example by example: sets that chance chooses, and what the
 rows that choose the answer attend to."""
 

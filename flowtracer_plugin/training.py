@@ -297,12 +297,14 @@ def _tracer(trainer: FlowGRPOTrainer, script_args: FlowScriptArguments) -> FlowT
     if name:
         model = load_model(name, str(trainer.accelerator.device), "auto")
         tokenizer = load_tokenizer(name)
+    options = args.credit_options()
     return wrap(
         model,
         tokenizer,
-        layers=args.credit_options().chosen_layers,
-        answer=args.flow_answer,
-        target=args.flow_target,
+        preset=options.chosen_scorer.preset or "paper",
+        layers=options.chosen_layers,
+        answer=options.answer,
+        target=options.target,
     )
 
 

@@ -58,15 +58,6 @@ def coupled(waad, step, anchors, competing, alpha, reach):
     return boost
 
 
-def one_hop(attention, target, prompt_length):
-    """What the target's rows pay to each earlier completion token, on average."""
-    rows = [q for q, is_target in enumerate(target) if is_target]
-    return [
-        sum(attention[q][k] for q in rows if q > k) / max(len(rows), 1)
-        for k in range(prompt_length, len(target))
-    ]
-
-
 def bins(competing, answer):
     """The answer or not, and the tenth of the competing tokens; None for the others."""
     counted = [i for i, counts in enumerate(competing) if counts]
@@ -84,3 +75,30 @@ def permuted(groups, mask, draws):
         for source, place in zip(places, sorted(places, key=lambda i: draws[i]), strict=True):
             moved[place] = mask[source]
     return moved
+
+
+def hops(attention, target, prompt_length, count):
+    """What the target's rows pay on average along all ways of so many hops, none to itself."""
+    size = len(target)
+    row = [t / max(sum(target), 1) for t in target]
+    for _ in range(count):
+        row = [sum(row[q] * attention[q][k] for q in range(k + 1, size)) for k in range(size)]
+    return row[prompt_length:]
+
+
+def rollout(layers, target, prompt_length):
+    """Half of each row's share stays, half follows the layer's mean map, from the last layer on."""
+    size = len(target)
+    row = [t / max(sum(target), 1) for t in target]
+    for layer in reversed(layers):
+        row = [row[k] / 2 + sum(row[q] * layer[q][k] for q in range(size)) / 2 for k in range(size)]
+    return row[prompt_length:]
+
+
+def bottom(scores, competing, top_fraction):
+    """1 for the lowest scores of the competing tokens, earlier ones first, if one is not 0."""
+    counted = [i for i, counts in enumerate(competing) if counts]
+    limit = math.ceil(Fraction(str(top_fraction)) * len(counted))
+    chosen = sorted(counted, key=lambda i: (scores[i], i))[:limit]
+    some = any(scores[i] > 0 for i in counted)
+    return [float(some and i in chosen) for i in range(len(scores))]

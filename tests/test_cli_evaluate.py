@@ -37,7 +37,7 @@ def test_a_comparison_is_printed_as_json(flowtracer, model, data):
     assert (found["examples"], found["measured"], found["right"]) == (4, 3, 2)
     assert found["left_out"] == {"no_answer": 1}
     scores = {(one["score"], one["side"]): one for one in found["scores"]}
-    flow = scores["flow_decision", "top"]
+    flow = scores["flow:decision", "top"]
     assert len(flow["drop"]) == 2
     assert flow["drop"][1]["low"] > 10
     assert flow["over_chance"]["mean"] == pytest.approx(
@@ -47,16 +47,16 @@ def test_a_comparison_is_printed_as_json(flowtracer, model, data):
 
 
 def test_a_table_names_the_scores_and_what_was_left_out(flowtracer, model, data):
-    ran = flowtracer("evaluate", model, data, *QUICK, "--scores", "recency,flow_decision")
+    ran = flowtracer("evaluate", model, data, *QUICK, "--scores", "recency,flow:decision")
     assert ran.code == 0, ran.err
     assert ran.out.startswith("3 of 4 examples measured, ")
     assert "1 left out: no answer was found in the response, as in row 3: no answer" in ran.out
     assert "2 of the 3 answers are right" in ran.out
     lines = [line.split()[0] for line in ran.out.splitlines() if re.search(r"…", line)]
-    compared = ["attention_decision", "flow", "flow_decision", "recency"]
+    compared = ["attention:decision", "flow", "flow:decision", "recency"]
     controls = ["random", "random_class", "random_position"]
     assert sorted(lines) == sorted(2 * [*compared, *controls])
-    assert lines.index("flow_decision") < lines.index("random")
+    assert lines.index("flow:decision") < lines.index("random")
     assert "10 %" in ran.out
     assert "1 right before the answer are spared" in ran.out
 
@@ -89,7 +89,7 @@ def test_a_run_that_measures_nothing_fails(flowtracer, model, data):
     [
         (("--percents", "5,x"), 2, "wanted whole numbers such as 1,2,5, found '5,x'"),
         (("--percents", "0"), 1, "percents must be from 1 to 100"),
-        (("--scores", "flow,love"), 2, "wanted some of flow, flow_decision, .* found 'love'"),
+        (("--scores", "flow,love"), 2, "wanted some of flow, flow:decision, .* found 'love'"),
         (("--prompt-column", "love"), 1, "have no column 'love', they have 'prompt'"),
         (("--answer", "love"), 2, "wanted auto, .* found 'love'"),
         (("--rows", "none"), 2, "'future', 'answer'"),

@@ -81,10 +81,10 @@ def test_flow_finds_both_tokens_and_one_hop_of_attention_one(planted, seed):
     prompt, response, true, _ = planted_text(seed)
     text = read_text(planted, planted.trace_tokens(prompt, response))
     among = candidate_tokens(text.trace, np.zeros(len(text.trace.token_ids), bool), gap=1)
-    for name in ("flow_decision", "reach_decision"):
+    for name in ("flow:decision", "reach:decision"):
         order = ranking(TOKEN_SCORES[name](text), among)
         assert set(order[:2]) == {true[name] for name in TRUE}
-    hop = TOKEN_SCORES["attention_decision"](text)
+    hop = TOKEN_SCORES["attention:decision"](text)
     assert ranking(hop, among)[0] == true["near"]
     others = among.copy()
     others[true["near"]] = False
@@ -230,7 +230,7 @@ def test_scores_are_what_they_say(tiny, trace, scored):
     attention = eager_attention(tiny.model, trace.token_ids.tolist(), tiny.layers).numpy()
     attention[np.diag_indices(len(attention))] = 0
     start, rows = trace.spans.prompt_length, trace.spans.answer
-    for name, chosen in (("attention", rows), ("attention_decision", np.roll(rows, -1))):
+    for name, chosen in (("attention", rows), ("attention:decision", np.roll(rows, -1))):
         found = TOKEN_SCORES[name](scored)
         assert found[start:] == pytest.approx(attention[chosen].mean(0)[start:], abs=1e-5)
     assert TOKEN_SCORES["flow"](scored) is trace.throughput
@@ -238,8 +238,8 @@ def test_scores_are_what_they_say(tiny, trace, scored):
     decided = ft.wrap(
         tiny.model, tiny.tokenizer, target="decision", question_weights="reach", mode="dense"
     ).trace(PROMPT, RESPONSE)
-    assert TOKEN_SCORES["flow_decision"](scored) == pytest.approx(decided.throughput, abs=1e-6)
-    assert TOKEN_SCORES["reach_decision"](scored) == pytest.approx(decided.reach, abs=1e-6)
+    assert TOKEN_SCORES["flow:decision"](scored) == pytest.approx(decided.throughput, abs=1e-6)
+    assert TOKEN_SCORES["reach:decision"](scored) == pytest.approx(decided.reach, abs=1e-6)
     ids = torch.from_numpy(trace.token_ids)[None]
     with torch.no_grad():
         chances = tiny.model(ids).logits[0].double().softmax(-1).numpy()

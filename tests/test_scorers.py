@@ -18,13 +18,28 @@ import flowtracer_plugin.controls as controls_module
 from flowtracer_plugin.attention import AttentionCall, AttentionWeights
 from flowtracer_plugin.controls import permute_within, role_and_position, row_draws
 from flowtracer_plugin.rhythm import Rhythm, coupled_boost, read_rhythm
-from flowtracer_plugin.scorers import SCORERS, Rollouts, credit_weights
+from flowtracer_plugin.scorers import SCORERS, Rollouts, credit_weights, find_scorer, lowest
 from tests import reference_scorers as slow
 from tests.reference_attention import loop_head_mean
 
 FRACTIONS = st.sampled_from([0.0, 0.2, 0.4, 0.5, 1.0])
-INPUTS = {"flow": "throughput", "attention": "attention", "heads": "calls", "entropy": "entropies"}
+INPUTS = {
+    "flow": "throughput",
+    "attention": "attention",
+    "heads": "calls",
+    "entropy": "entropies",
+    "surprisal": "surprisals",
+    "saliency": "saliency",
+    "oracle": "oracle",
+}
 RHYTHM = ("fai", "waad", "coupled")
+LAYERED = (*RHYTHM, "rollout")
+PRODUCTS = ("flow*entropy", "attention*surprisal", "reach*entropy*surprisal")
+
+
+def input_of(name, need):
+    """The field of `Rollouts` that a scorer means by what it needs."""
+    return "reach" if (name, need) == ("reach", "flow") else INPUTS[need]
 
 
 def one_call(kind, shared, groups, visible, generator):
@@ -64,7 +79,7 @@ def rollouts(draw, longest=16):
         visible[row, prompts - asked : prompts + said] = True
         start, end = sorted(draw(st.tuples(*[st.integers(0, said)] * 2)))
         answer[row, prompts + start : prompts + end] = True
-    uniform = torch.rand(6, *shape, generator=generator)
+    uniform = torch.rand(9, *shape, generator=generator)
     coarse = (uniform * 8).floor() / 8  # with ties and zeros
     competing = (visible & (uniform[0] < draw(st.sampled_from([0.0, 0.7, 1.0]))))[:, prompts:]
     attention = torch.rand(shape[0], shape[1], shape[1], generator=generator).tril()
@@ -83,6 +98,10 @@ def rollouts(draw, longest=16):
             for kind in draw(st.lists(kinds, min_size=1, max_size=2))
         ],
         "entropies": coarse[2, :, prompts:].masked_fill(~competing, torch.nan),
+        "surprisals": coarse[6, :, prompts:].masked_fill(~competing, torch.nan),
+        "reach": coarse[7] * visible * answer.any(-1, keepdim=True),
+        "saliency": coarse[8] * visible,
+        "oracle": (uniform[3] < 0.3)[:, prompts:],
         "seed": draw(st.integers(-2, 2)),
     }
 
@@ -113,6 +132,9 @@ def row_of(batch, row):
     def tokens(part):
         return None if part is None else part[row : row + 1, seen]
 
+    def said(part):
+        return None if part is None else part[row : row + 1, where]
+
     return Row(
         where=where,
         alone=Rollouts(
@@ -123,9 +145,13 @@ def row_of(batch, row):
             target=tokens(batch.target),
             answer=tokens(batch.answer),
             throughput=tokens(batch.throughput),
+            reach=tokens(batch.reach),
+            saliency=tokens(batch.saliency),
             attention=square(batch.attention),
             calls=[call(one) for one in batch.calls],
-            entropies=None if batch.entropies is None else batch.entropies[row : row + 1, where],
+            entropies=said(batch.entropies),
+            surprisals=said(batch.surprisals),
+            oracle=said(batch.oracle),
             seed=batch.seed,
         ),
     )
@@ -157,32 +183,62 @@ def apart(values):
 
 def slow_boost(name, row, top_fraction):
     """Each scorer's definition on one rollout, without the draws."""
-    alone, start = row.alone, row.alone.prompt_length
-    competing = alone.competing[0].tolist()
+    alone, competing = row.alone, row.alone.competing[0].tolist()
     if name in RHYTHM:
         waad, fai, step = slow_rhythm(row)
         if name != "coupled":
             return slow.top(fai if name == "fai" else step, competing, top_fraction)
         anchors = slow.top(fai, competing, top_fraction)
         return slow.coupled(waad, step, anchors, competing, 0.5, 2)
-    if name == "attention":
-        score = slow.one_hop(alone.attention[0].tolist(), alone.target[0].tolist(), start)
-    elif name == "flow":
-        score = alone.throughput[0, start:].tolist()
-    else:
-        score = alone.entropies[0].nan_to_num().tolist()
-    return slow.top(score, competing, top_fraction)
+    if name == "oracle":
+        return [float(a and b) for a, b in zip(alone.oracle[0].tolist(), competing, strict=True)]
+    return slow.top(slow_score(name, row), competing, top_fraction)
 
 
-@pytest.mark.parametrize("name", ["flow", "attention", "entropy", *RHYTHM])
+def slow_score(name, row):
+    """The score of each completion token by the definition of a scorer that has one."""
+    alone, start = row.alone, row.alone.prompt_length
+    target = alone.target[0].tolist()
+    if "*" in name:
+        factors = [slow_score(part, row) for part in name.split("*")]
+        return [float(np.prod(values)) for values in zip(*factors, strict=True)]
+    if name == "rollout":
+        maps, layers = slow_maps(row), []
+        for call in alone.calls:
+            heads = (call.weights if isinstance(call, AttentionWeights) else call.query).shape[1]
+            layers.append(np.mean([maps.pop(0) for _ in range(heads)], axis=0).tolist())
+        return slow.rollout(layers, target, start)
+    if name.startswith("attention"):
+        return slow.hops(alone.attention[0].tolist(), target, start, 1 + (name != "attention"))
+    fields_ = {"flow": "throughput", "reach": "reach", "grad_x_input": "saliency"}
+    if name in fields_:
+        return getattr(alone, fields_[name])[0, start:].tolist()
+    part = {"entropy": alone.entropies, "surprisal": alone.surprisals}[name]
+    return part[0].nan_to_num().tolist()
+
+
+SUMS = ("rollout", "attention_power", *PRODUCTS)
+
+
+def clear(name, row):
+    """Whether rounding cannot change what is chosen."""
+    if name in RHYTHM:
+        return all(apart(values) for values in slow_rhythm(row))
+    return name not in SUMS or apart(slow_score(name, row))
+
+
+DEFINED = [name for name in SCORERS if name not in ("random", "shuffled", "uniform")]
+
+
+@pytest.mark.parametrize("name", [*DEFINED, *PRODUCTS])
 @given(batch=rollouts(), top_fraction=FRACTIONS)
 @settings(max_examples=60, deadline=None)
 def test_every_row_gets_what_its_definition_says(name, batch, top_fraction):
     batch = Rollouts(**batch)
-    found = SCORERS[name].boost(batch, top_fraction)
+    found = find_scorer(name).boost(batch, top_fraction)
     wanted = torch.zeros(found.shape)
     for place, row in enumerate(rows_of(batch)):
-        assume(name not in RHYTHM or all(apart(values) for values in slow_rhythm(row)))
+        assume(clear(name, row))
         if len(row.where):
             wanted[place, row.where] = torch.tensor(slow_boost(name, row, top_fraction))
     assert found.tolist() == wanted.tolist()
@@ -419,6 +475,20 @@ def test_no_global_random_state_is_used_or_changed(name):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("name", ["flow", "reach", "attention", "entropy", "flow*entropy"])
+@given(batch=rollouts(), top_fraction=FRACTIONS)
+@settings(max_examples=60, deadline=None)
+def test_the_bottom_is_what_its_definition_says(name, batch, top_fraction):
+    batch = Rollouts(**batch)
+    found = lowest(find_scorer(name)).boost(batch, top_fraction)
+    for place, row in enumerate(rows_of(batch)):
+        assume(clear(name, row))
+        if len(row.where):
+            competing = row.alone.competing[0].tolist()
+            wanted = slow.bottom(slow_score(name, row), competing, top_fraction)
+            assert found[place, row.where].tolist() == wanted
+
+
 @pytest.mark.parametrize("name", SCORERS)
 @given(batch=rollouts(), top_fraction=FRACTIONS)
 @settings(max_examples=40, deadline=None)
@@ -426,7 +496,7 @@ def test_nothing_depends_on_the_other_rows_or_on_padding(name, batch, top_fracti
     batch = Rollouts(**batch)
     together = SCORERS[name].boost(batch, top_fraction)
     for place, row in enumerate(rows_of(batch)):
-        assume(name not in RHYTHM or all(apart(values) for values in slow_rhythm(row)))
+        assume(clear(name, row))
         if len(row.where):
             alone = SCORERS[name].boost(row.alone, top_fraction)
             assert together[place, row.where].tolist() == alone[0].tolist()
@@ -445,13 +515,15 @@ def test_a_boost_is_a_number_from_zero_to_one_for_competing_tokens(name, batch, 
     if name != "coupled":
         assert set(found.unique().tolist()) <= {0.0, 1.0}
         limit = (top_fraction * batch.competing.sum(-1)).ceil()
-        assert (found.sum(-1) <= limit).all()
+        assert name == "oracle" or (found.sum(-1) <= limit).all()
         assert name != "random" or torch.equal(found.sum(-1), limit)
     weights = credit_weights(found, batch.competing, gamma=1.0)
     assert torch.equal(weights, torch.ones_like(weights))
 
 
-@pytest.mark.parametrize("name", ["flow", "shuffled", "attention"])
+@pytest.mark.parametrize(
+    "name", ["flow", "reach", "shuffled", "attention", "attention_power", "rollout"]
+)
 @given(batch=rollouts())
 def test_without_an_answer_nothing_is_boosted(name, batch):
     batch = Rollouts(**batch)
@@ -487,6 +559,10 @@ def test_no_gradient_is_attached_and_autocast_lowers_nothing(name):
         throughput=grown,
         attention=grown[:, None] * grown[..., None],
         entropies=grown[:, 4:],
+        surprisals=grown[:, 4:],
+        reach=grown,
+        saliency=grown,
+        oracle=grown[:, 4:] > 0.2,
         calls=[AttentionCall(query=query, key=key, scaling=0.3)],
         target=torch.arange(74)[None] == 70,
     )
@@ -504,10 +580,14 @@ def test_a_scorer_reads_what_it_says_and_asks_for_it(name):
         "throughput": numbers,
         "attention": numbers[:, None] * numbers[..., None],
         "entropies": numbers[:, 4:],
+        "surprisals": numbers[:, 4:],
+        "reach": numbers,
+        "saliency": numbers,
+        "oracle": numbers[:, 4:] > 0.5,
         "calls": batch.calls,
     }
     nothing = {field.name: field.default for field in fields(Rollouts) if field.name in given_}
-    read = {INPUTS[need] for need in scorer.needs}
+    read = {input_of(name, need) for need in scorer.needs}
     enough = nothing | {part: given_[part] for part in read}
     assert scorer.name == name
     assert scorer.boost(replace(batch, **enough), 0.4).isfinite().all()
@@ -519,10 +599,56 @@ def test_a_scorer_reads_what_it_says_and_asks_for_it(name):
 def test_the_scorers_are_these():
     layers = {name: scorer.layers for name, scorer in SCORERS.items()}
     assert list(layers) == [
-        "flow", "fai", "waad", "coupled", "attention", "entropy", "random", "shuffled", "uniform"
+        "flow", "reach", "attention", "attention_power", "rollout", "fai", "waad", "coupled",
+        "grad_x_input", "entropy", "surprisal", "oracle", "random", "shuffled", "uniform",
     ]  # fmt: skip
     assert {name for name, chosen in layers.items() if chosen == "middle:5"} == set(RHYTHM)
-    assert set(layers.values()) == {"middle", "middle:5"}
+    assert {name for name, chosen in layers.items() if chosen == "all"} == {"rollout"}
+    assert all(one.formula and one.source and one.cost for one in SCORERS.values())
+
+
+# --- names ---
+
+
+def test_a_name_may_have_a_preset_and_factors():
+    assert find_scorer("flow") is SCORERS["flow"]
+    sharp = find_scorer("attention:sharp")
+    assert (sharp.name, sharp.preset, sharp.measure) == (
+        "attention:sharp", "sharp", SCORERS["attention"].measure
+    )  # fmt: skip
+    product = find_scorer("flow:decision * entropy")
+    assert (product.name, product.preset) == ("flow:decision*entropy", "decision")
+    assert product.needs == {"flow", "entropy"}
+    assert [part.name for part in product.parts] == ["flow:decision", "entropy"]
+    assert find_scorer("entropy*surprisal").preset is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("flw", r"scorer must be one of flow, reach, .*uniform, got 'flw'"),
+        (
+            "flow:blunt",
+            r"preset must be one of paper, .*got 'blunt' in 'flow:blunt'",
+        ),
+        ("entropy:sharp", r"'entropy' reads none; leave out ':sharp'"),
+        ("flow*", r"got ''"),
+        ("coupled*entropy", r"'coupled' chooses in a way of its own, and cannot be multiplied"),
+        ("flow:sharp*reach", r"read other layers or other graphs.*presets \['None', 'sharp'\]"),
+        ("flow*fai", r"read other layers or other graphs: \['middle', 'middle:5'\]"),
+    ],
+)
+def test_a_name_that_means_nothing_is_refused(name, said):
+    with pytest.raises(ValueError, match=said):
+        find_scorer(name)
+
+
+@pytest.mark.parametrize("name", ["coupled", "shuffled", "oracle"])
+def test_what_chooses_in_its_own_way_has_no_bottom(name):
+    with pytest.raises(
+        ValueError, match=f"{name!r} chooses in a way of its own, and has no bottom"
+    ):
+        lowest(SCORERS[name])
 
 
 @pytest.mark.gpu
@@ -535,6 +661,10 @@ def test_cuda_chooses_the_same_tokens(name):
         throughput=numbers,
         attention=(numbers[:, None] * numbers[..., None]).tril(),
         entropies=numbers[:, 4:],
+        surprisals=numbers[:, 4:],
+        reach=numbers,
+        saliency=numbers,
+        oracle=numbers[:, 4:] > 0.5,
         target=torch.arange(74)[None] == 70,
     )
     tensors = {

@@ -20,7 +20,7 @@ def example(rng):
     return (
         effect("flow", draw[0], flipped=(float(rng.random()), 1.0)),
         effect("flow", draw[1], side="bottom"),
-        effect("attention_decision", draw[2]),
+        effect("attention:decision", draw[2]),
         effect("random", draw[3]),
     )
 
@@ -59,7 +59,7 @@ def test_summaries_are_means_and_paired_differences():
         for one in found
     }
     own, chance = drops["flow", "top"], drops["random", "top"]
-    hop = drops["attention_decision", "top"]
+    hop = drops["attention:decision", "top"]
     for k in range(2):
         assert flow.drop[k] == bootstrap_interval(own[:, k], seed=3, resamples=50)
     assert flow.aopc == bootstrap_interval(own.mean(1), seed=3, resamples=50)
@@ -69,7 +69,7 @@ def test_summaries_are_means_and_paired_differences():
         (drops["flow", "bottom"] - hop).mean()
     )
     assert found["random", "top"].over_chance is None
-    assert found["attention_decision", "top"].over_one_hop is None
+    assert found["attention:decision", "top"].over_one_hop is None
     flips = [each[0].flipped for each in examples]
     assert flow.flips.mean == pytest.approx(np.mean(flips))
     assert flow.flipped[0].mean == pytest.approx(np.mean(flips, axis=0)[0])
