@@ -28,10 +28,11 @@ from flowtracer_plugin._grpo_checks import (
 )
 from flowtracer_plugin._grpo_log import CreditLog
 from flowtracer_plugin._grpo_options import CreditOptions
-from flowtracer_plugin._grpo_reading import Late, RolloutReader, Scored
+from flowtracer_plugin._grpo_reading import RolloutReader, Scored
 from flowtracer_plugin.attention import find_adapter
 from flowtracer_plugin.causal_lm import evaluating, unwrapped
 from flowtracer_plugin.parallel import may_stop, tensor_parallel_group
+from flowtracer_plugin.read_rollouts import Late
 from flowtracer_plugin.scorers import LATE, credit_weights
 from flowtracer_plugin.tracer import wrap
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from flowtracer_plugin.answers import AnswerFinder, FoundAnswer, Span, find_answer
 from flowtracer_plugin.edges import EdgeChoice, completions, reasoning_mask
-from flowtracer_plugin.matched_spans import SpanFinder, matched_mask
+from flowtracer_plugin.matched_spans import SpanFinder
+from flowtracer_plugin.read_rollouts import Late, oracle_mask
 from flowtracer_plugin.reading import Reading
 from flowtracer_plugin.rollouts import RolloutMasks, rollout_masks, solve_rollouts
 from flowtracer_plugin.saliency import answer_saliency
@@ -43,13 +44,6 @@ class Scored:
     replaced: int
     seconds: float
     boost: Float[Tensor, "batch completion"] | None = None
-
-
-class Late(NamedTuple):
-    """What is known of completion tokens only when a forward pass has come to its end."""
-
-    entropies: Float[Tensor, "batch completion"] | None = None
-    surprisals: Float[Tensor, "batch completion"] | None = None
 
 
 class RolloutReader:
@@ -147,10 +141,11 @@ class RolloutReader:
 
     @property
     def _kept(self) -> Mapping[str, Any]:
-        """What a reading must bring beside the mean attention."""
+        """What a reading must bring."""
         options = self.tracer.options
         heads = "heads" in self.scorer.needs or not options.plain
-        return {"keep": heads, "by_value": options.edges == "value"}
+        value = options.edges == "value"
+        return {"keep": heads, "by_value": value, "average": options.plain}
 
     def prepare(self) -> None:
         """Run the model as often as it takes, before it is listened to."""
@@ -214,11 +209,7 @@ class RolloutReader:
     ) -> Bool[Tensor, "batch completion"]:
         """The completion tokens that the oracle names."""
         assert self._oracle is not None, "CreditOptions refuses an oracle that nobody told"
-        tokenizer, mask = self.tracer.require_tokenizer(), visible[:, start:].cpu().clone()
-        for row, (said, seen) in enumerate(zip(ids[:, start:].cpu(), mask.clone(), strict=True)):
-            found = matched_mask(tokenizer, said[seen].tolist(), self._oracle)
-            mask[row, seen] = torch.from_numpy(found)
-        return mask.to(ids.device)
+        return oracle_mask(self.tracer.require_tokenizer(), ids, visible, start, self._oracle)
 
     @torch.no_grad()
     def _part(self, batch: _Batch, reading: Reading | None) -> _Part:

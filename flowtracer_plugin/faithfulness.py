@@ -253,8 +253,12 @@ def position_bins(among: Mask) -> Int[np.ndarray, " token"]:
     return np.where(among, BINS * number // max(int(among.sum()), 1), -1)
 
 
+CLASS_NAMES = ("number", "operator", "punctuation", "space", "word")
+"""Classes of tokens."""
+
+
 def token_classes(tokens: Sequence[str]) -> Int[np.ndarray, " token"]:
-    """Number of each token's class: number, operator, punctuation, space or word."""
+    """Number of each token's class, its place in `CLASS_NAMES`."""
     return np.array([_class(token) for token in tokens])
 
 

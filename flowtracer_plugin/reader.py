@@ -185,16 +185,24 @@ class AttentionReader(ModelRunner):
         model_inputs: Mapping[str, Any] | None = None,
         keep: bool = False,
         by_value: bool = False,
+        average: bool = True,
         progress: bool = False,
     ) -> Reading:
         """`read` with the padding where it is, as whoever passes it to the model sees it.
 
-        With `keep`, the calls come too, and with `by_value` the lengths of their values.
+        With `keep`, the calls come too, and with `by_value` the lengths of their values. Without
+        `average` the mean is not computed, and is 0.
         """
         sites, projections = self._chosen(layers), self.projections if by_value else None
         shape = (*input_ids.shape, attention_mask.shape[1])
         total = self._sum(
-            sites, shape, input_ids.device, heads=heads, keep=keep, projections=projections
+            sites,
+            shape,
+            input_ids.device,
+            heads=heads,
+            keep=keep,
+            projections=projections,
+            average=average,
         )
         inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
         self._run(inputs, sites, total.receive, progress)
@@ -210,6 +218,7 @@ class AttentionReader(ModelRunner):
         batch_size: int | None = None,
         keep: bool = False,
         by_value: bool = False,
+        average: bool = True,
     ) -> Result:
         """Let `call` run the model, and pass on what it attended to.
 

@@ -52,6 +52,7 @@ class ReadingSum:
         heads: Restricts layers to some query heads.
         keep: Whether the calls are kept.
         projections: If lengths of values are wanted, what they go through.
+        average: Whether the mean is wanted at all; it is 0 if not.
     """
 
     def __init__(
@@ -66,12 +67,14 @@ class ReadingSum:
         heads: Mapping[int, Int[Tensor, " chosen"]] | None = None,
         keep: bool = False,
         projections: Projections | None = None,
+        average: bool = True,
     ) -> None:
         self._model, self._adapter, self._block = model, adapter, block
         self._missing, self._share = sites, 1 / sites
         self._total = torch.zeros(*shape, dtype=torch.float32, device=device)
         self._heads, self._keep, self._seconds = heads or {}, keep, 0.0
         self._calls: list[AttentionCall | AttentionWeights] = []
+        self._average = average
         self._projections, self._lengths = projections, list[Float[Tensor, "batch _ _"]]()
         self._error: Exception | None = None
 
@@ -98,8 +101,9 @@ class ReadingSum:
 
     def _add(self, site: AttentionSite, args: Any, kwargs: Any) -> None:
         call = self._adapter.read(self._model.get_submodule(site.module), args, kwargs)
-        heads = self._heads.get(site.layer)
-        add_head_mean(call, self._total, weight=self._share, heads=heads, block=self._block)
+        if self._average:
+            heads = self._heads.get(site.layer)
+            add_head_mean(call, self._total, weight=self._share, heads=heads, block=self._block)
         if self._keep:
             self._calls.append(call)
         if self._projections is not None:
@@ -111,7 +115,8 @@ class ReadingSum:
         Raises whatever went wrong in a call.
         """
         total = self._total
-        average_heads(self._model, total)  # also where it failed: the others wait for it
+        if self._average:
+            average_heads(self._model, total)  # also where it failed: the others wait for it
         if self._error is not None:
             raise self._error
         seen = seen.to(total.device)

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import flowtracer_plugin as ft
 from flowtracer_plugin.evaluation import Example, evaluate
 from flowtracer_plugin.evaluation_data import load_examples
-from flowtracer_plugin.evaluation_file import evaluate_to_file, read_outcomes
+from flowtracer_plugin.evaluation_file import FORMAT, VERSION, evaluate_to_file
 from flowtracer_plugin.faithfulness import KnockOutOptions, measure_knock_outs
+from flowtracer_plugin.record_file import RecordFile
 from tests.planted import planted_model, planted_story, planted_text, planted_tokenizer
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
 
@@ -151,7 +152,7 @@ def test_other_files_are_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "results.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match="wanted results that an evaluation wrote"):
-        read_outcomes(path, SETTINGS)
+        RecordFile(path, FORMAT, VERSION, SETTINGS)
     assert path.read_text() == content
 
 
