@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flowtracer_plugin.cli_adapters import adapters_app
+from flowtracer_plugin.cli_audit import audit
 from flowtracer_plugin.cli_evaluate import evaluate
 from flowtracer_plugin.cli_mistakes import MISTAKES, sentence
 from flowtracer_plugin.cli_pages import compare, report
@@ -88,6 +89,7 @@ app.command()(generate)
 app.command()(report)
 app.command()(compare)
 app.command()(evaluate)
+app.command()(audit)
 app.command(add_help_option=False, context_settings={"ignore_unknown_options": True})(train)
 app.add_typer(adapters_app)
 app.command()(estimate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from types import MappingProxyType
 from typing import Any
@@ -34,12 +34,14 @@ class Example:
         prompt: Text or chat messages.
         response: What is traced; None if the model is to answer.
         answer: The right one, if it is known.
+        columns: What else the data say of it, for reward functions.
     """
 
     row: int
     prompt: Prompt
     response: str | None = None
     answer: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:

@@ -71,6 +71,7 @@ def load_examples(
             prompt=as_prompt(_value(row, asked, number), text, system, chat),
             response=_text(row, said, number),
             answer=_text(row, right, number),
+            columns={name: row[name] for name in row if name not in (asked, said, right)},
         )
         for number, row in enumerate(rows)
     )

@@ -11,7 +11,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from flowtracer_plugin.causal_lm import accepted_inputs, evaluating, first_output
+from flowtracer_plugin.causal_lm import (
+    accepted_inputs,
+    evaluating,
+    first_output,
+    input_device,
+)
+from flowtracer_plugin.free_memory import free_memory
+from flowtracer_plugin.memory import FLOAT, SPARE, TooLittleMemoryError, readable
 from flowtracer_plugin.parallel import uncompiled
 
 
@@ -42,6 +49,22 @@ def named_parameters(model: nn.Module, pattern: str | None) -> dict[str, nn.Para
             f"no trainable parameter has a name that {pattern!r} finds; the model has {some}, …"
         )
     return found
+
+
+def check_memory(model: nn.Module, parameters: Sequence[nn.Parameter], *, vectors: int) -> None:
+    """Refuse parameters of which so many gradients would not fit in the memory that is free.
+
+    Raises:
+        TooLittleMemoryError: They would not.
+    """
+    wanted = vectors * FLOAT * sum(one.numel() for one in parameters)
+    free = free_memory(input_device(model))
+    if wanted > SPARE * free:
+        raise TooLittleMemoryError(
+            f"{vectors} gradients of all these parameters would take {readable(wanted)}, and "
+            f"{readable(free)} are free; look at some of them, such as one layer's, with "
+            "--parameters, or compare fewer scorers"
+        )
 
 
 @contextmanager

@@ -15,11 +15,14 @@ What each one rewards and how it could be gamed: `docs/rewards.md`.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -162,3 +165,38 @@ def _tracer() -> FlowTracer:
     with torch.random.fork_rng(devices=devices):  # loading may draw weights that files lack
         model = load_model(name, os.environ.get(DEVICE, "auto"), "auto")
     return wrap(model, load_tokenizer(name))
+
+
+def named_reward(name: str) -> Callable[..., Any]:
+    """`math_answer`, or the function of a dotted path.
+
+    Raises:
+        ValueError: As `imported_reward`.
+    """
+    return math_answer if name == "math_answer" else imported_reward(name, ("math_answer",))
+
+
+def imported_reward(path: str, known: Sequence[str]) -> Callable[..., Any]:
+    """The reward function of a dotted path, also of a module in the current folder.
+
+    Raises:
+        ValueError: There is none; the message lists the names that are `known` beside paths.
+    """
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(
+            f"there is no reward {path!r}; wanted one of {', '.join(known)}, or a dotted path "
+            "such as my_rewards.short"
+        )
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # as TRL's own script does
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import the reward {path!r}: {error}") from error
+    if not callable(found) or isinstance(found, type):
+        raise ValueError(
+            f"the reward {path!r} must be a function or an instance that can be called, "
+            f"got {found!r}"
+        )
+    return found

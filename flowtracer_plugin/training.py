@@ -11,7 +11,6 @@ r"""`flowtracer train`: GRPO with flow credit from the command line, in the styl
 from __future__ import annotations
 
 import difflib
-import importlib
 import sys
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
@@ -23,7 +22,7 @@ from typing import Any, NoReturn
 from flowtracer_plugin.cli_loading import load_model, load_tokenizer
 from flowtracer_plugin.grpo import FlowGRPOConfig, FlowGRPOTrainer
 from flowtracer_plugin.reward import FlowReward
-from flowtracer_plugin.rewards import math_answer
+from flowtracer_plugin.rewards import imported_reward, math_answer
 from flowtracer_plugin.tracer import FlowTracer, wrap
 from flowtracer_plugin.training_data import columns, load_rows, with_prompts
 
@@ -265,28 +264,7 @@ def _reward(name: str, tracer: Callable[[], FlowTracer]) -> Callable[..., Any]:
         return FlowReward(tracer, outcome=math_answer, name=name)
     if name in REWARDS:
         return FlowReward(tracer, score="reasoning_share" if name == "flow" else name)
-    return _imported(name)
-
-
-def _imported(path: str) -> Callable[..., Any]:
-    module, _, name = path.rpartition(".")
-    if not module:
-        raise ValueError(
-            f"there is no reward {path!r}; wanted one of {', '.join(REWARDS)}, or a dotted path "
-            "such as my_rewards.short"
-        )
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # as TRL's own script does
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import the reward {path!r}: {error}") from error
-    if not callable(found) or isinstance(found, type):
-        raise ValueError(
-            f"the reward {path!r} must be a function or an instance that can be called, "
-            f"got {found!r}"
-        )
-    return found
+    return imported_reward(name, REWARDS)
 
 
 def _tracer(trainer: FlowGRPOTrainer, script_args: FlowScriptArguments) -> FlowTracer:

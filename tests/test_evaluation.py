@@ -151,7 +151,7 @@ def test_results_with_other_settings_or_data_are_refused_and_another_file_helps(
 def test_other_files_are_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "results.jsonl"
     path.write_text(content)
-    with pytest.raises(ValueError, match="wanted results that an evaluation wrote"):
+    with pytest.raises(ValueError, match=r"wanted results of the format flowtracer\.evaluation 1"):
         RecordFile(path, FORMAT, VERSION, SETTINGS)
     assert path.read_text() == content
 
@@ -178,8 +178,8 @@ def test_columns_are_found_or_named(tmp_path):
         {"question": "r", "answer": None, "text": None},
     )
     first, second = load_examples(data)
-    assert first == Example(row=0, prompt="q", response=None, answer="7")
-    assert second == Example(row=1, prompt="r", response=None, answer=None)
+    assert first == Example(row=0, prompt="q", answer="7", columns={"text": "t"})
+    assert second == Example(row=1, prompt="r", columns={"text": None})
     assert first.digest != second.digest
     (named,) = load_examples(
         data, limit=1, prompt_column="text", response_column="question", answer_column="text"
