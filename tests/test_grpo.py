@@ -600,7 +600,13 @@ def test_credit_and_reward_trace_one_model_together(policy, tmp_path):
         ("normalize", "mean", "normalize must be one of none, mean_one, got 'mean'"),
         ("answer", "boxd", "name of an answer finder.*found 'boxd'"),
         ("no_answer", "skip", "no_answer must be one of uniform, raise, last, got 'skip'"),
-        ("scorer", "flw", "scorer must be one of flow, fai, waad, coupled, .*got 'flw'"),
+        ("scorer", "flw", "flow credit: scorer must be one of flow, reach, .*got 'flw'"),
+        ("scorer", "flow:blunt", "flow credit: preset must be one of paper, .*got 'blunt'"),
+        ("scorer", "entropy:sharp", "flow credit: .*'entropy' reads none; leave out ':sharp'"),
+        ("scorer", "flow*fai", "flow credit: .*choose ones that read the same"),
+        ("scorer", "oracle", "'oracle' needs oracle.*got scorer 'oracle' and oracle None"),
+        ("oracle", r"\d", "no other scorer does; got scorer 'flow' and oracle"),
+        ("side", "middle", "side must be one of top, bottom, got 'middle'"),
         ("pass", "both", "pass must be one of auto, training, scoring, extra, got 'both'"),
         ("on_error", "skip", "on_error must be one of raise, uniform, got 'skip'"),
         ("start_step", -1, "start_step must be at least 0, got -1"),
@@ -614,6 +620,21 @@ def test_options_out_of_range(policy, tmp_path, option, value, message):
         config(FlowGRPOConfig, tmp_path, **{f"flow_{option}": value})
     with pytest.raises(ValueError, match=message):
         CreditOptions(**{{"pass": "pass_"}.get(option, option): value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scorer": "oracle", "oracle": "("}, r"oracle '\(' is no pattern: missing \)"),
+        ({"scorer": "coupled", "side": "bottom"}, "'coupled' chooses in a way of its own, and has"),
+        ({"scorer": "oracle", "oracle": "a", "side": "bottom"}, "'oracle' chooses in a way of its"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, options, message):
+    with pytest.raises(ValueError, match=f"flow credit: .*{message}"):
+        config(FlowGRPOConfig, tmp_path, **{f"flow_{name}": one for name, one in options.items()})
+    with pytest.raises(ValueError, match=f"flow credit: .*{message}"):
+        CreditOptions(**options)
 
 
 def test_layers_and_finders_that_do_not_exist_are_found_at_construction(policy, tmp_path):
