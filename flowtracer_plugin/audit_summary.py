@@ -19,15 +19,18 @@ also no other tokens at all, `math.inf`."""
 
 CONFIDENCE = 0.95
 
+BASELINES = {"random": "random", "one_hop": "attention"}
+"""What every scorer is compared with beside uniform credit, if it was audited as well."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """A scorer's cosine with the reference, against uniform credit in the same batches.
+    """A scorer's cosine with the reference, against another's in the same batches.
 
     Attributes:
         gamma: Weight of the chosen tokens; infinite, if the others have none.
         cosine: The mean over the batches.
-        mean: Of the differences from uniform.
+        mean: Of the differences.
         error: Standard error of that mean.
         low: Lower end of its 95 % interval, by Student's t.
         high: Upper end.
@@ -50,6 +53,8 @@ class ScorerAudit:
     Attributes:
         scorer: Its name.
         differences: Of its cosine from that of uniform credit, for each gamma.
+        over_random: The same from random choice, at the first gamma.
+        over_one_hop: The same from one hop of attention.
         signal: Share of uniform credit's projection on the reference that the chosen tokens hold
             alone. Shares of disjoint choices add up; one can be above 1, or below 0.
         noise: Size of the chosen tokens' gradient across the reference, as a share of that of
@@ -62,6 +67,8 @@ class ScorerAudit:
 
     scorer: str
     differences: tuple[Difference, ...]
+    over_random: Difference | None
+    over_one_hop: Difference | None
     signal: float
     noise: float
     chosen: float
@@ -129,7 +136,9 @@ def _scorer(name: str, batches: Sequence[BatchAudit], gammas: Sequence[float]) -
     classes = np.sum([tilt.classes for tilt in tilts], axis=0) / max(chosen, 1e-12)
     return ScorerAudit(
         scorer=name,
-        differences=tuple(_difference(name, batches, gamma) for gamma in gammas),
+        differences=tuple(_difference(name, None, batches, gamma) for gamma in gammas),
+        over_random=_over("random", name, batches, gammas[0]),
+        over_one_hop=_over("one_hop", name, batches, gammas[0]),
         signal=float(own.sum() / plain.sum()),
         noise=math.sqrt(max(0.0, float(across.sum() / plainly_across.sum()))),
         chosen=chosen / max(1, sum(batch.tokens for batch in batches)),
@@ -139,9 +148,22 @@ def _scorer(name: str, batches: Sequence[BatchAudit], gammas: Sequence[float]) -
     )
 
 
-def _difference(name: str, batches: Sequence[BatchAudit], gamma: float) -> Difference:
+def _over(
+    baseline: str, name: str, batches: Sequence[BatchAudit], gamma: float
+) -> Difference | None:
+    other = BASELINES[baseline]
+    if other == name or other not in batches[0].tilts:
+        return None
+    return _difference(name, other, batches, gamma)
+
+
+def _difference(
+    name: str, other: str | None, batches: Sequence[BatchAudit], gamma: float
+) -> Difference:
+    """From another scorer, or from uniform credit."""
     cosines = tilted_cosines(name, batches, gamma)
-    differences = cosines - _uniform(batches)
+    others = _uniform(batches) if other is None else tilted_cosines(other, batches, gamma)
+    differences = cosines - others
     size = len(differences)
     mean, error = float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(size))
     reach = float(student.ppf((1 + CONFIDENCE) / 2, size - 1)) * error

@@ -280,13 +280,24 @@ def _table(summary: AuditSummary) -> Table:
     gammas = [difference.gamma for difference in summary.scorers[0].differences]
     heads = ["only these" if math.isinf(gamma) else f"gamma {gamma:g}" for gamma in gammas]
     kinds = [kind for kind in summary.classes if kind != "space"]
-    for head in ("scorer", *heads, "signal", "noise", "chosen", "nats", "answer", *kinds):
+    for head in (
+        "scorer",
+        *heads,
+        "− random",
+        "− one hop",
+        "signal",
+        "noise",
+        "chosen",
+        "nats",
+        "answer",
+        *kinds,
+    ):
         table.add_column(head, justify="left" if head == "scorer" else "right")
     for one in sorted(summary.scorers, key=lambda one: -one.differences[0].mean):
         shares = (one.answer, *(one.classes[kind] for kind in kinds))
         table.add_row(
             one.scorer,
-            *map(_cell, one.differences),
+            *map(_cell, (*one.differences, one.over_random, one.over_one_hop)),
             f"{one.signal:z.2f}",
             f"{one.noise:z.2f}",
             f"{one.chosen:.0%}",
@@ -294,13 +305,15 @@ def _table(summary: AuditSummary) -> Table:
             *(f"{share:.0%}" for share in shares),
         )
     every = [f"{summary.classes[kind]:.0%}" for kind in kinds]
-    blank = [""] * len(gammas)
+    blank = [""] * (len(gammas) + 2)
     whole = f"{summary.entropy:z.2f}"
     table.add_row("uniform", *blank, "1.00", "1.00", "100%", whole, "", *every, style="dim")
     return table
 
 
-def _cell(difference: Difference) -> str:
+def _cell(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
     return f"{difference.mean:+.3f} ± {difference.error:.3f}"
 
 

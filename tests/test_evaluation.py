@@ -184,7 +184,7 @@ def test_columns_are_found_or_named(tmp_path):
     (named,) = load_examples(
         data, limit=1, prompt_column="text", response_column="question", answer_column="text"
     )
-    assert named == Example(row=0, prompt="t", response="q", answer="t")
+    assert named == Example(row=0, prompt="t", response="q", answer="t", columns={"answer": 7})
 
 
 def test_prompts_get_a_template_and_become_messages(tmp_path):
