@@ -74,7 +74,7 @@ Gaps = Annotated[
 ]
 Draws = Annotated[int, _cutting(min=1, help="Random sets of each control and share.")]
 ScoreNames = Annotated[
-    str | None, _cutting(help="Some of the scores, such as flow,recency; all by default.")
+    str | None, _cutting(help="Which scores instead, such as flow:sharp,flow*entropy,recency.")
 ]
 Seed = Annotated[int, _cutting(min=0, help="Seed of the draws and of the intervals.")]
 BatchSize = Annotated[
@@ -122,8 +122,10 @@ def evaluate(
 ) -> None:
     """Knock out the tokens that each score ranks on top, and see whether the answers change.
 
-    Scores are flow, flow:decision, reach, reach:decision, attention, attention:decision, fai, waad,
-    entropy, surprisal and recency.
+    Compared are flow, flow:decision, flow:sharp, reach, reach:decision, reach:sharp, attention,
+    attention:decision, attention:sharp, attention_power, rollout, fai, waad, grad_x_input, entropy,
+    surprisal and recency. --scores takes these, any other scorer of training, and products such as
+    flow*entropy.
 
     For example:
 
@@ -188,20 +190,16 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _scores(text: str | None, needed: str) -> Mapping[str, Any]:
-    from flowtracer_plugin.token_scores import TOKEN_SCORES
+    from flowtracer_plugin.token_scores import TOKEN_SCORES, token_score
 
     if text is None:
         return TOKEN_SCORES
-    names = [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in TOKEN_SCORES]
-    if unknown:
-        raise typer.BadParameter(
-            f"wanted some of {', '.join(TOKEN_SCORES)}, found {unknown[0]!r}",
-            param_hint="--scores",
-        )
     # Controls are matched to the flow, and everything is compared with one hop.
-    kept = {*names, needed, "attention:decision"}
-    return {name: score for name, score in TOKEN_SCORES.items() if name in kept}
+    names = (*(name.strip() for name in text.split(",")), needed, "attention:decision")
+    try:
+        return {name: token_score(name) for name in dict.fromkeys(names)}
+    except ValueError as error:
+        raise typer.BadParameter(f"{error} (or recency)", param_hint="--scores") from error
 
 
 def _run(
