@@ -248,7 +248,7 @@ def _deliver(
         "mean_reward": sum(rewards) / len(rewards),
     }
     if as_json:
-        print_document({"settings": settings, **about, **asdict(summary)})
+        print_document({"settings": settings, **about, **_finite(asdict(summary))})
         return
     typer.echo(
         f"{about['with_signal']} of {about['prompts']} prompts got completions with different "
@@ -266,6 +266,15 @@ def _deliver(
     typer.echo("")
     for line in _verdict(summary):
         typer.echo(line)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for the infinite gamma of the chosen tokens alone: JSON has none."""
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if value == math.inf else value
 
 
 def _table(summary: AuditSummary) -> Table:
