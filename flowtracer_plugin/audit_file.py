@@ -23,34 +23,36 @@ class AuditFile:
         batches: By their number.
 
     Raises:
-        ValueError: As `RecordFile`.
+        ValueError: As `RecordFile`, or a record is damaged.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
         self._file = RecordFile(path, "flowtracer.audit", 1, settings)
         self.groups: dict[int, Group] = {}
         self.batches: dict[int, BatchAudit] = {}
-        for record in self._file.records:
-            if "group" in record:
-                self._keep(_group(record["group"]))
-            else:
-                batch = _batch(record["batch"])
-                self.batches[batch.number] = batch
+        try:
+            for record in self._file.records:
+                self._keep(_group(record["group"]) if "group" in record else _batch(record["batch"]))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"cannot go on with {str(path)!r}: wanted rollouts and batches of an audit, "
+                f"got {error!r}; write to another file"
+            ) from error
 
     def add(self, found: Group | BatchAudit) -> None:
         """Write down what was found."""
         name = "group" if isinstance(found, Group) else "batch"
         self._file.add({name: asdict(found)})
+        self._keep(found)
+
+    def _keep(self, found: Group | BatchAudit) -> None:
         if isinstance(found, Group):
-            self._keep(found)
+            self.groups[found.row] = found
         else:
             self.batches[found.number] = found
 
-    def _keep(self, group: Group) -> None:
-        self.groups[group.row] = group
 
-
-def _group(record: Mapping[str, Any]) -> Group:
+def _group(record: Any) -> Group:
     return Group(
         row=record["row"],
         prompt_ids=tuple(record["prompt_ids"]),
@@ -59,7 +61,7 @@ def _group(record: Mapping[str, Any]) -> Group:
     )
 
 
-def _batch(record: Mapping[str, Any]) -> BatchAudit:
+def _batch(record: Any) -> BatchAudit:
     tilts = {
         name: Tilt(**{**tilt, "classes": tuple(tilt["classes"])})
         for name, tilt in record["tilts"].items()

@@ -58,7 +58,9 @@ class ScorerAudit:
         signal: Share of uniform credit's projection on the reference that the chosen tokens hold
             alone. Shares of disjoint choices add up; one can be above 1, or below 0.
         noise: Size of the chosen tokens' gradient across the reference, as a share of that of
-            uniform credit. Where signal is above noise, the choice helps.
+            uniform credit. Where signal is above noise, the chosen tokens alone point closer to the
+            reference than all do; a gamma near 1 helps already where signal is above the square of
+            noise, if what the others add to the noise is independent.
         chosen: Share of the tokens that are chosen.
         entropy: Of the chosen tokens, their mean in nats.
         answer: Share of the chosen tokens that are the answer's own.

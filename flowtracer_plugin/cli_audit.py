@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -47,6 +48,15 @@ _rollouts = partial(typer.Option, rich_help_panel="Rollouts")
 _credit = partial(typer.Option, rich_help_panel="Credit")
 
 
+def _pattern(text: str | None) -> str | None:
+    """A pattern that can be used: better refused now than after the sampling."""
+    try:
+        re.compile(text or "")
+    except re.error as error:
+        raise typer.BadParameter(f"{text!r} is no pattern: {error}") from error
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutOptions:
     """What is sampled, and how it is rewarded."""
@@ -72,12 +82,18 @@ class CreditAuditOptions:
     top_fraction: Annotated[float, _credit(help="Share of the tokens that is chosen.")] = 0.4
     oracle: Annotated[
         str | None,
-        _credit(help="Pattern of what matters in a completion: adds the scorer oracle."),
+        _credit(
+            callback=_pattern,
+            help="Pattern of what matters in a completion: adds the scorer oracle.",
+        ),
     ] = None
     batches: Annotated[int, _credit(min=4, help="Parts of the prompts; an even number.")] = 16
     parameters: Annotated[
         str | None,
-        _credit(help=r"Look at parameters whose name this pattern finds, as layers\.20\."),
+        _credit(
+            callback=_pattern,
+            help=r"Look at parameters whose name this pattern finds, as layers\.20\.",
+        ),
     ] = None
     layers: Layers = "middle"
     answer: Annotated[
@@ -248,7 +264,7 @@ def _deliver(
         "mean_reward": sum(rewards) / len(rewards),
     }
     if as_json:
-        print_document({"settings": settings, **about, **asdict(summary)})
+        print_document({"settings": settings, **about, **_finite(asdict(summary))})
         return
     typer.echo(
         f"{about['with_signal']} of {about['prompts']} prompts got completions with different "
@@ -266,6 +282,15 @@ def _deliver(
     typer.echo("")
     for line in _verdict(summary):
         typer.echo(line)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for the infinite gamma of the chosen tokens alone: JSON has none."""
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if value == math.inf else value
 
 
 def _table(summary: AuditSummary) -> Table:

@@ -167,9 +167,10 @@ def audit(
         tqdm(total=steps, desc="auditing", unit="prompt", disable=not progress) as bar,
     ):
         policy = _Policy(tracer, parameters, options, bar.update)
-        plain = [policy.gradient(part) for part in parts]
-        references = [_unit(sum(plain[half::2][1:], plain[half::2][0])) for half in (0, 1)]
-        del plain
+        references = [
+            _unit(policy.gradient([group for part in parts[half::2] for group in part]))
+            for half in (0, 1)
+        ]
         for number, part in enumerate(parts):
             if number not in known and any(group.tells for group in part):
                 reference = references[1 - number % 2]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -15,11 +16,27 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from flowtracer_plugin.causal_lm import check_length, context_length, input_device
+from flowtracer_plugin.causal_lm import check_length, context_length, evaluating, input_device
 from flowtracer_plugin.encoding import Prompt
 
 Reward = Callable[..., Sequence[float | None]]
 """A reward function by TRL's contract: it is called with keywords, and `None` does not count."""
+
+PLAIN: Mapping[str, float] = MappingProxyType(
+    {
+        "num_beams": 1,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "typical_p": 1.0,
+        "epsilon_cutoff": 0.0,
+        "eta_cutoff": 0.0,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+    }
+)
+"""Settings with which `generate` draws from the policy: what is left out, it takes from the model,
+and so would sample from another distribution than the one whose gradient is looked at."""
 
 SMALLEST = 1e-4
 """Added to the spread that rewards are divided by, as TRL does."""
@@ -78,7 +95,7 @@ def sample(
     temperature: float,
     seed: Sequence[int],
 ) -> tuple[tuple[int, ...], ...]:
-    """Ids of so many completions, drawn from the policy itself: no top-k or top-p.
+    """Ids of so many completions, drawn from the policy itself, whatever the model is configured to.
 
     They follow from `seed`, and leave every random state as it is.
 
@@ -88,17 +105,15 @@ def sample(
     check_length(model, len(prompt_ids) + 1)
     inputs = torch.tensor([list(prompt_ids)], device=input_device(model))
     most = min(max_new_tokens, context_length(model) - len(prompt_ids))
-    with _seeded(seed):
+    with _seeded(seed), evaluating(model):
         generated = cast(Any, model).generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=most,
             num_return_sequences=completions,
             do_sample=True,
-            num_beams=1,
             temperature=temperature,
-            top_p=1.0,
-            top_k=0,
+            **PLAIN,
             pad_token_id=tokenizer.pad_token_id or 0,
             return_dict_in_generate=False,
         )
