@@ -202,7 +202,7 @@ def _scores(text: str | None, needed: str) -> Mapping[str, Any]:
     try:
         return {name: token_score(name) for name in dict.fromkeys(names)}
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--scores") from error
+        raise typer.BadParameter(f"{error} (or recency)", param_hint="--scores") from error
 
 
 def _run(
