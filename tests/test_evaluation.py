@@ -125,6 +125,17 @@ def test_a_run_goes_on_where_it_stopped(planted, tmp_path):
     assert [one.row for one in found] == [0, 1, 2, 3]
     whole = evaluate_to_file(measured, asked, tmp_path / "whole.jsonl", SETTINGS)
     assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
+    drops = [
+        [one.measured["knock_out"]["effects"][0]["drop"] for one in ones if one.measured]
+        for ones in (found, whole)
+    ]
+    assert drops[0] == [pytest.approx(drop) for drop in drops[1]]
+    measured_rows.clear()
+    found = evaluate_to_file(measured, asked, path, SETTINGS)
+    assert measured_rows == [2, 3]
+    assert [one.row for one in found] == [0, 1, 2, 3]
+    whole = evaluate_to_file(measured, asked, tmp_path / "whole.jsonl", SETTINGS)
+    assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
     assert [one.measured and one.measured["knock_out"]["effects"][0]["drop"] for one in found] == [
         one.measured and pytest.approx(one.measured["knock_out"]["effects"][0]["drop"])
         for one in whole

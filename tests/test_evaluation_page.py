@@ -158,9 +158,11 @@ def test_cells_say_means_and_intervals():
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [375, 1280, 2560])
 def test_the_page_in_a_browser(visits, scheme, width):
+    from tests.browsing import violations
+
     page = visits.open(render_evaluation(evaluation()), width=width, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert visits.troubles(page) == []
+    assert violations(page) == []
     assert visits.said == []
     assert visits.requested == []
 
