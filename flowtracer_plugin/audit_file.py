@@ -32,7 +32,9 @@ class AuditFile:
         self.batches: dict[int, BatchAudit] = {}
         try:
             for record in self._file.records:
-                self._keep(_group(record["group"]) if "group" in record else _batch(record["batch"]))
+                self._keep(
+                    _group(record["group"]) if "group" in record else _batch(record["batch"])
+                )
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"cannot go on with {str(path)!r}: wanted rollouts and batches of an audit, "

@@ -95,7 +95,7 @@ def sample(
     temperature: float,
     seed: Sequence[int],
 ) -> tuple[tuple[int, ...], ...]:
-    """Ids of so many completions, drawn from the policy itself, whatever the model is configured to.
+    """Ids of so many completions, from the policy itself, whatever the model is configured to.
 
     They follow from `seed`, and leave every random state as it is.
 

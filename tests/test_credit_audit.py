@@ -57,9 +57,7 @@ def parameters(tracer, pattern=None):
     return list(named_parameters(tracer.model, pattern).values())
 
 
-def audited(
-    tracer, *names, given=None, pattern=None, options=OPTIONS, oracle=DIGITS, **others
-):
+def audited(tracer, *names, given=None, pattern=None, options=OPTIONS, oracle=DIGITS, **others):
     scorers = [find_scorer(name) if isinstance(name, str) else name for name in names]
     chosen = parameters(tracer, pattern)
     given = given or groups()
@@ -137,7 +135,9 @@ def test_what_is_chosen_is_counted(tracer):
         weights = [boosted[scorer.scorer](group, one) for group, one in said]
         chosen = sum(map(sum, weights))
         entropy = sum(
-            w * h for a, b in zip(weights, uncertain, strict=True) for w, h in zip(a, b, strict=True)
+            w * h
+            for a, b in zip(weights, uncertain, strict=True)
+            for w, h in zip(a, b, strict=True)
         )
         assert scorer.chosen == pytest.approx(chosen / summary.tokens)
         assert scorer.entropy == pytest.approx(entropy / chosen, rel=1e-4)
@@ -305,7 +305,7 @@ def test_parameters_are_found_by_a_pattern():
     assert set(named_parameters(model, None)) == {name for name, _ in model.named_parameters()}
     model.model.embed_tokens.requires_grad_(False)
     assert "model.embed_tokens.weight" not in named_parameters(model, None)
-    with pytest.raises(ValueError, match="name that 'layers.9' finds; the model has model"):
+    with pytest.raises(ValueError, match=r"name that 'layers\.9' finds; the model has model"):
         named_parameters(model, "layers.9")
 
 
