@@ -13,6 +13,7 @@ ALL = (
     "flow_stage",
     "sparse_against_dense",
     "rollout_batches",
+    "presets",
     "growth",
     "long_sequences",
     "flashtrace",

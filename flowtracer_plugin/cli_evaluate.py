@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from flowtracer_plugin.cli_data import DataOptions, load_prompts
 from flowtracer_plugin.cli_loading import (
     Device,
     Precision,
@@ -19,67 +20,76 @@ from flowtracer_plugin.cli_loading import (
     load_model,
     load_tokenizer,
 )
-from flowtracer_plugin.cli_options import Layers, answer_rule, writable
+from flowtracer_plugin.cli_options import Layers, PageFile, answer_rule, flattened, writable
 from flowtracer_plugin.cli_outputs import print_document
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from flowtracer_plugin.evaluation import Example, Outcome
+    from flowtracer_plugin.evaluation_report import Evaluation
     from flowtracer_plugin.faithfulness import KnockOutOptions
-    from flowtracer_plugin.summaries import Interval, ScoreSummary
     from flowtracer_plugin.tracer import FlowTracer
 
-_data = partial(typer.Option, rich_help_panel="Data")
 _answers = partial(typer.Option, rich_help_panel="Answers")
 _cutting = partial(typer.Option, rich_help_panel="Knock-outs")
+_data = partial(typer.Option, rich_help_panel="Data")
 
-Model = Annotated[str, typer.Argument(help="Folder of a model, or its id on the hub.")]
-Data = Annotated[
-    str, typer.Argument(help="A file of JSON lines, another file, or a data set on the hub.")
-]
-Split = Annotated[str, _data(help="Split of a data set.")]
-Limit = Annotated[int | None, _data(min=1, help="Read only the first rows.")]
-PromptColumn = Annotated[
-    str | None, _data(help="Column of the prompts; by default prompt or question.")
-]
-ResponseColumn = Annotated[
-    str | None,
-    _data(help="Column of given responses; by default response. Else the model answers."),
-]
-AnswerColumn = Annotated[str | None, _data(help="Column of the right answers; by default answer.")]
-Template = Annotated[
-    str | None, _data(help="hash, boxed, or a text with {prompt} where the question goes.")
-]
-System = Annotated[str | None, _data(help="A system message before every prompt.")]
-Chat = Annotated[bool, _data(help="Put prompts into the model's chat template, if it has one.")]
-Length = Annotated[int, _data(min=1, help="Length of the model's own answers.")]
-PredictedOnly = Annotated[
-    bool,
-    _answers(help="Leave out given responses whose answer the model would not have chosen."),
-]
-Answer = Annotated[
-    Any,
-    _answers(
-        parser=answer_rule, metavar="RULE", help="How to find answers, as in flowtracer trace."
-    ),
-]
-Rows = Annotated[
-    Literal["future", "answer"],
-    _cutting(help="Hide tokens from all later ones, or from those that predict the answer."),
-]
-Percents = Annotated[str, _cutting(help="Shares of the tokens that are knocked out.")]
-Gaps = Annotated[
-    str, _cutting(help="How many tokens right before the answer are spared; each is measured.")
-]
-Draws = Annotated[int, _cutting(min=1, help="Random sets of each control and share.")]
-ScoreNames = Annotated[
-    str | None, _cutting(help="Some of the scores, such as flow,recency; all by default.")
-]
-Seed = Annotated[int, _cutting(min=0, help="Seed of the draws and of the intervals.")]
-BatchSize = Annotated[
-    int | None, _cutting(min=1, help="Cuts at once; as many as memory allows by default.")
-]
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """Which answers are judged."""
+
+    limit: Annotated[int | None, _data(min=1, help="Read only the first rows.")] = None
+    response_column: Annotated[
+        str | None,
+        _data(help="Column of given responses; by default response. Else the model answers."),
+    ] = None
+    max_new_tokens: Annotated[int, _answers(min=1, help="Length of the model's own answers.")] = 256
+    predicted_only: Annotated[
+        bool,
+        _answers(help="Leave out given responses whose answer the model would not have chosen."),
+    ] = True
+    setting: Annotated[
+        Literal["given", "compute"],
+        _answers(help="Responses as they are, or cut where the answer has to be computed."),
+    ] = "given"
+    answer: Annotated[
+        Any,
+        _answers(
+            parser=answer_rule, metavar="RULE", help="How to find answers, as in flowtracer trace."
+        ),
+    ] = "auto"
+    layers: Layers = "middle"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolOptions:
+    """What is done to the texts."""
+
+    protocols: Annotated[
+        str, _cutting(help="knock_out, curves, lines, edges, regeneration, or all.")
+    ] = "knock_out"
+    rows: Annotated[
+        Literal["future", "answer"],
+        _cutting(help="Hide tokens from all later ones, or from those that predict the answer."),
+    ] = "future"
+    percents: Annotated[str, _cutting(help="Shares of the tokens that are knocked out.")] = (
+        "1,2,5,10,20"
+    )
+    gaps: Annotated[
+        str,
+        _cutting(help="How many tokens right before the answer are spared; each is measured."),
+    ] = "0,5"
+    draws: Annotated[int, _cutting(min=1, help="Random sets of each control and share.")] = 20
+    scores: Annotated[
+        str | None,
+        _cutting(help="Such as flow,flow:sharp,recency; docs/credit.md lists all scorers."),
+    ] = None
+    seed: Annotated[int, _cutting(min=0, help="Seed of the draws and of the intervals.")] = 0
+    batch_size: Annotated[
+        int | None, _cutting(min=1, help="Cuts at once; as many as memory allows by default.")
+    ] = None
+
+
 Output = Annotated[
     Path | None,
     typer.Option(
@@ -91,29 +101,14 @@ Output = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")]
 
 
+@flattened
 def evaluate(
-    model: Model,
-    data: Data,
-    split: Split = "train",
-    limit: Limit = None,
-    prompt_column: PromptColumn = None,
-    response_column: ResponseColumn = None,
-    answer_column: AnswerColumn = None,
-    prompt_template: Template = None,
-    system_prompt: System = None,
-    chat: Chat = True,
-    max_new_tokens: Length = 256,
-    predicted_only: PredictedOnly = True,
-    answer: Answer = "auto",
-    layers: Layers = "middle",
-    rows: Rows = "future",
-    percents: Percents = "1,2,5,10,20",
-    gaps: Gaps = "0,5",
-    draws: Draws = 20,
-    scores: ScoreNames = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = None,
+    model: Annotated[str, typer.Argument(help="Folder of a model, or its id on the hub.")],
+    data: DataOptions,
+    answers: AnswerOptions,
+    chosen: ProtocolOptions,
     output: Output = None,
+    html: PageFile = None,
     device: Device = "auto",
     dtype: Precision = "auto",
     trust_remote_code: RemoteCode = False,
@@ -122,44 +117,31 @@ def evaluate(
 ) -> None:
     """Knock out the tokens that each score ranks on top, and see whether the answers change.
 
-    Scores are flow, flow:decision, reach, reach:decision, attention, attention:decision, fai, waad,
-    entropy, surprisal and recency.
-
     For example:
 
     flowtracer evaluate Qwen/Qwen3-0.6B questions.jsonl --limit 50 --output results.jsonl
     """
-    shares, spared = _numbers("--percents", percents), _numbers("--gaps", gaps)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    from flowtracer_plugin.evaluation_data import load_examples
-    from flowtracer_plugin.faithfulness import KnockOutOptions
-
-    options = KnockOutOptions(rows=rows, percents=shares, gaps=spared, draws=draws, seed=seed)
-    compared = _scores(scores, options.matched)
-    examples = load_examples(
-        data,
-        split=split,
-        limit=limit,
-        prompt_column=prompt_column,
-        response_column=response_column,
-        answer_column=answer_column,
-        template=prompt_template,
-        system=system_prompt,
-        chat=chat and tokenizer.chat_template is not None,
-    )
+    options = _options(chosen)
+    protocols, scores = _protocols(chosen.protocols), _scores(chosen.scores, options.matched)
+    examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)
     loaded = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
+    from flowtracer_plugin.evaluation_report import Evaluation
     from flowtracer_plugin.tracer import wrap
 
-    tracer = wrap(loaded, tokenizer, layers=layers, answer=answer, mode="dense")
+    tracer = wrap(loaded, tokenizer, layers=answers.layers, answer=answers.answer, mode="dense")
     settings = {
         "model": model,
-        "data": data,
+        "data": data.data,
         "dtype": str(tracer.model.dtype),
         "layers": list(tracer.layers),
         "answer": tracer.options.answer,
-        "scores": list(compared),
-        "max_new_tokens": max_new_tokens,
-        "predicted_only": predicted_only,
+        "setting": answers.setting,
+        "protocols": list(protocols),
+        "scores": list(scores),
+        "max_new_tokens": answers.max_new_tokens,
+        "predicted_only": answers.predicted_only,
+        "options": asdict(options),
     }
     outcomes = _run(
         tracer,
@@ -167,15 +149,26 @@ def evaluate(
         options,
         settings,
         output,
-        scores=compared,
-        max_new_tokens=max_new_tokens,
-        predicted_only=predicted_only,
-        batch_size=batch_size,
+        scores=scores,
+        protocols=protocols,
+        setting=answers.setting,
+        max_new_tokens=answers.max_new_tokens,
+        predicted_only=answers.predicted_only,
+        batch_size=chosen.batch_size,
     )
-    show = _print_json if json else _print_tables
-    show(outcomes, options, settings)
-    if not any(outcome.measured for outcome in outcomes):
-        raise typer.Exit(1)
+    _deliver(Evaluation(settings=settings, examples=examples, outcomes=outcomes), html, json)
+
+
+def _options(chosen: ProtocolOptions) -> KnockOutOptions:
+    from flowtracer_plugin.faithfulness import KnockOutOptions
+
+    return KnockOutOptions(
+        rows=chosen.rows,
+        percents=_numbers("--percents", chosen.percents),
+        gaps=_numbers("--gaps", chosen.gaps),
+        draws=chosen.draws,
+        seed=chosen.seed,
+    )
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -187,21 +180,29 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def _protocols(text: str) -> tuple[str, ...]:
+    from flowtracer_plugin.protocols import PROTOCOLS, check_protocols
+
+    names = tuple(PROTOCOLS) if text == "all" else tuple(part.strip() for part in text.split(","))
+    try:
+        check_protocols(names)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--protocols") from error
+    return tuple(name for name in PROTOCOLS if name in names)
+
+
 def _scores(text: str | None, needed: str) -> Mapping[str, Any]:
-    from flowtracer_plugin.token_scores import TOKEN_SCORES
+    from flowtracer_plugin.summaries import BASELINES
+    from flowtracer_plugin.token_scores import TOKEN_SCORES, token_score
 
     if text is None:
         return TOKEN_SCORES
-    names = [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in TOKEN_SCORES]
-    if unknown:
-        raise typer.BadParameter(
-            f"wanted some of {', '.join(TOKEN_SCORES)}, found {unknown[0]!r}",
-            param_hint="--scores",
-        )
     # Controls are matched to the flow, and everything is compared with one hop.
-    kept = {*names, needed, "attention:decision"}
-    return {name: score for name, score in TOKEN_SCORES.items() if name in kept}
+    names = [*(name.strip() for name in text.split(",")), needed, BASELINES["one_hop"]]
+    try:
+        return {name: token_score(name) for name in dict.fromkeys(names)}
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--scores") from error
 
 
 def _run(
@@ -212,8 +213,6 @@ def _run(
     output: Path | None,
     **others: Any,
 ) -> Sequence[Outcome]:
-    from dataclasses import asdict
-
     from flowtracer_plugin.evaluation import evaluate as measured
     from flowtracer_plugin.evaluation_file import evaluate_to_file, shown
 
@@ -223,119 +222,39 @@ def _run(
     progress = sys.stderr.isatty()
     if output is None:
         return tuple(shown(outcomes(examples), len(examples), progress=progress))
-    held = {**settings, "options": asdict(options)}
-    return evaluate_to_file(outcomes, examples, output, held, progress=progress)
+    return evaluate_to_file(outcomes, examples, output, settings, progress=progress)
 
 
-def _print_json(
-    outcomes: Sequence[Outcome], options: KnockOutOptions, settings: Mapping[str, Any]
-) -> None:
-    from dataclasses import asdict
+def _deliver(evaluation: Evaluation, html: Path | None, as_json: bool) -> None:
+    from flowtracer_plugin.evaluation_report import document
+    from flowtracer_plugin.report.evaluation import write_evaluation
 
-    document = {
-        "settings": {**settings, "options": asdict(options)},
-        "examples": len(outcomes),
-        "measured": sum(outcome.measured is not None for outcome in outcomes),
-        "left_out": Counter(o.left_out for o in outcomes if o.left_out),
-        "right": _right(outcomes),
-        "scores": [asdict(summary) for summary in _summaries(outcomes, options)],
-    }
-    print_document(document)
+    if html is not None:
+        write_evaluation(evaluation, html)
+    if as_json:
+        print_document(document(evaluation))
+    else:
+        _print_tables(evaluation)
+        if html is not None:
+            typer.echo(f"page: {html}", err=True)
+    if not evaluation.measured:
+        raise typer.Exit(1)
 
 
-def _print_tables(
-    outcomes: Sequence[Outcome], options: KnockOutOptions, settings: Mapping[str, Any]
-) -> None:
+def _print_tables(evaluation: Evaluation) -> None:
     from rich.console import Console
+    from rich.table import Table
 
-    measured = sum(outcome.measured is not None for outcome in outcomes)
-    typer.echo(f"{measured} of {len(outcomes)} examples measured, {settings['model']}")
-    for line in _left_out(outcomes):
+    from flowtracer_plugin.report.evaluation_tables import cell, counts, tables
+
+    for line in counts(evaluation):
         typer.echo(line)
-    right = _right(outcomes)
-    if right is not None:
-        typer.echo(f"{right} of the {measured} answers are right")
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    summaries = _summaries(outcomes, options)
-    for gap in options.gaps if measured else ():
-        of_it = [summary for summary in summaries if summary.gap == gap]
-        for table in (_drops(of_it, options, gap), _differences(of_it)):
-            console.print()
-            console.print(table)
-
-
-def _left_out(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    from flowtracer_plugin.evaluation import REASONS
-
-    for reason, words in REASONS.items():
-        of_it = [outcome for outcome in outcomes if outcome.left_out == reason]
-        if of_it:
-            yield f"{len(of_it)} left out: {words}, as in row {of_it[0].row}: {of_it[0].detail}"
-
-
-def _right(outcomes: Sequence[Outcome]) -> int | None:
-    known = [o.correct for o in outcomes if o.measured and o.correct is not None]
-    return sum(known) if known else None
-
-
-def _summaries(outcomes: Sequence[Outcome], options: KnockOutOptions) -> Sequence[ScoreSummary]:
-    from flowtracer_plugin.summaries import effects_of, summarise
-
-    effects = [effects_of(o.measured["effects"]) for o in outcomes if o.measured]
-    return summarise(effects, seed=options.seed)
-
-
-def _drops(summaries: Sequence[ScoreSummary], options: KnockOutOptions, gap: int) -> Table:
-    from rich.table import Table
-
-    spared = f"; {gap} right before the answer are spared" if gap else ""
-    whom = "all later tokens" if options.rows == "future" else "the tokens that predict the answer"
-    table = Table(
-        title=f"Answer log-probability lost, in nats per token: top of each score hidden from "
-        f"{whom}{spared}",
-        title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
-    for head in ("score", *(f"{percent} %" for percent in options.percents), "mean"):
-        table.add_column(head)
-    for summary in _ranked(summaries):
-        table.add_row(summary.score, *map(_cell, (*summary.drop, summary.aopc)))
-    return table
-
-
-def _differences(summaries: Sequence[ScoreSummary]) -> Table:
-    from rich.table import Table
-
-    table = Table(
-        title="Means over the shares: against the bottom, chance and one hop of attention",
-        title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
-    for head in ("score", "top", "bottom", "answers flipped", "top − chance", "top − one hop"):
-        table.add_column(head)
-    bottoms = {summary.score: summary.aopc for summary in summaries if summary.side == "bottom"}
-    for summary in _ranked(summaries):
-        cells = (
-            summary.aopc,
-            bottoms.get(summary.score),
-            summary.flips,
-            summary.over_chance,
-            summary.over_one_hop,
-        )
-        table.add_row(summary.score, *map(_cell, cells))
-    return table
-
-
-def _ranked(summaries: Sequence[ScoreSummary]) -> Sequence[ScoreSummary]:
-    tops = [summary for summary in summaries if summary.side == "top"]
-    return sorted(tops, key=lambda summary: -summary.aopc.mean)
-
-
-def _cell(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    if interval.low is None:
-        return f"{interval.mean:z.2f}"
-    return f"{interval.mean:z.2f} ({interval.low:z.2f}…{interval.high:z.2f})"
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for found in tables(evaluation):
+        table = Table(title=found.title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for head in found.heads:
+            table.add_column(head)
+        for row in found.rows:
+            table.add_row(*map(cell, row))
+        console.print()
+        console.print(table)

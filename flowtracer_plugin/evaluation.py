@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from flowtracer_plugin.answer_cut import NotComputedError, cut_at_result
 from flowtracer_plugin.answers import find_answer, same_answer
 from flowtracer_plugin.encoding import Prompt
-from flowtracer_plugin.faithfulness import (
-    KnockOutOptions,
-    TooFewTokensError,
-    measure_knock_outs,
-)
+from flowtracer_plugin.faithfulness import KnockOutOptions, TooFewTokensError
 from flowtracer_plugin.knockout import knock_out
+from flowtracer_plugin.protocols import check_protocols, measure
 from flowtracer_plugin.spans import AnswerNotFoundError
 from flowtracer_plugin.token_scores import TOKEN_SCORES, TokenScore
 from flowtracer_plugin.trace import FlowTrace
@@ -59,7 +58,7 @@ class Outcome:
         digest: Of its texts.
         left_out: Why it does not count: a key of `REASONS`, or None.
         detail: The same in words.
-        measured: What `measure_knock_outs` found, as plain values.
+        measured: What `protocols.measure` found, as plain values.
         correct: Whether the answer is the right one, if that is known.
     """
 
@@ -74,12 +73,16 @@ class Outcome:
 REASONS: Mapping[str, str] = MappingProxyType(
     {
         "no_answer": "no answer was found in the response",
+        "not_computed": "the answer is not computed, or stands in the response before it is",
         "not_predicted": "the model itself would have given another answer",
         "few_tokens": "too few tokens before the answer",
         "not_traced": "the text cannot be traced",
     }
 )
 """Why examples are left out."""
+
+SETTINGS = ("given", "compute")
+"""Responses are judged as they are, or cut where the answer is computed: `answer_cut`."""
 
 
 def evaluate(
@@ -88,6 +91,8 @@ def evaluate(
     options: KnockOutOptions | None = None,
     *,
     scores: Mapping[str, TokenScore] = TOKEN_SCORES,
+    protocols: Sequence[str] = ("knock_out",),
+    setting: str = "given",
     max_new_tokens: int = 256,
     predicted_only: bool = True,
     batch_size: int | None = None,
@@ -99,6 +104,8 @@ def evaluate(
         examples: Without a response, the model answers greedily.
         options: What is knocked out.
         scores: What is compared.
+        protocols: Keys of `protocols.PROTOCOLS`.
+        setting: `"given"`, or `"compute"`: every response is cut where its answer is computed.
         max_new_tokens: Length of the model's answers.
         predicted_only: Leave out given responses whose answer the model would not have chosen,
             token by token: what it does not say, no knock-out can take from it.
@@ -106,15 +113,22 @@ def evaluate(
 
     Raises:
         KnockOutError: The model's attention cannot be cut.
-        ValueError: As `measure_knock_outs`, for options and scores.
+        ValueError: There is no such protocol or setting, or as `measure_knock_outs`, for options
+            and scores.
     """
+    if setting not in SETTINGS:
+        raise ValueError(f"setting must be one of {', '.join(SETTINGS)}, got {setting!r}")
+    check_protocols(protocols)
     chosen = options or KnockOutOptions()
     for example in examples:
         known: dict[str, Any] = {"row": example.row, "digest": example.digest}
         try:
-            trace = _traced(tracer, example, max_new_tokens)
+            trace = _traced(tracer, example, setting, max_new_tokens)
         except AnswerNotFoundError as error:
             yield Outcome(**known, left_out="no_answer", detail=str(error))
+            continue
+        except NotComputedError as error:
+            yield Outcome(**known, left_out="not_computed", detail=str(error))
             continue
         except ValueError as error:
             yield Outcome(**known, left_out="not_traced", detail=str(error))
@@ -124,17 +138,35 @@ def evaluate(
             yield Outcome(**known, left_out="not_predicted", detail=doubt)
             continue
         try:
-            found = measure_knock_outs(tracer, trace, chosen, scores=scores, batch_size=batch_size)
+            measured = measure(
+                tracer,
+                trace,
+                chosen,
+                protocols=protocols,
+                scores=scores,
+                right=example.answer,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+            )
         except TooFewTokensError as error:
             yield Outcome(**known, left_out="few_tokens", detail=str(error))
             continue
-        yield Outcome(**known, measured=asdict(found))
+        yield Outcome(**known, measured=measured)
 
 
-def _traced(tracer: FlowTracer, example: Example, max_new_tokens: int) -> FlowTrace:
-    if example.response is None:
-        return tracer.generate(example.prompt, max_new_tokens=max_new_tokens)
-    return tracer.trace(example.prompt, example.response)
+def _traced(tracer: FlowTracer, example: Example, setting: str, max_new_tokens: int) -> FlowTrace:
+    if example.response is not None:
+        trace = tracer.trace(example.prompt, example.response)
+    else:
+        trace = tracer.generate(example.prompt, max_new_tokens=max_new_tokens)
+    if setting == "given":
+        return trace
+    response = example.response
+    if response is None:
+        response = "".join(trace.tokens[trace.spans.prompt_length :])
+    response = cut_at_result(response, trace.spans.answer_text)
+    ends = re.compile(r"(-?[\d,.]*\d)\Z")
+    return tracer.trace(example.prompt, response, answer=ends)
 
 
 def _doubt(tracer: FlowTracer, trace: FlowTrace) -> str | None:

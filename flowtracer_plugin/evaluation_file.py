@@ -16,7 +16,8 @@ from flowtracer_plugin.evaluation import Example, Outcome
 from flowtracer_plugin.record_file import RecordFile
 
 FORMAT = "flowtracer.evaluation"
-VERSION = 1
+VERSION = 2
+"""1 held knock-outs of tokens alone, and was never released."""
 
 Evaluate = Callable[[Iterable[Example]], Iterator[Outcome]]
 

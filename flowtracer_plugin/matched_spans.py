@@ -53,8 +53,7 @@ def _found_spans(text: str, finder: SpanFinder) -> Iterable[tuple[int, int]]:
         return finder(text)
     matches = re.finditer(finder, text)
     return (
-        match.span(group)
+        match.span(group)  # empty, if the group took no part
         for match in matches
         for group in (range(1, match.re.groups + 1) if match.re.groups else (0,))
-        if match.span(group) != (-1, -1)
     )

@@ -61,6 +61,18 @@ def test_a_table_names_the_scores_and_what_was_left_out(flowtracer, model, data)
     assert "1 right before the answer are spared" in ran.out
 
 
+def test_scores_may_be_any_scorer_and_products(flowtracer, model, data):
+    names = ["flow*entropy", "coupled", "shuffled:sharp", "random*surprisal"]
+    ran = flowtracer(
+        "evaluate", model, data, *QUICK, "--scores", ",".join(names), "--limit", "1", "--json"
+    )
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    wanted = [*names, "flow", "attention:decision"]
+    assert found["settings"]["scores"] == wanted
+    assert {one["score"] for one in found["scores"] if one["side"] == "bottom"} == set(wanted)
+
+
 def test_results_are_kept_and_taken_up_again(flowtracer, model, data, tmp_path):
     path = tmp_path / "results.jsonl"
     first = flowtracer("evaluate", model, data, *QUICK, "--output", path, "--limit", "1")
@@ -89,7 +101,9 @@ def test_a_run_that_measures_nothing_fails(flowtracer, model, data):
     [
         (("--percents", "5,x"), 2, "wanted whole numbers such as 1,2,5, found '5,x'"),
         (("--percents", "0"), 1, "percents must be from 1 to 100"),
-        (("--scores", "flow,love"), 2, "wanted some of flow, flow:decision, .* found 'love'"),
+        (("--scores", "flow,love"), 2, "one of flow, reach, .* got 'love' .or recency"),
+        (("--scores", "entropy:sharp"), 2, "'entropy' reads none; leave out ':sharp'"),
+        (("--scores", "flow,oracle"), 2, "the score 'oracle' needs oracle, a pattern"),
         (("--prompt-column", "love"), 1, "have no column 'love', they have 'prompt'"),
         (("--answer", "love"), 2, "wanted auto, .* found 'love'"),
         (("--rows", "none"), 2, "'future', 'answer'"),

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from flowtracer_plugin.answers import FINDERS
 from flowtracer_plugin.cli import app
 from flowtracer_plugin.grpo import FlowGRPOConfig
+from flowtracer_plugin.options import PRESETS
+from flowtracer_plugin.scorers import SCORERS
 from flowtracer_plugin.training import parse
 from tests import reference
 from tests.snippets import (
@@ -128,3 +130,13 @@ def test_the_example_of_the_method_is_right_by_definition(clone):
 def test_the_finders_that_a_page_lists_are_those_there_are():
     listed = [row[0].strip("`") for row in table(ROOT / "docs/look.md", "finder")]
     assert listed == list(FINDERS)
+
+
+def test_the_scorers_that_a_page_lists_are_those_there_are():
+    page = ROOT / "docs/credit.md"
+    wanted = [[f"`{one.name}`", one.formula, one.source, one.cost] for one in SCORERS.values()]
+    assert table(page, "scorer") == wanted
+    text = re.sub(r"\s+", " ", page.read_text())
+    graphs = [f"`{one.name}`" for one in SCORERS.values() if one.graph]
+    assert f"{', '.join(graphs[:-1])} and {graphs[-1]} read" in text
+    assert set(re.findall(r"`flow:(\w+)`", text)) == set(PRESETS)

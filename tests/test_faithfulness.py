@@ -233,18 +233,23 @@ def test_scores_are_what_they_say(tiny, trace, scored):
     for name, chosen in (("attention", rows), ("attention:decision", np.roll(rows, -1))):
         found = TOKEN_SCORES[name](scored)
         assert found[start:] == pytest.approx(attention[chosen].mean(0)[start:], abs=1e-5)
-    assert TOKEN_SCORES["flow"](scored) is trace.throughput
-    assert TOKEN_SCORES["reach"](scored) is trace.reach
+    said = np.arange(len(rows)) >= start  # the prompt's tokens do not compete, and score 0
+    assert np.array_equal(TOKEN_SCORES["flow"](scored), np.where(said, trace.throughput, 0))
+    assert np.array_equal(TOKEN_SCORES["reach"](scored), np.where(said, trace.reach, 0))
     decided = ft.wrap(
         tiny.model, tiny.tokenizer, target="decision", question_weights="reach", mode="dense"
     ).trace(PROMPT, RESPONSE)
-    assert TOKEN_SCORES["flow:decision"](scored) == pytest.approx(decided.throughput, abs=1e-6)
-    assert TOKEN_SCORES["reach:decision"](scored) == pytest.approx(decided.reach, abs=1e-6)
+    assert TOKEN_SCORES["flow:decision"](scored) == pytest.approx(
+        np.where(said, decided.throughput, 0), abs=1e-6
+    )
+    assert TOKEN_SCORES["reach:decision"](scored) == pytest.approx(
+        np.where(said, decided.reach, 0), abs=1e-6
+    )
     ids = torch.from_numpy(trace.token_ids)[None]
     with torch.no_grad():
         chances = tiny.model(ids).logits[0].double().softmax(-1).numpy()
-    surprise = [0.0] + [-np.log(chances[k - 1, ids[0, k]]) for k in range(1, ids.shape[1])]
-    assert TOKEN_SCORES["surprisal"](scored) == pytest.approx(surprise, abs=1e-4)
+    surprise = [-np.log(chances[k - 1, ids[0, k]]) for k in range(start, ids.shape[1])]
+    assert TOKEN_SCORES["surprisal"](scored) == pytest.approx([0.0] * start + surprise, abs=1e-4)
     unsure = [-(p @ np.log(p)) for p in chances[start - 1 : -1]]
     assert TOKEN_SCORES["entropy"](scored)[start:] == pytest.approx(unsure, abs=1e-4)
     assert TOKEN_SCORES["recency"](scored).tolist() == [*range(len(rows))]
@@ -282,6 +287,6 @@ def test_options_that_are_none_are_refused(change, message):
 def test_scores_must_be_there_and_finite(tiny, trace):
     with pytest.raises(ValueError, match="one of the scores recency, got 'flow'"):
         measure_knock_outs(tiny, trace, FEW, scores={"recency": TOKEN_SCORES["recency"]})
-    broken = {"flow": lambda text: np.full(len(text.surprisal), np.nan)}
+    broken = {"flow": lambda text: np.full(len(text.trace.token_ids), np.nan)}
     with pytest.raises(ValueError, match="the score 'flow' is not finite"):
         measure_knock_outs(tiny, trace, FEW, scores=broken)

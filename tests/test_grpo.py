@@ -33,6 +33,7 @@ from flowtracer_plugin.grpo import (
     attach_flow_credit,
 )
 from tests import reference
+from tests import reference_scorers as slow_scorers
 from tests.grpo_worker import (
     PROMPTS,
     WORDS,
@@ -144,16 +145,21 @@ def test_it_trains_and_logs(policy, tmp_path):
     assert min(logged(trainer, "seconds")) > 0
 
 
-def slow_weights(model, text, prompt, place, *, layers, target, chosen=None, **options):
-    """By eager attention and the loops of `reference`, one row without padding."""
+def slow_flow(model, text, prompt, place, *, layers, target):
+    """Of the words of a completion, by eager attention and the loops of `reference`."""
     asked, said = words(prompt), words(text)
     attention = eager_attention(model, asked + said, layers)
     tokens = np.arange(len(asked) + len(said))
     question = (tokens > 0) & (tokens < len(asked))
     wanted = tokens == len(asked) + place - (target == "decision")
-    throughput = reference.flow(attention.numpy(), question, wanted)["throughput"]
-    competing = np.ones(len(said)) if chosen is None else np.array(chosen, float)
-    return slow_credit(throughput[len(asked) :], competing, **options)
+    return reference.flow(attention.numpy(), question, wanted)["throughput"][len(asked) :]
+
+
+def slow_weights(model, text, prompt, place, *, layers, target, chosen=None, **options):
+    """By their definition, one row without padding."""
+    throughput = slow_flow(model, text, prompt, place, layers=layers, target=target)
+    competing = np.ones(len(throughput)) if chosen is None else np.array(chosen, float)
+    return slow_credit(throughput, competing, **options)
 
 
 @pytest.mark.parametrize(
@@ -600,7 +606,13 @@ def test_credit_and_reward_trace_one_model_together(policy, tmp_path):
         ("normalize", "mean", "normalize must be one of none, mean_one, got 'mean'"),
         ("answer", "boxd", "name of an answer finder.*found 'boxd'"),
         ("no_answer", "skip", "no_answer must be one of uniform, raise, last, got 'skip'"),
-        ("scorer", "flw", "scorer must be one of flow, fai, waad, coupled, .*got 'flw'"),
+        ("scorer", "flw", "flow credit: scorer must be one of flow, reach, .*got 'flw'"),
+        ("scorer", "flow:blunt", "flow credit: preset must be one of paper, .*got 'blunt'"),
+        ("scorer", "entropy:sharp", "flow credit: .*'entropy' reads none; leave out ':sharp'"),
+        ("scorer", "flow*fai", "flow credit: .*choose ones that read the same"),
+        ("scorer", "oracle", "'oracle' needs oracle.*got scorer 'oracle' and oracle None"),
+        ("oracle", r"\d", "no other scorer does; got scorer 'flow' and oracle"),
+        ("side", "middle", "side must be one of top, bottom, got 'middle'"),
         ("pass", "both", "pass must be one of auto, training, scoring, extra, got 'both'"),
         ("on_error", "skip", "on_error must be one of raise, uniform, got 'skip'"),
         ("start_step", -1, "start_step must be at least 0, got -1"),
@@ -614,6 +626,49 @@ def test_options_out_of_range(policy, tmp_path, option, value, message):
         config(FlowGRPOConfig, tmp_path, **{f"flow_{option}": value})
     with pytest.raises(ValueError, match=message):
         CreditOptions(**{{"pass": "pass_"}.get(option, option): value})
+
+
+def test_the_bottom_is_that_of_the_slow_definition(policy, tmp_path):
+    trainer = build(
+        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), flow_side="bottom"
+    )
+    found = weights(trainer)
+    for row, text in enumerate(TEXTS):
+        flow = slow_flow(
+            trainer.model, text, PROMPTS[row // 2], ANSWERS[row],
+            layers=LAYERS["middle"], target="answer",
+        ).tolist()  # fmt: skip
+        wanted = [1 + 0.5 * boost for boost in slow_scorers.bottom(flow, [1] * len(flow), 0.4)]
+        assert found[row].tolist() == wanted + [1.0] * (found.shape[1] - len(wanted))
+
+
+@pytest.mark.parametrize("pattern", [r"then (\S+)", re.compile(r"then (\S+)"), "function"])
+def test_an_oracle_chooses_all_that_it_finds(policy, tmp_path, pattern):
+    def after(text):
+        return [found.span(1) for found in re.finditer(r"then (\S+)", text)]
+
+    trainer = build(GRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    oracle = after if pattern == "function" else pattern
+    attach_flow_credit(trainer, CreditOptions(scorer="oracle", oracle=oracle, top_fraction=0.1))
+    found = weights(trainer)
+    chosen = [np.flatnonzero(row).tolist() for row in (found == 1.5).numpy()]
+    assert chosen == [[1], [3], [], [3]]
+    assert ((found == 1.5) | (found == 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scorer": "oracle", "oracle": "("}, r"oracle '\(' is no pattern: missing \)"),
+        ({"scorer": "coupled", "side": "bottom"}, "'coupled' chooses in a way of its own, and has"),
+        ({"scorer": "oracle", "oracle": "a", "side": "bottom"}, "'oracle' chooses in a way of its"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, options, message):
+    with pytest.raises(ValueError, match=f"flow credit: .*{message}"):
+        config(FlowGRPOConfig, tmp_path, **{f"flow_{name}": one for name, one in options.items()})
+    with pytest.raises(ValueError, match=f"flow credit: .*{message}"):
+        CreditOptions(**options)
 
 
 def test_layers_and_finders_that_do_not_exist_are_found_at_construction(policy, tmp_path):

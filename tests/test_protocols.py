@@ -51,7 +51,7 @@ def known(seed):
     *_, true, _ = planted_text(seed)
 
     def first(text):
-        return np.isin(np.arange(len(text.surprisal)), list(true.values())).astype(float)
+        return np.isin(np.arange(len(text.trace.token_ids)), list(true.values())).astype(float)
 
     return {"true": first, "false": lambda text: 1 - first(text)}
 
@@ -209,7 +209,7 @@ def test_lines_are_knocked_out_one_by_one(reasoner):
 def test_scores_that_are_the_same_everywhere_agree_with_nothing(reasoner):
     trace = reasoner.generate(STORY)
     found = knock_out_lines(
-        reasoner, trace, scores={"zero": lambda text: np.zeros(len(text.surprisal))}
+        reasoner, trace, scores={"zero": lambda text: np.zeros(len(text.trace.token_ids))}
     )
     assert found.by_sum == found.by_max == {"zero": None}
 

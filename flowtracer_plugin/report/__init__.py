@@ -1,6 +1,7 @@
-"""What people look at: a trace as a page or a notebook cell, and the groups of a training."""
+"""What people look at: a trace as a page or a notebook cell, comparisons, evaluations, training."""
 
 from flowtracer_plugin.report.compare import render_comparison, write_comparison
+from flowtracer_plugin.report.evaluation import render_evaluation, write_evaluation
 from flowtracer_plugin.report.group import (
     CompletionView,
     group_page,
@@ -13,9 +14,11 @@ __all__ = [
     "CompletionView",
     "group_page",
     "render_comparison",
+    "render_evaluation",
     "render_notebook",
     "render_page",
     "write_comparison",
+    "write_evaluation",
     "write_group_page",
     "write_index",
     "write_page",

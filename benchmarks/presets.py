@@ -1,0 +1,48 @@
+"""What does the preset `sharp` cost?
+
+One random Llama of 12 layers, one sequence, one thread, float32: three of the four middle layers'
+heads in ten are averaged, weighed by what they move. `paper` averages all heads, `decision` too and
+ends elsewhere; `forward` is the whole forward pass. Each runs through `trace_ids`, which finds the
+answer and solves the flow, with the attention between all pairs of tokens, or streamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+import flowtracer_plugin as ft
+from benchmarks.harness import Target, Ways
+from benchmarks.models import SMALL, build, forward, number_tokenizer
+
+QUESTION = "What does the preset sharp cost?"
+OURS = "sharp"
+CASES = [
+    {"tokens": 512, "mode": "dense"},
+    {"tokens": 2048, "mode": "dense"},
+    {"tokens": 4096, "mode": "dense"},
+    {"tokens": 4096, "mode": "streamed"},
+]
+TARGETS = [
+    Target(other="paper", measure="seconds", ratio=1.0, where={"mode": "dense"}),
+    Target(other="paper", measure="seconds", ratio=1.0, where={"mode": "streamed"}),
+]
+
+
+def ways(*, tokens: int, mode: str) -> Ways:
+    model, tokenizer = build(SMALL), number_tokenizer()
+    ids = torch.randint(3, SMALL.vocab_size, (1, tokens))
+    start, seen = tokens // 4, torch.ones(1, tokens, dtype=torch.long)
+    rollout = ids[:, :start], ids[:, start:], seen[:, :start], seen[:, start:]
+
+    def traced(preset: str) -> Callable[[], object]:
+        tracer = ft.wrap(model, tokenizer, answer="last_number", preset=preset, mode=mode)
+        tracer.reader.verify()
+        return partial(tracer.trace_ids, *rollout)
+
+    return {
+        **{preset: traced(preset) for preset in ("sharp", "paper", "decision")},
+        "forward": lambda: forward(model, ids),
+    }
