@@ -121,6 +121,10 @@ def evaluate(
 ) -> None:
     """Knock out the tokens that each score ranks on top, and see whether the answers change.
 
+    Scores are those of docs/credit.md and recency; by default flow, flow:decision, flow:sharp,
+    reach, reach:decision, reach:sharp, attention, attention:decision, attention:sharp,
+    attention_power, rollout, fai, waad, grad_x_input, entropy, surprisal and recency.
+
     For example:
 
     flowtracer evaluate Qwen/Qwen3-0.6B questions.jsonl --limit 50 --output results.jsonl

@@ -32,7 +32,7 @@ WITH_COMMANDS = [document for document in DOCUMENTS if list(commands(document))]
 
 # These pages are looked up in the middle of something: a reader has a model, a trainer, a trace.
 CONTINUED = {"credit", "exports", "long_texts", "rewards"}
-WITH_CODE = {"method", "quickstart", "look", "train", "faithfulness", *CONTINUED}
+WITH_CODE = {"method", "quickstart", "look", "train", "faithfulness", "audit", *CONTINUED}
 
 FUTURE = pytest.mark.filterwarnings(
     "ignore:.*is deprecated and will be removed in v6:FutureWarning"

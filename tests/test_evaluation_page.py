@@ -177,4 +177,4 @@ def test_tables_are_sorted_by_their_headings(visits):
     assert shown == sorted(shown, reverse=True)
     page.click("#knock-outs-5 th:first-child button")
     names = page.locator("#knock-outs-5 tbody th").all_inner_texts()
-    assert names == sorted(names)
+    assert names == sorted(names, reverse=True)

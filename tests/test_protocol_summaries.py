@@ -115,10 +115,10 @@ def test_what_was_skipped_or_not_asked_for_does_not_count(examples):
     examples[0]["lines"] = {"skipped": "two lines"}
     del examples[1]["curves"]
     found = summarise_all(examples)
-    assert found.examples == {
+    assert found.counted == {
         "knock_out": 5, "curves": 4, "lines": 4, "edges": 5, "regeneration": 5
     }  # fmt: skip
     nothing = summarise_all([{"knock_out": one["knock_out"]} for one in examples])
     assert (nothing.curves, nothing.lines, nothing.edges, nothing.regeneration) == ((), (), (), ())
-    assert nothing.examples == {"knock_out": 5}
+    assert nothing.counted == {"knock_out": 5}
     assert summarise_all([]).knock_out == ()
