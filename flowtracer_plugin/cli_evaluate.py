@@ -50,7 +50,10 @@ class AnswerOptions:
     ] = True
     setting: Annotated[
         Literal["given", "compute"],
-        _answers(help="Responses as they are, or cut where the answer has to be computed."),
+        _data(
+            metavar="WHICH",
+            help="given: responses as they are; compute: cut where the answer has to be computed.",
+        ),
     ] = "given"
     answer: Annotated[
         Any,
