@@ -313,3 +313,31 @@ class NewTraceOptions(OutputOptions):
     save: Annotated[Path | None, _file(help="Write the trace itself, for flowtracer report.")] = (
         None
     )
+    scores: Annotated[
+        str | None,
+        _output(help="Shade the page by these too, as attention,flow:sharp; docs/credit.md."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Refuse what would write less than it says.
+
+        Raises:
+            typer.BadParameter: As `OutputOptions`; there are scores and no page, or no such score.
+        """
+        super().__post_init__()
+        if self.scores is None:
+            return
+        if self.html is None:
+            raise typer.BadParameter("--scores are for the page: name its file with --html too")
+        from flowtracer_plugin.token_scores import token_score
+
+        for name in self.score_names:
+            try:
+                token_score(name)
+            except ValueError as error:
+                raise typer.BadParameter(str(error), param_hint="--scores") from error
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """The scores that are asked for."""
+        return tuple(name.strip() for name in (self.scores or "").split(",") if name.strip())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -20,16 +20,20 @@ if TYPE_CHECKING:
     from flowtracer_plugin.trace import FlowTrace
 
 
-def deliver(trace: FlowTrace, outputs: OutputOptions) -> None:
-    """Write every file that is asked for, then show the trace."""
+def deliver(
+    trace: FlowTrace, outputs: OutputOptions, scores: Mapping[str, Any] | None = None
+) -> None:
+    """Write every file that is asked for, then show the trace; `scores` are for the page."""
     # Files first, and the trace before all others: what was computed must not be lost to a full
     # disk, to an extra that is missing, or to a reader of standard output that has gone.
     for name in ("save", "html", "parquet", "graphml", "figure"):
         path = vars(outputs).get(name)  # nnsight gives every object an attribute "save"
         if path is not None:
             write = getattr(trace, name if name == "save" else f"to_{name}")
-            kind = {"kind": outputs.figure_kind} if name == "figure" else {}
-            write_file(partial(write, **kind), path)
+            more: dict[str, Any] = {"kind": outputs.figure_kind} if name == "figure" else {}
+            if name == "html" and scores:
+                more = {"scores": scores}
+            write_file(partial(write, **more), path)
     if outputs.json:
         print_document(trace.to_dict())
     else:

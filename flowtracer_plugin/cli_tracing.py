@@ -66,7 +66,7 @@ def trace(
     flowtracer trace --model Qwen/Qwen3-0.6B --prompt "2 + 2 = ?" --response "4."
     """
     if response is None:
-        deliver(_generated(source, asked, generation, tracing), outputs)
+        _deliver(*_generated(source, asked, generation, tracing), outputs)
         return
     if generate or generation != GenerationOptions():
         raise typer.BadParameter(
@@ -76,7 +76,7 @@ def trace(
     text, response = _prompt_text(asked), _checked("response", response)
     tracer = load_tracer(source, tracing)
     prompt = _messages(tracer, text, asked)
-    deliver(tracer.trace(prompt, response, progress=sys.stderr.isatty()), outputs)
+    _deliver(tracer, tracer.trace(prompt, response, progress=sys.stderr.isatty()), outputs)
 
 
 @flattened
@@ -94,7 +94,7 @@ def generate(
 
     flowtracer generate --model Qwen/Qwen3-0.6B --prompt "What is 17 * 3?"
     """
-    deliver(_generated(source, asked, generation, tracing), outputs)
+    _deliver(*_generated(source, asked, generation, tracing), outputs)
 
 
 @flattened
@@ -111,7 +111,7 @@ def demo(
     """
     source = ModelOptions(model=str(demo_model()), device="cpu")
     asked = PromptOptions(prompt=DEMO_QUESTION)
-    made = _generated(source, asked, GenerationOptions(), TracingOptions())
+    _, made = _generated(source, asked, GenerationOptions(), TracingOptions())
     deliver(made, OutputOptions(html=html, json=json))
     typer.echo(
         "your own model: flowtracer generate --model FOLDER_OR_ID --prompt TEXT --html trace.html",
@@ -180,7 +180,7 @@ def _generated(
     asked: PromptOptions,
     generation: GenerationOptions,
     tracing: TracingOptions,
-) -> FlowTrace:
+) -> tuple[FlowTracer, FlowTrace]:
     if generation.temperature is not None and not generation.do_sample:
         raise typer.BadParameter("--temperature is of sampling: pass --do-sample too")
     text = _prompt_text(asked)
@@ -188,13 +188,22 @@ def _generated(
     from transformers import set_seed
 
     set_seed(generation.seed)
-    return tracer.generate(
+    made = tracer.generate(
         _messages(tracer, text, asked),
         max_new_tokens=generation.max_new_tokens,
         do_sample=generation.do_sample,
         temperature=generation.temperature,
         progress=sys.stderr.isatty(),
     )
+    return tracer, made
+
+
+def _deliver(tracer: FlowTracer, trace: FlowTrace, outputs: NewTraceOptions) -> None:
+    """The trace, with the scores that its page is to have."""
+    from flowtracer_plugin.token_scores import score_text
+
+    names = outputs.score_names
+    deliver(trace, outputs, score_text(tracer, trace, names) if names else None)
 
 
 def _prompt_text(asked: PromptOptions) -> str:

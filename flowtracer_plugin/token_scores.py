@@ -5,7 +5,7 @@ Every scorer of training is one, by the same name, and so is `recency`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
@@ -131,6 +131,23 @@ def token_score(name: str, *, oracle: SpanFinder | None = None) -> TokenScore:
         )
 
     return lambda text: _values(scorer, text.rollouts(scorer, oracle))
+
+
+def score_text(
+    tracer: FlowTracer,
+    trace: FlowTrace,
+    names: Iterable[str],
+    *,
+    oracle: SpanFinder | None = None,
+) -> dict[str, Scores]:
+    """Some scores of a traced text, by their names: for `FlowTrace.to_html(scores=)`, or a look.
+
+    Raises:
+        ValueError: As `token_score` and `read_text`.
+    """
+    scores = {name: token_score(name, oracle=oracle) for name in names}
+    text = read_text(tracer, trace)
+    return {name: score(text) for name, score in scores.items()}
 
 
 def recency(text: ScoredText) -> Scores:

@@ -213,18 +213,28 @@ class FlowTrace:
         # Half a surrogate pair, as in an undecodable file name, cannot be written but as an escape.
         return text.encode(errors="backslashreplace").decode()
 
-    def to_html(self, path: str | Path, *, drops: Mapping[int, float] | None = None) -> Path:
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        drops: Mapping[int, float] | None = None,
+        scores: Mapping[str, Float[np.ndarray, " _"]] | None = None,
+    ) -> Path:
         """Write one self-contained page and return its path.
 
         `drops` says by how many nats the answer's log-probability fell when a token was knocked
-        out, by the token's number; the page shows it beside the token's throughput.
+        out, by the token's number; the page shows it beside the token's throughput. `scores` are
+        other numbers of at least 0 for each token, by name, such as
+        `token_scores.score_text(tracer, trace, ["attention", "entropy"])`: the page can shade the
+        text by these too.
 
         Raises:
-            ValueError: `drops` names a token that the trace does not have.
+            ValueError: `drops` names a token that the trace does not have, or a score has not one
+                such number for each token.
         """
         from flowtracer_plugin.report import write_page
 
-        return write_page(self, Path(path), drops)
+        return write_page(self, Path(path), drops, scores)
 
     def to_parquet(self, path: str | Path) -> Path:
         """Write a table with one row per token and return its path.

@@ -332,3 +332,29 @@ def test_browser_runs_nothing_from_the_data(visits, hostile):
     classes = browser.evaluate("document.documentElement.className")
     assert set(classes.split()) == {"inspecting", "selecting"}
     assert len(page.scripts) == 2
+
+
+# Other scores
+
+
+def test_other_scores_shade_by_the_top_shares_of_their_own(trace):
+    scores = {"place": np.arange(len(trace.tokens), dtype=float), "flow": trace.throughput}
+    by_place, by_flow = Page(render_page(trace, scores=scores)).data["scores"]
+    assert list(by_place[13:]) == sorted(by_place[13:])
+    assert by_place[13:].count("5") == np.ceil(HEAT_SHARES[-1] * (len(trace.tokens) - 13))
+    assert by_flow == "".join(str(unit.heat) for unit in read(trace).units)
+    assert '<select id="score">' not in render_page(trace)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.zeros(3), r"the score 'x' needs one number of at least 0 for each of the \d+ tokens"),
+        (np.full(49, -1.0), r"from -1.0 to 0"),
+        (np.full(49, np.nan), r"needs one number"),
+    ],
+)
+def test_scores_that_are_none_are_refused(trace, values, said):
+    assert len(trace.tokens) == 49
+    with pytest.raises(ValueError, match=said):
+        render_page(trace, scores={"x": values})

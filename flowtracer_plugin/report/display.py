@@ -141,6 +141,10 @@ class Reading:
         after = self.units[unit.index + 1 : unit.index + 1 + width]
         return "".join(one.inline for one in before), "".join(one.inline for one in after)
 
+    def heats(self, scores: Float[np.ndarray, " token"]) -> Int[np.ndarray, " unit"]:
+        """How the text is shaded by another score of its tokens; characters have their sum."""
+        return self._ranks_and_heats(np.add.reduceat(scores, self.starts))[1]
+
     def _ranks_and_heats(
         self, throughput: Float[np.ndarray, " unit"]
     ) -> tuple[Int[np.ndarray, " unit"], Int[np.ndarray, " unit"]]:

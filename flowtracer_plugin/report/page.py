@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 from markupsafe import escape
 
 from flowtracer_plugin.report import drawing
@@ -41,23 +43,39 @@ _SCRIPTS = (
 )
 
 
-def write_page(trace: FlowTrace, path: Path, drops: Mapping[int, float] | None = None) -> Path:
+Scores = Mapping[str, Float[np.ndarray, " _"]]
+
+
+def write_page(
+    trace: FlowTrace,
+    path: Path,
+    drops: Mapping[int, float] | None = None,
+    scores: Scores | None = None,
+) -> Path:
     """Write the page of `trace` to `path`, whole or not at all, and return `path`."""
-    write_atomically(path, render_page(trace, drops).encode())
+    write_atomically(path, render_page(trace, drops, scores).encode())
     return path
 
 
-def render_page(trace: FlowTrace, drops: Mapping[int, float] | None = None) -> str:
+def render_page(
+    trace: FlowTrace,
+    drops: Mapping[int, float] | None = None,
+    scores: Scores | None = None,
+) -> str:
     """The page of `trace` as HTML; the same trace always gives the same page.
 
     Args:
         trace: What to show.
         drops: By how many nats the answer's log-probability fell when a token was knocked out, by
             the token's number: stands beside its throughput.
+        scores: Other scores of the tokens by name, by which the text can be shaded too.
 
     Raises:
-        ValueError: `drops` names a token that the trace does not have.
+        ValueError: `drops` names a token that the trace does not have, or a score has not one
+            number for each token, none of them negative.
     """
+    for name, values in (scores or {}).items():
+        _check_scores(name, values, len(trace.tokens))
     unknown = [token for token in drops or () if not 0 <= token < len(trace.tokens)]
     if unknown:
         raise ValueError(f"wanted drops of tokens 0 to {len(trace.tokens) - 1}, found {unknown}")
@@ -73,12 +91,23 @@ def render_page(trace: FlowTrace, drops: Mapping[int, float] | None = None) -> s
         token_rows=token_rows(reading, [*hubs, *checkpoints], drops),
         step_rows=step_rows(reading, graph),
         measured=bool(drops),
+        scores=list(scores or ()),
         paths=[(reading.units_of(path.tokens), path.probability) for path in trace.paths(_PATHS)],
         steps=steps,
         river=drawing.draw_river(river, checkpoints),
         drawing=drawing,
-        data=embed(page_data(reading, steps, river)),
+        data=embed(page_data(reading, steps, river, scores or {})),
     )
+
+
+def _check_scores(name: str, values: Float[np.ndarray, " _"], tokens: int) -> None:
+    numbers = np.asarray(values)
+    if numbers.shape != (tokens,) or not bool(((numbers >= 0) & (numbers < np.inf)).all()):
+        raise ValueError(
+            f"the score {name!r} needs one number of at least 0 for each of the {tokens} tokens, "
+            f"got an array of shape {numbers.shape} from {numbers.min(initial=0)} to "
+            f"{numbers.max(initial=0)}"
+        )
 
 
 def render_notebook(trace: FlowTrace) -> str:

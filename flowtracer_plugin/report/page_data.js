@@ -61,6 +61,7 @@ const trace = (() => {
   return {
     count,
     throughput,
+    scores: data.scores,
     ranks,
     steps: data.steps,
     river: data.river,

@@ -169,6 +169,7 @@ const text = (() => {
 
   const HEATS = [1, 2, 3, 4, 5].map((heat) => `h${heat}`);
   const byRank = units.map((unit) => HEATS.find((heat) => unit.classList.contains(heat)));
+  const ofFlow = [...byRank];
   const isAnswer = (unit) => trace.region(unit) === "answer";
   const highest = trace.throughput.reduce((most, flow, unit) => (isAnswer(unit) ? most : Math.max(most, flow)), 0);
 
@@ -190,6 +191,15 @@ const text = (() => {
   }
   byId("by-rank").addEventListener("click", () => shade(false));
   byId("by-amount").addEventListener("click", () => shade(true));
+
+  /** Other scores are known by their ranks alone: one of them takes the place of the flow's. */
+  byId("score")?.addEventListener("change", ({ target }) => {
+    const shades = target.value === "" ? null : trace.scores[Number(target.value)];
+    byId("by-amount").disabled = shades !== null;
+    byId("shaded-by").textContent = shades ? target.selectedOptions[0].textContent : "throughput";
+    units.forEach((_, number) => (byRank[number] = shades ? HEATS[shades[number] - 1] : ofFlow[number]));
+    shade(false);
+  });
 
   const GLYPHS = { " ": "·\u200b", "\t": "→\t", "\u00a0": "⍽", "\u3000": "□" };
   const written = new Map();

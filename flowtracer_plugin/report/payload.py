@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,18 @@ def edges_per_unit(units: int) -> int:
     return EDGES_PER_UNIT if units <= LONG else EDGES_IF_LONG
 
 
-def page_data(reading: Reading, steps: StepDrawing, river: River) -> dict[str, Any]:
+def page_data(
+    reading: Reading,
+    steps: StepDrawing,
+    river: River,
+    scores: Mapping[str, Float[np.ndarray, " token"]],
+) -> dict[str, Any]:
     """What the page's script knows, in units.
 
-    `throughput` is float32. `sources` and `targets` hold `perUnit` edges a unit, the strongest
-    first, of `width` bytes: how many units away, and which share of the unit's throughput in
-    thousandths. All are little-endian, in base64.
+    `throughput` is float32. `scores` holds the shade of every unit by each other score, a digit.
+    `sources` and `targets` hold `perUnit` edges a unit, the strongest first, of `width` bytes: how
+    many units away, and which share of the unit's throughput in thousandths. All are little-endian,
+    in base64.
     """
     trace, units, starts = reading.trace, reading.units, reading.starts
     backbone = trace.backbone
@@ -56,6 +63,10 @@ def page_data(reading: Reading, steps: StepDrawing, river: River) -> dict[str, A
         "promptUnits": reading.prompt_units,
         "regions": "".join(unit.region[0] for unit in units),
         "throughput": _base64(reading.throughput.astype("<f4")),
+        "scores": [
+            "".join(map(str, reading.heats(np.asarray(values, np.float64)).tolist()))
+            for values in scores.values()
+        ],
         "injected": _nonzero(np.add.reduceat(backbone.source, starts)),
         "absorbed": _nonzero(np.add.reduceat(backbone.sink, starts)),
         "edges": {
