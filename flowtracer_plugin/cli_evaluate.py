@@ -84,6 +84,10 @@ class ProtocolOptions:
         str | None,
         _cutting(help="Such as flow,flow:sharp,recency; docs/credit.md lists all scorers."),
     ] = None
+    oracle: Annotated[
+        str | None,
+        _cutting(help="Pattern of what matters in a response: adds the score oracle."),
+    ] = None
     seed: Annotated[int, _cutting(min=0, help="Seed of the draws and of the intervals.")] = 0
     batch_size: Annotated[
         int | None, _cutting(min=1, help="Cuts at once; as many as memory allows by default.")
@@ -117,13 +121,17 @@ def evaluate(
 ) -> None:
     """Knock out the tokens that each score ranks on top, and see whether the answers change.
 
+    Scores are those of docs/credit.md and recency; by default flow, flow:decision, flow:sharp,
+    reach, reach:decision, reach:sharp, attention, attention:decision, attention:sharp,
+    attention_power, rollout, fai, waad, grad_x_input, entropy, surprisal and recency.
+
     For example:
 
     flowtracer evaluate Qwen/Qwen3-0.6B questions.jsonl --limit 50 --output results.jsonl
     """
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     options = _options(chosen)
-    protocols, scores = _protocols(chosen.protocols), _scores(chosen.scores, options.matched)
+    protocols, scores = _protocols(chosen.protocols), _scores(chosen, options.matched)
     examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)
     loaded = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
     from flowtracer_plugin.evaluation_report import Evaluation
@@ -139,6 +147,7 @@ def evaluate(
         "setting": answers.setting,
         "protocols": list(protocols),
         "scores": list(scores),
+        "oracle": chosen.oracle,
         "max_new_tokens": answers.max_new_tokens,
         "predicted_only": answers.predicted_only,
         "options": asdict(options),
@@ -191,18 +200,21 @@ def _protocols(text: str) -> tuple[str, ...]:
     return tuple(name for name in PROTOCOLS if name in names)
 
 
-def _scores(text: str | None, needed: str) -> Mapping[str, Any]:
+def _scores(chosen: ProtocolOptions, needed: str) -> Mapping[str, Any]:
     from flowtracer_plugin.summaries import BASELINES
-    from flowtracer_plugin.token_scores import TOKEN_SCORES, token_score
+    from flowtracer_plugin.token_scores import NAMES, token_score
 
-    if text is None:
-        return TOKEN_SCORES
-    # Controls are matched to the flow, and everything is compared with one hop.
-    names = [*(name.strip() for name in text.split(",")), needed, BASELINES["one_hop"]]
+    names = list(NAMES)
+    if chosen.scores is not None:
+        # Controls are matched to the flow, and everything is compared with one hop.
+        asked = (name.strip() for name in chosen.scores.split(","))
+        names = [*asked, needed, BASELINES["one_hop"]]
+    if chosen.oracle is not None:
+        names.append("oracle")
     try:
-        return {name: token_score(name) for name in dict.fromkeys(names)}
+        return {name: token_score(name, oracle=chosen.oracle) for name in dict.fromkeys(names)}
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--scores") from error
+        raise typer.BadParameter(f"{error} (or recency)", param_hint="--scores") from error
 
 
 def _run(

@@ -106,7 +106,7 @@ class EvaluationSummary:
         lines: Of every score.
         edges: Of every percent.
         regeneration: Of every score and side.
-        examples: How many count, for each protocol.
+        counted: Examples of each protocol.
     """
 
     knock_out: tuple[ScoreSummary, ...]
@@ -114,7 +114,7 @@ class EvaluationSummary:
     lines: tuple[LineSummary, ...]
     edges: tuple[EdgeSummary, ...]
     regeneration: tuple[RegenerationSummary, ...]
-    examples: Mapping[str, int]
+    counted: Mapping[str, int]
 
 
 def summarise_all(examples: Sequence[Measured], *, seed: int = 0) -> EvaluationSummary:
@@ -130,7 +130,7 @@ def summarise_all(examples: Sequence[Measured], *, seed: int = 0) -> EvaluationS
         lines=_lines(found["lines"], seed),
         edges=_edges(found["edges"], seed),
         regeneration=_regeneration(found["regeneration"], seed),
-        examples={name: len(ones) for name, ones in found.items() if ones},
+        counted={name: len(ones) for name, ones in found.items() if ones},
     )
 
 

@@ -47,8 +47,8 @@ def test_examples_are_measured_or_left_out_with_the_reason(planted):
     found = list(evaluate(planted, asked, FEW))
     assert [one.left_out for one in found] == [None, "not_predicted", "few_tokens", "no_answer"]
     wanted = measure_knock_outs(planted, planted.trace(asked[0].prompt, asked[0].response), FEW)
-    assert found[0].measured["log_prob"] == wanted.log_prob
-    assert found[0].measured["effects"][0]["drop"] == wanted.effects[0].drop
+    assert found[0].measured["knock_out"]["log_prob"] == wanted.log_prob
+    assert found[0].measured["knock_out"]["effects"][0]["drop"] == wanted.effects[0].drop
     assert found[0].correct is True
     assert re.search(r"log-probability of -\d+.*and one is not the likeliest", found[1].detail)
     assert "only 4 tokens" in found[2].detail
@@ -58,7 +58,7 @@ def test_examples_are_measured_or_left_out_with_the_reason(planted):
 
 def test_unlikely_answers_can_be_kept(planted):
     (found,) = evaluate(planted, examples("unlikely"), FEW, predicted_only=False)
-    assert found.measured["predicted"] is False
+    assert found.measured["knock_out"]["predicted"] is False
 
 
 def test_without_a_response_the_model_answers():
@@ -72,7 +72,7 @@ def test_without_a_response_the_model_answers():
     )
     found = list(evaluate(tracer, [wrong, right], FEW))
     assert [one.correct for one in found] == [False, True]
-    assert all(one.measured["predicted"] for one in found)
+    assert all(one.measured["knock_out"]["predicted"] for one in found)
     (cut,) = evaluate(tracer, [short], FEW, max_new_tokens=1)
     assert cut.left_out == "few_tokens"
 
@@ -125,9 +125,11 @@ def test_a_run_goes_on_where_it_stopped(planted, tmp_path):
     assert [one.row for one in found] == [0, 1, 2, 3]
     whole = evaluate_to_file(measured, asked, tmp_path / "whole.jsonl", SETTINGS)
     assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
-    assert [one.measured and one.measured["effects"][0]["drop"] for one in found] == [
-        one.measured and pytest.approx(one.measured["effects"][0]["drop"]) for one in whole
+    drops = [
+        [one.measured["knock_out"]["effects"][0]["drop"] for one in ones if one.measured]
+        for ones in (found, whole)
     ]
+    assert drops[0] == [pytest.approx(drop) for drop in drops[1]]
     measured_rows.clear()
     assert len(evaluate_to_file(measured, asked[:2], path, SETTINGS)) == 2
     assert measured_rows == []
@@ -151,7 +153,7 @@ def test_results_with_other_settings_or_data_are_refused_and_another_file_helps(
 def test_other_files_are_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "results.jsonl"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"wanted results of the format flowtracer\.evaluation 1"):
+    with pytest.raises(ValueError, match=r"wanted results of the format flowtracer\.evaluation 2"):
         RecordFile(path, FORMAT, VERSION, SETTINGS)
     assert path.read_text() == content
 

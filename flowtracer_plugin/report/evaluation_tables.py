@@ -148,6 +148,6 @@ def counts(evaluation: Evaluation) -> Iterator[str]:
         yield f"{count} left out: {words}, as in row {first.row}: {first.detail}"
     if evaluation.right is not None:
         yield f"{evaluation.right} of the {size} answers are right"
-    for name, count in evaluation.summary.examples.items():
+    for name, count in evaluation.summary.counted.items():
         if count < size:
             yield f"{name}: {count} examples, in which it could be run"
