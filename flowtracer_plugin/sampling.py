@@ -95,11 +95,7 @@ def sample(
     temperature: float,
     seed: Sequence[int],
 ) -> tuple[tuple[int, ...], ...]:
-<<<<<<< HEAD
-    """Ids of so many completions, drawn from the policy itself, whatever its configuration says.
-=======
     """Ids of so many completions, from the policy itself, whatever the model is configured to.
->>>>>>> audit
 
     They follow from `seed`, and leave every random state as it is.
 
