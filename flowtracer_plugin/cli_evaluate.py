@@ -46,11 +46,17 @@ class AnswerOptions:
     max_new_tokens: Annotated[int, _answers(min=1, help="Length of the model's own answers.")] = 256
     predicted_only: Annotated[
         bool,
-        _answers(help="Leave out given responses whose answer the model would not have chosen."),
+        _answers(
+            "--predicted-only/--any-answer",
+            help="Leave out given responses whose answer the model would not have chosen.",
+        ),
     ] = True
     setting: Annotated[
         Literal["given", "compute"],
-        _answers(help="Responses as they are, or cut where the answer has to be computed."),
+        _data(
+            metavar="WHICH",
+            help="given: responses as they are; compute: cut where the answer has to be computed.",
+        ),
     ] = "given"
     answer: Annotated[
         Any,

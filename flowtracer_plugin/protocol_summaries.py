@@ -130,7 +130,9 @@ def summarise_all(examples: Sequence[Measured], *, seed: int = 0) -> EvaluationS
         lines=_lines(found["lines"], seed),
         edges=_edges(found["edges"], seed),
         regeneration=_regeneration(found["regeneration"], seed),
-        counted={name: len(ones) for name, ones in found.items() if ones},
+        counted={
+            name: len(ones) for name, ones in found.items() if any(name in one for one in examples)
+        },
     )
 
 
