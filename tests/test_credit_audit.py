@@ -306,7 +306,7 @@ def test_parameters_are_found_by_a_pattern():
     model.model.embed_tokens.requires_grad_(False)
     assert "model.embed_tokens.weight" not in named_parameters(model, None)
     with pytest.raises(ValueError, match=r"name that 'layers\.9' finds; the model has model"):
-        named_parameters(model, r"layers\.9")
+        named_parameters(model, "layers.9")
 
 
 def test_a_model_is_left_as_it_was():
