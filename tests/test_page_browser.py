@@ -575,15 +575,20 @@ def test_cells_of_a_notebook_do_not_meet(visits, trace):
         assert colour.evaluate("(one) => getComputedStyle(one).color") != "rgb(255, 0, 0)"
 
 
+def shades(page):
+    """The classes of every token, in no order."""
+    return [set((one.get_attribute("class") or "").split()) for one in tokens_of(page).all()]
+
+
 def test_another_score_shades_the_text(visits, trace):
     place = np.arange(len(trace.tokens), dtype=float)
     page = visits.open(render_page(trace, scores={"place": place}))
-    before = [one.get_attribute("class") for one in tokens_of(page).all()]
+    before = shades(page)
     page.select_option("#score", label="place")
     assert "h5" in tokens_of(page).nth(len(trace.tokens) - 1).get_attribute("class")
     assert page.locator("#by-amount").is_disabled()
     assert page.locator("#shaded-by").inner_text() == "place"
     page.select_option("#score", label="flow")
-    assert [one.get_attribute("class") for one in tokens_of(page).all()] == before
+    assert shades(page) == before
     assert page.locator("#by-amount").is_enabled()
     assert page.locator("#shaded-by").inner_text() == "throughput"
