@@ -172,6 +172,7 @@ class FlowCredit:
         if started and self._reader.attends:
             # Through TRL's own head: ZeRO-3 wants to see the same modules in every pass.
             self._reader.tracer.reader.verify(lambda ids: {"labels": ids, "fused_lm_head": True})
+        if started:
             self._reader.prepare()
 
     def _is_policy(self, model: Any) -> bool:

@@ -17,7 +17,7 @@ from flowtracer_plugin.matched_spans import SpanFinder
 from flowtracer_plugin.read_rollouts import Late, oracle_mask
 from flowtracer_plugin.reading import Reading
 from flowtracer_plugin.rollouts import RolloutMasks, rollout_masks, solve_rollouts
-from flowtracer_plugin.saliency import answer_saliency
+from flowtracer_plugin.saliency import answer_saliency, check_whole
 from flowtracer_plugin.scorers import LATE, Rollouts, Scorer, multiplied
 from flowtracer_plugin.tracer import FlowTracer
 
@@ -148,7 +148,14 @@ class RolloutReader:
         return {"keep": heads, "by_value": value, "average": options.plain}
 
     def prepare(self) -> None:
-        """Run the model as often as it takes, before it is listened to."""
+        """Run the model as often as it takes, before it is listened to.
+
+        Raises:
+            UnsupportedArchitectureError: Its values cannot be weighed, or it is sharded and the
+                scorer needs passes of its own.
+        """
+        if "saliency" in self.scorer.needs:
+            check_whole(self.tracer.model)
         if self._kept["by_value"]:
             self.tracer.reader.projections  # noqa: B018 - found once, and by a run of the model
 

@@ -34,11 +34,7 @@ def answer_saliency(
     Raises:
         UnsupportedArchitectureError: The model's parameters lie in several processes.
     """
-    if not may_stop(model) or tensor_parallel_group(model) is not None:
-        raise UnsupportedArchitectureError(
-            "the scorer 'grad_x_input' runs a forward and a backward pass of its own, which models "
-            "that are sharded or offloaded cannot take between others; choose another scorer"
-        )
+    check_whole(model)
     found = torch.zeros(ids.shape, device=ids.device)
     size = batch_size or len(ids)
     for start in range(0, len(ids), size):
@@ -46,6 +42,19 @@ def answer_saliency(
         if bool(answer[rows].any()):
             found[rows] = _of_batch(model, ids[rows], visible[rows], answer[rows])
     return found
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse models that cannot take passes of their own.
+
+    Raises:
+        UnsupportedArchitectureError: Its parameters lie in several processes, or elsewhere.
+    """
+    if not may_stop(model) or tensor_parallel_group(model) is not None:
+        raise UnsupportedArchitectureError(
+            "the scorer 'grad_x_input' runs a forward and a backward pass of its own, which models "
+            "that are sharded or offloaded cannot take between others; choose another scorer"
+        )
 
 
 def _of_batch(model: nn.Module, ids: Tensor, visible: Tensor, answer: Tensor) -> Tensor:

@@ -307,3 +307,10 @@ def test_reasoning_ends_five_tokens_before_the_answer():
     answer[0, 9:11] = True
     assert reasoning_mask(response, answer)[0].nonzero()[:, 0].tolist() == [2, 3]
     assert not reasoning_mask(response, answer)[1].any()
+
+
+def test_tensor_parallel_models_have_no_process_with_all_heads(monkeypatch):
+    monkeypatch.setattr("flowtracer_plugin.reader.tensor_parallel_group", lambda model: object())
+    tracer = ft.wrap(*with_tokenizer("llama"), preset="sharp")
+    with pytest.raises(UnsupportedArchitectureError, match="use heads='all' and edges='attention'"):
+        tracer.trace("one two\n", "The answer is 5")
