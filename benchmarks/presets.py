@@ -1,4 +1,4 @@
-"""What does the preset `sharp` cost?
+"""What does the preset sharp cost?
 
 One random Llama of 12 layers, one sequence, one thread, float32: three of the four middle layers'
 heads in ten are averaged, weighed by what they move. `paper` averages all heads, `decision` too and

@@ -38,6 +38,7 @@ SMALLEST = {
         {"model": "tiny", "tokens": 16, "rollouts": 3},
         {"model": "reasoner", "tokens": 80, "rollouts": 3},
     ],
+    "presets": [{"tokens": 32, "mode": "dense"}, {"tokens": 32, "mode": "streamed"}],
     "long_sequences": [{"model": "stories15M's shape", "tokens": 40}],
     "growth": [{"axis": "tokens", "tokens": 24, "batch": 2, "layers": 3, "hidden": 128}],
 }

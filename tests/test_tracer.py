@@ -600,7 +600,7 @@ def test_an_adapter_may_refuse_the_model(model):
 @pytest.mark.parametrize("mode", ["dense", "streamed"])
 @pytest.mark.parametrize("backend", ["nnsight", "interface"])
 def test_progress_counts_the_layers_that_are_read(mode, backend, monkeypatch):
-    from flowtracer_plugin import reader
+    from flowtracer_plugin import running
 
     bars = []
 
@@ -608,8 +608,8 @@ def test_progress_counts_the_layers_that_are_read(mode, backend, monkeypatch):
         bars.append((tqdm(**options), options["disable"]))
         return bars[-1][0]
 
-    tqdm = reader.tqdm
-    monkeypatch.setattr(reader, "tqdm", bar)
+    tqdm = running.tqdm
+    monkeypatch.setattr(running, "tqdm", bar)
     tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode=mode, backend=backend)
     tracer.trace(PROMPT, RESPONSE, progress=True)
     assert all(disabled for _, disabled in bars[:-1])
