@@ -65,15 +65,13 @@ def wrap(
     Options that shape the trace are explained at `FlowOptions`.
 
     Args:
-        model: A transformers model, also with PEFT's LoRA; on any device, in any dtype. Wrappers of
-            nnsight, `torch.compile` and data parallelism are taken off.
+        model: A transformers model, also with LoRA. Wrappers are taken off.
         tokenizer: The model's; needed for everything that involves text.
-        preset: `"paper"`, `"decision"` or `"sharp"`: values for those of the next options that are
-            None, see `options.PRESETS`.
+        preset: `"paper"`, `"decision"` or `"sharp"`: for options below that are None.
         layers: Which attention layers are averaged: a name, or numbers.
         question: Which prompt tokens flow is injected at.
-        answer: Finder of the answer in a response: a name (`"auto"`, `"boxed"`, …), a compiled
-            pattern with one group, or a function from text to a span.
+        answer: Finder of the answer: a name (`"auto"`, `"boxed"`, …), a compiled pattern with one
+            group, or a function from text to a span.
         target: `"answer"` or `"decision"`.
         question_weights: `"uniform"` or `"reach"`.
         boundary: `"literal"` or `"absorbing"`.
@@ -81,19 +79,15 @@ def wrap(
         heads: `"all"`, a share such as 0.3, or (layer, head) pairs.
         edges: `"attention"` or `"value"`.
         adapter: How to read this architecture, if the built-in adapters cannot.
-        backend: `"nnsight"` reads any model; `"interface"`, for models that call transformers'
-            attention interface, also works with tensor parallelism, in several threads at once,
-            and without source code.
+        backend: `"nnsight"` reads any model; `"interface"`, for models of transformers' attention
+            interface, also with tensor parallelism, several threads, and without source code.
         block: Query rows that are computed at a time: memory against speed.
-        mode: `"dense"` holds the attention between all pairs of tokens; `"streamed"` computes it
-            twice, a block at a time, and takes memory in proportion to the tokens; `"auto"` takes
-            dense where that fits with ease, see `FlowTracer.estimate`.
-        verify: Whether to check that the tokenizer fits the model, and on the first trace that what
-            is read is what the model computes.
+        mode: `"dense"` holds the attention of all pairs of tokens; `"streamed"` computes it twice,
+            in blocks and linear memory; `"auto"` is dense where that fits with ease.
+        verify: Check that the tokenizer fits, and that what is read is what the model computes.
 
     Raises:
-        UnsupportedArchitectureError: No adapter knows the model.
-        NoAttentionError: The model has no attention.
+        UnsupportedArchitectureError, NoAttentionError: No adapter knows it, or it has no attention.
         ValueError: An option has no such choice, there is no such layer, or the tokenizer does not
             belong to the model.
         TypeError: `model` is no transformers model.
