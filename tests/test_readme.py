@@ -76,7 +76,8 @@ def test_the_options_that_the_readme_shows_for_the_command_exist():
 
     from flowtracer_plugin.cli import app
 
-    commands = (["generate", "--help"], ["trace", "--help"], ["train", "--help"])
+    names = ("generate", "trace", "audit", "train")
+    commands = ([name, "--help"] for name in names)
     described = "".join(CliRunner().invoke(app, c, terminal_width=200).output for c in commands)
     inline = re.findall(r"`(flowtracer [^`]+)`", README)
     shell = [block.text for block in BLOCKS if block.language == "bash"]
