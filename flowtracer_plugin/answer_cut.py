@@ -7,10 +7,14 @@ before. Cut before the result, "9 · 2 = " leaves the model to compute what has 
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
-from flowtracer_plugin.answers import same_answer
-
-_RESULT = re.compile(r"=\s*[$€£]?\s*(-?\d+(?:,\d{3})*(?:\.\d+)?)")
+_NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
+# Not an operand, as 18 is in "x = 18 * 2", and no part of a longer number.
+_RESULT = re.compile(
+    rf"=\s*(?:\\boxed\{{|[*_$€£\\]+)?\s*(-?{_NUMBER})(?!\d|[.,]\d|[ \t]*[-+*/×÷^]+[ \t]*\d)"
+)
+_WRITTEN = re.compile(rf"(?<![\w.]){_NUMBER}")
 
 
 class NotComputedError(ValueError):
@@ -20,7 +24,8 @@ class NotComputedError(ValueError):
 def cut_at_result(response: str, answer: str) -> str:
     r"""The response up to the first result of an equation that is the answer, and including it.
 
-    Only if the answer stands nowhere before: else it could be copied.
+    Only if that number stands nowhere before in the response, in whatever form: else it could be
+    copied. The prompt is not looked at.
 
     Raises:
         NotComputedError: There is no such equation.
@@ -29,11 +34,18 @@ def cut_at_result(response: str, answer: str) -> str:
         >>> cut_at_result("He has 9 * 2 = $18 left.\nThe answer is 18", "18")
         'He has 9 * 2 = $18'
     """
-    results = (match for match in _RESULT.finditer(response) if same_answer(match[1], answer))
+    numbers = _WRITTEN.findall(answer)
+    wanted = _size(numbers[-1]) if numbers else None
+    results = (match for match in _RESULT.finditer(response) if _size(match[1]) == wanted)
     found = next(results, None)
     if found is None:
         raise NotComputedError(f"no equation in the response has the result {answer!r}")
     start, end = found.span(1)
-    if re.search(rf"(?<![\d.,]){re.escape(response[start:end])}(?![\d]|[.,]\d)", response[:start]):
+    if any(_size(one) == wanted for one in _WRITTEN.findall(response[:start])):
         raise NotComputedError(f"{answer!r} stands in the response before it is computed")
     return response[:end]
+
+
+def _size(number: str) -> Decimal:
+    """Without its sign, which may also be a minus."""
+    return abs(Decimal(number.replace(",", "")))

@@ -17,6 +17,7 @@ from flowtracer_plugin.answers import find_answer, same_answer
 from flowtracer_plugin.encoding import Prompt
 from flowtracer_plugin.faithfulness import KnockOutOptions, TooFewTokensError
 from flowtracer_plugin.knockout import knock_out
+from flowtracer_plugin.memory import TooLittleMemoryError
 from flowtracer_plugin.protocols import check_protocols, measure
 from flowtracer_plugin.spans import AnswerNotFoundError
 from flowtracer_plugin.token_scores import TOKEN_SCORES, TokenScore
@@ -130,6 +131,9 @@ def evaluate(
         except NotComputedError as error:
             yield Outcome(**known, left_out="not_computed", detail=str(error))
             continue
+        except TooLittleMemoryError:
+            yield Outcome(**known, left_out="not_traced", detail=_TOO_LONG)
+            continue
         except ValueError as error:
             yield Outcome(**known, left_out="not_traced", detail=str(error))
             continue
@@ -144,7 +148,7 @@ def evaluate(
                 chosen,
                 protocols=protocols,
                 scores=scores,
-                right=example.answer,
+                right=_right_answer(example.answer),
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
             )
@@ -181,9 +185,18 @@ def _doubt(tracer: FlowTracer, trace: FlowTrace) -> str | None:
     )
 
 
+_TOO_LONG = (
+    "the attention between all pairs of its tokens, which scores are compared on, takes more "
+    "memory than is free"
+)
+
+
 def _is_right(said: str, wanted: str | None) -> bool | None:
-    if wanted is None:
-        return None
-    found = find_answer(wanted)
-    right = wanted if found is None else wanted[found.start : found.end]
-    return same_answer(said, right)
+    right = _right_answer(wanted)
+    return None if right is None else same_answer(said, right)
+
+
+def _right_answer(wanted: str | None) -> str | None:
+    """The answer alone, where the data bring a whole solution."""
+    found = None if wanted is None else find_answer(wanted)
+    return wanted if found is None or wanted is None else wanted[found.start : found.end]

@@ -39,8 +39,27 @@ class Evaluation:
     @property
     def right(self) -> int | None:
         """How many of the answers that count are right; None if nobody knows of any."""
-        known = [one.correct for one in self.outcomes if one.measured and one.correct is not None]
-        return sum(known) if known else None
+        return sum(self._known) if self._known else None
+
+    @property
+    def known(self) -> int:
+        """Of how many answers that count the right one is known."""
+        return len(self._known)
+
+    @property
+    def _known(self) -> list[bool]:
+        return [one.correct for one in self.outcomes if one.measured and one.correct is not None]
+
+    @property
+    def skipped(self) -> Mapping[str, tuple[int, str]]:
+        """How often a protocol could not be run, and why the first time."""
+        found: dict[str, tuple[int, str]] = {}
+        for one in self.outcomes:
+            for name, measured in (one.measured or {}).items():
+                if "skipped" in measured:
+                    times, reason = found.get(name, (0, f"row {one.row}: {measured['skipped']}"))
+                    found[name] = times + 1, reason
+        return found
 
     @property
     def left_out(self) -> tuple[tuple[str, str, int, Outcome], ...]:

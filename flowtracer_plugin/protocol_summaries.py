@@ -123,6 +123,7 @@ def summarise_all(examples: Sequence[Measured], *, seed: int = 0) -> EvaluationS
         name: [one[name] for one in examples if name in one and "skipped" not in one[name]]
         for name in ("knock_out", "curves", "lines", "edges", "regeneration")
     }
+    found["lines"] = [one for one in found["lines"] if _orders(one)]
     effects = [effects_of(one["effects"]) for one in found["knock_out"]]
     return EvaluationSummary(
         knock_out=summarise(effects, seed=seed),
@@ -163,17 +164,11 @@ def _curves(examples: Sequence[Any], seed: int) -> tuple[CurveSummary, ...]:
 
 
 def _lines(examples: Sequence[Any], seed: int) -> tuple[LineSummary, ...]:
-    """Over the examples in which every score orders the lines."""
     if not examples:
         return ()
     names = list(examples[0]["by_sum"])
-    kept = [
-        one for one in examples if None not in (*one["by_sum"].values(), *one["by_max"].values())
-    ]
-    if not kept:
-        return ()
     sums, most = (
-        np.array([[one[kind][name] for name in names] for one in kept])
+        np.array([[one[kind][name] for name in names] for one in examples])
         for kind in ("by_sum", "by_max")
     )
     return tuple(
@@ -185,6 +180,11 @@ def _lines(examples: Sequence[Any], seed: int) -> tuple[LineSummary, ...]:
         )
         for place, name in enumerate(names)
     )
+
+
+def _orders(lines: Any) -> bool:
+    """Whether every score orders the lines of a text: only then are they compared on it."""
+    return None not in (*lines["by_sum"].values(), *lines["by_max"].values())
 
 
 def _edges(examples: Sequence[Any], seed: int) -> tuple[EdgeSummary, ...]:

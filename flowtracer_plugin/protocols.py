@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -52,9 +52,9 @@ def _knock_out(tracer: FlowTracer, trace: FlowTrace, asked: Question) -> Any:
 
 
 def _curves(tracer: FlowTracer, trace: FlowTrace, asked: Question) -> Any:
-    found = measure_curves(
-        tracer, trace, asked.options, scores=asked.scores, batch_size=asked.batch_size
-    )
+    # Without what stands right before the answer, often a template that any answer needs.
+    options = replace(asked.options, gaps=(max(asked.options.gaps),))
+    found = measure_curves(tracer, trace, options, scores=asked.scores, batch_size=asked.batch_size)
     return [asdict(curve) for curve in found]
 
 

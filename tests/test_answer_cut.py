@@ -21,6 +21,10 @@ from tests.tiny import tiny_llama, tiny_tokenizer
         ("1.5 + 1 = 2.50 dollars: 2.50", "2.50", "1.5 + 1 = 2.50"),
         ("18.5 - 8 = 10.5\n6 * 3 = 18", "18", "18.5 - 8 = 10.5\n6 * 3 = 18"),
         ("118 - 100 = 18", "18", "118 - 100 = 18"),
+        ("x = 20 - 2 = 18 apples", "18 apples", "x = 20 - 2 = 18"),
+        ("9 + 9 = **18** eggs", "18", "9 + 9 = **18"),
+        (r"9 + 9 = \boxed{18}", "18", r"9 + 9 = \boxed{18"),
+        (r"9 + 9 = \$18.00", "$18", r"9 + 9 = \$18.00"),
     ],
 )
 def test_a_response_ends_with_the_result_that_is_the_answer(response, answer, cut):
@@ -35,6 +39,12 @@ def test_a_response_ends_with_the_result_that_is_the_answer(response, answer, cu
         ("From 18 sheep, 9 * 2 = 18 are", "18", "'18' stands in the response before"),
         ("Take 18. 9 * 2 = 18", "18", "'18' stands in the response before"),
         ("", "18", "no equation"),
+        ("x = 18 * 2 = 36, 36 / 2 = 18", "18", "'18' stands in the response before"),
+        ("half = 18/2, so 9 + 9 = 18", "18", "'18' stands in the response before"),
+        ("It is 1800 here. 900 + 900 = 1,800", "1800", "'1800' stands in the response before"),
+        ("It costs $2.50. 5 / 2 = 2.5", "2.5", "'2.5' stands in the response before"),
+        ("17,18 then 9 * 2 = 18", "18", "'18' stands in the response before"),
+        ("9 + 9 = eighteen", "eighteen", "no equation"),
     ],
 )
 def test_an_answer_that_could_be_copied_is_refused(response, answer, said):

@@ -91,7 +91,7 @@ def test_every_protocol_can_be_asked_for_and_a_page_written(flowtracer, model, d
     assert {one["score"] for one in found["curves"]} >= {"flow", "recency", "random"}
     assert page.read_text("utf-8").count("<table") >= 4
     ran = flowtracer("evaluate", model, data, *QUICK, "--protocols", "edges,knock_out,regeneration")
-    assert "regeneration: 0 examples, in which it could be run" in ran.out
+    assert "regeneration: 0 of 3 examples; 3 could not be run, as in row 0: only" in ran.out
     assert "Edges with the most flow" in ran.out
     assert "Curves" not in ran.out
 

@@ -56,6 +56,32 @@ def test_examples_are_measured_or_left_out_with_the_reason(planted):
     assert [one.correct for one in found[1:]] == [None] * 3
 
 
+def test_a_text_that_does_not_fit_is_left_out_and_the_others_go_on(planted, monkeypatch):
+    from flowtracer_plugin.memory import TooLittleMemoryError
+
+    real, asked = type(planted).trace, examples("good", "good")
+
+    def trace(self, prompt, response, **options):
+        if response == asked[0].response:
+            raise TooLittleMemoryError("mode='streamed'")
+        return real(self, prompt, response, **options)
+
+    monkeypatch.setattr(type(planted), "trace", trace)
+    found = list(evaluate(planted, asked, FEW))
+    assert [one.left_out for one in found] == ["not_traced", None]
+    assert "takes more memory than is free" in found[0].detail
+
+
+def test_a_solution_in_the_data_means_its_answer(planted, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "flowtracer_plugin.evaluation.measure", lambda *_, right, **__: seen.append(right) or {}
+    )
+    asked = replace(example(0), answer="1 + 1 = 2\n#### 2")
+    list(evaluate(planted, [asked, example(1)], FEW))
+    assert seen == ["2", None]
+
+
 def test_unlikely_answers_can_be_kept(planted):
     (found,) = evaluate(planted, examples("unlikely"), FEW, predicted_only=False)
     assert found.measured["knock_out"]["predicted"] is False

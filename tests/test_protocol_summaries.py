@@ -80,6 +80,7 @@ def test_curves(examples):
 def test_lines_count_where_every_score_orders_them(examples):
     examples[1]["lines"]["by_max"][HOP] = None
     kept = [one for place, one in enumerate(examples) if place != 1]
+    assert summarise_all(examples).counted["lines"] == 4
     found = {one.score: one for one in summarise_all(examples, seed=4).lines}
     sums = {name: values(kept, "lines", "by_sum", name) for name in ("flow", HOP)}
     assert found["flow"].by_sum == bootstrap_interval(sums["flow"], seed=4)

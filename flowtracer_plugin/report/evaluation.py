@@ -48,6 +48,7 @@ def render_evaluation(evaluation: Evaluation) -> str:
         measured=len(evaluation.measured),
         outcomes=evaluation.outcomes,
         right=evaluation.right,
+        known=evaluation.known,
         left_out=list(counts(evaluation))[1:],
         gap=fairest,
         bars=_bars(evaluation, fairest),
@@ -91,7 +92,8 @@ def _bars(evaluation: Evaluation, gap: int) -> list[Bar]:
     found = ranked(evaluation, gap)
     if not found:
         return []
-    most = max(_high(one.aopc) for one in found) or 1.0
+    bottoms = [bottom_of(evaluation, one) for one in found]
+    most = max(_high(one.aopc) for one in [*found, *filter(None, bottoms)]) or 1.0
     chance = next(one.aopc for one in found if one.score == BASELINES["chance"])
 
     def at(value: float) -> float:

@@ -85,7 +85,7 @@ def _curves(summary: EvaluationSummary) -> EvaluationTable:
     return EvaluationTable(
         name="curves",
         title="Curves: mean height as the top is deleted (lower is better), as it is inserted "
-        "(higher is better), and what lies between",
+        "(higher is better), and what lies between; the tokens right before the answer are spared",
         heads=("score", "deletion", "insertion", "gap", "− chance", "− one hop"),
         rows=tuple(
             (one.score, one.deletion, one.insertion, one.gap, one.over_chance, one.over_one_hop)
@@ -147,7 +147,10 @@ def counts(evaluation: Evaluation) -> Iterator[str]:
     for _, words, count, first in evaluation.left_out:
         yield f"{count} left out: {words}, as in row {first.row}: {first.detail}"
     if evaluation.right is not None:
-        yield f"{evaluation.right} of the {size} answers are right"
+        unknown = "" if evaluation.known == size else " of which the right one is known"
+        yield f"{evaluation.right} of the {evaluation.known} answers{unknown} are right"
     for name, count in evaluation.summary.counted.items():
         if count < size:
-            yield f"{name}: {count} examples, in which it could be run"
+            times, reason = evaluation.skipped.get(name, (0, ""))
+            why = f"; {times} could not be run, as in {reason}" if times else ""
+            yield f"{name}: {count} of {size} examples{why}"
