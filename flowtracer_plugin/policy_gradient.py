@@ -90,10 +90,17 @@ def chances_of(
     temperature: float,
 ) -> Chances:
     """Run the policy on a prompt with its completions, padded behind the text."""
-    inputs = {"input_ids": ids, "attention_mask": visible.long(), "use_cache": False}
+    # The last tokens of the prompt and of all but the end of the completions are what is asked of.
+    asked = ids.shape[1] - prompt_length + 1
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": visible.long(),
+        "use_cache": False,
+        "logits_to_keep": asked,
+    }
     accepted = accepted_inputs(model)
     given = {name: value for name, value in inputs.items() if name in accepted}
-    logits = first_output(model(**given))[:, prompt_length - 1 : -1].float() / temperature
+    logits = first_output(model(**given))[:, -asked:-1].float() / temperature
     every = logits.log_softmax(-1)
     said, shown = ids[:, prompt_length:], visible[:, prompt_length:]
     with torch.no_grad():
