@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flowtracer_plugin.answers import AnswerFinder, FoundAnswer, Span, find_answer
-from flowtracer_plugin.edges import EdgeChoice, completions, reasoning_mask
+from flowtracer_plugin.edges import completions, edge_choice
 from flowtracer_plugin.matched_spans import SpanFinder
 from flowtracer_plugin.read_rollouts import Late, oracle_mask
 from flowtracer_plugin.reading import Reading
@@ -115,10 +115,8 @@ class RolloutReader:
     ) -> Scored:
         """Run the model on `batch_size` rows at a time, up to the last layer that is read.
 
-        `late` is what is known of whole passes already.
-
-
         What goes wrong with some rows is raised when all have been run, as on other processes.
+        `late` is what is known of whole passes already.
         """
         started = perf_counter()
         batch = self._batch(ids, visible, prompt_length, batch_size)
@@ -161,17 +159,11 @@ class RolloutReader:
 
     def _edges(self, batch: _Batch, reading: Reading) -> Float[Tensor, "batch query key"]:
         """The edges of the flow: the mean attention, or those that the options choose."""
-        tracer, rollouts = self.tracer, batch.rollouts
-        if tracer.options.plain:
-            return reading.attention
-        choice = EdgeChoice(
-            heads=tracer.options.heads,
-            by_value=tracer.options.edges == "value",
-            target=batch.masks.target,
-            reasoning=reasoning_mask(
-                completions(rollouts.visible, rollouts.prompt_length), batch.masks.answer
-            ),
-        )
+        tracer, rollouts, masks = self.tracer, batch.rollouts, batch.masks
+        response = completions(rollouts.visible, rollouts.prompt_length)
+        choice = edge_choice(tracer.options, masks.target, response, masks.answer)
+        if choice is None:
+            return reading.mean
         rows = tracer.reader.rows_of(
             reading.calls, tracer.layers, reading.lengths, rollouts.visible, choice
         )

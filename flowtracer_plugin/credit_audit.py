@@ -17,7 +17,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -199,7 +199,7 @@ class _Policy:
         total = self._nothing()
         for group in groups:
             if group.tells:
-                _, chances, advantages = self._run(group)
+                _, _, chances, advantages = self._run(group)
                 total += weighted_gradient(chances, advantages, self._parameters)
                 self._finished()
         return total
@@ -220,7 +220,8 @@ class _Policy:
         for group in groups:
             if not group.tells:
                 continue
-            read, chances, advantages = self._run(group, oracle)
+            ids, visible, chances, advantages = self._run(group)
+            read = self._read(group, ids, visible, chances, oracle)
             plain += weighted_gradient(chances, advantages, self._parameters)
             kinds = _Kinds(self._tracer, group, read, chances)
             total += kinds.counted(read.rollouts(_UNIFORM).competing.float())
@@ -259,18 +260,34 @@ class _Policy:
         return torch.zeros(size, device=self._parameters[0].device)
 
     def _run(
-        self, group: Group, oracle: SpanFinder | None = None
-    ) -> tuple[ReadRollouts, Chances, Float[Tensor, "completion token"]]:
-        """A group, what the policy thought of it, and the advantage of each of its tokens."""
+        self, group: Group
+    ) -> tuple[
+        Int[Tensor, "completion whole"],
+        Bool[Tensor, "completion whole"],
+        Chances,
+        Float[Tensor, "completion token"],
+    ]:
+        """A group's ids and mask, what the policy thought of it, and each token's advantage."""
+        model, start = self._tracer.model, len(group.prompt_ids)
+        ids, visible = padded(group, input_device(model))
+        chances = chances_of(model, ids, visible, start, self._options.temperature)
+        return ids, visible, chances, group.advantages.to(ids.device)[:, None] * visible[:, start:]
+
+    def _read(
+        self,
+        group: Group,
+        ids: Int[Tensor, "completion whole"],
+        visible: Bool[Tensor, "completion whole"],
+        chances: Chances,
+        oracle: SpanFinder | None,
+    ) -> ReadRollouts:
+        """A group as scorers see it."""
         tracer, start = self._tracer, len(group.prompt_ids)
-        ids, visible = padded(group, input_device(tracer.model))
-        chances = chances_of(tracer.model, ids, visible, start, self._options.temperature)
-        advantages = group.advantages.to(ids.device)[:, None] * visible[:, start:]
         masks = rollout_masks(
             tracer.require_tokenizer(), ids, visible, start, tracer.options, tracer.answer
         )
         late = partial(Late, chances.entropies, -chances.log_probs.detach())
-        read = ReadRollouts(
+        return ReadRollouts(
             tracer,
             ids,
             visible,
@@ -280,7 +297,6 @@ class _Policy:
             oracle=oracle,
             seed=self._options.seed,
         )
-        return read, chances, advantages
 
 
 _UNIFORM = SCORERS["uniform"]

@@ -13,7 +13,7 @@ from flowtracer_plugin.attention import AttentionCall, AttentionWeights
 from flowtracer_plugin.attention_rows import AttentionRows
 from flowtracer_plugin.head_choice import attention_to, most_attentive, named_heads
 from flowtracer_plugin.head_mean import given_by
-from flowtracer_plugin.options import Heads
+from flowtracer_plugin.options import FlowOptions, Heads
 
 BEFORE_ANSWER = 5
 """Tokens right before the answer that are no reasoning: often a template such as "The answer is".
@@ -47,6 +47,23 @@ class EdgeChoice:
             return found
 
         return replace(self, target=moved(self.target), reasoning=moved(self.reasoning))
+
+
+def edge_choice(
+    options: FlowOptions,
+    target: Bool[Tensor, "batch token"],
+    response: Bool[Tensor, "batch token"],
+    answer: Bool[Tensor, "batch token"],
+) -> EdgeChoice | None:
+    """The edges that options ask for; None for the plain mean."""
+    if options.plain:
+        return None
+    return EdgeChoice(
+        heads=options.heads,
+        by_value=options.edges == "value",
+        target=target,
+        reasoning=reasoning_mask(response, answer),
+    )
 
 
 def reasoning_mask(

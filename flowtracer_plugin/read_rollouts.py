@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flowtracer_plugin.attention import AttentionCall, AttentionWeights
-from flowtracer_plugin.edges import EdgeChoice, completions, reasoning_mask
+from flowtracer_plugin.edges import completions, edge_choice
 from flowtracer_plugin.layers import select_layers
 from flowtracer_plugin.matched_spans import SpanFinder, matched_mask
 from flowtracer_plugin.options import FlowOptions, flow_options
@@ -173,12 +173,7 @@ class ReadRollouts:
                 for call, site in zip(calls, sites, strict=True)
             ]
         response = completions(self._visible, self._start)
-        choice = EdgeChoice(
-            heads=options.heads,
-            by_value=by_value,
-            target=target,
-            reasoning=reasoning_mask(response, self._masks.answer),
-        )
+        choice = edge_choice(options, target, response, self._masks.answer)
         rows = tracer.reader.rows_of(calls, tracer.layers, lengths, self._visible, choice)
         return rows.whole()
 

@@ -75,7 +75,7 @@ class AttentionReader(ModelRunner):
             heads=heads,
             model_inputs=model_inputs,
             progress=progress,
-        ).attention
+        ).mean
         return found if torch.equal(attention_mask, seen) else put_back(found, seen)
 
     def read_rows(
@@ -106,9 +106,7 @@ class AttentionReader(ModelRunner):
         self._run(inputs, sites, kept.receive, progress)
         visible, calls = attention_mask.to(input_ids.device), kept.calls()
         check_causal(calls)
-        if choice is None:
-            return AttentionRows(self.model, calls, visible, block=self.block), visible
-        choice = choice.behind(seen, visible)
+        choice = None if choice is None else choice.behind(seen, visible)
         return self.rows_of(calls, layers, kept.lengths, visible, choice), visible
 
     def read_edges(
@@ -138,14 +136,16 @@ class AttentionReader(ModelRunner):
         layers: Sequence[int],
         lengths: Sequence[Float[Tensor, "batch _ _"]],
         visible: Bool[Tensor, "batch token"],
-        choice: EdgeChoice,
+        choice: EdgeChoice | None,
     ) -> AttentionRows:
-        """The chosen edges of calls of `layers`, wherever the padding is.
+        """The chosen edges of calls of `layers`, or their plain mean, wherever the padding is.
 
         Raises:
             UnsupportedArchitectureError: The model is tensor parallel: no process has all heads.
             ValueError: There are no such heads.
         """
+        if choice is None:
+            return AttentionRows(self.model, calls, visible, block=self.block)
         if tensor_parallel_group(self.model) is not None:
             raise UnsupportedArchitectureError(
                 "heads are chosen among all, and a tensor parallel model has only some of them in "
@@ -191,7 +191,7 @@ class AttentionReader(ModelRunner):
         """`read` with the padding where it is, as whoever passes it to the model sees it.
 
         With `keep`, the calls come too, and with `by_value` the lengths of their values. Without
-        `average` the mean is not computed, and is 0.
+        `average` there is no mean.
         """
         sites, projections = self._chosen(layers), self.projections if by_value else None
         shape = (*input_ids.shape, attention_mask.shape[1])

@@ -27,16 +27,23 @@ class Reading:
     """What one forward pass attended to.
 
     Attributes:
-        attention: Mean over layers and heads, float32, rows and columns of padding zero.
+        attention: Mean over layers and heads, float32, rows and columns of padding zero; None if it
+            was not asked for.
         calls: Of the layers, in the order of execution; none unless they were asked for.
         lengths: Of each call's values; none unless they were asked for.
         seconds: That reading took, beside the forward pass. On a GPU: until it was under way.
     """
 
-    attention: Float[Tensor, "batch query key"]
+    attention: Float[Tensor, "batch query key"] | None
     calls: tuple[AttentionCall | AttentionWeights, ...] = ()
     lengths: tuple[Float[Tensor, "batch _ _"], ...] = ()
     seconds: float = 0.0
+
+    @property
+    def mean(self) -> Float[Tensor, "batch query key"]:
+        """The attention, of a reading that was asked for it."""
+        assert self.attention is not None, "read with average=True"
+        return self.attention
 
 
 class ReadingSum:
@@ -52,7 +59,7 @@ class ReadingSum:
         heads: Restricts layers to some query heads.
         keep: Whether the calls are kept.
         projections: If lengths of values are wanted, what they go through.
-        average: Whether the mean is wanted at all; it is 0 if not.
+        average: Whether the mean is wanted at all: without it no map of all pairs is made.
     """
 
     def __init__(
@@ -71,10 +78,11 @@ class ReadingSum:
     ) -> None:
         self._model, self._adapter, self._block = model, adapter, block
         self._missing, self._share = sites, 1 / sites
-        self._total = torch.zeros(*shape, dtype=torch.float32, device=device)
+        self._total: Tensor | None = None
+        if average:
+            self._total = torch.zeros(*shape, dtype=torch.float32, device=device)
         self._heads, self._keep, self._seconds = heads or {}, keep, 0.0
         self._calls: list[AttentionCall | AttentionWeights] = []
-        self._average = average
         self._projections, self._lengths = projections, list[Float[Tensor, "batch _ _"]]()
         self._error: Exception | None = None
 
@@ -101,7 +109,7 @@ class ReadingSum:
 
     def _add(self, site: AttentionSite, args: Any, kwargs: Any) -> None:
         call = self._adapter.read(self._model.get_submodule(site.module), args, kwargs)
-        if self._average:
+        if self._total is not None:
             heads = self._heads.get(site.layer)
             add_head_mean(call, self._total, weight=self._share, heads=heads, block=self._block)
         if self._keep:
@@ -115,13 +123,14 @@ class ReadingSum:
         Raises whatever went wrong in a call.
         """
         total = self._total
-        if self._average:
+        if total is not None:
             average_heads(self._model, total)  # also where it failed: the others wait for it
         if self._error is not None:
             raise self._error
-        seen = seen.to(total.device)
-        rows = ~seen[:, -total.shape[1] :]  # filled, not multiplied: 0 times NaN is NaN
-        total.masked_fill_(rows[:, :, None], 0).masked_fill_(~seen[:, None, :], 0)
+        if total is not None:
+            seen = seen.to(total.device)
+            rows = ~seen[:, -total.shape[1] :]  # filled, not multiplied: 0 times NaN is NaN
+            total.masked_fill_(rows[:, :, None], 0).masked_fill_(~seen[:, None, :], 0)
         return Reading(
             attention=total,
             calls=tuple(self._calls),

@@ -14,7 +14,7 @@ from flowtracer_plugin._substitution import Rows
 from flowtracer_plugin.attention_rows import AttentionRows
 from flowtracer_plugin.backbone import outline
 from flowtracer_plugin.causal_lm import check_input, check_packing
-from flowtracer_plugin.edges import EdgeChoice, completions, reasoning_mask
+from flowtracer_plugin.edges import EdgeChoice, completions, edge_choice
 from flowtracer_plugin.flow import solve_flow
 from flowtracer_plugin.memory import Budget
 from flowtracer_plugin.options import FlowOptions
@@ -92,7 +92,7 @@ class Solver:
             torch.from_numpy(part)[None].to(ids.device)
             for part in (spans.target, spans.response, spans.answer)
         )
-        choice = self._choice(target, reasoning_mask(response, answer))
+        choice = edge_choice(self.options, target, response, answer)
         if self._ready(ids, mask) == "dense":
             edges, heads = self._edges(ids, mask, choice, progress=progress)
             attention = edges[0].cpu().numpy()
@@ -128,7 +128,7 @@ class Solver:
     def rollouts(self, ids: Ids, mask: Mask, masks: RolloutMasks, prompt_length: int) -> FlowBatch:
         """The flow of padded rollouts that run through the model at once."""
         response = completions(mask.to(masks.answer.device), prompt_length)
-        choice = self._choice(masks.target, reasoning_mask(response, masks.answer))
+        choice = edge_choice(self.options, masks.target, response, masks.answer)
         if self._ready(ids, mask) == "dense":
             attention, _ = self._edges(ids, mask, choice)
             return solve_rollouts(attention, masks, prompt_length, self.options)
@@ -143,17 +143,6 @@ class Solver:
         self.budget.prepare()
         padded = not bool(mask.all())
         return self.budget.choose(self.mode, ids.shape[1], len(ids), padded=padded)
-
-    def _choice(self, target: Mask, reasoning: Mask) -> EdgeChoice | None:
-        """Which edges, if not the plain mean."""
-        if self.options.plain:
-            return None
-        return EdgeChoice(
-            heads=self.options.heads,
-            by_value=self.options.edges == "value",
-            target=target,
-            reasoning=reasoning,
-        )
 
     def _edges(
         self, ids: Ids, mask: Mask, choice: EdgeChoice | None, *, progress: bool = False
@@ -180,8 +169,11 @@ class Solver:
         )
         if self.options.first_token == "keep":
             return rows, ordered, self._pairs(rows)
-        found = lambda start, stop: drop_first_token(rows(start, stop), ordered[:, :stop])  # noqa: E731
-        return found, ordered, self._pairs(rows)
+
+        def without_first(start: int, stop: int) -> Float[Tensor, "batch row key"]:
+            return drop_first_token(rows(start, stop), ordered[:, :stop])
+
+        return without_first, ordered, self._pairs(rows)
 
     def _pairs(self, rows: AttentionRows) -> HeadPairs:
         """Layer and head of those that were chosen for the first text; none if all were."""

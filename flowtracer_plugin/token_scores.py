@@ -21,7 +21,7 @@ from flowtracer_plugin.cutting import plainly
 from flowtracer_plugin.matched_spans import SpanFinder
 from flowtracer_plugin.read_rollouts import Graph, Late, ReadRollouts, oracle_mask
 from flowtracer_plugin.rollouts import RolloutMasks
-from flowtracer_plugin.scorers import Rollouts, Scorer, find_scorer
+from flowtracer_plugin.scorers import Rollouts, Scorer, coupled, find_scorer, shuffled
 from flowtracer_plugin.trace import FlowTrace
 from flowtracer_plugin.tracer import FlowTracer
 
@@ -159,10 +159,10 @@ def _values(scorer: Scorer, rollouts: Rollouts) -> Scores:
     """What the scorer measures, or where it chooses by more than one number, how it chooses."""
     features = scorer.measure(rollouts)
     score = features[0]
-    if scorer.name.startswith("coupled"):
+    if scorer.choose is coupled:
         tie = score / (score.max() + 1) / 2  # less than the boosts differ by
         score = scorer.choose(features, rollouts, COUPLED_SHARE) + tie
-    if scorer.name.startswith("shuffled"):
+    if scorer.choose is shuffled:
         answer = rollouts.answer[:, rollouts.prompt_length :]
         bins = role_and_position(rollouts.competing, answer)
         score = permute_within(bins, score, features[1])

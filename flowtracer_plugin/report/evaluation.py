@@ -72,7 +72,6 @@ class Bar:
         bottom: Where the bottom's drop ends; None for controls.
         chance: Ends of the interval of random sets.
         said: The drop in words.
-        below: The bottom's in words.
         over: The difference from one hop, in words.
     """
 
@@ -84,7 +83,6 @@ class Bar:
     bottom: float | None
     chance: tuple[float, float]
     said: str
-    below: str
     over: str
 
 
@@ -110,7 +108,6 @@ def _bars(evaluation: Evaluation, gap: int) -> list[Bar]:
             bottom=None if bottom is None else at(bottom.aopc.mean),
             chance=(at(_low(chance)), at(_high(chance))),
             said=cell(one.aopc),
-            below="" if bottom is None else f"{bottom.aopc.mean:z.2f}",
             over=cell(one.over_one_hop),
         )
 
@@ -166,7 +163,7 @@ def _shares(evaluation: Evaluation, gap: int) -> Shares | None:
 
     # What is told apart is drawn last, above the others.
     lines = sorted(map(line, found), key=lambda one: one.kind != "other")
-    upward = [(up(most * part / 4), f"{most * part / 4:.1f}") for part in range(5)]
+    upward = [(up(most * part / 4), f"{most * part / 4:.2f}") for part in range(5)]
     return Shares(lines=lines, across=list(zip(across, percents, strict=True)), upward=upward)
 
 
