@@ -8,21 +8,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowtracer_plugin.cli_data import DataOptions, load_prompts
-from flowtracer_plugin.cli_loading import (
-    Device,
-    Precision,
-    RemoteCode,
-    Traceback,
-    load_model,
-    load_tokenizer,
-)
-from flowtracer_plugin.cli_options import Layers, answer_rule, flattened, writable
+from flowtracer_plugin.cli_data import DataOptions, RunOptions, load_prompts
+from flowtracer_plugin.cli_loading import Traceback, load_model, load_tokenizer
+from flowtracer_plugin.cli_options import Layers, answer_rule, flattened
 from flowtracer_plugin.cli_outputs import print_document
 
 if TYPE_CHECKING:
@@ -102,28 +94,12 @@ class CreditAuditOptions:
     ] = "auto"
 
 
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        dir_okay=False,
-        callback=writable,
-        help="Write rollouts and results here as they come, and go on from there.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
-
 @flattened
 def audit(
-    model: Annotated[str, typer.Argument(help="Folder of a model, or its id on the hub.")],
+    run: RunOptions,
     data: DataOptions,
     rollouts: RolloutOptions,
     credit: CreditAuditOptions,
-    output: Output = None,
-    device: Device = "auto",
-    dtype: Precision = "auto",
-    trust_remote_code: RemoteCode = False,
-    json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
     """Compare ways to give tokens credit before any training, by the policy gradient they make.
@@ -132,7 +108,7 @@ def audit(
 
     flowtracer audit Qwen/Qwen3-0.6B questions.jsonl --reward math_answer --parameters layers.20
     """
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(run.model, trust_remote_code=run.trust_remote_code)
     from flowtracer_plugin.audit_file import AuditFile
     from flowtracer_plugin.credit_audit import AuditOptions
     from flowtracer_plugin.rewards import named_reward
@@ -146,7 +122,7 @@ def audit(
     )
     reward = named_reward(rollouts.reward)
     examples = load_prompts(data, tokenizer, rollouts.prompts)
-    loaded = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
+    loaded = load_model(run.model, run.device, run.dtype, trust_remote_code=run.trust_remote_code)
     from flowtracer_plugin.credit_audit import audit as audited
     from flowtracer_plugin.policy_gradient import check_memory, named_parameters
     from flowtracer_plugin.tracer import wrap
@@ -155,7 +131,7 @@ def audit(
     parameters = named_parameters(tracer.model, credit.parameters)
     check_memory(tracer.model, list(parameters.values()), vectors=len(scorers) + 4)
     settings = {
-        "model": model,
+        "model": run.model,
         "data": asdict(data),
         "dtype": str(tracer.model.dtype),
         **asdict(rollouts),
@@ -164,7 +140,7 @@ def audit(
         "layers": list(tracer.layers),
         "answer": tracer.options.answer,
     }
-    file = AuditFile(output, settings)
+    file = AuditFile(run.output, settings)
     groups = _groups(tracer, examples, rollouts, reward, file)
     for batch in audited(
         tracer,
@@ -177,7 +153,7 @@ def audit(
         progress=sys.stderr.isatty(),
     ):
         file.add(batch)
-    _deliver(file, groups, settings, credit.gamma, as_json=json)
+    _deliver(file, groups, settings, credit.gamma, as_json=run.json)
 
 
 def _scorers(credit: CreditAuditOptions) -> tuple[Scorer, ...]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from flowtracer_plugin.cli_loading import Device, Precision, RemoteCode
+from flowtracer_plugin.cli_options import writable
 
 if TYPE_CHECKING:
     from flowtracer_plugin.evaluation import Example
@@ -36,6 +40,25 @@ class DataOptions:
     chat: Annotated[
         bool, _data(help="Put prompts into the model's chat template, if it has one.")
     ] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Which model goes through the questions, and where what it says is kept."""
+
+    model: Annotated[str, typer.Argument(help="Folder of a model, or its id on the hub.")]
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            callback=writable,
+            help="Write results here as they come, and go on from there.",
+        ),
+    ] = None
+    device: Device = "auto"
+    dtype: Precision = "auto"
+    trust_remote_code: RemoteCode = False
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False
 
 
 def load_prompts(

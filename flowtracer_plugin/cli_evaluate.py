@@ -11,16 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flowtracer_plugin.cli_data import DataOptions, load_prompts
-from flowtracer_plugin.cli_loading import (
-    Device,
-    Precision,
-    RemoteCode,
-    Traceback,
-    load_model,
-    load_tokenizer,
-)
-from flowtracer_plugin.cli_options import Layers, PageFile, answer_rule, flattened, writable
+from flowtracer_plugin.cli_data import DataOptions, RunOptions, load_prompts
+from flowtracer_plugin.cli_loading import Traceback, load_model, load_tokenizer
+from flowtracer_plugin.cli_options import Layers, PageFile, answer_rule, flattened
 from flowtracer_plugin.cli_outputs import print_document
 
 if TYPE_CHECKING:
@@ -100,29 +93,13 @@ class ProtocolOptions:
     ] = None
 
 
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        dir_okay=False,
-        callback=writable,
-        help="Write results here as they come, and go on from there.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")]
-
-
 @flattened
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder of a model, or its id on the hub.")],
+    run: RunOptions,
     data: DataOptions,
     answers: AnswerOptions,
     chosen: ProtocolOptions,
-    output: Output = None,
     html: PageFile = None,
-    device: Device = "auto",
-    dtype: Precision = "auto",
-    trust_remote_code: RemoteCode = False,
-    json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
     """Knock out the tokens that each score ranks on top, and see whether the answers change.
@@ -135,17 +112,17 @@ def evaluate(
 
     flowtracer evaluate Qwen/Qwen3-0.6B questions.jsonl --limit 50 --output results.jsonl
     """
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(run.model, trust_remote_code=run.trust_remote_code)
     options = _options(chosen)
     protocols, scores = _protocols(chosen.protocols), _scores(chosen, options.matched)
     examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)
-    loaded = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
+    loaded = load_model(run.model, run.device, run.dtype, trust_remote_code=run.trust_remote_code)
     from flowtracer_plugin.evaluation_report import Evaluation
     from flowtracer_plugin.tracer import wrap
 
     tracer = wrap(loaded, tokenizer, layers=answers.layers, answer=answers.answer, mode="dense")
     settings = {
-        "model": model,
+        "model": run.model,
         "data": data.data,
         "dtype": str(tracer.model.dtype),
         "layers": list(tracer.layers),
@@ -163,7 +140,7 @@ def evaluate(
         examples,
         options,
         settings,
-        output,
+        run.output,
         scores=scores,
         protocols=protocols,
         setting=answers.setting,
@@ -171,7 +148,7 @@ def evaluate(
         predicted_only=answers.predicted_only,
         batch_size=chosen.batch_size,
     )
-    _deliver(Evaluation(settings=settings, examples=examples, outcomes=outcomes), html, json)
+    _deliver(Evaluation(settings=settings, examples=examples, outcomes=outcomes), html, run.json)
 
 
 def _options(chosen: ProtocolOptions) -> KnockOutOptions:

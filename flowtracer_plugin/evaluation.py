@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -123,19 +123,9 @@ def evaluate(
     chosen = options or KnockOutOptions()
     for example in examples:
         known: dict[str, Any] = {"row": example.row, "digest": example.digest}
-        try:
-            trace = _traced(tracer, example, setting, max_new_tokens)
-        except AnswerNotFoundError as error:
-            yield Outcome(**known, left_out="no_answer", detail=str(error))
-            continue
-        except NotComputedError as error:
-            yield Outcome(**known, left_out="not_computed", detail=str(error))
-            continue
-        except TooLittleMemoryError:
-            yield Outcome(**known, left_out="not_traced", detail=_TOO_LONG)
-            continue
-        except ValueError as error:
-            yield Outcome(**known, left_out="not_traced", detail=str(error))
+        trace = _traced_or_why(tracer, example, setting, max_new_tokens)
+        if isinstance(trace, _Why):
+            yield Outcome(**known, left_out=trace.reason, detail=trace.detail)
             continue
         known["correct"] = _is_right(trace.spans.answer_text, example.answer)
         if predicted_only and (doubt := _doubt(tracer, trace)) is not None:
@@ -156,6 +146,28 @@ def evaluate(
             yield Outcome(**known, left_out="few_tokens", detail=str(error))
             continue
         yield Outcome(**known, measured=measured)
+
+
+class _Why(NamedTuple):
+    """Why an example is left out: a key of `REASONS`, and the same in words."""
+
+    reason: str
+    detail: str
+
+
+def _traced_or_why(
+    tracer: FlowTracer, example: Example, setting: str, max_new_tokens: int
+) -> FlowTrace | _Why:
+    try:
+        return _traced(tracer, example, setting, max_new_tokens)
+    except AnswerNotFoundError as error:
+        return _Why("no_answer", str(error))
+    except NotComputedError as error:
+        return _Why("not_computed", str(error))
+    except TooLittleMemoryError:
+        return _Why("not_traced", _TOO_LONG)
+    except ValueError as error:
+        return _Why("not_traced", str(error))
 
 
 def _traced(tracer: FlowTracer, example: Example, setting: str, max_new_tokens: int) -> FlowTrace:
