@@ -11,7 +11,8 @@ LOWEST_STAMP := $(LOWEST)/.installed
 # What depends on the versions of torch, transformers and nnsight: the families of models, read.
 LOWEST_TESTS := $(addprefix tests/test_,versions.py attention.py capture.py head_mean.py tracer.py)
 
-.PHONY: demo test test-lowest deepspeed flashtrace bench conformance docs lint types package reasoner clean
+.PHONY: demo test test-lowest deepspeed flashtrace bench ablation conformance docs lint types package \
+	reasoner clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -25,6 +26,10 @@ conformance: $(STAMP)
 # Takes two hours of an idle machine; make bench ONLY="flow_stage" runs one of them.
 bench: flashtrace
 	$(BIN)/python -m benchmarks $(ONLY)
+
+# Takes two hours of two cores; it goes on where it was broken off.
+ablation: $(STAMP)
+	$(BIN)/python -m examples.ablation $(ARGS)
 
 test-lowest: $(LOWEST_STAMP)
 	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)

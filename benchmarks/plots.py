@@ -27,11 +27,17 @@ STYLE = {
 }
 
 
-def panels(count: int) -> tuple[Figure, list[Axes]]:
-    """Logarithmic axes beside each other, on white: GitHub shows pages in light and in dark."""
+def linear_panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Axes beside each other, on white: GitHub shows pages in light and in dark."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * count, 3.2), layout="constrained", facecolor="white")
-        axes = [figure.add_subplot(1, count, place + 1) for place in range(count)]
+        return figure, [figure.add_subplot(1, count, place + 1) for place in range(count)]
+
+
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    """The same, logarithmic."""
+    figure, axes = linear_panels(count)
+    with mpl.rc_context(STYLE):
         for axis in axes:
             axis.set(xscale="log", yscale="log")
     return figure, axes

@@ -1,0 +1,131 @@
+"""Many runs, each a file, over worker processes; what is there already is not run again."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from examples.ablation.plan import ARMS, TASKS, Plan
+from flowtracer_plugin.storage import write_atomically
+
+Stage = Literal["tune", "gate", "compare"]
+MEASURED_WITH = ("torch", "transformers", "trl", "peft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What makes a run what it is, beside the plan."""
+
+    task: str
+    stage: Stage
+    arm: str
+    seed: int
+    learning_rate: float
+
+    def file(self, folder: Path) -> Path:
+        name = f"{self.arm}-{self.learning_rate:g}-{self.seed}.json"
+        return folder / self.task / self.stage / name
+
+
+def run_all(runs: Sequence[Run], plan: Plan, folder: Path, workers: int) -> list[dict[str, Any]]:
+    """The records of the runs, those that are missing made first.
+
+    Raises:
+        ValueError: A record was made by another plan.
+    """
+    missing = [run for run in runs if not run.file(folder).exists()]
+    for run in runs:
+        if run not in missing:
+            _check(run, plan, folder)
+    title = f"{runs[0].task}: {runs[0].stage}" if runs else "nothing"
+    with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=title, unit="run") as bar:
+        for _ in _made(missing, plan, folder, workers):
+            bar.update()
+    return [json.loads(run.file(folder).read_text()) for run in runs]
+
+
+def _made(runs: Sequence[Run], plan: Plan, folder: Path, workers: int) -> Iterable[Run]:
+    if workers == 1:
+        for run in runs:
+            make(run, plan, folder)
+            yield run
+        return
+    # "spawn": what torch holds by threads does not survive a fork
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=quiet) as pool:
+        waiting = {pool.submit(make, run, plan, folder): run for run in runs}
+        try:
+            for done in as_completed(waiting):
+                done.result()
+                yield waiting[done]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def quiet() -> None:
+    """One thread for each worker: on a model this small more of them only wait for each other."""
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+
+
+def make(run: Run, plan: Plan, folder: Path) -> None:
+    """One run, to its file."""
+    from examples.ablation.runs import rewards_of
+
+    began = time.perf_counter()
+    rewards = rewards_of(
+        TASKS[run.task],
+        next(arm for arm in ARMS if arm.name == run.arm),
+        plan,
+        seed=run.seed,
+        learning_rate=run.learning_rate,
+        start=start_of(run.task, folder),
+    )
+    record = {
+        **asdict(run),
+        "plan": _plain(plan),
+        "rewards": [round(reward, 6) for reward in rewards],
+        "seconds": round(time.perf_counter() - began, 1),
+        "versions": {name: version(name) for name in MEASURED_WITH},
+    }
+    write_atomically(run.file(folder), json.dumps(record, allow_nan=False).encode() + b"\n")
+
+
+def start_of(task: str, folder: Path) -> Path:
+    """Where the policy lies that all runs of a task start from."""
+    return folder / task / "start"
+
+
+def _check(run: Run, plan: Plan, folder: Path) -> None:
+    held, wanted = json.loads(run.file(folder).read_text())["plan"], _plain(plan)
+    differ = [
+        f"{name} is {held.get(name)} there and {value} now"
+        for name, value in wanted.items()
+        if held.get(name) != value
+    ]
+    if differ:
+        raise ValueError(
+            f"{str(run.file(folder))!r} was made by another plan: {'; '.join(differ)}; write to "
+            "another folder, or delete this one"
+        )
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    """What a run depends on. That more seeds are run changes none of them."""
+    names = ("rank", "steps", "prompts", "completions", "warmup")
+    return {name: getattr(plan, name) for name in names}

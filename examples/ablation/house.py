@@ -1,0 +1,115 @@
+"""Several people walk through a house, and one of them is asked for.
+
+    People : Ann hall red blue , Bob attic blue green , … Where is Bob ?
+    Ann red = attic Bob blue = cellar … answer Bob cellar
+
+Every room has a door of each colour, which leads to another room. The pupil writes down everybody's
+way, and has learned some of the doors wrong: of these it mostly says a certain wrong room. Only the
+steps of who is asked for matter. Those of the others are as uncertain and know the same doors, so
+that a right answer praises their mistakes, and a wrong one blames what they got right.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from examples.ablation.task import Problem, Spans, Task, spans_of
+
+PEOPLE = ("Ann", "Bob", "Cal", "Dan")
+ROOMS = ("attic", "bath", "cellar", "den", "garage", "hall", "kitchen", "porch")
+DOORS = ("blue", "green", "red", "white")
+STEPS = 2
+
+LEARNED_WRONG = 0.5
+"""Share of the doors that the pupil learned wrong."""
+SAID_WRONG = 0.65
+"""How often it says the wrong room where it did."""
+SLIP = 0.02
+"""How often it says any room."""
+
+Doors = Mapping[tuple[str, str], str]
+
+
+def _house() -> tuple[Doors, Doors]:
+    """Where every door leads, and where the pupil believes that those which it learned wrong do."""
+    rng = random.Random(99)
+    leads = {(room, door): rng.choice(ROOMS) for room in ROOMS for door in DOORS}
+    wrong = rng.sample(sorted(leads), round(LEARNED_WRONG * len(leads)))
+    believed = {
+        place: rng.choice([room for room in ROOMS if room != leads[place]]) for place in wrong
+    }
+    return MappingProxyType(leads), MappingProxyType(believed)
+
+
+LEADS, BELIEVED = _house()
+
+
+def draw(rng: random.Random) -> Problem:
+    ways, ends = [], {}
+    for person in PEOPLE:
+        room, doors = rng.choice(ROOMS), rng.choices(DOORS, k=STEPS)
+        ways.append(" ".join((person, room, *doors)))
+        for door in doors:
+            room = LEADS[room, door]
+        ends[person] = room
+    asked = rng.choice(PEOPLE)
+    return Problem(
+        prompt=f"People : {' , '.join(ways)} . Where is {asked} ?", answer=f"{asked} {ends[asked]}"
+    )
+
+
+def demonstrate(problem: Problem, rng: random.Random) -> str:
+    """Everybody's first step, everybody's second one, and where who is asked for ends up."""
+    rooms, doors = _ways(problem.prompt)
+    said = []
+    for step in range(STEPS):
+        for person in PEOPLE:
+            door = doors[person][step]
+            rooms[person] = _believed(rooms[person], door, rng)
+            said.append(f" {person} {door} = {rooms[person]}")
+    asked = problem.answer.split()[0]
+    return "".join(said) + f" answer {asked} {rooms[asked]}"
+
+
+def _ways(prompt: str) -> tuple[dict[str, str], dict[str, list[str]]]:
+    parts = [part.split() for part in prompt.removeprefix("People : ").split(" . ")[0].split(" , ")]
+    return {part[0]: part[1] for part in parts}, {part[0]: part[2:] for part in parts}
+
+
+def _believed(room: str, door: str, rng: random.Random) -> str:
+    if rng.random() < SLIP:
+        return rng.choice(ROOMS)
+    if (room, door) in BELIEVED and rng.random() < SAID_WRONG:
+        return BELIEVED[room, door]
+    return LEADS[room, door]
+
+
+def is_solved(completion: str, problem: Problem) -> bool:
+    return completion.endswith(f" answer {problem.answer}")
+
+
+def what_matters(completion: str) -> Spans:
+    """The steps of who is asked for, and the answer."""
+    answer = re.search(r" answer (\w+).*$", completion)
+    if answer is None:
+        return []
+    steps = re.finditer(rf" {answer[1]} \w+ = \w+", completion[: answer.start()])
+    return [*spans_of(steps), answer.span()]
+
+
+HOUSE = Task(
+    name="house",
+    words=(*PEOPLE, *ROOMS, *DOORS, *[":", ",", ".", "?", "=", "Where", "is", "answer"]),
+    first_word="People",
+    draw=draw,
+    demonstrate=demonstrate,
+    is_solved=is_solved,
+    answer=re.compile(r" answer \w+ (\w+)"),
+    what_matters=what_matters,
+    taught=900,
+    answer_tokens=4,
+    max_new_tokens=len(PEOPLE) * STEPS * 4 + 8,
+)

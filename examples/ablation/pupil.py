@@ -1,0 +1,114 @@
+"""The policy that every run starts from: a tiny Llama, taught by a pupil's demonstrations."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import OneCycleLR
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from examples.ablation.task import Problem, Task
+
+SEED = 20260610
+BATCH = 64
+LEARNING_RATE = 4e-3
+ANSWER_WEIGHT = 10.0
+"""The answer is a few of many tokens, and reading it off the steps is learned last."""
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
+
+
+def tokenizer_of(task: Task) -> PreTrainedTokenizerFast:
+    """One token for each word, with the space before it."""
+    pieces = [*SPECIAL_TOKENS, task.first_word, *(f" {word}" for word in task.words)]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = Split(Regex(r" ?\S+"), behavior="isolated")
+    backend.decoder = Fuse()
+    backend.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=128,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def untaught(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """215,000 parameters."""
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def teach(task: Task, folder: Path, steps: int | None = None) -> Path:
+    """Imitate the pupil; the model and its tokenizer, in `folder`."""
+    steps = task.taught if steps is None else steps
+    tokenizer = tokenizer_of(task)
+    model, rng = untaught(tokenizer), random.Random(SEED)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01
+    )
+    schedule = OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
+    model.train()
+    bar = tqdm(range(steps), desc=f"teaching {task.name}", unit="step")
+    for _ in bar:
+        loss = _imitation(model, tokenizer, task, [task.draw(rng) for _ in range(BATCH)], rng)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _imitation(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    task: Task,
+    problems: list[Problem],
+    rng: random.Random,
+) -> Tensor:
+    """The cross entropy of demonstrations. All texts of a task are equally long: nothing to pad."""
+    texts = [problem.prompt + task.demonstrate(problem, rng) for problem in problems]
+    ids = torch.tensor(tokenizer(texts)["input_ids"])
+    ids = torch.cat([ids, torch.full((len(ids), 1), tokenizer.eos_token_id)], dim=1)
+    start = len(tokenizer.encode(problems[0].prompt))
+    logits = model(input_ids=ids).logits[:, start - 1 : -1]
+    losses = cross_entropy(logits.flatten(0, 1), ids[:, start:].flatten(), reduction="none")
+    weights = torch.ones(logits.shape[1])
+    weights[-task.answer_tokens :] = ANSWER_WEIGHT
+    return (losses.view(len(ids), -1) * weights).sum() / (weights.sum() * len(ids))

@@ -1,0 +1,85 @@
+"""One run: GRPO from the pupil's policy, with one arm's credit and one seed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+from trl import GRPOConfig, GRPOTrainer
+
+from examples.ablation.gate import adapters
+from examples.ablation.plan import Arm, Plan
+from examples.ablation.task import Problem, Task
+from flowtracer_plugin.grpo import CreditOptions, attach_flow_credit
+
+
+def rewards_of(
+    task: Task, arm: Arm, plan: Plan, *, seed: int, learning_rate: float, start: Path
+) -> list[float]:
+    """The mean reward of every step, before its update. Arms of one seed share their prompts.
+
+    Args:
+        task: Whose problems are solved.
+        arm: How credit is given.
+        plan: How the run is made.
+        seed: Of the prompts and of all that is drawn.
+        learning_rate: Before the arm's factor.
+        start: The policy to begin with.
+    """
+    set_seed(seed)
+    rng = random.Random(seed)
+    rows = [{"problem": task.draw(rng)} for _ in range(plan.steps * plan.prompts)]
+    problems = {row["problem"].prompt: row["problem"] for row in rows}
+    with TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(start),
+            processing_class=AutoTokenizer.from_pretrained(start),
+            reward_funcs=_reward(task, problems),
+            train_dataset=Dataset.from_list([{"prompt": row["problem"].prompt} for row in rows]),
+            args=_settings(task, plan, seed, learning_rate * arm.learning_rate, folder),
+            peft_config=adapters(plan),
+        )
+        attach_flow_credit(trainer, credit_of(task, arm))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return [log["reward"] for log in trainer.state.log_history if "reward" in log]
+
+
+def _reward(task: Task, problems: dict[str, Problem]) -> Any:
+    def solved(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        pairs = zip(prompts, completions, strict=True)
+        return [float(task.is_solved(text, problems[prompt])) for prompt, text in pairs]
+
+    return solved
+
+
+def _settings(task: Task, plan: Plan, seed: int, learning_rate: float, folder: str) -> GRPOConfig:
+    return GRPOConfig(
+        output_dir=folder,
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.prompts * plan.completions,
+        num_generations=plan.completions,
+        max_completion_length=task.max_new_tokens,
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=plan.warmup,
+        shuffle_dataset=False,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=1,
+        seed=seed,
+    )
+
+
+def credit_of(task: Task, arm: Arm) -> CreditOptions:
+    wanted = dict(arm.credit)
+    oracle = task.what_matters if wanted.get("scorer") == "oracle" else None
+    return CreditOptions(answer=task.answer, oracle=oracle, page_steps=0, **wanted)
