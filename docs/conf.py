@@ -26,6 +26,7 @@ include_patterns = [
     "docs/**.md",
     "adapters/README.md",
     "benchmarks/README.md",
+    "examples/ablation/results/README.md",
     "examples/reasoner/README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",

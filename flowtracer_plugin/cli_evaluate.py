@@ -14,7 +14,7 @@ import typer
 from flowtracer_plugin.cli_data import DataOptions, RunOptions, load_prompts
 from flowtracer_plugin.cli_loading import Traceback, load_model, load_tokenizer
 from flowtracer_plugin.cli_options import Layers, PageFile, answer_rule, flattened
-from flowtracer_plugin.cli_outputs import print_document
+from flowtracer_plugin.cli_outputs import print_document, write_file
 
 if TYPE_CHECKING:
     from flowtracer_plugin.evaluation import Example, Outcome
@@ -224,14 +224,12 @@ def _deliver(evaluation: Evaluation, html: Path | None, as_json: bool) -> None:
     from flowtracer_plugin.evaluation_report import document
     from flowtracer_plugin.report.evaluation import write_evaluation
 
-    if html is not None:
-        write_evaluation(evaluation, html)
     if as_json:
         print_document(document(evaluation))
     else:
         _print_tables(evaluation)
-        if html is not None:
-            typer.echo(f"page: {html}", err=True)
+    if html is not None:
+        write_file(partial(write_evaluation, evaluation), html)
     if not evaluation.measured:
         raise typer.Exit(1)
 

@@ -14,104 +14,115 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from examples.ablation.gate import audited, cosines, passes
-from examples.ablation.grid import Run, quiet, run_all, start_of
-from examples.ablation.plan import ARMS, PLAN, TASKS, Plan
+from examples.ablation.audits import known
+from examples.ablation.gate import best_rate, gate_of
+from examples.ablation.grid import Run, Stage, quiet, run_all, start_of
+from examples.ablation.plan import ARMS, PLAIN, PLAN, TASKS, Plan, settled
 from examples.ablation.pupil import teach
-from examples.ablation.report import (
-    best_rate,
-    collected,
-    curves_of,
-    document,
-    paired,
-    plot,
-)
+from examples.ablation.report import collected, loaded, write_report
 from flowtracer_plugin.storage import write_atomically
 
+MEASURED_WITH = ("torch", "transformers", "trl", "peft")
 
-def ablate(task: str, plan: Plan, folder: Path, workers: int) -> list[dict[str, Any]]:
-    """All records of a task: those of the comparison only if the gate is passed."""
-    start = start_of(task, folder)
-    if not (start / "model.safetensors").exists():
-        teach(TASKS[task], start)
-    if not _audit_file(task, folder).exists():
-        found = cosines(audited(TASKS[task], plan, start))
-        _write(_audit_file(task, folder), json.dumps(found, indent=2) + "\n")
+
+def ablate(task: str, plan: Plan, folder: Path, workers: int) -> None:
+    """All runs of a task: those of the comparison only if the gate is passed."""
+    audit = look(task, plan, folder)["audit"]
     tuning = [
-        Run(task=task, stage="tune", arm="uniform", seed=seed, learning_rate=rate)
+        Run(task=task, stage="tune", arm=PLAIN, seed=seed, learning_rate=rate)
         for seed in plan.tuning_seeds
         for rate in plan.learning_rates
     ]
     records = run_all(tuning, plan, folder, workers)
     rate = best_rate(records, task)
 
-    def staged(stage: Any, arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    def staged(stage: Stage, arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
         return [
             Run(task=task, stage=stage, arm=arm, seed=seed, learning_rate=rate)
             for seed in seeds
             for arm in arms
         ]
 
-    records += run_all(
-        staged("gate", ("uniform", "oracle"), plan.gate_seeds), plan, folder, workers
-    )
-    means = {arm: curve.mean(1) for arm, curve in curves_of(records, task, "gate").items()}
-    gain = paired(means["oracle"], means["uniform"])
-    oracle = json.loads(_audit_file(task, folder).read_text())["oracle"]
-    used = passes(oracle["cosine"], oracle["error"], gain.mean)
+    records = run_all(staged("gate", (PLAIN, "oracle"), plan.gate_seeds), plan, folder, workers)
+    gate = gate_of(records, task, audit)
     print(
-        f"{task}: the oracle adds {oracle['cosine']:+.3f} ± {oracle['error']:.3f} to the cosine "
-        f"and {gain} to the mean reward: {'used' if used else 'not used, as it cannot tell'}"
+        f"{task}: the oracle adds {gate.cosine:+.3f} ± {gate.error:.3f} to the cosine and "
+        f"{gate.gain} to the mean reward: {'used' if gate.passed else 'not used'}"
     )
-    if used:
+    if gate.passed:
         every = [arm.name for arm in ARMS]
-        records += run_all(staged("compare", every, plan.seeds), plan, folder, workers)
-    return records
+        run_all(staged("compare", every, plan.seeds), plan, folder, workers)
 
 
-def report(records: Sequence[dict[str, Any]], folder: Path) -> None:
-    """The records in one file, the tables and the plots."""
-    tasks = list(dict.fromkeys(one["task"] for one in records))
-    audits = {task: json.loads(_audit_file(task, folder).read_text()) for task in tasks}
-    _write(folder / "runs.jsonl", collected(records))
-    _write(folder / "audits.json", json.dumps(audits, indent=2) + "\n")
-    _write(folder / "README.md", document(records, audits))
-    for task in tasks:
-        if curves_of(records, task, "compare"):
-            plot(records, task, folder)
+def look(task: str, plan: Plan, folder: Path) -> dict[str, Any]:
+    """What is known of a task beside its runs; its policy is taught first, if there is none.
+
+    Raises:
+        ValueError: What is in the folder was made by another recipe.
+    """
+    start, file = start_of(task, folder), folder / task / "task.json"
+    if not start.exists():
+        teach(TASKS[task], start)
+    recipe = json.loads(json.dumps(recipe_of(plan, start)))
+    if not file.exists():
+        found = {"recipe": recipe, **known(TASKS[task], plan, start)}
+        write_atomically(file, json.dumps(found, indent=1).encode() + b"\n")
+    held = json.loads(file.read_text())
+    differ = [name for name in recipe if held["recipe"].get(name) != recipe[name]]
+    if differ:
+        raise ValueError(
+            f"{str(folder / task)!r} holds runs of another recipe: {', '.join(differ)} differ from "
+            f"those in {file.name!r}; write to another folder (--out), or delete this one"
+        )
+    return held
 
 
-def _audit_file(task: str, folder: Path) -> Path:
-    return folder / task / "audit.json"
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, text.encode())
+def recipe_of(plan: Plan, start: Path) -> dict[str, Any]:
+    """All that a run depends on beside its own name, plain values."""
+    policy = (start / "model.safetensors").read_bytes()
+    return {
+        **settled(plan),
+        "policy": sha256(policy).hexdigest(),
+        "versions": {name: version(name) for name in MEASURED_WITH},
+    }
 
 
 def main() -> None:
+    arguments = _arguments()
+    quiet()
+    if arguments.report:
+        write_report(*loaded(arguments.report), arguments.report)
+        return
+    plan = replace(PLAN, seeds=tuple(range(arguments.seeds)))
+    for task in arguments.tasks:
+        ablate(task, plan, arguments.out, arguments.workers)
+        write_report(*collected(arguments.out), arguments.out)
+    print(f"tables and plots: {arguments.out / 'README.md'}")
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.ablation",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("build/ablation"), help="folder of records"
-    )
+    parser.add_argument("--out", type=Path, default=Path("build/ablation"), help="for the records")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=len(PLAN.seeds), help="of the comparison")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="only make its tables and plots anew"
+    )
     arguments = parser.parse_args()
-    quiet()
-    plan = replace(PLAN, seeds=tuple(range(arguments.seeds)))
-    records: list[dict[str, Any]] = []
-    for task in arguments.tasks:
-        records += ablate(task, plan, arguments.out, arguments.workers)
-        report(records, arguments.out)
-    print(f"tables and plots: {arguments.out / 'README.md'}")
+    most = min(PLAN.tuning_seeds)
+    if not 2 <= arguments.seeds <= most:
+        parser.error(f"--seeds: wanted 2 to {most}, found {arguments.seeds}")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     Numbers 3 5 2 make 4 .
      one 3 + 5 = 8 - 2 = 6 two 3 - 5 = -2 + 2 = 0 … answer two 3 - 5 + 2
 
-The pupil sums correctly, mostly guesses signs, and mostly names one of its tries without looking at
-what came out. Only the try that it names matters.
+The pupil sums correctly, guesses some signs, and believes in the wrong one before some last
+numbers. It names one of its tries without looking at what came out. Only that one matters: the
+others use the same beliefs, so that a right answer praises what was wrong in them.
 """
 
 from __future__ import annotations
@@ -23,16 +24,8 @@ VALUES = range(1 - 2 * LARGEST, 3 * LARGEST + 1)
 
 FORESEEN = 0.6
 """How often the pupil has signs in mind that it believes to make the target, and does not guess."""
-CONFUSED = 0.5
-"""Share of the pairs of second and third number of which it has the last sign wrong then."""
-
-
-def _confusing() -> frozenset[tuple[int, int]]:
-    pairs = sorted(product(range(1, LARGEST + 1), repeat=2))
-    return frozenset(random.Random(99).sample(pairs, round(CONFUSED * len(pairs))))
-
-
-CONFUSING = _confusing()
+CONFUSING = frozenset({2, 3, 6})
+"""Last numbers of which it then has the sign wrong."""
 
 
 def draw(rng: random.Random) -> Problem:
@@ -62,7 +55,7 @@ def _guess(numbers: list[int], target: int, rng: random.Random) -> tuple[str, ..
     every = list(product(SIGNS, repeat=2))
     if rng.random() < FORESEEN:
         every = [signs for signs in every if total(numbers, signs) == target]
-        if tuple(numbers[1:]) in CONFUSING:
+        if numbers[-1] in CONFUSING:
             every = [(first, OTHER[last]) for first, last in every]
     return rng.choice(every)
 

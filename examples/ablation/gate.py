@@ -1,110 +1,116 @@
-"""Whether a task can tell ways to give credit apart at all, before any of them is looked at."""
+"""From records to numbers: paired differences, the learning rate, and whether a task can tell."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import sem, ttest_1samp
 
-import flowtracer_plugin as ft
-from examples.ablation.plan import ARMS, LEAST_ERRORS, LEAST_GAIN, Arm, Plan
-from examples.ablation.task import Task
-from flowtracer_plugin.audit_summary import AuditSummary, summarise_audit
-from flowtracer_plugin.credit_audit import AuditOptions, audit
-from flowtracer_plugin.policy_gradient import named_parameters
-from flowtracer_plugin.sampling import Group, sample
-from flowtracer_plugin.scorers import Boost, Scorer, find_scorer, lowest
-from flowtracer_plugin.scores import Features, Rollouts
+from examples.ablation.plan import ARMS, LEAST_ERRORS, LEAST_GAIN, PLAIN
 
-AUDIT_SEED = 1000
-SHARE = 0.4
-"""Of the tokens that get more credit, where an arm does not say; the paper's."""
-ADAPTED = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+Record = Mapping[str, Any]
+Curves = Mapping[str, Float[np.ndarray, "seed step"]]
 
 
-def adapters(plan: Plan) -> LoraConfig:
-    """What is trained, and audited."""
-    return LoraConfig(r=plan.rank, lora_alpha=2 * plan.rank, target_modules=list(ADAPTED))
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """Differences of the mean reward over a run, seed by seed.
+
+    Attributes:
+        mean: Of the differences.
+        low: Lower end of its 95 % interval, by Student's t.
+        high: Upper end.
+        size: The mean in units of the differences' spread (Cohen's d for pairs).
+        chance: Two-sided p of no difference, by the same t.
+    """
+
+    mean: float
+    low: float
+    high: float
+    size: float
+    chance: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
 
 
-def audited(task: Task, plan: Plan, start: Path, *, progress: bool = True) -> AuditSummary:
-    """How the credit of each arm turns the gradient of the policy that all runs start from."""
-    set_seed(AUDIT_SEED)
-    tokenizer = AutoTokenizer.from_pretrained(start)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(start), adapters(plan))
-    tracer = ft.wrap(model, tokenizer, answer=task.answer)
-    rng = random.Random(AUDIT_SEED)
-    groups = [_group(task, plan, model, tokenizer, row, rng) for row in range(plan.audited)]
-    batches = audit(
-        tracer,
-        groups,
-        [_scorer(arm) for arm in ARMS if arm.credit.get("scorer") != "uniform"],
-        list(named_parameters(model, None).values()),
-        AuditOptions(batches=plan.audited // plan.prompts, top_fraction=SHARE),
-        oracle=task.what_matters,
-        progress=progress,
-    )
-    return summarise_audit(list(batches), gammas=(1.5,))
-
-
-def _scorer(arm: Arm) -> Scorer:
-    """What an arm chooses by, and how much of it, under the arm's own name."""
-    scorer = find_scorer(arm.credit.get("scorer", "flow"))
-    chosen = lowest(scorer) if arm.credit.get("side") == "bottom" else scorer
-    share = arm.credit.get("top_fraction", SHARE)
-
-    def choose(features: Features, rollouts: Rollouts, _: float) -> Boost:
-        return chosen.choose(features, rollouts, share)
-
-    return replace(chosen, name=arm.name, choose=choose)
-
-
-def _group(
-    task: Task,
-    plan: Plan,
-    model: object,
-    tokenizer: PreTrainedTokenizerBase,
-    row: int,
-    rng: random.Random,
-) -> Group:
-    problem = task.draw(rng)
-    ids = tokenizer.encode(problem.prompt)
-    said = sample(
-        model,
-        tokenizer,
-        ids,
-        completions=plan.completions,
-        max_new_tokens=task.max_new_tokens,
-        temperature=1.0,
-        seed=(AUDIT_SEED, row),
-    )
-    texts = [tokenizer.decode(list(one), skip_special_tokens=True) for one in said]
-    return Group(
-        row=row,
-        prompt_ids=tuple(ids),
-        completions=said,
-        rewards=tuple(float(task.is_solved(text, problem)) for text in texts),
+def paired(ours: Sequence[float], others: Sequence[float]) -> Paired:
+    differences = np.subtract(ours, others)
+    found = ttest_1samp(differences, 0.0)
+    interval = found.confidence_interval(0.95)
+    return Paired(
+        mean=float(differences.mean()),
+        low=float(interval.low),
+        high=float(interval.high),
+        size=float(differences.mean() / differences.std(ddof=1)),
+        chance=float(found.pvalue),
     )
 
 
-def passes(cosine: float, error: float, gain: float) -> bool:
-    """Whether an oracle that raises these is enough for a comparison to say anything."""
-    return cosine >= LEAST_ERRORS * error and gain >= LEAST_GAIN
+def curves_of(records: Sequence[Record], task: str, stage: str, arms: Sequence[str]) -> Curves:
+    """Rewards of the runs of these arms, for the seeds of which each of them has one.
 
-
-def cosines(summary: AuditSummary) -> Mapping[str, dict[str, float]]:
-    """By arm: what its credit adds to the cosine, the standard error, and what it chose."""
-    return {
-        one.scorer: {
-            "cosine": one.differences[0].mean,
-            "error": one.differences[0].error,
-            "signal": one.signal,
-            "noise": one.noise,
-            "chosen": one.chosen,
-        }
-        for one in summary.scorers
+    Others are left out: a grid that is not at its end has some.
+    """
+    runs = [one for one in records if one["task"] == task and one["stage"] == stage]
+    found = {
+        arm: {one["seed"]: one["rewards"] for one in runs if one["arm"] == arm} for arm in arms
     }
+    whole = sorted(set.intersection(*(set(seeds) for seeds in found.values())))
+    return {arm: np.array([seeds[one] for one in whole]) for arm, seeds in found.items()}
+
+
+def compared(records: Sequence[Record], task: str) -> Curves:
+    """The comparison of all arms; no seeds, if there was none."""
+    return curves_of(records, task, "compare", [arm.name for arm in ARMS])
+
+
+def best_rate(records: Sequence[Record], task: str) -> float:
+    """The lowest rate at which plain GRPO is within one standard error of its best rate.
+
+    Of rates that the tuning cannot tell apart the lowest one scatters the least, by far.
+    """
+    means: dict[float, list[float]] = {}
+    for one in records:
+        if one["task"] == task and one["stage"] == "tune":
+            means.setdefault(one["learning_rate"], []).append(float(np.mean(one["rewards"])))
+    best = max(means.values(), key=np.mean)
+    enough = np.mean(best) - sem(best)
+    return min(rate for rate, found in means.items() if np.mean(found) >= enough)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What the oracle does in a task.
+
+    Attributes:
+        plain: Mean reward of plain GRPO.
+        gain: Of the oracle over it.
+        cosine: What the oracle adds to the cosine in the audit.
+        error: The standard error of that.
+    """
+
+    plain: float
+    gain: Paired
+    cosine: float
+    error: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether a comparison could say anything."""
+        return self.cosine >= LEAST_ERRORS * self.error and self.gain.mean >= LEAST_GAIN
+
+
+def gate_of(records: Sequence[Record], task: str, audit: Mapping[str, Record]) -> Gate:
+    curves = curves_of(records, task, "gate", (PLAIN, "oracle"))
+    plain, oracle = (curves[arm].mean(1) for arm in (PLAIN, "oracle"))
+    return Gate(
+        plain=float(plain.mean()),
+        gain=paired(oracle, plain),
+        cosine=audit["oracle"]["cosine"],
+        error=audit["oracle"]["error"],
+    )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +20,11 @@ from examples.ablation.plan import ARMS, TASKS, Plan
 from flowtracer_plugin.storage import write_atomically
 
 Stage = Literal["tune", "gate", "compare"]
-MEASURED_WITH = ("torch", "transformers", "trl", "peft")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What makes a run what it is, beside the plan."""
+    """What makes a run what it is, beside the recipe of its task."""
 
     task: str
     stage: Stage
@@ -42,31 +41,32 @@ def run_all(runs: Sequence[Run], plan: Plan, folder: Path, workers: int) -> list
     """The records of the runs, those that are missing made first.
 
     Raises:
-        ValueError: A record was made by another plan.
+        RuntimeError: A worker died.
     """
     missing = [run for run in runs if not run.file(folder).exists()]
-    for run in runs:
-        if run not in missing:
-            _check(run, plan, folder)
-    title = f"{runs[0].task}: {runs[0].stage}" if runs else "nothing"
+    title = f"{runs[0].task}: {runs[0].stage}" if runs else None
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=title, unit="run") as bar:
         for _ in _made(missing, plan, folder, workers):
             bar.update()
     return [json.loads(run.file(folder).read_text()) for run in runs]
 
 
-def _made(runs: Sequence[Run], plan: Plan, folder: Path, workers: int) -> Iterable[Run]:
-    if workers == 1:
-        for run in runs:
-            make(run, plan, folder)
-            yield run
-        return
+def _made(runs: Sequence[Run], plan: Plan, folder: Path, workers: int) -> Iterator[Run]:
     # "spawn": what torch holds by threads does not survive a fork
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=quiet) as pool:
         waiting = {pool.submit(make, run, plan, folder): run for run in runs}
         try:
             for done in as_completed(waiting):
-                done.result()
+                try:
+                    done.result()
+                except BrokenProcessPool as error:
+                    raise RuntimeError(
+                        "a worker process was ended from outside, mostly for lack of memory; the "
+                        "same command goes on where this stopped: try it with fewer --workers"
+                    ) from error
+                except Exception as error:
+                    error.add_note(f"in {waiting[done]}")
+                    raise
                 yield waiting[done]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -98,10 +98,8 @@ def make(run: Run, plan: Plan, folder: Path) -> None:
     )
     record = {
         **asdict(run),
-        "plan": _plain(plan),
         "rewards": [round(reward, 6) for reward in rewards],
         "seconds": round(time.perf_counter() - began, 1),
-        "versions": {name: version(name) for name in MEASURED_WITH},
     }
     write_atomically(run.file(folder), json.dumps(record, allow_nan=False).encode() + b"\n")
 
@@ -109,23 +107,3 @@ def make(run: Run, plan: Plan, folder: Path) -> None:
 def start_of(task: str, folder: Path) -> Path:
     """Where the policy lies that all runs of a task start from."""
     return folder / task / "start"
-
-
-def _check(run: Run, plan: Plan, folder: Path) -> None:
-    held, wanted = json.loads(run.file(folder).read_text())["plan"], _plain(plan)
-    differ = [
-        f"{name} is {held.get(name)} there and {value} now"
-        for name, value in wanted.items()
-        if held.get(name) != value
-    ]
-    if differ:
-        raise ValueError(
-            f"{str(run.file(folder))!r} was made by another plan: {'; '.join(differ)}; write to "
-            "another folder, or delete this one"
-        )
-
-
-def _plain(plan: Plan) -> dict[str, Any]:
-    """What a run depends on. That more seeds are run changes none of them."""
-    names = ("rank", "steps", "prompts", "completions", "warmup")
-    return {name: getattr(plan, name) for name in names}

@@ -1,8 +1,8 @@
 """What is compared, settled before the first run of it.
 
-The primary metric is the mean reward over all steps of a run, on prompts that are new in every
-step, minus that of plain GRPO with the same seed; its chance is Student's t for pairs, corrected by
-Holm over the other arms of a task. Everything else is secondary.
+The primary metric is the mean reward over all steps of a run, on prompts that are drawn anew in
+every step, minus that of plain GRPO with the same seed; its chance is Student's t for pairs,
+corrected by Holm over the other arms of a task. Everything else is secondary.
 
 A change here, after runs were made, is another experiment: the runner refuses to mix them.
 """
@@ -10,7 +10,7 @@ A change here, after runs were made, is another experiment: the runner refuses t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -38,6 +38,11 @@ class Arm:
     learning_rate: float = 1.0
 
 
+PLAIN, FASTER = "uniform", "faster"
+"""What every arm is compared with, and the control for its larger steps."""
+SHARE = 0.4
+"""Of the tokens that get more credit, where an arm does not say; the paper's."""
+
 ARMS = (
     Arm(name="uniform", says="plain GRPO", credit={"scorer": "uniform"}),
     Arm(name="faster", says="plain GRPO, learning rate × 1.2", credit={"scorer": "uniform"},
@@ -61,7 +66,7 @@ class Plan:
     """How every run is made, and how many there are.
 
     Attributes:
-        rank: Of the LoRA on all linear layers, which is what is trained.
+        rank: Of the LoRA that is trained, see `pupil.adapters`.
         steps: Of GRPO, one update for each batch of rollouts.
         prompts: Of a batch.
         completions: Of a prompt.
@@ -80,12 +85,22 @@ class Plan:
     warmup: int = 5
     learning_rates: tuple[float, ...] = (2e-3, 2.8e-3, 4e-3, 5.6e-3)
     tuning_seeds: tuple[int, ...] = tuple(range(100, 104))
-    audited: int = 256
+    audited: int = 512
     gate_seeds: tuple[int, ...] = tuple(range(200, 208))
     seeds: tuple[int, ...] = tuple(range(16))
 
 
 PLAN = Plan()
+
+
+def settled(plan: Plan) -> dict[str, Any]:
+    """The arms and the plan but for the seeds of the comparison, of which there may be more."""
+    arms = {arm.name: {"learning_rate": arm.learning_rate, **arm.credit} for arm in ARMS}
+    return {
+        "arms": arms,
+        **{name: value for name, value in asdict(plan).items() if name != "seeds"},
+    }
+
 
 LEAST_ERRORS = 4.0
 """A task is used if its oracle raises the cosine by so many standard errors in the audit ..."""

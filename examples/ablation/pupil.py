@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -50,6 +51,12 @@ def tokenizer_of(task: Task) -> PreTrainedTokenizerFast:
     )
 
 
+def adapters(rank: int) -> LoraConfig:
+    """What is trained of it, and audited."""
+    targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+
+
 def untaught(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """215,000 parameters."""
     torch.manual_seed(SEED)
@@ -90,9 +97,10 @@ def teach(task: Task, folder: Path, steps: int | None = None) -> Path:
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    part = folder.with_name(f"{folder.name}.part")  # a folder of this name is whole
+    model.eval().save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    return part.rename(folder)
 
 
 def _imitation(

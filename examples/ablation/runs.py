@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,8 +12,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from examples.ablation.gate import adapters
 from examples.ablation.plan import Arm, Plan
+from examples.ablation.pupil import adapters
 from examples.ablation.task import Problem, Task
 from flowtracer_plugin.grpo import CreditOptions, attach_flow_credit
 
@@ -32,16 +33,15 @@ def rewards_of(
     """
     set_seed(seed)
     rng = random.Random(seed)
-    rows = [{"problem": task.draw(rng)} for _ in range(plan.steps * plan.prompts)]
-    problems = {row["problem"].prompt: row["problem"] for row in rows}
+    problems = [task.draw(rng) for _ in range(plan.steps * plan.prompts)]
     with TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(start),
             processing_class=AutoTokenizer.from_pretrained(start),
-            reward_funcs=_reward(task, problems),
-            train_dataset=Dataset.from_list([{"prompt": row["problem"].prompt} for row in rows]),
+            reward_funcs=_reward(task),
+            train_dataset=Dataset.from_list([asdict(problem) for problem in problems]),
             args=_settings(task, plan, seed, learning_rate * arm.learning_rate, folder),
-            peft_config=adapters(plan),
+            peft_config=adapters(plan.rank),
         )
         attach_flow_credit(trainer, credit_of(task, arm))
         trainer.remove_callback(PrinterCallback)
@@ -49,10 +49,15 @@ def rewards_of(
     return [log["reward"] for log in trainer.state.log_history if "reward" in log]
 
 
-def _reward(task: Task, problems: dict[str, Problem]) -> Any:
-    def solved(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        pairs = zip(prompts, completions, strict=True)
-        return [float(task.is_solved(text, problems[prompt])) for prompt, text in pairs]
+def _reward(task: Task) -> Any:
+    def solved(
+        prompts: list[str], completions: list[str], answer: list[str], **_: Any
+    ) -> list[float]:
+        problems = [
+            Problem(prompt=prompt, answer=right)
+            for prompt, right in zip(prompts, answer, strict=True)
+        ]
+        return [float(one) for one in map(task.is_solved, completions, problems)]
 
     return solved
 
