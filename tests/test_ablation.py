@@ -529,3 +529,16 @@ def test_the_records_in_the_repository_are_of_the_plan_there():
         found = {(one["arm"], one["seed"]) for one in rest if one["stage"] == "compare"}
         every = set(product((arm.name for arm in ARMS), PLAN.seeds))
         assert found == (every if gate.gate_of(records, task, known["audit"]).passed else set())
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/ablation.md"])
+def test_the_documents_say_what_the_records_say(document):
+    text = (RESULTS.parents[2] / document).read_text().replace("\n  ", " ")
+    records, tasks = report.loaded(RESULTS)
+    means = {arm: curve.mean(1) for arm, curve in gate.compared(records, "house").items()}
+    over = {arm: gate.paired(means[arm], means["uniform"]) for arm in means if arm != "uniform"}
+    for arm in ("flow", "oracle"):
+        for value in (over[arm].mean, over[arm].low, over[arm].high):
+            assert f"{value:+.3f}".replace("-", "−") in text
+    assert {arm for arm, found in over.items() if found.chance < 0.05} == {"oracle"}
+    assert not gate.gate_of(records, "countdown", tasks["countdown"]["audit"]).passed

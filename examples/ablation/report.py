@@ -19,7 +19,7 @@ Tasks = Mapping[str, Record]
 """What is known of each task beside its runs, see `audits.known`."""
 
 SAYS = {arm.name: arm.says for arm in ARMS}
-KEPT = ("task", "stage", "arm", "seed", "learning_rate", "rewards", "seconds")
+KEPT = ("task", "stage", "arm", "seed", "learning_rate", "rewards")
 SMOOTH = 7
 """Steps over which curves are averaged."""
 
@@ -148,7 +148,7 @@ def plot(records: Sequence[Record], task: str, folder: Path) -> Path:
         steps = np.arange(len(curve)) + SMOOTH // 2
         right.plot(steps, curve, color=color, label=SAYS[arm], linewidth=1.2)
     right.set(xlabel="step", ylabel=f"reward, mean over seeds and {SMOOTH} steps")
-    right.legend(fontsize="small")
+    right.legend(fontsize="small", loc="lower right")
     return write(figure, task, folder)
 
 
