@@ -27,7 +27,7 @@ conformance: $(STAMP)
 bench: flashtrace
 	$(BIN)/python -m benchmarks $(ONLY)
 
-# Takes an hour and a quarter of two cores; it goes on where it was broken off.
+# Takes about an hour of two cores; it goes on where it was broken off.
 ablation: $(STAMP)
 	$(BIN)/python -m examples.ablation $(ARGS)
 

@@ -262,11 +262,13 @@ def test_an_accuracy_is_the_share_that_is_solved(folder):
 
 
 def oracle_gains(gain):
-    runs = [record("uniform", seed, 0.5 + 0.01 * seed, "gate") for seed in range(4)]
-    noise = (0.001, -0.001, 0.002, -0.002)
-    return runs + [
-        record("oracle", seed, 0.5 + 0.01 * seed + gain + noise[seed], "gate") for seed in range(4)
-    ]
+    """Pairs that spread by 0.001."""
+    runs = []
+    for seed in range(8):
+        base = 0.5 + 0.01 * seed
+        runs.append(record("uniform", seed, base, "gate"))
+        runs.append(record("oracle", seed, base + gain + 0.001 * (-1) ** seed, "gate"))
+    return runs
 
 
 @pytest.mark.parametrize(
@@ -349,7 +351,7 @@ def test_what_was_made_before_an_error_stays_and_the_error_names_its_run(tmp_pat
 
 def test_a_worker_that_dies_is_named_with_the_way_out(tmp_path):
     # a spawned worker cannot find this task: it dies with the process it is in, not by an error
-    with pytest.raises(RuntimeError, match=r"ended from outside.*fewer --workers"):
+    with pytest.raises(RuntimeError, match=r"came to its end.*fewer --workers"):
         list(grid._made([Killed()], PLAN, tmp_path, 1))
 
 
@@ -481,19 +483,22 @@ def files_of(runs, known, folder):
 
 def test_a_report_is_of_all_that_is_in_a_folder_and_is_made_again_from_its_records(tmp_path):
     gates = oracle_gains(0.05)
-    tuned = [record("uniform", seed, 0.5 + seed / 100, "tune") for seed in (0, 1)]
+    tuned = [
+        record("uniform", seed, 0.5 + seed / 100, "tune", rate)
+        for seed, rate in product(PLAN.tuning_seeds, PLAN.learning_rates)
+    ]
     runs = [*planted(), *gates, *tuned]
-    others = [{**one, "task": "countdown"} for one in (*gates, *tuned)]  # has not got that far
+    others = [{**one, "task": "countdown"} for one in gates[1:]]  # has not got that far
     known = {"greedy": 0.3, "sampled": 0.4, "audit": AUDIT}
     files_of(runs + others, {"house": known, "countdown": known}, tmp_path / "runs")
     out, again = tmp_path / "out", tmp_path / "again"
-    report.write_report(*report.collected(tmp_path / "runs"), out)
+    report.write_report(*report.found_in(tmp_path / "runs"), out)
     text = (out / "README.md").read_text()
     assert "| house | 0.30 | 0.40 |" in text
-    assert "| countdown | 0.30 |" in text
-    assert f"## House: 10 of {len(PLAN.seeds)} planned seeds" in text
+    assert "| countdown | 0.30 | 0.40 | not finished |" in text
+    assert "## House: 10 seeds, 16 were planned" in text
     assert "## Countdown" not in text
-    report.write_report(*report.loaded(out), again)
+    report.write_report(*report.found_in(out), again)
     for file in out.iterdir():
         assert file.read_bytes() == (again / file.name).read_bytes()
     assert {file.name for file in out.iterdir()} == {
@@ -505,13 +510,13 @@ def test_a_report_is_of_all_that_is_in_a_folder_and_is_made_again_from_its_recor
 
 
 def test_the_tables_and_plots_in_the_repository_are_of_the_records_there(tmp_path):
-    report.write_report(*report.loaded(RESULTS), tmp_path)
+    report.write_report(*report.found_in(RESULTS), tmp_path)
     made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert made == {file.name: file.read_bytes() for file in RESULTS.iterdir()}
 
 
 def test_the_records_in_the_repository_are_of_the_plan_there():
-    records, tasks = report.loaded(RESULTS)
+    records, tasks = report.found_in(RESULTS)
     assert set(tasks) == set(TASKS)
     plan = json.loads(json.dumps(settled(PLAN)))
     for task, known in tasks.items():
@@ -531,14 +536,42 @@ def test_the_records_in_the_repository_are_of_the_plan_there():
         assert found == (every if gate.gate_of(records, task, known["audit"]).passed else set())
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/ablation.md"])
-def test_the_documents_say_what_the_records_say(document):
+def shown(value):
+    return f"{value:+.3f}".replace("-", "−")
+
+
+@pytest.mark.parametrize(
+    ("document", "arms"),
+    [
+        ("README.md", ("flow", "oracle")),
+        ("docs/ablation.md", ("flow", "oracle", "sharp", "product")),
+    ],
+)
+def test_the_documents_say_what_the_records_say(document, arms):
     text = (RESULTS.parents[2] / document).read_text().replace("\n  ", " ")
-    records, tasks = report.loaded(RESULTS)
+    records, _ = report.found_in(RESULTS)
     means = {arm: curve.mean(1) for arm, curve in gate.compared(records, "house").items()}
     over = {arm: gate.paired(means[arm], means["uniform"]) for arm in means if arm != "uniform"}
-    for arm in ("flow", "oracle"):
-        for value in (over[arm].mean, over[arm].low, over[arm].high):
-            assert f"{value:+.3f}".replace("-", "−") in text
+    for arm in arms:
+        one = over[arm]
+        assert shown(one.mean) in text
+        assert f"{shown(one.low)} to {shown(one.high)}" in text
     assert {arm for arm, found in over.items() if found.chance < 0.05} == {"oracle"}
+
+
+def test_the_page_says_of_gate_and_spread_what_the_records_say():
+    text = (RESULTS.parents[2] / "docs" / "ablation.md").read_text().replace("\n  ", " ")
+    records, tasks = report.found_in(RESULTS)
+    for task in TASKS:
+        assert shown(gate.gate_of(records, task, tasks[task]["audit"]).gain.mean) in text
     assert not gate.gate_of(records, "countdown", tasks["countdown"]["audit"]).passed
+    curves = gate.compared(records, "house")
+    spread = (curves["flow"].mean(1) - curves["uniform"].mean(1)).std(ddof=1)
+    assert f"the spread was {spread:.3f}" in text
+    collapsed = {}
+    for arm, runs in curves.items():
+        means = np.array([np.convolve(run, np.ones(7) / 7, "valid") for run in runs])
+        falls = np.maximum.accumulate(means, axis=1) - means
+        collapsed[arm] = int((falls.max(1) > 0.3).sum())
+    some = {"flow": 1, "sharp": 1, "shuffled": 1, "product": 1, "random": 2, "faster": 3}
+    assert collapsed == dict.fromkeys(curves, 0) | some

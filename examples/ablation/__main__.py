@@ -24,7 +24,7 @@ from examples.ablation.gate import best_rate, gate_of
 from examples.ablation.grid import Run, Stage, quiet, run_all, start_of
 from examples.ablation.plan import ARMS, PLAIN, PLAN, TASKS, Plan, settled
 from examples.ablation.pupil import teach
-from examples.ablation.report import collected, loaded, write_report
+from examples.ablation.report import found_in, write_report
 from flowtracer_plugin.storage import write_atomically
 
 MEASURED_WITH = ("torch", "transformers", "trl", "peft")
@@ -83,7 +83,7 @@ def look(task: str, plan: Plan, folder: Path) -> dict[str, Any]:
 
 
 def recipe_of(plan: Plan, start: Path) -> dict[str, Any]:
-    """All that a run depends on beside its own name, plain values."""
+    """What a run depends on beside its own name and this code, plain values."""
     policy = (start / "model.safetensors").read_bytes()
     return {
         **settled(plan),
@@ -96,12 +96,12 @@ def main() -> None:
     arguments = _arguments()
     quiet()
     if arguments.report:
-        write_report(*loaded(arguments.report), arguments.report)
+        write_report(*found_in(arguments.report), arguments.report)
         return
     plan = replace(PLAN, seeds=tuple(range(arguments.seeds)))
     for task in arguments.tasks:
         ablate(task, plan, arguments.out, arguments.workers)
-        write_report(*collected(arguments.out), arguments.out)
+        write_report(*found_in(arguments.out), arguments.out)
     print(f"tables and plots: {arguments.out / 'README.md'}")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import sem, ttest_1samp
 
-from examples.ablation.plan import ARMS, LEAST_ERRORS, LEAST_GAIN, PLAIN
+from examples.ablation.plan import ARMS, LEAST_ERRORS, LEAST_GAIN, PLAIN, PLAN
 
 Record = Mapping[str, Any]
 Curves = Mapping[str, Float[np.ndarray, "seed step"]]
@@ -81,6 +81,13 @@ def best_rate(records: Sequence[Record], task: str) -> float:
     best = max(means.values(), key=np.mean)
     enough = np.mean(best) - sem(best)
     return min(rate for rate, found in means.items() if np.mean(found) >= enough)
+
+
+def finished(records: Sequence[Record], task: str) -> bool:
+    """Whether all runs of the tuning and the gate are there."""
+    stages = [one["stage"] for one in records if one["task"] == task]
+    tuning = len(PLAN.tuning_seeds) * len(PLAN.learning_rates)
+    return stages.count("tune") == tuning and stages.count("gate") == 2 * len(PLAN.gate_seeds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,10 @@ Stage = Literal["tune", "gate", "compare"]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What makes a run what it is, beside the recipe of its task."""
+    """What makes a run what it is, beside the recipe of its task.
+
+    The learning rate is the one that was tuned, before the arm's factor.
+    """
 
     task: str
     stage: Stage
@@ -61,8 +64,9 @@ def _made(runs: Sequence[Run], plan: Plan, folder: Path, workers: int) -> Iterat
                     done.result()
                 except BrokenProcessPool as error:
                     raise RuntimeError(
-                        "a worker process was ended from outside, mostly for lack of memory; the "
-                        "same command goes on where this stopped: try it with fewer --workers"
+                        "a worker process came to its end; if no error of its own stands above, "
+                        "mostly for lack of memory. The same command goes on where this stopped: "
+                        "try it with fewer --workers"
                     ) from error
                 except Exception as error:
                     error.add_note(f"in {waiting[done]}")

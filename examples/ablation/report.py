@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from benchmarks.plots import linear_panels, write
-from examples.ablation.gate import Record, best_rate, compared, gate_of, paired
+from examples.ablation.gate import Record, best_rate, compared, finished, gate_of, paired
 from examples.ablation.plan import ARMS, FASTER, LEAST_ERRORS, LEAST_GAIN, PLAIN, PLAN
 from flowtracer_plugin.audit_summary import holm
 from flowtracer_plugin.storage import write_atomically
@@ -24,22 +24,24 @@ SMOOTH = 7
 """Steps over which curves are averaged."""
 
 
-def collected(folder: Path) -> tuple[list[Record], Tasks]:
-    """All records in a folder of runs, in an order that no worker has a say in."""
+def found_in(folder: Path) -> tuple[list[Record], Tasks]:
+    """The records in a folder of runs, or in one that has been reported on and holds no runs."""
     files = sorted(folder.glob("*/task.json"))
+    if not files:
+        lines = (folder / "runs.jsonl").read_text().splitlines()
+        tasks = json.loads((folder / "tasks.json").read_text())
+        return [json.loads(line) for line in lines], tasks
     tasks = {file.parent.name: json.loads(file.read_text()) for file in files}
-    order = {arm.name: place for place, arm in enumerate(ARMS)}
     runs = [json.loads(file.read_text()) for file in folder.glob("*/*/*-*-*.json")]
     kept = [{name: run[name] for name in KEPT} for run in runs if run["task"] in tasks]
-    kept.sort(key=lambda one: (one["task"], one["stage"], one["learning_rate"], one["seed"],
-                               order[one["arm"]]))  # fmt: skip
-    return kept, tasks
+    return sorted(kept, key=_place), tasks
 
 
-def loaded(folder: Path) -> tuple[list[Record], Tasks]:
-    """The same, as `write_report` wrote it."""
-    lines = (folder / "runs.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((folder / "tasks.json").read_text())
+def _place(record: Record) -> tuple[object, ...]:
+    """An order that no worker has a say in."""
+    arms = [arm.name for arm in ARMS]
+    numbers = (record["learning_rate"], record["seed"], arms.index(record["arm"]))
+    return (record["task"], record["stage"], *numbers)
 
 
 def write_report(records: Sequence[Record], tasks: Tasks, folder: Path) -> None:
@@ -57,9 +59,9 @@ def document(records: Sequence[Record], tasks: Tasks) -> str:
     """All tables."""
     parts = [
         "# The ablation, in figures",
-        "Made by `make ablation` from the records beside it; [how it is done](../../../docs/"
-        "ablation.md). Differences are of the mean reward over all steps, between runs of one "
-        "seed, with 95 % intervals by Student's t, which no correction widens; d is the mean "
+        "Made by `make ablation` from the records beside it; how it is done is in "
+        "`docs/ablation.md`. Differences are of the mean reward over all steps, between runs of "
+        "one seed, with 95 % intervals by Student's t, which no correction widens; d is the mean "
         "difference in units of its spread over seeds.",
         "## The gate",
         f"A task is used if its oracle raises the cosine by at least {LEAST_ERRORS:g} standard "
@@ -71,7 +73,7 @@ def document(records: Sequence[Record], tasks: Tasks) -> str:
         seeds = _seeds(records, task)
         if seeds > 1:
             parts += [
-                f"## {task.capitalize()}: {seeds} of {len(PLAN.seeds)} planned seeds",
+                f"## {task.capitalize()}: {seeds} seeds, {len(PLAN.seeds)} were planned",
                 table(records, task, known["audit"]),
                 f"![Differences from plain GRPO, and rewards by step]({task}.svg)",
             ]
@@ -86,10 +88,13 @@ def gate_table(records: Sequence[Record], tasks: Tasks) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for task, known in tasks.items():
+        right = f"| {task} | {known['greedy']:.2f} | {known['sampled']:.2f} "
+        if not finished(records, task):
+            rows.append(f"{right}| not finished | | | | |")
+            continue
         gate = gate_of(records, task, known["audit"])
         rows.append(
-            f"| {task} | {known['greedy']:.2f} | {known['sampled']:.2f} "
-            f"| {best_rate(records, task):g} | {gate.plain:.3f} | {gate.gain} "
+            f"{right}| {best_rate(records, task):g} | {gate.plain:.3f} | {gate.gain} "
             f"| {gate.cosine:+.3f} ± {gate.error:.3f} | {'yes' if gate.passed else 'no'} |"
         )
     return "\n".join(rows)
