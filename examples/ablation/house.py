@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from examples.ablation.task import Problem, Spans, Task, spans_of
+from examples.ablation.task import Problem, Spans, Task
 
 PEOPLE = ("Ann", "Bob", "Cal", "Dan")
 ROOMS = ("attic", "bath", "cellar", "den", "garage", "hall", "kitchen", "porch")
@@ -97,7 +97,7 @@ def what_matters(completion: str) -> Spans:
     if answer is None:
         return []
     steps = re.finditer(rf" {answer[1]} \w+ = \w+", completion[: answer.start()])
-    return [*spans_of(steps), answer.span()]
+    return [*(step.span() for step in steps), answer.span()]
 
 
 HOUSE = Task(

@@ -7,48 +7,25 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from tokenizers import Regex, Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.ablation.task import Problem, Task
+from examples.reasoner.train import build_model, tokenizer_of_pieces
 
 SEED = 20260610
 BATCH = 64
 LEARNING_RATE = 4e-3
 ANSWER_WEIGHT = 10.0
 """The answer is a few of many tokens, and reading it off the steps is learned last."""
-SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
 def tokenizer_of(task: Task) -> PreTrainedTokenizerFast:
     """One token for each word, with the space before it."""
-    pieces = [*SPECIAL_TOKENS, task.first_word, *(f" {word}" for word in task.words)]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = Split(Regex(r" ?\S+"), behavior="isolated")
-    backend.decoder = Fuse()
-    backend.post_processor = TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=128,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    return tokenizer_of_pieces([task.first_word, *(f" {word}" for word in task.words)], r" ?\S+")
 
 
 def adapters(rank: int) -> LoraConfig:
@@ -60,22 +37,7 @@ def adapters(rank: int) -> LoraConfig:
 def untaught(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """215,000 parameters."""
     torch.manual_seed(SEED)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            tie_word_embeddings=True,
-            initializer_range=0.05,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    return build_model(tokenizer, width=64)
 
 
 def teach(task: Task, folder: Path, steps: int | None = None) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 Spans = list[tuple[int, int]]
@@ -47,7 +47,3 @@ class Task:
     taught: int
     answer_tokens: int
     max_new_tokens: int
-
-
-def spans_of(matches: Iterable[re.Match[str]]) -> Spans:
-    return [match.span() for match in matches]

@@ -64,9 +64,14 @@ class Recipe:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {piece: index for index, piece in enumerate([*SPECIAL_TOKENS, *_pieces()])}
+    return tokenizer_of_pieces(_pieces(), PIECE)
+
+
+def tokenizer_of_pieces(pieces: list[str], pattern: str) -> PreTrainedTokenizerFast:
+    """A token for each of the pieces into which the pattern cuts a text."""
+    vocabulary = {piece: index for index, piece in enumerate([*SPECIAL_TOKENS, *pieces])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = Split(Regex(PIECE), behavior="isolated")
+    backend.pre_tokenizer = Split(Regex(pattern), behavior="isolated")
     backend.decoder = Fuse()
     backend.post_processor = TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
@@ -91,11 +96,11 @@ def _pieces() -> list[str]:
     return [*spaced, *NAMES, *numbers, "The", ".", "?", "}", "\n"]
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, width: int = 80) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=80,
-        intermediate_size=240,
+        hidden_size=width,
+        intermediate_size=3 * width,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
