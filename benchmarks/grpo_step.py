@@ -55,7 +55,7 @@ from benchmarks.models import pretrained
 from examples.reasoner.problems import make_problems
 from examples.reasoner.train import MAX_NEW_TOKENS, MODEL_DIR
 from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig
-from flowtracer_plugin.interception import InterfaceBackend
+from flowtracer_plugin.reading.interface_backend import InterfaceBackend
 
 QUESTION = "What does flow credit add to a step of GRPO?"
 OURS = "with"

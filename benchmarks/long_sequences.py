@@ -31,7 +31,7 @@ from benchmarks.models import build, device, forward, number_tokenizer, pretrain
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from flowtracer_plugin.trace import FlowTrace
+    from flowtracer_plugin.trace.flow_trace import FlowTrace
 
 QUESTION = "How do time and memory of a streamed trace grow with the text, up to 32,768 tokens?"
 OURS = "streamed"

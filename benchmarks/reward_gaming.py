@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flowtracer_plugin as ft
-from flowtracer_plugin.reward import SCORES, FlowReward
+from flowtracer_plugin.rewards.flow_reward import SCORES, FlowReward
 
 
 def split(solution: str) -> tuple[str, str]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowtracer_plugin.answers import find_answer
+from flowtracer_plugin.grpo.script import build_trainer, parse, train
 from flowtracer_plugin.rewards import completion_text
-from flowtracer_plugin.training import build_trainer, parse, train
+from flowtracer_plugin.text.answers import find_answer
 
 
 def asked_for(completions: list[Any], **columns: Any) -> list[float]:

@@ -1,5 +1,5 @@
 """`python -m flowtracer_plugin` is the command `flowtracer`."""
 
-from flowtracer_plugin.cli import main
+from flowtracer_plugin.cli.commands import main
 
 main()

@@ -16,9 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 WANTED = (
     "flowtracer_plugin/py.typed",
-    "flowtracer_plugin/schema/trace.schema.json",
+    "flowtracer_plugin/__init__.pyi",
+    "flowtracer_plugin/result/trace.schema.json",
     *(
-        f"flowtracer_plugin/report/{name}"
+        f"flowtracer_plugin/report/pages/{name}"
         for name in ("base.html.j2", "page.html.j2", "group.html.j2", "group.css", "group.js")
     ),
     "flowtracer_plugin/reasoner/model.safetensors",

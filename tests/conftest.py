@@ -68,7 +68,7 @@ def plain_model(chat_model: Path) -> Path:
 @pytest.fixture
 def flowtracer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """The command `flowtracer` in this process."""
-    from tests.command_line import run_here
+    from tests.cli.command_line import run_here
 
     return partial(run_here, monkeypatch, capsys)
 

@@ -19,10 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from flowtracer_plugin import attention
-from flowtracer_plugin.cli import app
-from flowtracer_plugin.diagnosis import ADVICE, diagnose
-from flowtracer_plugin.reader import AttentionReader
+from flowtracer_plugin.attention import adapter as attention
+from flowtracer_plugin.cli.commands import app
+from flowtracer_plugin.reading.diagnosis import ADVICE, diagnose
+from flowtracer_plugin.reading.reader import AttentionReader
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "adapters" / "README.md").read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ model.save_pretrained(sys.argv[1])
 READ = """
 import sys, torch, flowtracer_plugin as ft
 from flowtracer_plugin.attention import find_adapter
-from flowtracer_plugin.cli_loading import load_model
+from flowtracer_plugin.cli.loading import load_model
 model = load_model(sys.argv[1], "cpu", "auto")
 tracer = ft.wrap(model, layers="all")
 assert find_adapter(model).name == "fox"

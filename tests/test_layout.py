@@ -15,128 +15,43 @@ CORE = Path(flowtracer_plugin.__file__).parent
 ROOT = CORE.parent
 ADAPTERS = ROOT / "adapters" / "flowtracer_adapters"
 
-# A module may import modules of earlier lines only; those of one line do not know each other.
-LAYERS = [
-    {"_versions", "extras"},
-    {"_flow_backends", "_trl_version", "free_memory"},
-    {"_substitution"},
-    {"_flow_numpy", "_flow_torch"},
-    {"_flow_scipy"},
-    {"_flow_border"},
-    {"graph"},
-    {"flow"},
-    {
-        "attention",
-        "layers",
-        "answers",
-        "encoding",
-        "options",
-        "credit",
-        "controls",
-        "backbone",
-        "contrast",
-    },
-    {"spans", "answer_cut", "likely_paths", "river", "contrast_texts"},
-    {"matched_spans"},
-    {"streamed"},
-    {"head_mean", "backends", "causal_lm", "padding"},
-    {
-        "generation",
-        "sampling",
-        "policy_gradient",
-        "capture",
-        "interception",
-        "self_check",
-        "parallel",
-        "rhythm",
-        "head_choice",
-    },
-    {"value_lengths"},
-    {"scores", "saliency"},
-    {"reading", "scorers", "attention_rows", "sites", "cutting"},
-    {"running", "edges"},
-    {"reader", "knockout"},
-    {"trace", "diagnosis", "memory"},
-    {"storage", "rollouts", "document", "comparison", "policy_gradient"},
-    {"parquet", "record_file"},
-    {"solving"},
-    {"tracer"},
-    {"read_rollouts"},
-    {"token_scores"},
-    {"faithfulness"},
-    {"credit_audit"},
-    {"audit_summary", "audit_file"},
-    {"summaries", "curves", "lines_and_edges", "regeneration"},
-    {"protocols", "protocol_summaries"},
-    {"evaluation"},
-    {"evaluation_file", "evaluation_report"},
-    {"report.display"},
-    {"network", "report.drawing", "report.terminal", "report.assets"},
-    {"report.payload", "report.table", "report.evaluation_tables"},
-    {"report.completion", "report.group_index"},
-    {"report.differences"},
-    {"report.page", "report.group", "report.compare", "report.evaluation"},
-    {"report"},
-    {"report.figure_panels"},
-    {"report.figure_ribbon", "report.figure_steps"},
-    {"report.figure_river"},
-    {"report.figures"},
-    {"reward", "_grpo_checks"},
-    {"_grpo_options", "_grpo_reading"},
-    {"_grpo_pages"},
-    {"_grpo_log"},
-    {"_grpo_credit"},
-    {"grpo"},
-    {"cli_loading", "training_data"},
-    {"evaluation_data"},
-    {"rewards"},
-    {"training"},
-    {"cli_options"},
-    {"cli_data"},
-    {"cli_outputs"},
-    {"cli_adapters", "cli_audit", "cli_evaluate", "cli_pages", "cli_tracing", "cli_mistakes"},
-    {"cli"},
-    {"__main__"},
-]
-RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line}
-
-# Imports inside functions, each for a reason: a trace saves and shows itself, and a heavy or
-# optional package loads where it is used.
-LATE = {
-    ("trace", "storage"),
-    ("trace", "document"),
-    ("trace", "streamed"),
-    ("trace", "report"),
-    ("trace", "report.terminal"),
-    ("trace", "report.figures"),
-    ("trace", "parquet"),
-    ("trace", "network"),
-    ("_flow_backends", "_flow_numpy"),
-    ("_flow_backends", "_flow_torch"),
-    ("_flow_backends", "_flow_scipy"),
-    ("_flow_numpy", "scipy.sparse"),
-    ("_flow_torch", "scipy.sparse"),
-    ("_grpo_credit", "peft"),
-    ("credit", "torch"),
-    ("free_memory", "resource"),
-    ("causal_lm", "peft"),
-    ("rewards", "math_verify"),
-    ("training_data", "datasets"),
-    ("training_data", "datasets.exceptions"),
-}
-# These must not load anything, so all of their imports are late.
-LAZY = {
-    "__init__",
+# A room may import itself and the rooms before it. Before all of them come the single modules.
+SINGLE = ["extras", "files", "moved", "options", "versions"]
+ROOMS = [
+    "flow",
+    "text",
+    "attention",
+    "model",
+    "reading",
+    "result",
+    "comparison",
+    "report",
+    "trace",
+    "credit",
+    "rewards",
+    "grpo",
+    "evaluation",
+    "audit",
     "cli",
-    "cli_adapters",
-    "cli_audit",
-    "cli_data",
-    "cli_evaluate",
-    "cli_loading",
-    "cli_options",
-    "cli_outputs",
-    "cli_pages",
-    "cli_tracing",
+]
+
+# Imports inside functions that load a heavy or optional package where it is used.
+LATE = {
+    ("credit.weights", "torch"),
+    ("flow.backends", "flow.numpy_arrays"),
+    ("flow.backends", "flow.scipy_arrays"),
+    ("flow.backends", "flow.torch_arrays"),
+    ("flow.numpy_arrays", "scipy.sparse"),
+    ("flow.torch_arrays", "scipy.sparse"),
+    ("grpo.hooks", "peft"),
+    ("model.causal_lm", "peft"),
+    ("model.free_memory", "resource"),
+    ("rewards.named", "math_verify"),
+    ("text.data_sets", "datasets"),
+    ("text.data_sets", "datasets.exceptions"),
+    ("trace.flow_trace", "report.figures.figure"),
+    ("trace.flow_trace", "result.network"),
+    ("trace.flow_trace", "result.parquet"),
 }
 
 PUBLIC = [
@@ -174,10 +89,12 @@ def name_of(path):
 
 SOURCES = {name_of(path): path for path in sorted(CORE.rglob("*.py"))}
 ALL_FILES = [*SOURCES.values(), *sorted(ADAPTERS.rglob("*.py"))]
+# The command line must answer --help at once, so it imports where it works.
+COMMANDS = {name for name in SOURCES if name.startswith("cli.")}
 
 
 def imports_of(path):
-    """Every import: the module, and whether it is late, that is inside a function."""
+    """Every import: the module, and whether it stands inside a function."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     late = {id(inner) for function in functions for inner in ast.walk(function)}
@@ -192,12 +109,8 @@ def imports_of(path):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: imports are absolute"
-            names = [
-                f"{node.module}.{alias.name}"
-                if f"{node.module}.{alias.name}".removeprefix("flowtracer_plugin.") in SOURCES
-                else node.module
-                for alias in node.names
-            ]
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if own(name) in SOURCES else node.module for name in full]
         else:
             continue
         for name in names:
@@ -209,40 +122,75 @@ def own(module):
     return module.removeprefix("flowtracer_plugin.") if "flowtracer_plugin." in module else None
 
 
-def test_every_module_has_its_place():
-    assert set(SOURCES) - {"__init__"} <= set(RANK)
+def own_imports(name):
+    return {target for module, _ in imports_of(SOURCES[name]) if (target := own(module))}
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_imports_point_one_way(name):
-    for module, late in imports_of(SOURCES[name]):
-        target = own(module)
-        if target is None or (late and (name in LAZY or (name, target) in LATE)):
-            continue
-        assert not late, f"{name} imports {target} inside a function"
-        assert RANK[target] < RANK[name], f"{name} must not import {target}"
+def late_imports(name):
+    return {own(module) or module for module, late in imports_of(SOURCES[name]) if late}
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name not in LAZY])
-def test_nothing_else_is_imported_late(name):
-    late = {own(module) or module for module, late in imports_of(SOURCES[name]) if late}
-    assert late <= {target for source, target in LATE if source == name}
+def room_of(module):
+    return module.partition(".")[0]
+
+
+def test_rooms_are_small_and_say_what_they_are_for():
+    assert {room_of(name) for name in SOURCES} == {*ROOMS, *SINGLE, "__init__", "__main__"}
+    for room in ROOMS:
+        files = [path for name, path in SOURCES.items() if name.rpartition(".")[0] == room]
+        assert 0 < len(files) <= 15, room
+        assert ast.get_docstring(ast.parse((CORE / room / "__init__.py").read_text())), room
+
+
+def test_a_room_imports_itself_and_the_rooms_before_it():
+    order = {name: place for place, name in enumerate([*SINGLE, *ROOMS, "__init__", "__main__"])}
+    back = [
+        f"{name} imports {target}"
+        for name in SOURCES
+        for target in own_imports(name)
+        if order[room_of(target)] > order[room_of(name)]
+        or (room_of(name) in SINGLE and room_of(target) != room_of(name))
+    ]
+    assert back == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    waiting = {name: own_imports(name) for name in SOURCES}
+    while free := {name for name, targets in waiting.items() if not targets & set(waiting)}:
+        waiting = {name: targets for name, targets in waiting.items() if name not in free}
+    assert waiting == {}
+
+
+def test_modules_import_modules_and_not_rooms():
+    """Inside the package a name is imported from its module, never through the room."""
+    through = {
+        f"{name} imports {target}"
+        for name in SOURCES
+        for target in own_imports(name)
+        if target in ROOMS
+    }
+    assert through == set()
+
+
+def test_nothing_else_is_imported_inside_functions():
+    late = {(name, target) for name in set(SOURCES) - COMMANDS for target in late_imports(name)}
+    assert late == LATE
 
 
 @pytest.mark.parametrize(
     ("package", "importers"),
     [
-        ("nnsight", {"capture"}),
-        ("trl", {"grpo", "_grpo_checks", "_grpo_credit", "training"}),
-        ("networkx", {"network"}),
-        ("pyarrow", {"parquet"}),
+        ("nnsight", {"reading.nnsight_backend"}),
+        ("trl", {f"grpo.{part}" for part in ("checks", "hooks", "script", "trainer")}),
+        ("networkx", {"result.network"}),
+        ("pyarrow", {"result.parquet"}),
         (
             "matplotlib",
-            {f"report.figure{part}" for part in ("s", "_panels", "_ribbon", "_river", "_steps")},
+            {f"report.figures.{part}" for part in ("figure", "panels", "ribbon", "river", "steps")},
         ),
-        ("datasets", {"training", "training_data"}),
-        ("math_verify", {"rewards"}),
-        ("typer", LAZY - {"__init__"}),
+        ("datasets", {"grpo.script", "text.data_sets"}),
+        ("math_verify", {"rewards.named"}),
+        ("typer", COMMANDS - {"cli.mistakes"}),
     ],
 )
 def test_one_module_knows_a_package(package, importers):
@@ -272,8 +220,8 @@ def test_adapters_know_the_contract_only():
     "code",
     [
         "import flowtracer_plugin; dir(flowtracer_plugin)",
-        "import flowtracer_plugin.cli",
-        "import flowtracer_plugin.cli as c; from typer.testing import CliRunner; "
+        "import flowtracer_plugin.cli.commands",
+        "import flowtracer_plugin.cli.commands as c; from typer.testing import CliRunner; "
         "r = CliRunner().invoke(c.app, ['--help']); assert r.exit_code == 0, r.output; "
         "r = CliRunner().invoke(c.app, ['trace', '--help']); assert r.exit_code == 0, r.output; "
         "r = CliRunner().invoke(c.app, ['adapters', '--help']); assert r.exit_code == 0, r.output",
@@ -290,38 +238,26 @@ def test_importing_loads_nothing_heavy(code):
 
 
 def test_the_public_names_are_these():
-    assert flowtracer_plugin.__all__ == PUBLIC == sorted(PUBLIC)
-    assert dir(flowtracer_plugin) == PUBLIC
-    assert set(flowtracer_plugin._HOMES) == set(PUBLIC) - {"__version__"}
+    assert sorted(flowtracer_plugin.__all__) == PUBLIC == sorted(PUBLIC)
+    assert sorted(dir(flowtracer_plugin)) == sorted(set(PUBLIC) - {"__version__"})
     missing = "nothing"
-    with pytest.raises(AttributeError, match="'flowtracer_plugin' has no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="No flowtracer_plugin attribute nothing"):
         getattr(flowtracer_plugin, missing)
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLIC if name != "__version__"])
-def test_a_public_name_is_where_it_says_and_documented(name):
-    thing = getattr(flowtracer_plugin, name)
-    home = f"flowtracer_plugin.{flowtracer_plugin._HOMES[name]}"
-    assert thing.__module__ == home
-    assert getattr(importlib.import_module(home), name) is thing
-    assert inspect.getdoc(thing)
-    if inspect.isclass(thing):
-        for attribute, value in vars(thing).items():
+@pytest.mark.parametrize("room", ["", *ROOMS])
+def test_the_names_of_a_room_are_there_and_documented(room):
+    module = importlib.import_module(f"flowtracer_plugin.{room}".rstrip("."))
+    for name in set(getattr(module, "__all__", ())) - {"__version__"}:
+        assert f"{room}.{name}".lstrip(".") not in SOURCES, "the module would hide the name"
+        thing = getattr(module, name)
+        if not (inspect.isclass(thing) or inspect.isfunction(thing)):
+            continue
+        assert thing.__module__.startswith("flowtracer_plugin.")
+        assert inspect.getdoc(thing), name
+        for attribute, value in vars(thing).items() if inspect.isclass(thing) else ():
             if not attribute.startswith("_") and callable(value):
                 assert inspect.getdoc(value), f"{name}.{attribute}"
-
-
-def typed_names():
-    """The names that a type checker sees in the package."""
-    for node in ast.walk(ast.parse(SOURCES["__init__"].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            for line in node.body:
-                home = line.module.removeprefix("flowtracer_plugin.")
-                yield from ((alias.name, home) for alias in line.names)
-
-
-def test_type_checkers_and_users_see_the_same_names():
-    assert dict(typed_names()) == flowtracer_plugin._HOMES
 
 
 def docstring_lines(node):

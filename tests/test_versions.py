@@ -14,15 +14,16 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import flowtracer_plugin as ft
-from flowtracer_plugin import _trl_version, _versions
-from flowtracer_plugin._versions import (
+from flowtracer_plugin import versions as _versions
+from flowtracer_plugin.grpo import trl_version
+from flowtracer_plugin.reading.reader import AttentionReader
+from flowtracer_plugin.versions import (
     ANY_VERSION,
     WINDOW,
     UnsupportedVersionError,
     check_versions,
     fits,
 )
-from flowtracer_plugin.reader import AttentionReader
 from tests.families import FAMILIES, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ def test_the_package_asks_for_its_window(name):
 
 
 def test_the_extra_asks_for_the_trl_that_the_trainer_wants():
-    assert TRL["trl"] == Requirement("trl" + _trl_version.WANTED).specifier
+    assert TRL["trl"] == Requirement("trl" + trl_version.WANTED).specifier
 
 
 @pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-lowest.txt"])

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from flowtracer_plugin.flow import solve_flow
+from flowtracer_plugin.flow.solve import solve_flow
 from flowtracer_plugin.options import FlowOptions
-from flowtracer_plugin.spans import Spans
-from flowtracer_plugin.trace import FlowTrace
+from flowtracer_plugin.text.spans import Spans
+from flowtracer_plugin.trace.flow_trace import FlowTrace
 from tests.pages import HOSTILE
 
 

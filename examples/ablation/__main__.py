@@ -25,7 +25,7 @@ from examples.ablation.grid import Run, Stage, quiet, run_all, start_of
 from examples.ablation.plan import ARMS, PLAIN, PLAN, TASKS, Plan, settled
 from examples.ablation.pupil import teach
 from examples.ablation.report import found_in, write_report
-from flowtracer_plugin.storage import write_atomically
+from flowtracer_plugin.files import write_atomically
 
 MEASURED_WITH = ("torch", "transformers", "trl", "peft")
 

@@ -15,12 +15,12 @@ import flowtracer_plugin as ft
 from examples.ablation.plan import ARMS, SHARE, Arm, Plan
 from examples.ablation.pupil import adapters
 from examples.ablation.task import Problem, Task
-from flowtracer_plugin.audit_summary import AuditSummary, summarise_audit
-from flowtracer_plugin.credit_audit import AuditOptions, audit
-from flowtracer_plugin.policy_gradient import named_parameters
-from flowtracer_plugin.sampling import Group, sample
-from flowtracer_plugin.scorers import Boost, Scorer, find_scorer, lowest
-from flowtracer_plugin.scores import Features, Rollouts
+from flowtracer_plugin.audit.policy_gradient import named_parameters
+from flowtracer_plugin.audit.run import AuditOptions, audit
+from flowtracer_plugin.audit.sampling import Group, sample
+from flowtracer_plugin.audit.summary import AuditSummary, summarise_audit
+from flowtracer_plugin.credit.measures import Features, Rollouts
+from flowtracer_plugin.credit.scorers import Boost, Scorer, find_scorer, lowest
 
 SEED = 1000
 ASKED = 512

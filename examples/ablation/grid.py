@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from examples.ablation.plan import ARMS, TASKS, Plan
-from flowtracer_plugin.storage import write_atomically
+from flowtracer_plugin.files import write_atomically
 
 Stage = Literal["tune", "gate", "compare"]
 

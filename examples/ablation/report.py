@@ -12,8 +12,8 @@ from jaxtyping import Float
 from benchmarks.plots import linear_panels, write
 from examples.ablation.gate import Record, best_rate, compared, finished, gate_of, paired
 from examples.ablation.plan import ARMS, FASTER, LEAST_ERRORS, LEAST_GAIN, PLAIN, PLAN
-from flowtracer_plugin.audit_summary import holm
-from flowtracer_plugin.storage import write_atomically
+from flowtracer_plugin.audit.summary import holm
+from flowtracer_plugin.files import write_atomically
 
 Tasks = Mapping[str, Record]
 """What is known of each task beside its runs, see `audits.known`."""

@@ -1,25 +1,18 @@
-"""What people look at: a trace as a page or a notebook cell, comparisons, evaluations, training."""
+"""What people look at: pages, figures, the notebook cell, the terminal."""
 
-from flowtracer_plugin.report.compare import render_comparison, write_comparison
-from flowtracer_plugin.report.evaluation import render_evaluation, write_evaluation
-from flowtracer_plugin.report.group import (
-    CompletionView,
-    group_page,
-    write_group_page,
-    write_index,
-)
-from flowtracer_plugin.report.page import render_notebook, render_page, write_page
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "CompletionView",
-    "group_page",
-    "render_comparison",
-    "render_evaluation",
-    "render_notebook",
-    "render_page",
-    "write_comparison",
-    "write_evaluation",
-    "write_group_page",
-    "write_index",
-    "write_page",
-]
+import lazy_loader
+
+from flowtracer_plugin.moved import warn
+
+_attached, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("render_evaluation", "write_evaluation"):
+        home = "flowtracer_plugin.evaluation"
+        warn(f"{__name__}.{name}", f"{home}.{name}", level=3)
+        return getattr(import_module(home), name)
+    return _attached(name)

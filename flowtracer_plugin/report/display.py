@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,16 +10,13 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float, Int
 
-from flowtracer_plugin.spans import Region
-from flowtracer_plugin.trace import FlowTrace
+from flowtracer_plugin.result.trace_data import TraceData
+from flowtracer_plugin.text.spans import Region
+from flowtracer_plugin.text.visible import visible
 
 HEAT_SHARES = (0.40, 0.25, 0.15, 0.08, 0.03)
 """A token's heat is the number of these top shares that it belongs to, from 0 to 5; the widest one
 is the share of tokens that the paper gives more credit."""
-
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
-_BIDI = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-_UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +73,7 @@ class Reading:
         prompt_units: How many of the units are the prompt's.
     """
 
-    trace: FlowTrace
+    trace: TraceData
     starts: Int[np.ndarray, " unit"]
     prompt_units: int
 
@@ -158,7 +154,7 @@ class Reading:
         return ranks, heats
 
 
-def read(trace: FlowTrace) -> Reading:
+def read(trace: TraceData) -> Reading:
     """The tokens of `trace` as units; prompt and response have their own."""
     length = trace.spans.prompt_length
     prompt = piece_starts(trace.tokens[:length])
@@ -198,30 +194,6 @@ def standouts(
 def shown_text(tokens: Sequence[str]) -> str:
     """What the tokens of one piece spell together, made visible."""
     return visible("".join(tokens)) or "∅"
-
-
-def visible(text: str) -> str:
-    """`text` with every character that cannot be seen, or that reorders others, spelled out.
-
-    Line breaks and tabs stay. The result can be written as UTF-8.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    text = _BIDI.sub(_code, _CONTROLS.sub(_picture, text))
-    if text and all(unicodedata.category(one) in _UNSEEN for one in text if one not in "\n\t"):
-        return re.sub(r"[^\n\t]", _code, text)
-    return text
-
-
-def _picture(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F else _code(match)
-
-
-def _code(match: re.Match[str]) -> str:
-    return f"⟨U+{ord(match[0]):04X}⟩"
 
 
 def direction(pieces: Iterable[Piece]) -> str:

@@ -9,9 +9,10 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from flowtracer_plugin.backbone import Step, StepGraph, strongest_flows
-from flowtracer_plugin.report.display import Reading, Unit, visible
-from flowtracer_plugin.river import River
+from flowtracer_plugin.flow.backbone import Step, StepGraph, strongest_flows
+from flowtracer_plugin.flow.river import River
+from flowtracer_plugin.report.display import Reading, Unit
+from flowtracer_plugin.text.visible import visible
 
 MAX_BARS = 1200
 _FEW_STEPS = 60

@@ -22,9 +22,9 @@ from flowtracer_plugin.report.display import (
     ranges,
     read,
     standouts,
-    visible,
 )
-from flowtracer_plugin.trace import FlowTrace
+from flowtracer_plugin.result.trace_data import TraceData
+from flowtracer_plugin.text.visible import visible
 
 # Most terminals are dark: there the brightest is the hottest. It can be read on white ones too.
 _HEAT = (
@@ -44,7 +44,7 @@ _PATHS = 5
 _WIDEST = 100
 
 
-def render_trace(trace: FlowTrace) -> RenderableType:
+def render_trace(trace: TraceData) -> RenderableType:
     """What `rich.print(trace)` shows, at any width, with or without colour."""
     reading = read(trace)
     hubs = standouts(reading, trace.backbone.hubs, _MARKS)

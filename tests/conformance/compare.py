@@ -17,7 +17,7 @@ from flowtracer_plugin.attention import (
     NoAttentionError,
     UnsupportedArchitectureError,
 )
-from flowtracer_plugin.reader import AttentionReader
+from flowtracer_plugin.reading.reader import AttentionReader
 from tests.conformance.probed import PROBES, probed_attention
 from tests.conformance.reported import NotReportedError, reported_attention, reported_share
 from tests.conformance.results import FORWARD, Row

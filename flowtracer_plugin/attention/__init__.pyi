@@ -1,0 +1,16 @@
+from .adapter import (
+    DISTRIBUTION as DISTRIBUTION,
+    ENTRY_POINT_GROUP as ENTRY_POINT_GROUP,
+    AdapterEntry as AdapterEntry,
+    AdapterMismatchError as AdapterMismatchError,
+    AttentionAdapter as AttentionAdapter,
+    AttentionCall as AttentionCall,
+    AttentionSite as AttentionSite,
+    AttentionWeights as AttentionWeights,
+    NoAttentionError as NoAttentionError,
+    UnsupportedArchitectureError as UnsupportedArchitectureError,
+    adapter_entries as adapter_entries,
+    find_adapter as find_adapter,
+    known_adapters as known_adapters,
+    register_adapter as register_adapter,
+)

@@ -1,0 +1,79 @@
+"""Which heads are averaged: those with which the answer's rows look at the reasoning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
+from flowtracer_plugin.attention.head_mean import given_by, token_probabilities
+
+Chosen = tuple[tuple[Int[Tensor, " _"], ...], ...]
+"""For each text, the heads of each call."""
+
+_BLOCK = 64
+
+
+def attention_to(
+    call: AttentionCall | AttentionWeights,
+    target: Bool[Tensor, "batch token"],
+    reasoning: Bool[Tensor, "batch token"],
+) -> Float[Tensor, "batch head"]:
+    """What each head pays from the target's rows to earlier tokens of the reasoning."""
+    device = given_by(call).device
+    target, reasoning = target.to(device), reasoning.to(device)
+    batch, tokens = target.shape
+    paid = torch.zeros(batch, given_by(call).shape[1], device=device)
+    wanted = target.any(0).tolist()
+    with torch.autocast(device.type, enabled=False):
+        for start in range(0, tokens, _BLOCK):
+            rows = slice(start, min(start + _BLOCK, tokens))
+            if any(wanted[rows]):
+                found = token_probabilities(call, rows, tokens).tril(start - 1)
+                keys = reasoning[:, None, None, : found.shape[-1]]
+                paid += found.mul(keys).sum(-1).mul(target[:, None, rows]).sum(-1)
+    return paid
+
+
+def most_attentive(paid: Sequence[Float[Tensor, "batch _"]], share: float) -> Chosen:
+    """The `⌈share · n⌉` of all `n` heads of the calls that pay most, of equal ones the earlier.
+
+    All heads of a text in which none pays anything: there is nothing to choose by.
+    """
+    counts = [one.shape[1] for one in paid]
+    among = torch.cat([one.cpu() for one in paid], dim=1)
+    number = math.ceil(round(share * among.shape[1], 9))
+    rank = among.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    chosen = (rank < number) | (among.sum(1, keepdim=True) <= 0)
+    return tuple(tuple(part.nonzero()[:, 0] for part in text.split(counts)) for text in chosen)
+
+
+def named_heads(
+    pairs: Iterable[tuple[int, int]], layers: Sequence[int], counts: Sequence[int], texts: int
+) -> Chosen:
+    """The heads that are named by layer and head, the same for every text.
+
+    Raises:
+        ValueError: A layer is not among `layers`, or has no such head.
+    """
+    heads: list[list[int]] = [[] for _ in layers]
+    for layer, head in pairs:
+        here = [place for place, number in enumerate(layers) if number == layer]
+        if not here:
+            raise ValueError(
+                f"heads names ({layer}, {head}), and layer {layer} is not among the layers that "
+                f"are averaged, {sorted(set(layers))}; choose layers= that hold it"
+            )
+        if not 0 <= head < counts[here[0]]:
+            raise ValueError(
+                f"heads names ({layer}, {head}), and layer {layer} has the heads 0 to "
+                f"{counts[here[0]] - 1}"
+            )
+        for place in here:
+            heads[place].append(head)
+    named = tuple(torch.tensor(sorted(one), dtype=torch.long) for one in heads)
+    return (named,) * texts

@@ -1,0 +1,268 @@
+"""Head-averaged attention probabilities of one attention call, a block of query rows at a time.
+
+No tensor of shape [head, query, key] ever exists: that is what makes reading attention as light
+as the forward pass itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
+
+
+def add_head_mean(
+    call: AttentionCall | AttentionWeights,
+    total: Float[Tensor, "batch query key"],
+    *,
+    weight: float = 1.0,
+    heads: Int[Tensor, " chosen"] | None = None,
+    block: int = 64,
+) -> None:
+    """Add `weight` times the mean of the call's probabilities over its heads to `total`, in place.
+
+    `heads` restricts the mean to some query heads. Rows of queries that see no key stay as they
+    are. Computed in float32, also under autocast.
+    """
+    # A cache of a sliding window holds the last keys only; a static one has room for more.
+    first = max(0, total.shape[2] - tokens_of(call))
+    queries = min(
+        given_by(call).shape[2], total.shape[1]
+    )  # some models pad the text behind its end
+    for start in range(0, queries, block):
+        rows = slice(start, min(start + block, queries))
+        mean = mean_of_rows(call, rows, heads=heads)
+        columns = slice(first, first + mean.shape[-1])
+        mean = mean[..., : total.shape[2] - first].to(total.device)
+        total[:, rows, columns].add_(mean, alpha=weight)
+
+
+@torch.no_grad()
+def mean_of_rows(
+    call: AttentionCall | AttentionWeights,
+    rows: slice,
+    *,
+    heads: Int[Tensor, " chosen"] | None = None,
+    keys: int | None = None,
+) -> Float[Tensor, "batch rows seen"]:
+    """The mean over heads for the query rows `rows`, in float32, also under autocast.
+
+    Over the keys that they can see at most; with `keys`, over the first so many, of a call that is
+    known not to look at others.
+    """
+    call = _normalized(call)
+    with torch.autocast(given_by(call).device.type, enabled=False):
+        return _to_tokens(call, row_probabilities(call, rows, heads, keys))
+
+
+@torch.no_grad()
+def weighed_mean_of_rows(
+    call: AttentionCall | AttentionWeights,
+    rows: slice,
+    lengths: Float[Tensor, "batch head key"],
+    *,
+    heads: Int[Tensor, " chosen"] | None = None,
+    keys: int | None = None,
+) -> tuple[Float[Tensor, "batch rows seen"], Float[Tensor, "batch rows"]]:
+    """The same of each head's attention times `lengths`, and the sums of the rows without these."""
+    call = _normalized(call)
+    with torch.autocast(given_by(call).device.type, enabled=False):
+        probabilities = row_probabilities(call, rows, heads, keys)
+        sums = reduce(probabilities, "batch head query key -> batch query", "sum")
+        sums /= probabilities.shape[1]
+        chosen = lengths if heads is None else lengths[:, heads]
+        weighed = probabilities * chosen[:, :, None, : probabilities.shape[-1]]
+        return _to_tokens(call, weighed), sums
+
+
+def _to_tokens(
+    call: AttentionCall | AttentionWeights, probabilities: Float[Tensor, "batch head rows key"]
+) -> Float[Tensor, "batch rows seen"]:
+    """The mean over heads, of tokens where keys are others."""
+    mean = reduce(probabilities, "batch head query key -> batch query key", "mean")
+    if isinstance(call, AttentionCall) and call.key_tokens is not None:
+        mean = mean @ call.key_tokens[:, : mean.shape[-1]].float()
+    return mean
+
+
+@torch.no_grad()
+def attention_output(
+    call: AttentionCall | AttentionWeights,
+) -> Float[Tensor, "batch query head value_width"]:
+    """Probabilities times values, as the model mixes them, in float32."""
+    assert call.value is not None
+    with torch.autocast(given_by(call).device.type, enabled=False):
+        probabilities = row_probabilities(call, slice(0, given_by(call).shape[2]))
+        value = call.value[:, :, : probabilities.shape[-1]].detach().float()
+        folded = rearrange(
+            probabilities, "b (group each) q k -> b group (each q) k", group=value.shape[1]
+        )
+        return rearrange(
+            folded @ value,
+            "b group (each q) width -> b q (group each) width",
+            q=probabilities.shape[2],
+        )
+
+
+def one_text(call: AttentionCall | AttentionWeights, text: int) -> AttentionCall | AttentionWeights:
+    """The call of one text of a batch, as a batch of one."""
+    parts: dict[str, Any] = {
+        field.name: part[text : text + 1]
+        for field in fields(call)
+        if isinstance(part := getattr(call, field.name), Tensor)
+        and part.ndim > 1
+        and part.shape[0] > 1
+    }
+    return replace(call, **parts)
+
+
+def given_by(call: AttentionCall | AttentionWeights) -> Tensor:
+    """What says how many texts, heads and queries there are, and where they are."""
+    return call.weights if isinstance(call, AttentionWeights) else call.query
+
+
+def token_probabilities(
+    call: AttentionCall | AttentionWeights, rows: slice, tokens: int
+) -> Float[Tensor, "batch head rows seen"]:
+    """What each head pays from the query rows `rows` to the first `tokens` tokens.
+
+    As `add_head_mean` averages it, for calls whose keys begin with the text. Only tokens that the
+    rows can see are there: there may be fewer than `tokens`.
+    """
+    with torch.no_grad():
+        probabilities = row_probabilities(_normalized(call), rows)
+        if isinstance(call, AttentionCall) and call.key_tokens is not None:
+            shares = call.key_tokens[:, None, : probabilities.shape[-1]].float()
+            probabilities = probabilities @ shares
+        return probabilities[..., :tokens]
+
+
+def _normalized(call: AttentionCall | AttentionWeights) -> AttentionCall | AttentionWeights:
+    """The call without its sinks if their share is given back to the keys."""
+    if isinstance(call, AttentionCall) and call.normalized:
+        return replace(call, sinks=None)
+    return call
+
+
+def tokens_of(call: AttentionCall | AttentionWeights) -> int:
+    """How many tokens the keys are, or stand for."""
+    if isinstance(call, AttentionWeights):
+        return call.weights.shape[3]
+    return call.key.shape[2] if call.key_tokens is None else call.key_tokens.shape[2]
+
+
+def row_probabilities(
+    call: AttentionCall | AttentionWeights,
+    rows: slice,
+    heads: Int[Tensor, " chosen"] | None = None,
+    keys: int | None = None,
+) -> Float[Tensor, "batch head rows seen"]:
+    """Probabilities of the query rows `rows`, over the keys that they can see at most.
+
+    Over the first `keys` keys, if the call is known not to look at others.
+    """
+    if isinstance(call, AttentionWeights):
+        every = slice(None) if heads is None else heads
+        return call.weights[:, every, rows].detach().float()
+    causal = call.mask is None and call.causal and call.query.shape[2] > 1
+    seen = rows.stop if causal else _seen(call, rows, keys)
+    scores = _scores(call, rows, seen, heads)
+    sinks = _sink_column(call, rows, heads)
+    if causal:  # only the square at the diagonal is masked in part, and every query sees itself
+        square = scores[..., rows.start :]
+        square.masked_fill_(_later(square), -torch.inf)
+        return _softmax(scores, sinks)
+    if call.mask is None:
+        return _softmax(scores, sinks)
+    blocked = _blocked(_block(call.mask, rows, seen, heads))
+    probabilities = _softmax(scores.masked_fill_(blocked, -torch.inf), sinks)
+    return probabilities.masked_fill_(blocked.all(-1, keepdim=True), 0.0)
+
+
+def _seen(call: AttentionCall, rows: slice, keys: int | None) -> int:
+    """How many keys the rows may look at: not those after their end, if the mask forbids these.
+
+    To find that out costs a fraction of computing scores for nothing; but not on an accelerator,
+    which would have to be waited for.
+    """
+    every = call.key.shape[2]
+    if keys is not None:
+        return min(keys, every)
+    if call.mask is None or call.mask.device.type != "cpu" or call.key_tokens is not None:
+        return every
+    beyond = _block(call.mask, rows, every, None)[..., rows.stop :]
+    return min(rows.stop, every) if bool(_blocked(beyond).all()) else every
+
+
+def _later(square: Float[Tensor, "*batch row row"]) -> Bool[Tensor, "row row"]:
+    """Above the diagonal."""
+    size = square.shape[-2:]
+    return torch.ones(size, dtype=torch.bool, device=square.device).triu_(1)
+
+
+def _scores(
+    call: AttentionCall, rows: slice, seen: int, heads: Int[Tensor, " chosen"] | None
+) -> Float[Tensor, "batch head rows seen"]:
+    query, key = call.query[:, :, rows].detach().float(), call.key[:, :, :seen].detach().float()
+    if heads is not None:
+        key = key[:, heads // (query.shape[1] // key.shape[1])]
+        query = query[:, heads]
+    # Query heads are folded onto the key head they share, so that no key is repeated.
+    groups = key.shape[1]
+    folded = rearrange(
+        query, "batch (group each) query width -> batch group (each query) width", group=groups
+    )
+    scores = torch.matmul(folded * call.scaling, key.mT)
+    scores = rearrange(scores, "b group (each q) k -> b (group each) q k", q=query.shape[2])
+    if call.softcap is not None:
+        scores = scores.div_(call.softcap).tanh_().mul_(call.softcap)
+    for added in (call.bias, call.mask):
+        if added is not None and added.dtype != torch.bool:
+            scores += _block(added, rows, seen, heads)
+    return scores
+
+
+def _blocked(mask: Float[Tensor, "..."] | Bool[Tensor, "..."]) -> Bool[Tensor, "..."]:
+    """Where a mask forbids a query to look."""
+    if mask.dtype == torch.bool:
+        return ~mask
+    # Additive masks forbid with the most negative number of their dtype, or close to it.
+    return mask <= torch.finfo(mask.dtype).min / 2
+
+
+def _block(
+    added: Float[Tensor, "..."] | Bool[Tensor, "..."],
+    rows: slice,
+    seen: int,
+    heads: Int[Tensor, " chosen"] | None,
+) -> Float[Tensor, "..."] | Bool[Tensor, "..."]:
+    """The part of a mask or bias that belongs to these rows and heads; axes of one broadcast."""
+    if heads is not None and added.shape[1] > 1:
+        added = added[:, heads]
+    # A static cache's mask may be longer than the keys: attention cuts it to them.
+    return added[:, :, rows if added.shape[2] > 1 else slice(None), :seen]
+
+
+def _sink_column(
+    call: AttentionCall, rows: slice, heads: Int[Tensor, " chosen"] | None
+) -> Float[Tensor, "#batch #head #rows 1"] | None:
+    if call.sinks is None:
+        return None
+    sinks = call.sinks if call.sinks.ndim == 4 else call.sinks[None, :, None, None]
+    return _block(sinks, rows, 1, heads).detach().float()
+
+
+def _softmax(
+    scores: Float[Tensor, "batch head rows seen"],
+    sinks: Float[Tensor, "#batch #head #rows 1"] | None,
+) -> Float[Tensor, "batch head rows seen"]:
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.expand(*scores.shape[:3], 1)
+    return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]

@@ -1,0 +1,5 @@
+"""Which credit would teach? The policy gradient that each scorer's weights give."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,173 @@
+"""Completions that a policy samples for a prompt, with their rewards, as GRPO has them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from flowtracer_plugin.model.causal_lm import check_length, context_length, evaluating, input_device
+from flowtracer_plugin.text.encoding import Prompt
+
+Reward = Callable[..., Sequence[float | None]]
+"""A reward function by TRL's contract: it is called with keywords, and `None` does not count."""
+
+PLAIN: Mapping[str, float] = MappingProxyType(
+    {
+        "num_beams": 1,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "typical_p": 1.0,
+        "epsilon_cutoff": 0.0,
+        "eta_cutoff": 0.0,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+    }
+)
+"""Settings with which `generate` draws from the policy: what is left out, it takes from the model,
+and so would sample from another distribution than the one whose gradient is looked at."""
+
+SMALLEST = 1e-4
+"""Added to the spread that rewards are divided by, as TRL does."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The completions of one prompt; plain values.
+
+    Attributes:
+        row: Number of the prompt in the data.
+        prompt_ids: As the model saw it.
+        completions: Ids of each, with the end token that it chose.
+        rewards: Of each.
+    """
+
+    row: int
+    prompt_ids: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+    rewards: tuple[float, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of all completions."""
+        return sum(map(len, self.completions))
+
+    @property
+    def advantages(self) -> Float[Tensor, " completion"]:
+        """Rewards without their mean, in units of their spread."""
+        rewards = torch.tensor(self.rewards, dtype=torch.float64)
+        return ((rewards - rewards.mean()) / (rewards.std() + SMALLEST)).float()
+
+    @property
+    def tells(self) -> bool:
+        """Whether rewards differ: else no token is any better than another."""
+        return max(self.rewards) > min(self.rewards)
+
+
+def padded(
+    group: Group, device: torch.device
+) -> tuple[Int[Tensor, "completion token"], Bool[Tensor, "completion token"]]:
+    """Prompt and completions as a batch, padded behind the text, and what is no padding."""
+    rows = [torch.tensor([*group.prompt_ids, *said]) for said in group.completions]
+    visible = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    ids = pad_sequence(rows, batch_first=True)
+    return ids.to(device), pad_sequence(visible, batch_first=True).to(device)
+
+
+def sample(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[int],
+    *,
+    completions: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: Sequence[int],
+) -> tuple[tuple[int, ...], ...]:
+    """Ids of so many completions, from the policy itself, whatever the model is configured to.
+
+    They follow from `seed`, and leave every random state as it is.
+
+    Raises:
+        ValueError: The prompt fills the context.
+    """
+    check_length(model, len(prompt_ids) + 1)
+    inputs = torch.tensor([list(prompt_ids)], device=input_device(model))
+    most = min(max_new_tokens, context_length(model) - len(prompt_ids))
+    with _seeded(seed), evaluating(model):
+        generated = cast(Any, model).generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=most,
+            num_return_sequences=completions,
+            do_sample=True,
+            temperature=temperature,
+            **PLAIN,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            return_dict_in_generate=False,
+        )
+    ends = _end_ids(model, tokenizer)
+    return tuple(_until_end(row, ends) for row in generated[:, len(prompt_ids) :].tolist())
+
+
+def rewarded(
+    reward: Reward,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    completions: Sequence[Sequence[int]],
+    columns: Mapping[str, Any],
+) -> tuple[float, ...]:
+    """What a reward function gives completions of a prompt; `None` counts as 0.
+
+    Raises:
+        ValueError: It returns anything but one number for each.
+    """
+    said: list[Any] = [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in completions]
+    if not isinstance(prompt, str):
+        said = [[{"role": "assistant", "content": text}] for text in said]
+    found = reward(
+        prompts=[prompt] * len(said),
+        completions=said,
+        completion_ids=[list(ids) for ids in completions],
+        **{name: [value] * len(said) for name, value in columns.items()},
+    )
+    rewards = tuple(0.0 if one is None else float(one) for one in found)
+    if len(rewards) != len(said) or not all(map(math.isfinite, rewards)):
+        raise ValueError(
+            f"the reward must return one finite number for each of {len(said)} completions, got "
+            f"{found!r:.200}"
+        )
+    return rewards
+
+
+@contextmanager
+def _seeded(seed: Sequence[int]) -> Iterator[None]:
+    """Random states that follow from the numbers, and as they were before afterwards."""
+    number = np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(int(number >> np.uint64(1)))
+        yield
+
+
+def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
+
+
+def _until_end(ids: Sequence[int], ends: set[int]) -> tuple[int, ...]:
+    """Up to the first end token, which belongs to it: the policy chose it too."""
+    stop = next((place + 1 for place, one in enumerate(ids) if one in ends), len(ids))
+    return tuple(ids[:stop])

@@ -1,0 +1,216 @@
+"""What an audit found, over its batches: cosines, what they differ by, and what was chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import t as student
+
+from flowtracer_plugin.audit.run import BatchAudit
+from flowtracer_plugin.evaluation.faithfulness import CLASS_NAMES
+
+GAMMAS = (1.5, 3.0)
+"""Weights of the chosen tokens that are looked at: the paper's, and a stronger one. Beside these
+also no other tokens at all, `math.inf`."""
+
+CONFIDENCE = 0.95
+
+BASELINES = {"random": "random", "one_hop": "attention"}
+"""What every scorer is compared with beside uniform credit, if it was audited as well."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """A scorer's cosine with the reference, against another's in the same batches.
+
+    Attributes:
+        gamma: Weight of the chosen tokens; infinite, if the others have none.
+        cosine: The mean over the batches.
+        mean: Of the differences.
+        error: Standard error of that mean.
+        low: Lower end of its 95 % interval, by Student's t.
+        high: Upper end.
+        chance: Two-sided p of no difference, by the same.
+    """
+
+    gamma: float
+    cosine: float
+    mean: float
+    error: float
+    low: float
+    high: float
+    chance: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScorerAudit:
+    """What one scorer does.
+
+    Attributes:
+        scorer: Its name.
+        differences: Of its cosine from that of uniform credit, for each gamma.
+        over_random: The same from random choice, at the first gamma.
+        over_one_hop: The same from one hop of attention.
+        signal: Share of uniform credit's projection on the reference that the chosen tokens hold
+            alone. Shares of disjoint choices add up; one can be above 1, or below 0.
+        noise: Size of the chosen tokens' gradient across the reference, as a share of that of
+            uniform credit. Where signal is above noise, the chosen tokens alone point closer to the
+            reference than all do; a gamma near 1 helps already where signal is above the square of
+            noise, if what the others add to the noise is independent.
+        chosen: Share of the tokens that are chosen.
+        entropy: Of the chosen tokens, their mean in nats.
+        answer: Share of the chosen tokens that are the answer's own.
+        classes: Share of the chosen tokens that are of each class.
+    """
+
+    scorer: str
+    differences: tuple[Difference, ...]
+    over_random: Difference | None
+    over_one_hop: Difference | None
+    signal: float
+    noise: float
+    chosen: float
+    entropy: float
+    answer: float
+    classes: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditSummary:
+    """What an audit found.
+
+    Attributes:
+        batches: That had any signal.
+        cosine: Of uniform credit with the reference, the mean over the batches.
+        tokens: That competed.
+        entropy: Their mean, in nats.
+        classes: Share of them that are of each class.
+        scorers: In their order.
+    """
+
+    batches: int
+    cosine: float
+    tokens: int
+    entropy: float
+    classes: dict[str, float]
+    scorers: tuple[ScorerAudit, ...]
+
+
+def summarise_audit(
+    batches: Sequence[BatchAudit], *, gammas: Sequence[float] = (*GAMMAS, math.inf)
+) -> AuditSummary:
+    """Means over batches, each of which counts the same.
+
+    Differences are taken within batches. Batches of one half share a reference, so that the errors
+    are those that other batches would make against the same references.
+
+    Raises:
+        ValueError: There are fewer than two batches.
+    """
+    if len(batches) < 2:
+        raise ValueError(
+            f"wanted at least 2 batches in which rewards differ, found {len(batches)}; take more "
+            "prompts or completions"
+        )
+    tokens = sum(batch.tokens for batch in batches)
+    classes = np.sum([batch.classes for batch in batches], axis=0) / max(tokens, 1)
+    return AuditSummary(
+        batches=len(batches),
+        cosine=float(_uniform(batches).mean()),
+        tokens=tokens,
+        entropy=sum(batch.entropy for batch in batches) / max(tokens, 1),
+        classes=dict(zip(CLASS_NAMES, classes.tolist(), strict=True)),
+        scorers=tuple(_scorer(name, batches, gammas) for name in batches[0].tilts),
+    )
+
+
+def _scorer(name: str, batches: Sequence[BatchAudit], gammas: Sequence[float]) -> ScorerAudit:
+    tilts = [batch.tilts[name] for batch in batches]
+    own = np.array([tilt.with_reference for tilt in tilts])
+    plain = np.array([batch.with_reference for batch in batches])
+    across = np.array([tilt.squared for tilt in tilts]) - own**2
+    plainly_across = np.array([batch.squared for batch in batches]) - plain**2
+    chosen = sum(tilt.chosen for tilt in tilts)
+    classes = np.sum([tilt.classes for tilt in tilts], axis=0) / max(chosen, 1e-12)
+    return ScorerAudit(
+        scorer=name,
+        differences=tuple(_difference(name, None, batches, gamma) for gamma in gammas),
+        over_random=_over("random", name, batches, gammas[0]),
+        over_one_hop=_over("one_hop", name, batches, gammas[0]),
+        signal=float(own.sum() / plain.sum()),
+        noise=math.sqrt(max(0.0, float(across.sum() / plainly_across.sum()))),
+        chosen=chosen / max(1, sum(batch.tokens for batch in batches)),
+        entropy=sum(tilt.entropy for tilt in tilts) / max(chosen, 1e-12),
+        answer=sum(tilt.answer for tilt in tilts) / max(chosen, 1e-12),
+        classes=dict(zip(CLASS_NAMES, classes.tolist(), strict=True)),
+    )
+
+
+def _over(
+    baseline: str, name: str, batches: Sequence[BatchAudit], gamma: float
+) -> Difference | None:
+    other = BASELINES[baseline]
+    if other == name or other not in batches[0].tilts:
+        return None
+    return _difference(name, other, batches, gamma)
+
+
+def _difference(
+    name: str, other: str | None, batches: Sequence[BatchAudit], gamma: float
+) -> Difference:
+    """From another scorer, or from uniform credit."""
+    cosines = tilted_cosines(name, batches, gamma)
+    others = _uniform(batches) if other is None else tilted_cosines(other, batches, gamma)
+    differences = cosines - others
+    size = len(differences)
+    mean, error = float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(size))
+    reach = float(student.ppf((1 + CONFIDENCE) / 2, size - 1)) * error
+    chance = 1.0 if error == 0 else float(2 * student.sf(abs(mean) / error, size - 1))
+    return Difference(
+        gamma=gamma,
+        cosine=float(cosines.mean()),
+        mean=mean,
+        error=error,
+        low=mean - reach,
+        high=mean + reach,
+        chance=chance,
+    )
+
+
+def tilted_cosines(
+    name: str, batches: Sequence[BatchAudit], gamma: float
+) -> Float[np.ndarray, " batch"]:
+    """Cosine of `g(1) + (gamma − 1) · g(boost)` with the reference; 0 where nothing is left."""
+    found = []
+    for batch in batches:
+        tilt = batch.tilts[name]
+        plain, more = (0.0, 1.0) if math.isinf(gamma) else (1.0, gamma - 1.0)
+        along = plain * batch.with_reference + more * tilt.with_reference
+        squared = (
+            plain * batch.squared + 2 * plain * more * tilt.with_uniform + more**2 * tilt.squared
+        )
+        found.append(along / math.sqrt(squared) if squared > 0 else 0.0)
+    return np.array(found)
+
+
+def _uniform(batches: Sequence[BatchAudit]) -> Float[np.ndarray, " batch"]:
+    return np.array([batch.with_reference / math.sqrt(batch.squared) for batch in batches])
+
+
+def holm(chances: Sequence[float]) -> tuple[float, ...]:
+    """The p values of several tests, adjusted so that any false finding is as rare as one (Holm).
+
+    Examples:
+        >>> [round(p, 4) for p in holm([0.01, 0.04, 0.03])]
+        [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(chances)), key=chances.__getitem__)
+    adjusted, so_far = [0.0] * len(chances), 0.0
+    for rank, place in enumerate(order):
+        so_far = max(so_far, min(1.0, (len(chances) - rank) * chances[place]))
+        adjusted[place] = so_far
+    return tuple(adjusted)

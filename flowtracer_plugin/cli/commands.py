@@ -1,0 +1,100 @@
+"""The command `flowtracer`: the public API from a shell, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from flowtracer_plugin.cli.adapters import adapters_app
+from flowtracer_plugin.cli.audit import audit
+from flowtracer_plugin.cli.evaluate import evaluate
+from flowtracer_plugin.cli.mistakes import MISTAKES, sentence
+from flowtracer_plugin.cli.pages import compare, report
+from flowtracer_plugin.cli.tracing import demo, estimate, generate, trace
+
+app = typer.Typer(
+    help="Trace which tokens carried a language model's answer.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line.
+
+    Mistakes end in one sentence on stderr and exit code 1, wrong usage in exit code 2, and Ctrl-C
+    in exit code 130.
+    """
+    # A terminal that cannot show a character shows a question mark; stderr does so by itself.
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure:
+        reconfigure(errors="replace")
+    try:
+        app(prog_name="flowtracer")  # also of python -m flowtracer_plugin
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except MISTAKES as error:
+        if "--traceback" in sys.argv:
+            raise
+        _say(error)
+        raise SystemExit(1) from None
+
+
+def _say(error: Exception) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"error: {sentence(error)}", style="red")
+    console.print("(--traceback shows where it arose)")
+
+
+def _version(wanted: bool) -> bool:
+    if not wanted:
+        return False
+    from flowtracer_plugin import __version__
+
+    typer.echo(f"flowtracer {__version__}")
+    raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# TRL's parser knows these options, and importing TRL to list them takes seconds.
+def train(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="--OPTION VALUE ...")] = None,
+) -> None:
+    """Train a model by GRPO with flow credit; its --help shows every option.
+
+    For example:
+
+    flowtracer train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl
+    --reward_funcs math_answer
+    """
+    from flowtracer_plugin.grpo.script import main as run
+
+    run([part for part in arguments or () if part != "--traceback"], prog="flowtracer train")
+
+
+app.command()(trace)
+app.command()(generate)
+app.command()(report)
+app.command()(compare)
+app.command()(evaluate)
+app.command()(audit)
+app.command(add_help_option=False, context_settings={"ignore_unknown_options": True})(train)
+app.add_typer(adapters_app)
+app.command()(estimate)
+app.command()(demo)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What becomes of a trace: files, then the terminal or one JSON document."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import compress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from flowtracer_plugin.cli.loading import waiting
+from flowtracer_plugin.cli.options import OutputOptions
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from flowtracer_plugin.trace.flow_trace import FlowTrace
+
+
+def deliver(
+    trace: FlowTrace, outputs: OutputOptions, scores: Mapping[str, Any] | None = None
+) -> None:
+    """Write every file that is asked for, then show the trace; `scores` are for the page."""
+    # Files first, and the trace before all others: what was computed must not be lost to a full
+    # disk, to an extra that is missing, or to a reader of standard output that has gone.
+    for name in ("save", "html", "parquet", "graphml", "figure"):
+        path = vars(outputs).get(name)  # nnsight gives every object an attribute "save"
+        if path is not None:
+            write = getattr(trace, name if name == "save" else f"to_{name}")
+            more: dict[str, Any] = {"kind": outputs.figure_kind} if name == "figure" else {}
+            if name == "html" and scores:
+                more = {"scores": scores}
+            write_file(partial(write, **more), path)
+    if outputs.json:
+        print_document(trace.to_dict())
+    else:
+        show(trace)
+
+
+def write_file(write: Callable[[Path], object], path: Path) -> None:
+    """Write one file, and say so on stderr.
+
+    Raises:
+        OSError: It cannot be written; the message names the file and the way out.
+    """
+    try:
+        with waiting(f"writing {path}"):
+            write(path)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; name a file in a folder that "
+            "you may write to, with room left on its disk"
+        ) from error
+    typer.echo(f"wrote {path}", err=True)
+
+
+def print_document(document: Any) -> None:
+    """Print one JSON document on one line, in UTF-8 whatever the terminal speaks."""
+    import json
+
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False)
+    # Half a surrogate pair, as in an undecodable file name, cannot be written but as an escape.
+    typer.echo(text.encode(errors="backslashreplace"))
+
+
+def show(renderable: Any) -> None:
+    """Show something in the terminal."""
+    from rich.console import Console
+
+    Console().print(renderable)
+
+
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[str | None]]) -> None:
+    """A table: in a terminal as wide as that, elsewhere as wide as its longest line."""
+    from rich.console import Console
+
+    kept, cells = list(heads), [[cell or "" for cell in row] for row in rows]
+    console = Console(width=None if sys.stdout.isatty() else 10_000)
+    if Console(width=10_000).measure(_table(kept, cells)).maximum > console.width:
+        kept, cells = _constants_above(kept, cells)
+    with console.capture() as captured:
+        console.print(_table(kept, cells))
+    for line in captured.get().splitlines():
+        typer.echo(line.rstrip())
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        style = "" if row[-1] in {"ok", "right", "generic", ""} else "red"
+        table.add_row(*map(Text, row), style=style)
+    return table
+
+
+def _constants_above(heads: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """What is the same in every row is said once, above a table that is too wide."""
+    varied = [
+        len({row[n] for row in rows}) > 1 or n in {0, len(heads) - 1} for n in range(len(heads))
+    ]
+    same = [f"{head} {rows[0][n]}" for n, head in enumerate(heads) if not varied[n]]
+    if same:
+        typer.echo(f"everywhere: {', '.join(same)}")
+    return list(compress(heads, varied)), [list(compress(row, varied)) for row in rows]

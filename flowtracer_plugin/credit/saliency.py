@@ -1,0 +1,100 @@
+"""Gradient times input: how much each token's embedding matters for the answer, to first order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
+from flowtracer_plugin.model.causal_lm import (
+    accepted_inputs,
+    evaluating,
+    first_output,
+    language_model,
+)
+from flowtracer_plugin.model.padding import text_first
+from flowtracer_plugin.model.parallel import may_stop, tensor_parallel_group
+
+
+def answer_saliency(
+    model: nn.Module,
+    ids: Int[Tensor, "batch token"],
+    visible: Bool[Tensor, "batch token"],
+    answer: Bool[Tensor, "batch token"],
+    *,
+    batch_size: int | None = None,
+) -> Float[Tensor, "batch token"]:
+    """`‖∂ log p(answer) / ∂x‖ · ‖x‖` at the embedding `x` of every token, float32, 0 at padding.
+
+    `log p` is summed over the answer's tokens, each given all before it. The form with lengths, not
+    with the absolute product, found more of what answers hang on (Li et al. 2016, arXiv
+    1506.01066). It takes a forward pass, without dropout, and a backward pass that touches no
+    parameter's gradient.
+
+    Raises:
+        UnsupportedArchitectureError: The model's parameters lie in several processes.
+    """
+    check_whole(model)
+    found = torch.zeros(ids.shape, device=ids.device)
+    size = batch_size or len(ids)
+    for start in range(0, len(ids), size):
+        rows = slice(start, start + size)
+        if bool(answer[rows].any()):
+            found[rows] = _of_batch(model, ids[rows], visible[rows], answer[rows])
+    return found
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse models that cannot take passes of their own.
+
+    Raises:
+        UnsupportedArchitectureError: Its parameters lie in several processes, or elsewhere.
+    """
+    if not may_stop(model) or tensor_parallel_group(model) is not None:
+        raise UnsupportedArchitectureError(
+            "the scorer 'grad_x_input' runs a forward and a backward pass of its own, which models "
+            "that are sharded or offloaded cannot take between others; choose another scorer"
+        )
+
+
+def _of_batch(model: nn.Module, ids: Tensor, visible: Tensor, answer: Tensor) -> Tensor:
+    # Padding on the left would shift learned positions.
+    ordered_ids, ordered = text_first(ids, visible)
+    asked = torch.zeros_like(ordered)
+    asked[ordered] = answer[visible]
+    embedded: list[Tensor] = []
+    with torch.enable_grad(), evaluating(model), _embeddings(model, embedded):
+        inputs: dict[str, Any] = {"input_ids": ordered_ids, "attention_mask": ordered.long()}
+        accepted = accepted_inputs(model)
+        inputs = {name: value for name, value in inputs.items() if name in accepted}
+        if "use_cache" in accepted:
+            inputs["use_cache"] = False
+        row, place = asked[:, 1:].nonzero(as_tuple=True)
+        logits = first_output(model(**inputs))[row, place].float()
+        chances = logits.log_softmax(-1)
+        total = chances.gather(-1, ordered_ids[row, place + 1, None]).sum()
+        (gradient,) = torch.autograd.grad(total, embedded)
+    lengths = gradient.float().norm(dim=-1) * embedded[0].detach().float().norm(dim=-1)
+    found = torch.zeros(ids.shape, device=ids.device)
+    found[visible] = lengths[ordered].to(ids.device)
+    return found
+
+
+@contextmanager
+def _embeddings(model: nn.Module, embedded: list[Tensor]) -> Iterator[None]:
+    """Puts what the model embeds into `embedded`, as the start of its graph."""
+
+    def begin(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = language_model(model).get_input_embeddings().register_forward_hook(begin)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,297 @@
+"""Scorers: which tokens of a rollout get more credit, by flow and by what it is compared with.
+
+A scorer maps a batch of completions to a boost, and `credit_weights` maps the boost to the weights
+of the tokens' advantages, `1 + (gamma − 1) · boost`. `find_scorer` finds one by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from flowtracer_plugin.credit import measures
+from flowtracer_plugin.credit.controls import permute_within, role_and_position
+from flowtracer_plugin.credit.measures import Features, Rollouts as Rollouts
+from flowtracer_plugin.credit.rhythm import Rhythm, coupled_boost
+from flowtracer_plugin.credit.weights import credit_weights as credit_weights, top_tokens
+from flowtracer_plugin.options import PRESETS
+
+Boost = Float[Tensor, "batch completion"]
+Choose = Callable[[Features, Rollouts, float], Boost]
+
+LATE = frozenset({"entropy", "surprisal"})
+"""What is known only when a forward pass has come to its end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scorer:
+    """A way to choose the tokens that get more credit, in two steps.
+
+    The first needs what only a forward pass has, and the second which tokens compete: TRL says so
+    after that pass.
+
+    Attributes:
+        name: What `find_scorer` finds it by.
+        needs: What of `Rollouts` it measures: "flow" (`throughput` and `reach`), "attention",
+            "heads" (`calls`), "entropy" (`entropies`), "surprisal" (`surprisals`), "saliency",
+            "oracle".
+        layers: The selection of layers that it was published with.
+        measure: From rollouts to what the tokens are chosen by, without a gradient. It raises
+            `ValueError` if what it needs is missing.
+        choose: From that, the rollouts and the share of the competing tokens that is chosen to each
+            token's boost, float32: from 0 to 1 (`coupled`: to 1.5), and 0 for tokens that do not
+            compete. Chosen are the `⌈share · n⌉` of a row's `n` competing tokens with the highest
+            scores: of equal ones the earlier, and never one whose score is 0. It raises
+            `ValueError` if a score is negative or not finite.
+        formula: The score, in words or symbols.
+        source: Where it comes from.
+        cost: What it takes beside the forward pass that trains.
+        preset: The options of the graph that it reads, a key of `options.PRESETS`; if None,
+            whatever the graph was read with.
+        factors: Of a product, the scorers whose scores are multiplied.
+    """
+
+    name: str
+    needs: frozenset[str]
+    layers: str
+    measure: Callable[[Rollouts], Features]
+    choose: Choose
+    formula: str
+    source: str
+    cost: str
+    preset: str | None = None
+    factors: tuple[Scorer, ...] = ()
+
+    def boost(self, rollouts: Rollouts, top_fraction: float) -> Boost:
+        """Both steps."""
+        return self.choose(self.measure(rollouts), rollouts, top_fraction)
+
+    @property
+    def parts(self) -> tuple[Scorer, ...]:
+        """The factors, or itself alone."""
+        return self.factors or (self,)
+
+    @property
+    def graph(self) -> bool:
+        """Whether it reads the graph of the flow, which a preset says how to make."""
+        return bool(self.needs & {"flow", "attention"})
+
+
+def find_scorer(name: str) -> Scorer:
+    """The scorer of a name such as `flow`, `flow:sharp` or `flow*entropy`.
+
+    Before a colon stands a key of `SCORERS`, behind it one of `options.PRESETS`, which says how the
+    graph is made that the scorer reads; without one it is made as the tracer or the trainer says.
+    Scores that are joined by `*` are multiplied.
+
+    Raises:
+        ValueError: There is no such scorer or preset, the scorer reads no graph, or scores cannot
+            be multiplied.
+
+    Examples:
+        >>> find_scorer("flow:sharp*entropy").preset
+        'sharp'
+    """
+    factors = tuple(_one(part.strip()) for part in name.split("*"))
+    return factors[0] if len(factors) == 1 else _product(factors)
+
+
+def lowest(scorer: Scorer) -> Scorer:
+    """The scorer that chooses as many, of those with the lowest scores.
+
+    Raises:
+        ValueError: It chooses in a way of its own.
+    """
+    if scorer.choose is not top:
+        raise ValueError(
+            f"the scorer {scorer.name!r} chooses in a way of its own, and has no bottom"
+        )
+    return replace(scorer, choose=bottom)
+
+
+# --- how they are chosen ---
+
+
+def top(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
+    """Those with the highest scores."""
+    return _top(features[0], rollouts, top_fraction).float()
+
+
+def bottom(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
+    """Those with the lowest, of rollouts in which not all scores are 0: of equal ones the earlier.
+
+    Raises:
+        ValueError: A score is negative or not finite.
+    """
+    _top(features[0], rollouts, top_fraction)  # which refuses scores that are none
+    competing, size = rollouts.competing, rollouts.competing.shape[-1]
+    score = features[0].masked_fill(~competing, torch.inf)
+    turned = (size - score.argsort(dim=-1, stable=True).argsort(dim=-1)).float()
+    scored = (features[0].masked_fill(~competing, 0.0) > 0).any(-1, keepdim=True)
+    return _top(turned * scored, rollouts, top_fraction).float()
+
+
+def every(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
+    """All that have a score, however many these are."""
+    return ((features[0] > 0) & rollouts.competing).float()
+
+
+def coupled(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
+    """Anchors that share with what leads them in: arXiv 2510.13554's third strategy.
+
+    A token that is both gets a boost of up to 1.5; see `rhythm.coupled_boost`.
+    """
+    influence, distance, step = features
+    anchors = _top(influence, rollouts, top_fraction)
+    found = Rhythm(influence=influence, distance=distance, step=step)
+    return coupled_boost(found, anchors, rollouts.competing)
+
+
+def shuffled(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
+    """The choice of `flow`, permuted among tokens of like role and position.
+
+    In every bin of a rollout, the answer's tokens or the others in one tenth of the competing
+    tokens, as many are chosen as by flow, but which is chance. Were flow no better than this, it
+    would only know where in a rollout to look. Completions of up to ten competing tokens have at
+    most one in a tenth, and come back as `flow` has them.
+    """
+    flow, draws = features
+    chosen = _top(flow, rollouts, top_fraction)
+    answer = rollouts.answer[:, rollouts.prompt_length :]
+    return permute_within(role_and_position(rollouts.competing, answer), chosen, draws).float()
+
+
+def _top(
+    score: Float[Tensor, "batch completion"], rollouts: Rollouts, top_fraction: float
+) -> Bool[Tensor, "batch completion"]:
+    competing = rollouts.competing
+    return top_tokens(score.masked_fill(~competing, 0.0), competing, top_fraction=top_fraction)
+
+
+# --- all of them ---
+
+FREE = "none"
+READS = "reading attention, no pass"
+FLOWS = "reading attention and solving, no pass"
+PREDECESSOR = "arXiv 2510.13554"
+
+
+def _scorer(
+    name: str,
+    measure: Callable[[Rollouts], Features],
+    *needs: str,
+    formula: str,
+    source: str,
+    cost: str,
+    layers: str = "middle",
+    choose: Choose = top,
+) -> Scorer:
+    return Scorer(
+        name=name,
+        needs=frozenset(needs),
+        layers=layers,
+        measure=measure,
+        choose=choose,
+        formula=formula,
+        source=source,
+        cost=cost,
+    )
+
+
+_ALL = (
+    _scorer("flow", measures.flow, "flow", formula="throughput f = h ⊙ g",
+            source="FlowTracer, arXiv 2606.10646", cost=FLOWS),
+    _scorer("reach", measures.reach, "flow", formula="h = 1[target] + Wᵀ h",
+            source="FlowTracer, section 3", cost=FLOWS),
+    _scorer("attention", measures.attention, "attention",
+            formula="mean of W[q, ·] over the target's rows q",
+            source="the first hop of the flow", cost=READS),
+    _scorer("attention_power", measures.attention_power, "attention",
+            formula="mean row of the target, times W", source="FlashTrace, arXiv 2602.01914",
+            cost=READS),
+    _scorer("rollout", measures.rollout, "heads", layers="all",
+            formula="r ← ½ r + ½ r A, from the last layer to the first",
+            source="Abnar & Zuidema 2020, arXiv 2005.00928", cost="reading all layers, no pass"),
+    _scorer("fai", measures.fai, "heads", layers="middle:5",
+            formula="mean attention from 10 to 50 tokens ahead, global heads",
+            source=f"{PREDECESSOR}, second strategy", cost=READS),
+    _scorer("waad", measures.waad, "heads", layers="middle:5",
+            formula="step of the mean distance looked back, local heads",
+            source=f"{PREDECESSOR}, first strategy", cost=READS),
+    _scorer("coupled", measures.rhythm, "heads", layers="middle:5", choose=coupled,
+            formula="FAI, shared with what leads in", source=f"{PREDECESSOR}, third strategy",
+            cost=READS),
+    _scorer("grad_x_input", measures.grad_x_input, "saliency",
+            formula="‖∂ log p(answer) / ∂x‖ · ‖x‖ at the embedding x",
+            source="Li et al. 2016, arXiv 1506.01066", cost="one more forward and backward pass"),
+    _scorer("entropy", measures.entropy, "entropy", formula="H of the policy at the token",
+            source="arXiv 2506.01939; baseline of both papers", cost=FREE),
+    _scorer("surprisal", measures.surprisal, "surprisal", formula="−log p(token)",
+            source="Hale 2001", cost=FREE),
+    _scorer("oracle", measures.oracle, "oracle", choose=every,
+            formula="1 where `flow_oracle` matches; all of these are chosen",
+            source="whoever knows the task", cost=FREE),
+    _scorer("random", measures.random, formula="a draw", source="chance", cost=FREE),
+    _scorer("shuffled", measures.flow_and_chance, "flow", choose=shuffled,
+            formula="flow's choice, permuted within role and tenth",
+            source="control: where flow looks, but not at what", cost=FLOWS),
+    _scorer("uniform", measures.nothing, formula="0", source="plain GRPO", cost=FREE),
+)  # fmt: skip
+SCORERS: Mapping[str, Scorer] = MappingProxyType({scorer.name: scorer for scorer in _ALL})
+"""Every scorer by its name."""
+
+
+def _one(name: str) -> Scorer:
+    base, colon, preset = name.partition(":")
+    if base not in SCORERS:
+        raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {base!r}")
+    scorer = SCORERS[base]
+    if not colon:
+        return scorer
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r} in {name!r}")
+    if not scorer.graph:
+        reading = ", ".join(one.name for one in _ALL if one.graph)
+        raise ValueError(
+            f"a preset says how the graph of {reading} is made, and {base!r} reads none; "
+            f"leave out {colon + preset!r}"
+        )
+    return replace(scorer, name=name, preset=preset)
+
+
+def _product(factors: tuple[Scorer, ...]) -> Scorer:
+    name = "*".join(factor.name for factor in factors)
+    own = [factor.name for factor in factors if factor.choose is not top]
+    if own:
+        raise ValueError(f"{own[0]!r} chooses in a way of its own, and cannot be multiplied")
+    attentive = [one for one in factors if one.needs & {"flow", "attention", "heads"}]
+    layers = {one.layers for one in attentive} or {"middle"}
+    presets = {one.preset for one in factors if one.graph} or {None}
+    if len(layers) > 1 or len(presets) > 1:
+        raise ValueError(
+            f"the factors of {name!r} read other layers or other graphs: {sorted(layers)}, presets "
+            f"{sorted(map(str, presets))}; choose ones that read the same"
+        )
+    return Scorer(
+        name=name,
+        needs=frozenset().union(*(factor.needs for factor in factors)),
+        layers=layers.pop(),
+        measure=lambda rollouts: multiplied([one.measure(rollouts) for one in factors]),
+        choose=top,
+        formula=" · ".join(factor.formula for factor in factors),
+        source=" and ".join(factor.source for factor in factors),
+        cost="; ".join(dict.fromkeys(factor.cost for factor in factors)),
+        preset=presets.pop(),
+        factors=factors,
+    )
+
+
+def multiplied(features: Sequence[Features]) -> Features:
+    """The product of scores, each of which is one feature."""
+    return reduce(torch.mul, features)

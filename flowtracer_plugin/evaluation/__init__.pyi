@@ -1,0 +1,29 @@
+from .curves import Curve as Curve, measure_curves as measure_curves
+from .faithfulness import (
+    Effect as Effect,
+    Faithfulness as Faithfulness,
+    KnockOutOptions as KnockOutOptions,
+    measure_knock_outs as measure_knock_outs,
+)
+from .knockout import KnockOut as KnockOut, cut_edges as cut_edges, knock_out as knock_out
+from .lines_and_edges import (
+    EdgeKnockOuts as EdgeKnockOuts,
+    LineKnockOuts as LineKnockOuts,
+    knock_out_backbone as knock_out_backbone,
+    knock_out_lines as knock_out_lines,
+)
+from .overview import Evaluation as Evaluation
+from .page import render_evaluation as render_evaluation, write_evaluation as write_evaluation
+from .protocols import measure as measure
+from .regeneration import Regeneration as Regeneration, regenerate as regenerate
+from .run import Example as Example, Outcome as Outcome, evaluate as evaluate
+from .summaries import (
+    CurveSummary as CurveSummary,
+    EdgeSummary as EdgeSummary,
+    EvaluationSummary as EvaluationSummary,
+    Interval as Interval,
+    LineSummary as LineSummary,
+    RegenerationSummary as RegenerationSummary,
+    ScoreSummary as ScoreSummary,
+    summarise_all as summarise_all,
+)

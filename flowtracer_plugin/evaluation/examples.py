@@ -1,0 +1,118 @@
+"""Questions to evaluate, out of a file of JSON lines or a data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from flowtracer_plugin.evaluation.run import Example
+from flowtracer_plugin.text.data_sets import TEMPLATES, as_prompt, load_rows
+
+PROMPTS = ("prompt", "question")
+"""Columns that are taken for the prompt, the first that there is."""
+
+
+def load_examples(
+    data: str,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
+    answer_column: str | None = None,
+    template: str | None = None,
+    system: str | None = None,
+    chat: bool = False,
+) -> tuple[Example, ...]:
+    """Examples of a `.jsonl` file, another file or a data set's name, in their order.
+
+    Args:
+        data: What `datasets` can load; files of JSON lines are read without it.
+        split: Of a data set.
+        limit: How many rows are read.
+        prompt_column: By default `prompt` or `question`.
+        response_column: By default `response`, if there is one. Rows without a response are for the
+            model to answer.
+        answer_column: By default `answer`, if there is one. Longer answers may end as a response
+            would, such as with `#### 72`.
+        template: A key of `training_data.TEMPLATES`, or a text with `{prompt}` in it.
+        system: What a first message of the system says.
+        chat: Whether texts become messages of a user.
+
+    Raises:
+        ValueError: There is no such file, data set or column, no row, or a row is damaged.
+        ModuleNotFoundError: datasets is missing, and data is no file of JSON lines.
+    """
+    text = TEMPLATES.get(template or "", template)
+    if text is not None and "{prompt}" not in text:
+        raise ValueError(
+            f"the template must be {', '.join(TEMPLATES)} or a text with {{prompt}} where the "
+            f"question goes, got {template!r}"
+        )
+    lines = Path(data).suffix.lower() == ".jsonl"
+    rows = list(islice(_json_lines(Path(data)) if lines else load_rows(data, split), limit))
+    if not rows:
+        raise ValueError(f"there are no rows in {data!r}")
+    asked = _column(rows[0], prompt_column, PROMPTS)
+    if asked is None:
+        raise ValueError(
+            f"{data!r} has no column {' or '.join(map(repr, PROMPTS))}, it has "
+            f"{', '.join(map(repr, rows[0]))}; name the one that holds the prompts "
+            "(--prompt-column)"
+        )
+    said = _column(rows[0], response_column, ("response",))
+    right = _column(rows[0], answer_column, ("answer",))
+    return tuple(
+        Example(
+            row=number,
+            prompt=as_prompt(_value(row, asked, number), text, system, chat),
+            response=_text(row, said, number),
+            answer=_text(row, right, number),
+            columns={name: row[name] for name in row if name not in (asked, said, right)},
+        )
+        for number, row in enumerate(rows)
+    )
+
+
+def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r}; wanted one of JSON lines")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} of {str(path)!r} is no JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} of {str(path)!r} is no JSON object: {row!r:.80}")
+            yield row
+
+
+def _column(row: Mapping[str, Any], named: str | None, usual: Sequence[str]) -> str | None:
+    if named is None:
+        return next((name for name in usual if name in row), None)
+    if named not in row:
+        raise ValueError(
+            f"the data have no column {named!r}, they have {', '.join(map(repr, row))}"
+        )
+    return named
+
+
+def _value(row: Mapping[str, Any], column: str, number: int) -> Any:
+    if row.get(column) is None:
+        raise ValueError(f"row {number} of the data has no {column!r}; leave it out")
+    return row[column]
+
+
+def _text(row: Mapping[str, Any], column: str | None, number: int) -> str | None:
+    value = None if column is None else row.get(column)
+    if isinstance(value, str | None):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{column!r} of row {number} is no text: {value!r:.80}")
+    return str(value)

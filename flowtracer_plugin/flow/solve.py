@@ -1,0 +1,329 @@
+"""Reach, throughput and edge flow: how much of one unit, injected over the question, passes where.
+
+With `L[k, i]` the attention that the later token k pays to the earlier token i, the reach
+`h = 1[answer] + L.T h` is the influence of a token on the answer, and the throughput is `f = h g`
+with `g = mu / h + L g`: two substitutions with one triangular matrix, all of whose terms are
+non-negative, so that nothing cancels. The answer-conditioned matrix of the paper (section 3) is
+never built. The same algebra runs on numpy and torch, dense and sparse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from flowtracer_plugin.flow.arrays import dtype_name
+from flowtracer_plugin.flow.backends import backend_of, scale
+from flowtracer_plugin.flow.graph import FlowGraph
+from flowtracer_plugin.flow.substitution import product, solve
+from flowtracer_plugin.flow.validation import rows_without
+
+QUESTION_WEIGHTS = ("uniform", "reach")
+BOUNDARIES = ("literal", "absorbing")
+UNREACHED = ("raise", "zero")
+BACKENDS = ("auto", "dense", "sparse")
+
+LARGEST_MADE_DENSE = 2**26
+"""Entries, 256 MB in float32, of a sparse graph that is made dense unasked. No dense graph is made
+sparse unasked: to look for the edges takes longer than to solve the flow along all of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Flow:
+    """One unit of flow from the question to the answer; arrays are of the graph's kind and device.
+
+    Attributes:
+        graph: the graph that was solved; a dense one holds the attention that was passed, not a
+            copy, so `edge_flow` is right as long as that stays as it is.
+        reach: `h`, the influence of each token on the answer: the expected number of visits of a
+            walk that starts at every answer token and steps back along attention. At most the
+            number of answer tokens if the attention of each token sums to at most one.
+        throughput: `f`, the share of the unit that passes through each token, in [0, 1]. Exactly 0
+            where the answer is out of reach.
+        source: `mu`, what is injected at each token; sums to 1 over the question.
+        potential: `g`, throughput per reach, up to one power of two that the whole graph shares.
+        question_reached: how many question tokens reach the answer and so share the unit; an int,
+            or one number per batch row.
+        boundary: "literal" or "absorbing", as passed to `solve_graph`.
+    """
+
+    graph: FlowGraph
+    reach: Float[Any, "*batch token"]
+    throughput: Float[Any, "*batch token"]
+    source: Float[Any, "*batch token"]
+    potential: Float[Any, "*batch token"]
+    question_reached: int | Int[Any, " batch"]
+    boundary: str
+
+    def edge_flow(self) -> Any:
+        """The share of the unit that travels on each edge, laid out and stored like the edges.
+
+        `phi[k, i] = f(i) P[i, k]`, which is `h(k) L[k, i] g(i)`: what enters a token, injected
+        or along edges, equals its throughput, and so does what leaves it, along edges or into the
+        sink.
+
+        >>> attention = np.array([[0, 0, 0], [1, 0, 0], [0.75, 0.25, 0]])
+        >>> solve_flow(attention, [1, 0, 0], [0, 0, 1]).edge_flow()
+        array([[0.  , 0.  , 0.  ],
+               [0.25, 0.  , 0.  ],
+               [0.75, 0.25, 0.  ]])
+        """
+        arriving, leaving = self._ends()
+        edges = self.graph.edges
+        if edges is self.graph.matrix:  # sparse, and so no copy yet
+            edges = tuple(one * 1 for one in edges) if isinstance(edges, tuple) else edges * 1
+        return scale(scale(edges, arriving, of="query"), leaving, of="key")
+
+    def inflow(self, tokens: Bool[Any, "*batch token"]) -> Float[Any, "*batch token"]:
+        """The share of the unit that enters each token along edges from `tokens`.
+
+        These are sums of rows of `edge_flow`, without another matrix of its size.
+
+        >>> attention = np.array([[0, 0, 0], [1, 0, 0], [0.75, 0.25, 0]])
+        >>> flow = solve_flow(attention, [1, 0, 0], [0, 0, 1])
+        >>> flow.inflow(np.array([True, False, False]))
+        array([0.  , 0.25, 0.75])
+        """
+        arriving, leaving = self._ends()
+        return arriving * product(self.graph.matrix, leaving * tokens)
+
+    def _ends(self) -> tuple[Float[Any, "*batch token"], Float[Any, "*batch token"]]:
+        """What an edge's attention is multiplied with at its later and its earlier token."""
+        leaving = self.potential
+        if self.boundary == "absorbing":
+            leaving = leaving * ~self.graph.answer
+        # f / g is the reach in the scale of g: it keeps its precision where the reach itself,
+        # as reported, has underflowed
+        return self.throughput / (self.potential + (self.potential == 0)), leaving
+
+    def sink_flow(self) -> Float[Any, "*batch token"]:
+        """The share of the unit that leaves each token for the sink; sums to 1 over the answer.
+
+        >>> solve_flow(np.tril(np.ones((3, 3))), [1, 0, 0], [0, 1, 1]).sink_flow().round(3)
+        array([0.   , 0.333, 0.667])
+        """
+        return into_sink(self.graph.answer, self.reach, self.throughput)
+
+
+def solve_flow(
+    attention: Any,
+    question: Any,
+    answer: Any,
+    *,
+    question_weights: str = "uniform",
+    boundary: str = "literal",
+    unreached: str = "raise",
+    backend: str = "auto",
+) -> Flow:
+    """Trace how one unit, injected over the question, flows along attention into the answer.
+
+    Args:
+        attention: `[query, key]` or `[batch, query, key]`, lower triangular; a numpy array, a
+            torch tensor (dense or sparse CSR), a scipy sparse array, or a list of sparse ones.
+            Dense attention is not copied: what comes back refers to it.
+        question: where the unit is injected: booleans, or 0 and 1, of shape `[token]` or
+            `[batch, token]`.
+        answer: the tokens that are connected to the sink, likewise.
+        question_weights: "uniform" injects the same at every question token that reaches the
+            answer; "reach" injects in proportion to its influence.
+        boundary: "literal" lets influence pass through answer tokens to later ones; "absorbing"
+            ends it at the first answer token that it meets.
+        unreached: "raise" if no question token reaches the answer, or "zero": such a graph, or row
+            of a batch, carries no flow and has 0 in `question_reached`.
+        backend: "dense" or "sparse": how the edges are stored while the flow is solved, whatever
+            they came as. "auto" takes them as they are, but makes sparse graphs dense that have
+            more than 3 % (scipy) or 5 % (torch) of all edges and at most 8,192 tokens, since that
+            is faster.
+
+    Raises:
+        TypeError, ValueError: as `FlowGraph.from_attention`; and ValueError if no question token
+            reaches the answer, unless `unreached` is "zero".
+        FloatingPointError: the numbers do not fit the precision of the attention.
+
+    >>> flow = solve_flow(np.tril(np.ones((4, 4))), [1, 0, 0, 0], [0, 0, 0, 1])
+    >>> flow.throughput
+    array([1. , 0.5, 0.5, 1. ])
+    >>> flow.reach
+    array([4., 2., 1., 1.])
+    """
+    graph = FlowGraph.from_attention(attention, question, answer)
+    return solve_graph(
+        graph,
+        question_weights=question_weights,
+        boundary=boundary,
+        unreached=unreached,
+        backend=backend,
+    )
+
+
+def solve_graph(
+    graph: FlowGraph,
+    *,
+    question_weights: str = "uniform",
+    boundary: str = "literal",
+    unreached: str = "raise",
+    backend: str = "auto",
+) -> Flow:
+    """`solve_flow` for a graph that has been made, and perhaps pruned, before.
+
+    >>> graph = FlowGraph.from_attention(np.tril(np.ones((4, 4))), [1, 0, 0, 0], [0, 0, 0, 1])
+    >>> solve_graph(graph.prune(top_k=1)).throughput
+    array([1., 0., 0., 1.])
+    """
+    _check_option("question_weights", question_weights, QUESTION_WEIGHTS)
+    _check_option("boundary", boundary, BOUNDARIES)
+    _check_option("unreached", unreached, UNREACHED)
+    _check_option("backend", backend, BACKENDS)
+    matrix, question, answer = _stored(graph, backend).matrix, graph.question, graph.answer
+    dtype = (matrix[0] if isinstance(matrix, tuple) else matrix).dtype
+    nodes = solve_nodes(
+        partial(solve, matrix),
+        question,
+        answer,
+        dtype=dtype,
+        question_weights=question_weights,
+        boundary=boundary,
+        zero=unreached == "zero",
+    )
+    return Flow(graph=graph, boundary=boundary, **nodes._asdict())
+
+
+def _stored(graph: FlowGraph, backend: str) -> FlowGraph:
+    if backend == "auto":
+        tokens, graphs = graph.question.shape[-1], max(1, math.prod(graph.question.shape[:-1]))
+        first = graph.matrix[0] if isinstance(graph.matrix, tuple) else graph.matrix
+        pays = graph.density >= backend_of(first).crossover
+        return graph.to_dense() if pays and graphs * tokens**2 <= LARGEST_MADE_DENSE else graph
+    return graph.to_dense() if backend == "dense" else graph.to_sparse()
+
+
+class Nodes(NamedTuple):
+    """What a flow says of its tokens; see `Flow`."""
+
+    reach: Float[Any, "*batch token"]
+    throughput: Float[Any, "*batch token"]
+    source: Float[Any, "*batch token"]
+    potential: Float[Any, "*batch token"]
+    question_reached: int | Int[Any, " batch"]
+
+
+def solve_nodes(
+    solve: Callable[..., Any],
+    question: Bool[Any, "*batch token"],
+    answer: Bool[Any, "*batch token"],
+    *,
+    dtype: Any,
+    question_weights: str,
+    boundary: str,
+    zero: bool,
+) -> Nodes:
+    """Reach from the end, then potential from the beginning, by any way of substitution.
+
+    `solve` is called as `Backend.solve`, without the matrix. With `zero`, graphs whose question
+    does not reach the answer carry no flow; else that raises.
+    """
+    xp = backend_of(answer).xp
+    unit = unit_of(xp.finfo(dtype))
+    passing = ~answer if boundary == "absorbing" else None
+    with np.errstate(all="ignore"):  # _check_flow finds what does not fit
+        scaled = _reach(solve, xp.asarray(answer, dtype=dtype) * unit, passing)
+        source = _source(question & (scaled > 0), scaled, question_weights)
+        potential = _potential(solve, scaled, source, passing)
+        reach, throughput = scaled / unit, scaled * potential
+        reached = (question & (scaled > 0)).sum(-1)
+        sunk = into_sink(answer, reach, throughput)
+        _check_flow(reached, reach, sunk, zero=zero)
+    return Nodes(
+        reach=reach,
+        throughput=throughput,
+        source=source,
+        potential=potential,
+        question_reached=reached if reached.ndim else int(reached),
+    )
+
+
+def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def unit_of(finfo: Any) -> float:
+    """What the sink holds while we compute: the square root of the largest power of two.
+
+    Throughput does not change when reach is scaled. With the sink in the middle of the upper half
+    of the exponents, reach may shrink to 1e-57 of it in float32 (1e-461 in float64) on its way,
+    and `1 / reach` fits as well.
+    """
+    return 2.0 ** (math.frexp(float(finfo.max))[1] // 2)
+
+
+def _reach(
+    solve: Callable[..., Any],
+    sink: Float[Any, "*batch token"],
+    passing: Bool[Any, "*batch token"] | None,
+) -> Float[Any, "*batch token"]:
+    """`h`, in the unit of the sink."""
+    reach = solve(sink, transposed=True, keys=passing)
+    # a subnormal number has lost the digits that 1 / h needs: it counts as out of reach
+    return reach * (reach >= backend_of(reach).xp.finfo(reach.dtype).smallest_normal)
+
+
+def _source(
+    reached: Bool[Any, "*batch token"], reach: Float[Any, "*batch token"], weights: str
+) -> Float[Any, "*batch token"]:
+    """`mu`: one unit over the question tokens that are reached; 0 where there is none."""
+    share = reached * (reach if weights == "reach" else backend_of(reach).xp.ones_like(reach))
+    total = share.sum(-1, keepdims=True)
+    return share / (total + (total == 0))
+
+
+def _potential(
+    solve: Callable[..., Any],
+    reach: Float[Any, "*batch token"],
+    source: Float[Any, "*batch token"],
+    passing: Bool[Any, "*batch token"] | None,
+) -> Float[Any, "*batch token"]:
+    """`g`, which is 0 at tokens without reach.
+
+    Flow never enters these tokens. Left in, a dead end whose potential overflows would turn what
+    it is not even connected to into nan (0 times infinity).
+    """
+    injected = source / (reach + (reach == 0))
+    return solve(injected, transposed=False, queries=reach > 0, keys=passing)
+
+
+def into_sink(
+    answer: Bool[Any, "*batch token"],
+    reach: Float[Any, "*batch token"],
+    throughput: Float[Any, "*batch token"],
+) -> Float[Any, "*batch token"]:
+    """`f(a) / h(a)`: the sink has reach 1, and so has the edge from each answer token to it."""
+    return answer * throughput / backend_of(reach).xp.where(answer, reach, 1)
+
+
+def _check_flow(reached: Any, reach: Any, sunk: Any, *, zero: bool) -> None:
+    """Raise if numbers did not fit, for the unit gets lost then, or a row has no source.
+
+    With `zero` a row may have none.
+    """
+    connected = (reached > 0) | ~backend_of(reach).xp.isfinite(reach).all(-1)
+    # nan or infinity at any token makes the sum nan, which fails the comparison
+    sound = (abs(sunk.sum(-1) - 1) < 1e-3) | (~connected & zero)
+    if bool(sound.all()):
+        return
+    name = dtype_name(reach)
+    if not zero and not bool(connected.all()):
+        raise ValueError(
+            f"no question token reaches the answer{rows_without(connected)}: every path has "
+            f"weight 0, or less than {name} can hold (float64 attention holds more)"
+        )
+    raise FloatingPointError(
+        f"the flow does not fit {name}{rows_without(sound)}: influence grows along rows of "
+        "attention that sum to more than 1; normalise the rows, or pass float64"
+    )

@@ -1,0 +1,151 @@
+"""What is asked of attention and masks, and the messages for what is wrong with them.
+
+The good path looks at every number on its own device and waits for that device once; where
+something is wrong is searched for only when something is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from flowtracer_plugin.flow.arrays import dtype_name
+from flowtracer_plugin.flow.backends import backend_of
+from flowtracer_plugin.flow.substitution import above
+
+
+def read_matrices(attention: Any) -> list[Any]:
+    """The attention as a list of matrices to compute with: one, or those of a sparse batch."""
+    if not isinstance(attention, list | tuple):
+        return [_read(attention)]
+    if not attention:
+        raise ValueError("attention must hold at least one sparse matrix, got an empty list")
+    matrices = [_read(one) for one in attention]
+    backends = [backend_of(one) for one in matrices]
+    kinds = {(backend, tuple(one.shape)) for backend, one in zip(backends, matrices, strict=True)}
+    if len(kinds) > 1 or backends[0].entries is None:
+        found = ", ".join(f"{type(one).__name__} {tuple(one.shape)}" for one in matrices)
+        raise ValueError(
+            "a list of attentions must hold sparse matrices of one kind and one shape, got "
+            f"{found}; stack dense ones, and pad sparse ones with empty rows and columns"
+        )
+    return matrices
+
+
+def _read(attention: Any) -> Any:
+    backend = backend_of(attention)
+    shape = tuple(attention.shape)
+    if len(shape) not in (2, 3) or shape[-1] != shape[-2]:
+        raise ValueError(
+            "attention must be [query, key] or [batch, query, key] and square, "
+            f"got shape {shape}; average over layers and heads first"
+        )
+    if 0 in shape:
+        raise ValueError(f"attention must hold at least one token, got shape {shape}")
+    return backend.read(attention)
+
+
+def read_mask(name: str, mask: Any, beside: Any, shape: tuple[int, ...]) -> Any:
+    """The mask in the library and on the device of the matrix, its values not yet looked at."""
+    device = str(getattr(beside, "device", "cpu"))
+    on_host = isinstance(mask, list | tuple | np.ndarray)
+    if not on_host and str(getattr(mask, "device", "unknown")) != device:
+        found = getattr(mask, "device", type(mask).__name__)
+        raise ValueError(
+            f"{name} must be a list, or an array on {device} like the attention, got {found}; "
+            "move it there first"
+        )
+    read = backend_of(beside).mask(mask, beside)
+    if tuple(read.shape) != shape:
+        raise ValueError(
+            f"{name} must have shape {shape}, one value per token of the attention, "
+            f"got {tuple(read.shape)}"
+        )
+    if not dtype_name(read).startswith(("bool", "int", "uint")):
+        raise TypeError(
+            f"{name} must hold booleans, or 0 and 1, got dtype {dtype_name(read)}; "
+            f"write for example {name} > 0.5"
+        )
+    return read
+
+
+def check(matrices: Sequence[Any], masks: Mapping[str, Any], *, listed: bool) -> None:
+    """Raise ValueError at the first wrong number; `listed` if the matrices are a sparse batch."""
+    xp = backend_of(matrices[0]).xp
+    sound = [_is_sound(one) for one in matrices] + [_is_mask(mask) for mask in masks.values()]
+    if bool(xp.stack(sound).all()):
+        return
+    for row, matrix in enumerate(matrices):
+        if not _is_sound(matrix):
+            _explain(matrix, f"batch row {row}, " if listed else "")
+    for name, mask in masks.items():
+        if not _is_mask(mask):
+            _explain_mask(name, mask)
+
+
+def _is_sound(matrix: Any) -> Any:
+    backend = backend_of(matrix)
+    if backend.entries is None:
+        values, looks_ahead = matrix, above(matrix) != 0
+    else:
+        values, ahead = _parts(matrix)
+        looks_ahead = ahead.any()
+    if 0 in values.shape:  # a sparse matrix without an edge has no smallest value
+        return ~looks_ahead
+    # nan fails both comparisons
+    smallest, largest = backend.extremes(values)
+    return ~looks_ahead & (smallest >= 0) & (largest < math.inf)
+
+
+def _parts(matrix: Any) -> tuple[Any, Any]:
+    """The stored values, and which of them look ahead: a key later than its query."""
+    backend = backend_of(matrix)
+    if backend.entries is None:
+        return matrix, backend.xp.triu(matrix != 0, 1)
+    query, key, values = backend.entries(matrix)
+    return values, (key > query) & (values != 0)
+
+
+def _is_mask(mask: Any) -> Any:
+    marked = mask == 1
+    return (marked | (mask == 0)).all() & marked.any(-1).all()
+
+
+def _explain(matrix: Any, prefix: str) -> NoReturn:
+    backend, (values, ahead) = backend_of(matrix), _parts(matrix)
+    xp = backend.xp
+    finite = xp.isfinite(values)
+    for bad, rule, remedy in (
+        (~finite, "be finite", "a fully masked row makes softmax return nan: set it to zero"),
+        (finite & (values < 0), "not be negative", "pass probabilities, not scores"),
+        (ahead, "be lower triangular", "rows must be queries: is it transposed?"),
+    ):
+        if bad.any():
+            place = tuple(int(axis) for axis in xp.argwhere(bad)[0])
+            value = float(values[place])
+            if backend.entries is not None:
+                query, key, _ = backend.entries(matrix)
+                place = int(query[place]), int(key[place])
+            axes = ("batch row", "query", "key")[-len(place) :]
+            at = ", ".join(f"{axis} {index}" for axis, index in zip(axes, place, strict=True))
+            raise ValueError(f"attention must {rule}, got {value:g} at {prefix}{at}; {remedy}")
+    raise AssertionError("unreachable: the matrix is sound")
+
+
+def _explain_mask(name: str, mask: Any) -> NoReturn:
+    outside = mask[(mask != 0) & (mask != 1)]
+    if len(outside):
+        raise ValueError(f"{name} must hold booleans, or 0 and 1, got {int(outside[0])}")
+    raise ValueError(
+        f"{name} must mark at least one token{rows_without((mask == 1).any(-1))}, got none"
+    )
+
+
+def rows_without(found: Any) -> str:
+    """The batch rows for which a boolean per row is false, as words; "" for a single graph."""
+    if not found.ndim:
+        return ""
+    return f" in batch rows {[row for row, good in enumerate(found.tolist()) if not good]}"

@@ -1,0 +1,342 @@
+"""Credit for a trainer's rollouts: attention read in a forward pass, spread over the advantages.
+
+TRL's `_compute_loss` runs the model first and looks at the advantages afterwards, so the pass that
+trains can be the pass that is read. Where TRL scores the rollouts before, that pass is read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from trl.extras.profiling import profiling_context
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from flowtracer_plugin.attention.adapter import find_adapter
+from flowtracer_plugin.credit.read_rollouts import Late
+from flowtracer_plugin.credit.scorers import LATE, credit_weights
+from flowtracer_plugin.grpo.checks import (
+    UnsupportedTrainerError,
+    check_loss_on,
+    check_trainer,
+    find_tokenizer,
+)
+from flowtracer_plugin.grpo.log import CreditLog
+from flowtracer_plugin.grpo.options import CreditOptions
+from flowtracer_plugin.grpo.scoring import RolloutReader, Scored
+from flowtracer_plugin.model.causal_lm import evaluating, unwrapped
+from flowtracer_plugin.model.parallel import may_stop, tensor_parallel_group
+from flowtracer_plugin.trace.tracer import wrap
+
+WEIGHTS, ROWS = "flow_weights", "flow_rows"
+"""What rollouts carry beside TRL's own: each token's weight, and each row's place."""
+
+_SCORING = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[1:]
+"""What TRL's own method takes, in its order; hosts may take more."""
+
+_READ = {"model", "input_ids", "attention_mask", "logits_to_keep"}
+"""What must be known of a pass to read it."""
+
+Passed = tuple[Tensor, Tensor | None, Tensor | None]
+"""Of TRL's method that runs the model: log-probabilities, entropies and a loss of experts."""
+
+Forward = Callable[..., Passed]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class _Heard:
+    """A forward pass, and what its rows were scored; the error if they could not be."""
+
+    ids: Int[Tensor, "batch token"]
+    visible: Bool[Tensor, "batch token"]
+    result: Scored | Exception
+
+
+class FlowCredit:
+    """The credit of one trainer's completions: stands around three of its methods.
+
+    Raises:
+        UnsupportedTrainerError: The trainer cannot use one advantage per token.
+        ImportError: The installed TRL is another than those that are known to work.
+        ValueError: Importance sampling is not per token, or the trainer has no tokenizer.
+        NoAttentionError, UnsupportedArchitectureError: The tracer cannot read the model.
+    """
+
+    def __init__(self, trainer: Any, options: CreditOptions) -> None:
+        self.options = options
+        self._trainer = trainer
+        self._checked = check_trainer(trainer)
+        self._log = CreditLog(trainer, options)
+        self._reader = self._rollout_reader()
+        self._begun = False
+        self._gamma: float | None = None  # none: plain credit
+        self._policy: Any = None
+        self._hears: list[_Heard] | None = None  # passes of a generation, while there is one
+        self._inputs: dict[str, Any] | None = None  # of the loss, until their pass has come
+
+    def generation(self, generate: Callable[[Any], dict[str, Any]], inputs: Any) -> dict[str, Any]:
+        """Around `_generate_and_score_completions`: weighs what TRL's scoring pass tells."""
+        if not self._trainer.model.training:
+            rollouts = generate(inputs)
+            self._log.blank(len(rollouts["advantages"]))
+            return rollouts
+        self._begin()
+        chosen, heard = self.options.pass_, None
+        self._hears = [] if self._gamma is not None and chosen in ("auto", "scoring") else None
+        try:
+            rollouts = generate(inputs)
+            heard = self._heard(rollouts)
+        finally:
+            self._hears = None
+        rollouts[ROWS] = torch.arange(len(rollouts["advantages"]))
+        self._log.begin(rollouts)
+        if self._gamma is None:
+            rollouts[WEIGHTS] = torch.ones_like(rollouts["completion_mask"], dtype=torch.float32)
+        elif heard is not None:
+            self._weigh(rollouts, heard.result)
+        elif chosen == "extra":
+            self._weigh(rollouts, self._extra(rollouts))
+        elif chosen == "scoring":
+            raise ValueError(
+                "flow_pass='scoring' needs a pass of TRL's over the rollouts before training, and "
+                "with these settings there is none (num_iterations=1, aligned accumulation, no "
+                "vLLM correction); set flow_pass='auto'"
+            )
+        return rollouts
+
+    def loss(
+        self, compute: Callable[[Any, dict[str, Any]], Tensor], model: Any, inputs: dict[str, Any]
+    ) -> Tensor:
+        """Around `_compute_loss`: rollouts that are not weighed yet are, in its forward pass."""
+        if not self._trainer.model.training:
+            return compute(model, inputs)
+        if not self._checked:
+            check_loss_on(self._trainer, compute, model, inputs)
+            self._checked = True
+        if WEIGHTS in inputs:
+            return compute(model, inputs)
+        if not self._begun:  # attached to a trainer that had rollouts already
+            self._begin()
+        self._inputs = inputs
+        try:
+            loss = compute(model, inputs)
+            if self._inputs is not None and self._gamma is not None:
+                raise UnsupportedTrainerError(
+                    f"the loss of {type(self._trainer).__name__} runs the policy on other tokens "
+                    "than its rollouts', so there is no pass to read; set flow_pass='extra'"
+                )
+            return loss
+        finally:
+            self._inputs = None
+
+    def forward(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        """Around `_get_per_token_logps_and_entropies`: listens to it where its time has come."""
+        if self._hears is None and self._inputs is None:
+            return forward(*args, **kwargs)
+        given = {**dict(zip(_SCORING, args, strict=False)), **kwargs}
+        if not given.keys() >= _READ or not self._is_policy(given["model"]):
+            return forward(*args, **kwargs)
+        if self._hears is not None:
+            if "entropy" in self._reader.scorer.needs:
+                kwargs = {**kwargs, "compute_entropy": True}
+            returned, heard = self._listen(partial(forward, *args, **kwargs), given)
+            self._hears.append(heard)
+            return returned
+        inputs = self._inputs
+        assert inputs is not None
+        if self._gamma is None or not _is_over(given["input_ids"], given["attention_mask"], inputs):
+            return forward(*args, **kwargs)
+        self._inputs = None
+        returned, heard = self._listen(partial(forward, *args, **kwargs), given)
+        self._weigh(inputs, heard.result)
+        return returned
+
+    def _begin(self) -> None:
+        """Settle for the next rollouts what does not depend on them."""
+        self._begun = True
+        step = self._trainer.state.global_step
+        started = step >= self.options.start_step
+        self._gamma = self.options.gamma_at(step) if started else None
+        self._policy = _adapters(self._trainer.model)
+        # Sharding puts another root around the model when the training starts.
+        if self._reader.tracer.model is not unwrapped(self._trainer.model):
+            self._reader = self._rollout_reader()
+        if started and self._reader.attends:
+            # Through TRL's own head: ZeRO-3 wants to see the same modules in every pass.
+            self._reader.tracer.reader.verify(lambda ids: {"labels": ids, "fused_lm_head": True})
+        if started:
+            self._reader.prepare()
+
+    def _is_policy(self, model: Any) -> bool:
+        """Not the reference model, which may be the policy's with other adapters."""
+        trainer = self._trainer
+        bare = [unwrapped(trainer.accelerator.unwrap_model(m)) for m in (model, trainer.model)]
+        return bare[0] is bare[1] and _adapters(trainer.model) == self._policy
+
+    def _listen(
+        self, forward: Callable[[], Passed], given: Mapping[str, Any]
+    ) -> tuple[Passed, _Heard]:
+        """What TRL's method returns, and what the model attended to meanwhile."""
+        began: list[bool] = []
+        returned: list[Passed] = []
+
+        def call() -> Late:
+            began.append(True)
+            returned.append(forward())
+            chances, entropies, *_ = returned[0]
+            return Late(_detached(entropies), _detached(chances, -1))
+
+        ids, visible = given["input_ids"], given["attention_mask"].bool()
+        prompt_length = ids.shape[1] - given["logits_to_keep"]
+        size = given.get("batch_size") or len(ids)
+        listen = partial(self._reader.listen, call, ids, visible, prompt_length, size)
+        result = self._attempted(listen, excused=lambda: bool(returned) or not began)
+        if not returned:
+            call()
+        return returned[0], _Heard(ids=ids, visible=visible, result=result)
+
+    def _extra(self, rollouts: Mapping[str, Any]) -> Scored | Exception:
+        """What a pass of its own tells, without dropout; it ends after the last layer it reads."""
+        trainer = self._trainer
+        ids, visible = _whole(rollouts)
+        size, kept = trainer.args.per_device_train_batch_size, rollouts["completion_ids"].shape[1]
+        others = {name: rollouts[name] for name in _SCORING if name in rollouts}
+        with profiling_context(trainer, "flow_credit"), torch.no_grad():
+            whole = bool(self._reader.scorer.needs & LATE) or not may_stop(trainer.model)
+            if not others and not whole:
+                prompt_length = ids.shape[1] - kept
+                return self._attempted(
+                    partial(self._reader.read, ids, visible, prompt_length, size)
+                )
+            # Images, entropies and sharded models take TRL's own way through the whole model.
+            self._hears = []
+            try:
+                with evaluating(trainer.model):
+                    trainer._get_per_token_logps_and_entropies(
+                        trainer.model, ids, visible.long(), kept, batch_size=size, **others
+                    )
+                heard = self._heard(rollouts)
+            finally:
+                self._hears = None
+        if heard is None:
+            raise UnsupportedTrainerError(
+                f"{type(trainer).__name__} runs the policy on other tokens than it is given, so "
+                "there is no pass to read; give it a FlowReward as reward function instead"
+            )
+        return heard.result
+
+    def _heard(self, rollouts: Mapping[str, Any]) -> _Heard | None:
+        """The pass over exactly these rollouts, if there was one."""
+        passes = self._hears or ()
+        return next((h for h in passes if _is_over(h.ids, h.visible, rollouts)), None)
+
+    def _attempted(
+        self, work: Callable[[], Scored], excused: Callable[[], bool] = lambda: True
+    ) -> Scored | Exception:
+        """What `work` finds; its error if it is to cost one batch only, and may be excused."""
+        try:
+            return work()
+        except Exception as error:
+            if self.options.on_error == "raise" or not excused():
+                raise
+            return error
+
+    def _weigh(self, rollouts: dict[str, Any], found: Scored | Exception) -> None:
+        """Give rollouts one advantage per token."""
+        plain = rollouts["advantages"]
+        per_token = plain[:, None] if plain.ndim == 1 else plain
+        competing = _competing(rollouts)
+        if isinstance(found, Scored):
+            found = self._attempted(partial(self._chosen, found, competing))
+        boost = torch.zeros_like(competing, dtype=torch.float32)
+        if isinstance(found, Scored) and found.boost is not None:
+            boost = found.boost
+        assert self._gamma is not None
+        weights = credit_weights(
+            boost, competing, gamma=self._gamma, normalize=self.options.normalize
+        )
+        weights = torch.where(competing & self._signed(per_token), weights, 1.0)
+        rollouts["advantages"] = per_token * weights
+        rollouts[WEIGHTS] = weights
+        self._log.add(rollouts, found, plain, competing, boost)
+
+    def _chosen(self, found: Scored, competing: Bool[Tensor, "batch completion"]) -> Scored:
+        """With what the scorer chooses, whatever the sign of the advantage."""
+        started = perf_counter()
+        rollouts = replace(found.rollouts, competing=competing)
+        boost = self._reader.scorer.choose(found.features, rollouts, self.options.top_fraction)
+        return replace(found, boost=boost, seconds=found.seconds + perf_counter() - started)
+
+    def _signed(self, per_token: Float[Tensor, " batch #completion"]) -> Bool[Tensor, "..."]:
+        """Where the advantage has a sign that is reweighted."""
+        if self.options.sign == "both":
+            return torch.ones_like(per_token, dtype=torch.bool)
+        return per_token > 0 if self.options.sign == "positive" else per_token < 0
+
+    def _rollout_reader(self) -> RolloutReader:
+        options, trainer = self.options, self._trainer
+        scorer = options.chosen_scorer
+        if "heads" in scorer.needs and tensor_parallel_group(trainer.model) is not None:
+            raise ValueError(
+                f"flow_scorer={scorer.name!r} chooses among all heads, and a tensor parallel model "
+                "has only some of them in each process; choose another scorer"
+            )
+        tracer = wrap(
+            trainer.model,
+            find_tokenizer(trainer.processing_class),
+            preset=scorer.preset or "paper",
+            layers=options.chosen_layers,
+            answer=options.answer,
+            target=options.target,
+            # It stays out of the way of compilers, sharding and threads; nnsight reads the rest.
+            backend="interface" if find_adapter(unwrapped(trainer.model)).interface else "nnsight",
+        )
+        last = options.no_answer == "last"
+        return RolloutReader(
+            tracer, scorer, last=last, seed=trainer.args.seed, oracle=options.oracle
+        )
+
+
+def _detached(values: Tensor | None, factor: int = 1) -> Tensor | None:
+    return None if values is None else factor * values.detach()
+
+
+def _whole(
+    rollouts: Mapping[str, Tensor],
+) -> tuple[Int[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
+    """Ids and mask of prompts and completions."""
+    ids = torch.cat([rollouts["prompt_ids"], rollouts["completion_ids"]], dim=1)
+    mask = torch.cat([rollouts["prompt_mask"], rollouts["completion_mask"]], dim=1)
+    return ids, mask.bool()
+
+
+def _is_over(ids: Tensor, visible: Tensor, rollouts: Mapping[str, Tensor]) -> bool:
+    """Whether a forward pass was over exactly these rollouts."""
+    wanted = _whole(rollouts)
+    return torch.equal(ids, wanted[0]) and torch.equal(visible.bool(), wanted[1])
+
+
+def _competing(rollouts: Mapping[str, Tensor]) -> Bool[Tensor, "batch completion"]:
+    """What the model chose. A tool's tokens are part of what it read, but not chosen by it."""
+    visible = rollouts["completion_mask"].bool()
+    return visible & rollouts.get("tool_mask", visible).bool()
+
+
+def _adapters(model: Any) -> Any:
+    """Which of PEFT's adapters are in use: two states of a model are one policy if it is equal."""
+    if "peft" not in sys.modules:
+        return None
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return None
+    status = model.get_model_status()
+    return status.enabled, tuple(status.active_adapters)

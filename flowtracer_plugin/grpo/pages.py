@@ -1,0 +1,143 @@
+"""Pages that a trainer with flow credit writes: one prompt's completions, side by side."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+from torch import Tensor
+
+from flowtracer_plugin.grpo.checks import find_tokenizer
+from flowtracer_plugin.grpo.options import CreditOptions
+from flowtracer_plugin.grpo.scoring import Scored
+from flowtracer_plugin.report.pages.group_page import CompletionView, write_group_page, write_index
+from flowtracer_plugin.text.spans import decode_tokens
+
+HUBS = 10
+
+logger = logging.getLogger(__name__)
+
+
+class GroupPages:
+    """The group of the first prompt of the main process, at most every `page_steps` steps.
+
+    They lie in `flow` below the trainer's output directory. The oldest go where all together
+    would take more than `page_limit_mb`. A page that cannot be written costs no run.
+    """
+
+    def __init__(self, trainer: Any, options: CreditOptions) -> None:
+        self._trainer, self._options = trainer, options
+        self._step: int | None = None
+        self._last: int | None = None
+        self._views: dict[int, CompletionView] = {}
+        self._prompt = ""
+        self._rewards: list[dict[str, float | None]] = []
+
+    @property
+    def folder(self) -> Path:
+        """Where the pages lie."""
+        return Path(self._trainer.args.output_dir) / "flow"
+
+    def begin(self, rollouts: Mapping[str, Any]) -> None:
+        """New rollouts: whether they get a page."""
+        trainer, every = self._trainer, self._options.page_steps
+        step = trainer.state.global_step
+        late = self._last is None or step - self._last >= every
+        due = every > 0 and late and trainer.accelerator.is_main_process
+        self._step = step if due else None
+        self._views = {}
+        if due:
+            self._last = step
+            self._rewards = _rewards(trainer)
+            ids = rollouts["prompt_ids"][0][rollouts["prompt_mask"][0].bool()]
+            self._prompt = str(find_tokenizer(trainer.processing_class).decode(ids))
+
+    def add(
+        self,
+        rollouts: Mapping[str, Any],
+        heard: Scored | Exception,
+        plain: Tensor,
+        competing: Bool[Tensor, "batch completion"],
+    ) -> None:
+        """Take up the group's rows among these, and write the page with the last of them."""
+        if self._step is None:
+            return
+        trainer = self._trainer
+        wanted = min(trainer.num_generations, rows_each(trainer))
+        for row, place in enumerate(rollouts["flow_rows"].tolist()):
+            if place < wanted:
+                self._views[place] = self._view(row, place, rollouts, heard, plain, competing)
+        if len(self._views) == wanted:
+            self._write(self._step, [self._views[place] for place in range(wanted)])
+            self._step = None
+
+    def _view(
+        self,
+        row: int,
+        place: int,
+        rollouts: Mapping[str, Any],
+        heard: Scored | Exception,
+        plain: Tensor,
+        competing: Bool[Tensor, "batch completion"],
+    ) -> CompletionView:
+        shown = rollouts["completion_mask"][row].bool()
+        kept = shown.cpu().numpy()
+        ids = rollouts["completion_ids"][row][shown].tolist()
+        throughput, answer, note = np.zeros(len(ids)), np.zeros(len(ids), bool), ""
+        if isinstance(heard, Exception):
+            note = f"plain credit: {type(heard).__name__}: {heard}"
+        else:
+            start = heard.rollouts.prompt_length
+            answer = heard.rollouts.answer[row, start:].cpu().numpy()[kept]
+            if heard.rollouts.throughput is not None:
+                throughput = heard.rollouts.throughput[row, start:].cpu().numpy()[kept]
+            note = "" if answer.any() else "no answer found: plain credit"
+        return CompletionView(
+            tokens=decode_tokens(find_tokenizer(self._trainer.processing_class), ids).pieces,
+            weights=rollouts["flow_weights"][row].cpu().numpy()[kept],
+            throughput=throughput,
+            advantage=float(plain[row].float().mean()),
+            rewards=self._rewards[place],
+            answer=answer,
+            competing=competing[row].cpu().numpy()[kept],
+            hubs=[int(token) for token in np.argsort(-throughput)[:HUBS] if throughput[token] > 0],
+            note=note,
+        )
+
+    def _write(self, step: int, views: list[CompletionView]) -> None:
+        name = self._trainer.args.run_name or Path(self._trainer.args.output_dir).name
+        page = self.folder / f"step_{step:06d}.html"
+        try:
+            write_group_page(page, self._prompt, views, title=str(name), step=step)
+            self._drop_oldest(page)
+            write_index(self.folder)
+        except OSError:
+            logger.warning("the page of step %s could not be written", step, exc_info=True)
+
+    def _drop_oldest(self, newest: Path) -> None:
+        pages = set(self.folder.glob("step_*.html")) - {newest}
+        size = newest.stat().st_size
+        for page in sorted(pages, key=lambda page: page.stat().st_mtime, reverse=True):
+            size += page.stat().st_size
+            if size > self._options.page_limit_mb * 1e6:
+                page.unlink()
+
+
+def rows_each(trainer: Any) -> int:
+    """Rollouts of each process in one generation."""
+    return trainer.args.generation_batch_size // trainer.accelerator.num_processes
+
+
+def _rewards(trainer: Any) -> list[dict[str, float | None]]:
+    """What TRL has just logged of every rollout, by reward function; the main process has all."""
+    count = trainer.args.generation_batch_size
+    logged = {name: list(values)[-count:] for name, values in trainer._logs["rewards"].items()}
+    return [{name: _known(values[row]) for name, values in logged.items()} for row in range(count)]
+
+
+def _known(reward: float) -> float | None:
+    return None if reward is None or np.isnan(reward) else float(reward)

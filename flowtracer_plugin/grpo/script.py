@@ -1,0 +1,300 @@
+r"""`flowtracer train`: GRPO with flow credit from the command line, in the style of TRL's scripts.
+
+    flowtracer train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name openai/gsm8k \
+        --dataset_config main --prompt_column question --answer_column answer \
+        --prompt_template hash --reward_funcs math_answer --output_dir out
+    accelerate launch -m flowtracer_plugin train --config run.yaml
+
+`examples/grpo_flow.py` is the same as a script to copy and change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import warnings
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flowtracer_plugin.model.loading import load_model, load_tokenizer
+from flowtracer_plugin.grpo.trainer import FlowGRPOConfig, FlowGRPOTrainer
+from flowtracer_plugin.rewards.flow_reward import FlowReward
+from flowtracer_plugin.rewards.named import imported_reward, math_answer
+from flowtracer_plugin.trace.tracer import FlowTracer, wrap
+from flowtracer_plugin.text.data_sets import columns, load_rows, with_prompts
+
+# ruff: noqa: I001 (which TRL works is asked in grpo, before anything of it is imported)
+import torch
+from datasets import disable_progress_bars
+from trl.scripts.utils import ScriptArguments, TrlParser
+from trl.trainer.model_config import ModelConfig
+from trl.trainer.utils import get_peft_config, get_quantization_config
+
+REWARDS = ("math_answer", "flow", "reasoning_share", "concentration", "math_flow")
+"""Rewards by name; "flow" is short for "reasoning_share"."""
+
+
+@dataclass
+class FlowScriptArguments(ScriptArguments):
+    r"""Arguments of the training script, beside those of the trainer and of the model.
+
+    It inherits those of [`~trl.ScriptArguments`], of which `dataset_name` may also be a local file.
+
+    Parameters:
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column of the questions: texts, or lists of chat messages.
+        answer_column (`str`, *optional*):
+            Column of the right answers, which rewards get as `answer`.
+        prompt_template (`str`, *optional*):
+            Text around each question, with `{prompt}` where it goes; or `"hash"` or `"boxed"`,
+            which ask for an answer after `####` or in `\boxed{}`.
+        system_prompt (`str`, *optional*):
+            What the system says before each question.
+        chat (`bool`, *optional*, defaults to `True`):
+            Whether questions that are texts become chat messages, if the tokenizer has a chat
+            template.
+        reward_funcs (`list[str]`, *optional*):
+            Reward functions: `math_answer`, `flow` (or `reasoning_share`), `concentration`,
+            `math_flow`, or dotted paths, also of modules in the current folder. Flow rewards trace
+            the model that is trained.
+        reward_model_name_or_path (`str`, *optional*):
+            A reward model.
+        trace_model_name_or_path (`str`, *optional*):
+            A model that stays as it is, for the flow rewards to trace instead.
+    """
+
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "Column of the questions: texts or chat messages."}
+    )
+    answer_column: str | None = field(
+        default=None, metadata={"help": "Column of the right answers; rewards get it as `answer`."}
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text with {prompt} where the question goes; or hash or boxed, which ask for "
+            "an answer after #### or in \\boxed{}."
+        },
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "What the system says before each question."}
+    )
+    chat: bool = field(
+        default=True,
+        metadata={"help": "Make texts chat messages, if the tokenizer has a chat template."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Reward functions: {', '.join(REWARDS)}, or dotted paths."},
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A reward model: folder or id on the hub."}
+    )
+    trace_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model whose attention the flow rewards trace, frozen; without it, the model "
+            "that is trained."
+        },
+    )
+
+
+Arguments = tuple[FlowScriptArguments, FlowGRPOConfig, ModelConfig]
+
+
+def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> Arguments:
+    """The arguments of a command line, also from a file that `--config` names.
+
+    Raises:
+        ValueError: An argument is unknown, has a value that it cannot have, or lacks one.
+    """
+    kinds: Any = (FlowScriptArguments, FlowGRPOConfig, ModelConfig)
+    usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
+    parser = _Parser(
+        kinds, prog=prog, usage=usage, description=_EXAMPLE, formatter_class=_HelpFormatter
+    )
+    if not torch.accelerator.is_available():
+        parser.set_defaults(use_cpu=True, bf16=False)  # TRL's defaults are for accelerators
+    parsed: Any
+    *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        meant = f"did you mean {near[0]}?" if near else "--help shows what there is"
+        raise ValueError(f"there is no option {unknown[0]!r}; {meant}")
+    return tuple(parsed)
+
+
+def build_trainer(
+    script_args: FlowScriptArguments,
+    training_args: FlowGRPOConfig,
+    model_args: ModelConfig,
+    *,
+    reward_funcs: Sequence[Callable[..., Any]] = (),
+) -> FlowGRPOTrainer:
+    """A trainer with its model, data and rewards; `reward_funcs` are added to those that are named.
+
+    Raises:
+        ValueError: Model, data or a column cannot be had, there is no reward, or one cannot be
+            imported.
+    """
+    name = model_args.model_name_or_path
+    if not name:
+        raise ValueError("no model: pass --model_name_or_path FOLDER, or an id on the hub")
+    shared: dict[str, Any] = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+    }
+    tokenizer = load_tokenizer(name, padding_side="left", truncation_side="left", **shared)
+    # The trainer is made below, and a reward asks for it when the first completions come.
+    rewards = _rewards(script_args, lambda: _tracer(trainer, script_args), reward_funcs)
+    has_eval = training_args.eval_strategy != "no"
+    train_rows = _rows(script_args, script_args.dataset_train_split, tokenizer)
+    eval_rows = _rows(script_args, script_args.dataset_test_split, tokenizer) if has_eval else None
+    needs_answers = {"math_answer", "math_flow"} & set(script_args.reward_funcs or ())
+    if needs_answers and "answer" not in columns(train_rows):
+        raise ValueError(
+            f"{needs_answers.pop()} needs the right answers: pass --answer_column; the data have "
+            f"{', '.join(map(repr, columns(train_rows)))}"
+        )
+    given: Any = training_args.model_init_kwargs or {}
+    training_args.model_init_kwargs = {
+        **shared,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **given,
+    }
+    trainer = FlowGRPOTrainer(
+        model=name,
+        reward_funcs=rewards,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    return trainer
+
+
+def train(trainer: FlowGRPOTrainer) -> None:
+    """Train, from a checkpoint if the arguments say so; save the model and `trainer_state.json`.
+
+    `--resume_from_checkpoint` takes a folder, or `true` for the last one in the output folder.
+
+    Raises:
+        ValueError: There is no such checkpoint.
+    """
+    args, say = trainer.args, trainer.accelerator.print
+    trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
+    trainer.save_model(args.output_dir)
+    trainer.save_state()  # with the log of every step
+    say(f"wrote {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()  # type: ignore[no-untyped-call]
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Run the script with these arguments, by default those of the command line."""
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # each of their updates would be a line of a log file
+    # TRL sets by default what transformers renames: nobody who reads of it here could mend it.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    train(build_trainer(*parse(arguments, prog)))
+
+
+_EXAMPLE = """For example:
+
+%(prog)s --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --reward_funcs math_answer
+"""
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and the example on a line of its own."""
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong without two hundred lines of usage before it."""
+        raise ValueError(f"{message}; --help shows what there is")
+
+
+def _rows(script_args: FlowScriptArguments, split: str, tokenizer: Any) -> Any:
+    if not script_args.dataset_name:
+        raise ValueError("no data: pass --dataset_name FILE, or the name of a data set on the hub")
+    rows = load_rows(
+        script_args.dataset_name,
+        split,
+        config=script_args.dataset_config,
+        streaming=script_args.dataset_streaming,
+    )
+    return with_prompts(
+        rows,
+        prompt_column=script_args.prompt_column,
+        answer_column=script_args.answer_column,
+        template=script_args.prompt_template,
+        system=script_args.system_prompt,
+        chat=script_args.chat and tokenizer.chat_template is not None,
+    )
+
+
+def _rewards(
+    script_args: FlowScriptArguments,
+    tracer: Callable[[], FlowTracer],
+    given: Sequence[Callable[..., Any]],
+) -> list[Any]:
+    named = [_reward(name, tracer) for name in script_args.reward_funcs or ()]
+    model = script_args.reward_model_name_or_path
+    rewards = [*([model] if model else []), *named, *given]
+    if not rewards:
+        raise ValueError(
+            f"no reward: pass --reward_funcs with some of {', '.join(REWARDS)}, or dotted paths"
+        )
+    return rewards
+
+
+def _reward(name: str, tracer: Callable[[], FlowTracer]) -> Callable[..., Any]:
+    if name == "math_answer":
+        return math_answer
+    if name == "math_flow":
+        return FlowReward(tracer, outcome=math_answer, name=name)
+    if name in REWARDS:
+        return FlowReward(tracer, score="reasoning_share" if name == "flow" else name)
+    return imported_reward(name, REWARDS)
+
+
+def _tracer(trainer: FlowGRPOTrainer, script_args: FlowScriptArguments) -> FlowTracer:
+    """Of the model that is trained, or of the one that the arguments name."""
+    name, args = script_args.trace_model_name_or_path, trainer.args
+    model: Any = trainer.model
+    tokenizer: Any = trainer.processing_class
+    if name:
+        model = load_model(name, str(trainer.accelerator.device), "auto")
+        tokenizer = load_tokenizer(name)
+    options = args.credit_options()
+    return wrap(
+        model,
+        tokenizer,
+        preset=options.chosen_scorer.preset or "paper",
+        layers=options.chosen_layers,
+        answer=options.answer,
+        target=options.target,
+    )
+
+
+def _checkpoint(given: str | None) -> str | bool | None:
+    """What transformers wants: a folder, or True for the last checkpoint."""
+    if given is None or given.lower() in {"false", "none"}:
+        return None
+    if given.lower() == "true":
+        return True
+    if not Path(given).is_dir():
+        raise ValueError(
+            f"there is no checkpoint {given!r}; pass a folder checkpoint-N, or true for the last "
+            "one in --output_dir"
+        )
+    return given

@@ -1,0 +1,255 @@
+"""What a loaded transformers model says about itself, and which inputs it can take."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The model inside nnsight's, `torch.compile`'s and the data-parallel wrappers.
+
+    Those run the same modules, but compile them, or talk to other processes about gradients.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return unwrapped(model.module)
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        return unwrapped(model._orig_mod)
+    if type(model).__module__.partition(".")[0] in {"nnsight", "nnterp"}:
+        return unwrapped(model._module)
+    return model
+
+
+def language_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers such as PEFT's.
+
+    Raises:
+        TypeError: There is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"wanted a loaded model, found {model!r}; load it first, with "
+            "AutoModelForCausalLM.from_pretrained(...)"
+        )
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise TypeError(f"wanted a transformers model, found {type(model).__name__}")
+
+
+def model_name(model: nn.Module) -> str:
+    """Where the model comes from, or else what it is."""
+    return language_model(model).config.name_or_path or type(model).__name__
+
+
+def first_output(output: Any) -> Tensor:
+    """The logits, or of a model without a head the last hidden state.
+
+    Raises:
+        TypeError: What a model returned begins with no tensor.
+    """
+    if isinstance(output, Mapping):
+        output = output.get("logits", next(iter(output.values())))
+    found = output[0] if isinstance(output, tuple) else output
+    if not isinstance(found, Tensor):
+        raise TypeError(f"wanted a model that returns a tensor first, found {type(found).__name__}")
+    return found
+
+
+def accepted_inputs(model: nn.Module) -> frozenset[str]:
+    """What the model can be given, by name; of wrappers that pass everything on, the model's."""
+    for forward in (model.forward, language_model(model).forward):
+        parameters = inspect.signature(forward).parameters
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+            break
+    return frozenset(parameters)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the model takes its inputs; weights that accelerate holds elsewhere do not count."""
+    devices = (parameter.device for parameter in model.parameters())
+    held = next((device for device in devices if device.type != "meta"), None)
+    if held is not None:
+        return held
+    hooks = (vars(module).get("_hf_hook") for module in model.modules())
+    placed = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in placed if device is not None), "cpu"))
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """How many token ids the model can embed."""
+    inner = language_model(model)
+    embedding = inner.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        return embedding.num_embeddings  # the weight of one that DeepSpeed has sharded is empty
+    weight = getattr(embedding, "weight", None)
+    return inner.config.get_text_config().vocab_size if weight is None else weight.shape[0]
+
+
+def context_length(model: nn.Module) -> int:
+    """How many tokens the model has positions for; without a limit, more than any text has."""
+    config = language_model(model).config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or 0
+    return limit if limit > 0 else sys.maxsize  # XLNet says -1
+
+
+def check_positions(model: nn.Module) -> None:
+    """Refuse models whose positions are not those of the tokens.
+
+    Raises:
+        UnsupportedArchitectureError: The model has an encoder beside its decoder, reads several
+            tokens at each position, or a PEFT method puts virtual tokens before the text.
+    """
+    inner = language_model(model)
+    if inner.config.is_encoder_decoder:
+        raise UnsupportedArchitectureError(
+            f"{type(inner).__name__} encodes one text and decodes another, shifted by one token; "
+            "wrap a model that continues its text, such as AutoModelForCausalLM makes, also of "
+            "this model's decoder"
+        )
+    embedding = inner.get_input_embeddings()
+    if isinstance(embedding, nn.ModuleList) and len(embedding) > 1:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} reads {len(embedding)} tokens at every position, one of each "
+            "codebook, and attention between positions does not tell them apart"
+        )
+    if "peft" not in sys.modules:
+        return
+    from peft import PeftModel
+
+    for module in model.modules():
+        if isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
+            raise UnsupportedArchitectureError(
+                f"{module.active_peft_config.peft_type.value} puts virtual tokens before the text, "
+                "and attention to them belongs to no token; trace the base model, or a model with "
+                "LoRA or another method that changes weights"
+            )
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Refuse more tokens than the model has positions for.
+
+    Raises:
+        ValueError: There are more.
+    """
+    if length > (limit := context_length(model)):
+        raise ValueError(
+            f"prompt and response have {length} tokens, more than the model's context of "
+            f"{limit}; shorten them"
+        )
+
+
+def check_input(
+    model: nn.Module, input_ids: Tensor, mask: Tensor | None, *, cached: int = 0
+) -> Bool[Tensor, "batch key"]:
+    """Refuse what the model cannot read; the mask, by default of ones.
+
+    There may be `cached` tokens before the input.
+
+    Raises:
+        TypeError: Ids or mask are no tensors of whole numbers.
+        ValueError: Shapes differ, a token is outside the vocabulary, there are too many, or the
+            mask is not of 0 and 1.
+    """
+    for name, given in (("input_ids", input_ids), ("attention_mask", mask)):
+        if not isinstance(given, Tensor | None if name == "attention_mask" else Tensor):
+            raise TypeError(f"{name} must be a torch tensor, got a {type(given).__name__}")
+    if input_ids.is_floating_point():
+        raise TypeError(f"input_ids must be whole numbers, got {input_ids.dtype}")
+    wanted = (*input_ids.shape[:1], input_ids.shape[-1] + cached)
+    shown = torch.ones(wanted, device=input_ids.device) if mask is None else mask
+    if input_ids.ndim != 2 or tuple(shown.shape) != wanted:
+        raise ValueError(
+            "input_ids and attention_mask must both be [batch, token], got "
+            f"{tuple(input_ids.shape)} and {tuple(shown.shape)}"
+            + (f"; the mask must cover the {cached} cached tokens too" if cached else "")
+        )
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids are empty: {tuple(input_ids.shape)}; pass at least one token")
+    if not bool(((shown == 0) | (shown == 1)).all()):
+        raise ValueError("attention_mask must be 1 on tokens and 0 on padding, got other numbers")
+    # Padding does not count: positions begin at the first token that is visible.
+    check_length(model, int(shown.bool().sum(-1).max()))
+    size = vocabulary_size(model)
+    if not bool(((input_ids >= 0) & (input_ids < size)).all()):
+        raise ValueError(
+            f"token ids must be between 0 and {size - 1}, the model's vocabulary, got "
+            f"{int(input_ids.min())} to {int(input_ids.max())}"
+        )
+    return shown.bool()
+
+
+def check_packing(mask: Tensor | None, positions: Tensor | None) -> None:
+    """Refuse packed texts with a mask, which makes transformers take them for one text.
+
+    Raises:
+        ValueError: Positions restart among the tokens that the mask shows.
+    """
+    if mask is None or positions is None or positions.ndim != 2:
+        return
+    both = mask[:, 1:].bool() & mask[:, :-1].bool()
+    restarts = (positions.diff(dim=-1) != 1).to(both.device)
+    if restarts.shape[-1] == both.shape[-1] and bool((restarts & both).any()):
+        raise ValueError(
+            "position_ids restart, as for packed texts, but transformers takes these for one text "
+            "if there is a mask; leave attention_mask out, and the padding"
+        )
+
+
+def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer of another model.
+
+    Raises:
+        ValueError: It knows tokens that the model does not embed, or fewer than 90 % of them.
+    """
+    known, embedded = len(tokenizer), vocabulary_size(model)
+    # Embeddings are often padded beyond the tokenizer, by at most a few per cent. Of a tokenizer, a
+    # token for images may lie beyond the embeddings of its text-only models (Gemma 3).
+    if known < 0.9 * embedded or tokenizer.vocab_size > embedded:
+        raise ValueError(
+            f"the tokenizer knows {known} tokens and the model embeds {embedded}: they do not "
+            "belong together; load both from the same path (wrap(..., verify=False) takes them as "
+            "they are)"
+        )
+
+
+_in_evaluation: WeakKeyDictionary[nn.Module, list[list[nn.Module]]] = WeakKeyDictionary()
+_modes = Lock()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, and with every module's own mode put back: frozen parts may be in eval.
+
+    Several threads may be in here at once; the last one out puts the modes back.
+    """
+    key = language_model(model)
+    with _modes:
+        training = [module for module in model.modules() if module.training]
+        _in_evaluation.setdefault(key, []).append(training)
+        for module in training:
+            module.training = False
+    try:
+        yield
+    finally:
+        with _modes:
+            if len(_in_evaluation[key]) > 1:
+                # The others hold the modules in evaluation mode: one of them puts these back too.
+                mine = _in_evaluation[key].pop()
+                _in_evaluation[key][0].extend(mine)
+            else:
+                for module in _in_evaluation.pop(key)[0]:
+                    module.training = True

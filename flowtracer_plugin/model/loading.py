@@ -1,0 +1,102 @@
+"""Load a model and its tokenizer by name, with mistakes in one sentence."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from flowtracer_plugin.attention.adapter import known_adapters
+
+
+class UnknownDeviceError(ValueError):
+    """PyTorch has no such device on this machine."""
+
+
+def load_model(
+    name: str, device: str, dtype: str, *, wanted: str = "a causal language model", **options: Any
+) -> Any:
+    """A causal language model, for inference. `options` are transformers' own.
+
+    Raises:
+        UnknownDeviceError: There is no such device.
+        ValueError: The model cannot be loaded; the message says why.
+    """
+    chosen = _device(device)
+    # A distribution with an adapter may bring its architecture along, for transformers to know.
+    known_adapters()
+    with _friendly(name, wanted):
+        options |= {"local_files_only": _without_hub(name)}
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    return model.to(chosen).eval()
+
+
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """The tokenizer that belongs to a model. `options` are transformers' own."""
+    with _friendly(name, "model and tokenizer"):
+        options |= {"local_files_only": _without_hub(name)}
+        return AutoTokenizer.from_pretrained(name, **options)
+
+
+@contextmanager
+def _friendly(name: str, wanted: str) -> Iterator[None]:
+    talk: Any = logging
+    if not sys.stderr.isatty():
+        talk.disable_progress_bar()
+    here = Path(name).exists()
+    if not (here or re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)):
+        raise ValueError(
+            f"there is no folder {name!r}; wanted the folder of a Hugging Face model, or its id on "
+            "the hub, such as Qwen/Qwen3-0.6B"
+        )
+    kinds = ("config.json", "adapter_config.json")  # a whole model, or an adapter of PEFT
+    if here and not any((Path(name) / kind).is_file() for kind in kinds):
+        raise ValueError(f"{name!r} has no config.json; wanted the folder of a Hugging Face model")
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        cause = str(error).partition("\n")[0].rstrip(" .:")
+        # What is missing then is a package, and the cause names it.
+        wish = f"; wanted a folder that save_pretrained() of {wanted} wrote"
+        raise ValueError(
+            f"cannot load {name!r}: {cause}{'' if isinstance(error, ImportError) else wish}"
+            if here
+            else f"there is no folder {name!r}, and no such model could be had from the hub: "
+            f"{cause}; check its id and the connection, and if it is gated, hf auth login"
+        ) from error
+
+
+def _without_hub(name: str) -> bool:
+    """Whether files must be here: the hub's client would try for minutes, with a line each time."""
+    if Path(name).exists() or getproxies().keys() - {"no"}:  # a proxy finds addresses itself
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter if PyTorch is built without CUDA
+        raise UnknownDeviceError(
+            f"PyTorch has no {name!r} on this machine; cpu is always there, and auto takes "
+            "the GPU if there is one"
+        ) from error
+    return name

@@ -1,0 +1,83 @@
+"""Import paths from before the package had rooms: they still work, and warn where to go."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+PACKAGE = "flowtracer_plugin"
+
+MOVED = {
+    "answer_cut": ("text.result_cut",),
+    "answers": ("text.answers",),
+    "audit_summary": ("audit.summary",),
+    "backbone": ("flow.backbone",),
+    "contrast": ("comparison.permutation",),
+    "contrast_texts": ("comparison.texts",),
+    "credit_audit": ("audit.run",),
+    "curves": ("evaluation.curves",),
+    "cutting": ("model.cutting",),
+    "document": ("result.document",),
+    "evaluation_report": ("evaluation.overview",),
+    "faithfulness": ("evaluation.faithfulness",),
+    "graph": ("flow.graph",),
+    "interception": ("reading.interface_backend",),
+    "knockout": ("evaluation.knockout",),
+    "lines_and_edges": ("evaluation.lines_and_edges",),
+    "memory": ("trace.memory",),
+    "policy_gradient": ("audit.policy_gradient",),
+    "protocol_summaries": ("evaluation.summaries",),
+    "protocols": ("evaluation.protocols",),
+    "regeneration": ("evaluation.regeneration",),
+    "reward": ("rewards.flow_reward",),
+    "river": ("flow.river",),
+    "rollouts": ("trace.rollouts",),
+    "sampling": ("audit.sampling",),
+    "scorers": ("credit.scorers",),
+    "scores": ("credit.measures",),
+    "spans": ("text.spans",),
+    "storage": ("trace.flow_trace", "result.storage", "files"),
+    "summaries": ("evaluation.summaries",),
+    "token_scores": ("credit.token_scores",),
+    "tracer": ("trace.tracer",),
+    "training": ("grpo.script",),
+}
+"""By the old path of each module, where its names are now."""
+
+
+class MovedModules(MetaPathFinder, Loader):
+    """Finds a module by its old path: it holds what the modules at the new paths hold."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The module of an old path; none for any other."""
+        return ModuleSpec(fullname, self) if _old_path(fullname) in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Point to the new paths."""
+        homes = [f"{PACKAGE}.{home}" for home in MOVED[_old_path(module.__name__)]]
+        warn(module.__name__, homes[0], level=3)
+
+        def find(name: str) -> Any:
+            for home in map(import_module, homes):
+                if hasattr(home, name):
+                    return getattr(home, name)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__dict__["__getattr__"] = find
+
+
+def warn(old: str, new: str, level: int) -> None:
+    """Say where something has moved to."""
+    said = f"{old} has moved to {new}; the old path will not work in the next release"
+    warnings.warn(said, DeprecationWarning, stacklevel=level)
+
+
+def _old_path(name: str) -> str:
+    return name.removeprefix(f"{PACKAGE}.")

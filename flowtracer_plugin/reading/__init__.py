@@ -1,0 +1,1 @@
+"""How a model is watched while it runs, and how what was read is checked."""

@@ -1,0 +1,116 @@
+"""The edges of a flow that are not the plain mean: of some heads, weighed by what they move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
+from flowtracer_plugin.attention.head_choice import attention_to, most_attentive, named_heads
+from flowtracer_plugin.attention.head_mean import given_by
+from flowtracer_plugin.options import FlowOptions, Heads
+from flowtracer_plugin.reading.rows import AttentionRows
+
+BEFORE_ANSWER = 5
+"""Tokens right before the answer that are no reasoning: often a template such as "The answer is".
+Heads that look at these are the local ones, and with them flow finds no more than chance would."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class EdgeChoice:
+    """Which edges are wanted, of texts of which these are the parts.
+
+    Attributes:
+        heads: As in `FlowOptions`.
+        by_value: Whether attention is weighed by what it moves.
+        target: Rows of the answer, or those that decide it.
+        reasoning: Tokens of the response, as `reasoning_mask` finds them.
+    """
+
+    heads: Heads
+    by_value: bool
+    target: Bool[Tensor, "batch token"]
+    reasoning: Bool[Tensor, "batch token"]
+
+    def behind(
+        self, mask: Bool[Tensor, "batch token"], ordered: Bool[Tensor, "batch most"]
+    ) -> EdgeChoice:
+        """For the texts with all padding behind them, of which `ordered` is the mask."""
+
+        def moved(values: Tensor) -> Tensor:
+            found = ordered.new_zeros(ordered.shape)
+            found[ordered] = values.to(ordered.device)[mask.to(ordered.device)]
+            return found
+
+        return replace(self, target=moved(self.target), reasoning=moved(self.reasoning))
+
+
+def edge_choice(
+    options: FlowOptions,
+    target: Bool[Tensor, "batch token"],
+    response: Bool[Tensor, "batch token"],
+    answer: Bool[Tensor, "batch token"],
+) -> EdgeChoice | None:
+    """The edges that options ask for; None for the plain mean."""
+    if options.plain:
+        return None
+    return EdgeChoice(
+        heads=options.heads,
+        by_value=options.edges == "value",
+        target=target,
+        reasoning=reasoning_mask(response, answer),
+    )
+
+
+def reasoning_mask(
+    response: Bool[Tensor, "batch token"], answer: Bool[Tensor, "batch token"]
+) -> Bool[Tensor, "batch token"]:
+    """Response tokens up to five before the answer; none in texts without an answer."""
+    place = torch.arange(answer.shape[1], device=answer.device)
+    first = answer.int().argmax(-1, keepdim=True)
+    return response & (place < first - BEFORE_ANSWER) & answer.any(-1, keepdim=True)
+
+
+def completions(
+    visible: Bool[Tensor, "batch token"], prompt_length: int
+) -> Bool[Tensor, "batch token"]:
+    """The visible tokens behind the prompts."""
+    return visible & (torch.arange(visible.shape[1], device=visible.device) >= prompt_length)
+
+
+def chosen_rows(
+    model: nn.Module,
+    calls: Sequence[AttentionCall | AttentionWeights],
+    layers: Sequence[int],
+    lengths: Sequence[Float[Tensor, "batch _ _"]],
+    visible: Bool[Tensor, "batch token"],
+    choice: EdgeChoice,
+    *,
+    block: int,
+) -> AttentionRows:
+    """The rows of the chosen edges.
+
+    Args:
+        model: Whose calls they are.
+        calls: Of the layers.
+        layers: The layer of each call.
+        lengths: Of each call's values, if they are weighed by these.
+        visible: Which tokens are no padding.
+        choice: Which edges.
+        block: Query rows that are computed at a time.
+
+    Raises:
+        ValueError: There are no such layers or heads.
+    """
+    heads = None
+    if isinstance(choice.heads, tuple):
+        counts = [given_by(call).shape[1] for call in calls]
+        heads = named_heads(choice.heads, layers, counts, len(visible))
+    elif not isinstance(choice.heads, str):
+        paid = [attention_to(call, choice.target, choice.reasoning) for call in calls]
+        heads = most_attentive(paid, choice.heads)
+    return AttentionRows(model, calls, visible, block=block, heads=heads, lengths=lengths)

@@ -1,0 +1,226 @@
+"""Reading through transformers' own table of attention functions, without nnsight.
+
+For the places where nnsight cannot go: tensor parallel models, several threads, builds without
+source. While a model is read, the table's entry for its implementation is a function that looks
+at the arguments and calls the entry that was there. Configuration, masks and results stay the
+same, and so does whatever other models do meanwhile.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from threading import Lock
+from typing import Any, ClassVar, final
+
+import torch
+from torch import nn
+
+from flowtracer_plugin.attention.adapter import (
+    AdapterMismatchError,
+    AttentionAdapter,
+    AttentionSite,
+    UnsupportedArchitectureError,
+)
+from flowtracer_plugin.reading.backend import Backend, Receive, Result
+
+TABLE = "ALL_ATTENTION_FUNCTIONS"
+"""The global of a model's code that maps the name of an implementation to its function."""
+
+EAGER = "eager_attention_forward"
+"""How the names end of the functions that models fall back on: the table has no "eager"."""
+
+
+class _Done(Exception):  # noqa: N818 - no error: it ends a forward pass that has served
+    """The last site has been read."""
+
+
+class _Watch:
+    """What one run, or several, in one thread look for."""
+
+    def __init__(
+        self,
+        modules: Mapping[AttentionSite, nn.Module],
+        sites: Sequence[AttentionSite],
+        receive: Receive,
+        *,
+        runs: int = 1,
+        whole: bool = False,
+        stops: bool = False,
+    ) -> None:
+        self._sites = {(modules[site], site.visit): site for site in sites}
+        self._visits_each = Counter(modules.values())  # in one run
+        self._visits: Counter[nn.Module] = Counter()
+        self._waiting = Counter(dict.fromkeys(sites, runs))
+        self._receive, self._whole, self._stops = receive, whole, stops
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # it has effects outside the graph
+    def call(
+        self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Pass one attention call on, and note it if it is one that is looked for."""
+        module = args[0]
+        visit = self._visits[module] % (self._visits_each[module] or 1)
+        self._visits[module] += 1
+        site = self._sites.get((module, visit))
+        if site is None:
+            return function(*args, **kwargs)
+        output = function(*args, **kwargs) if self._whole else None
+        self._receive(site, args, kwargs, output)
+        self._waiting[site] -= 1
+        if self._whole:
+            return output
+        if self._stops and not any(self._waiting.values()):
+            raise _Done
+        return function(*args, **kwargs)
+
+    def missed(self) -> AttentionSite | None:
+        """A site that was not reached as often as it should have been."""
+        return next((site for site, times in self._waiting.items() if times > 0), None)
+
+
+_watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
+"""Of this thread."""
+
+
+@final
+class InterfaceBackend(Backend):
+    """Reads the calls of transformers' attention interface, in any number of threads."""
+
+    name: ClassVar[str] = "interface"
+    threads: ClassVar[bool] = True
+
+    def __init__(
+        self, model: nn.Module, adapter: AttentionAdapter, sites: Sequence[AttentionSite]
+    ) -> None:
+        if not adapter.interface:
+            raise UnsupportedArchitectureError(
+                f"the adapter {adapter.name!r} reads calls inside the code of "
+                f"{type(model).__name__}, not of transformers' attention interface (else it says "
+                'interface = True), so backend="interface" cannot see them; leave backend= out'
+            )
+        self._model, self._adapter = model, adapter
+        self._modules = {site: model.get_submodule(site.module) for site in sites}
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        sites: Sequence[AttentionSite],
+        receive: Receive,
+        *,
+        whole: bool,
+    ) -> Any:
+        """As `Backend.run`.
+
+        Raises:
+            AdapterMismatchError: A site names a call that the model does not make.
+        """
+        watch = _Watch(self._modules, sites, receive, whole=whole, stops=not whole)
+        try:
+            return self._watched(lambda: self._model(**inputs), watch)
+        except _Done:
+            return None
+
+    def listen(
+        self,
+        call: Callable[[], Result],
+        sites: Sequence[AttentionSite],
+        receive: Receive,
+        *,
+        runs: int,
+    ) -> Result:
+        """As `Backend.listen`.
+
+        Raises:
+            AdapterMismatchError: A site names a call that the model does not make so often.
+        """
+        return self._watched(call, _Watch(self._modules, sites, receive, runs=runs))
+
+    def _watched(self, call: Callable[[], Result], watch: _Watch) -> Result:
+        before = _watch.set(watch)
+        try:
+            with ExitStack() as entries:
+                for table, name in self._entries():
+                    entries.enter_context(_watched(table, name))
+                output = call()
+        finally:
+            _watch.reset(before)
+        if (missed := watch.missed()) is not None:
+            raise AdapterMismatchError(
+                f"the adapter {self._adapter.name!r} lists {missed.module}, visit "
+                f"{missed.visit}, which makes no attention call; mend its sites(), or "
+                "wrap(..., adapter=...) another one"
+            )
+        return output
+
+    def _entries(self) -> Iterable[tuple[MutableMapping[str, Any], str]]:
+        found = map(_entry, set(self._modules.values()))
+        return {(id(table), name): (table, name) for table, name in found}.values()
+
+
+def _globals(module: nn.Module) -> dict[str, Any]:
+    """The names that the code of the module's `forward` sees."""
+    return getattr(inspect.unwrap(type(module).forward), "__globals__", {})
+
+
+def _entry(module: nn.Module) -> tuple[MutableMapping[str, Any], str]:
+    """The table that the module looks into, and the name that it looks for."""
+    table = _globals(module).get(TABLE)
+    if table is None:
+        raise UnsupportedArchitectureError(
+            f"{type(module).__name__} does not use transformers' attention interface, so "
+            'backend="interface" cannot see it; leave backend= out'
+        )
+    config: Any = module.config
+    return table, config._attn_implementation
+
+
+_watched_entries: Counter[tuple[int, str]] = Counter()
+_entries_lock = Lock()
+
+
+@contextmanager
+def _watched(table: MutableMapping[str, Any], name: str) -> Iterator[None]:
+    """The table with a watching entry, for as long as any thread needs it."""
+    key = (id(table), name)
+    with _entries_lock:
+        _watched_entries[key] += 1
+        if _watched_entries[key] == 1:
+            table[name] = _Watching(table.get(name))
+    try:
+        yield
+    finally:
+        with _entries_lock:
+            _watched_entries[key] -= 1
+            if not _watched_entries[key]:
+                _put_back(table, name)
+
+
+def _put_back(table: MutableMapping[str, Any], name: str) -> None:
+    original = table[name].original
+    del table[name]
+    # What was there may have been an entry of this very table, not one that all tables share.
+    if original is not None and table.get(name) is not original:
+        table[name] = original
+
+
+class _Watching:
+    """An entry of the table that looks at the arguments on their way to the original."""
+
+    def __init__(self, original: Callable[..., Any] | None) -> None:
+        self.original = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        function = self.original or _eager(args[0])
+        watch = _watch.get()
+        return function(*args, **kwargs) if watch is None else watch.call(function, args, kwargs)
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """The function of the model's own code that its `forward` falls back on."""
+    forward = inspect.unwrap(type(module).forward)
+    (name,) = (name for name in forward.__code__.co_names if name.endswith(EAGER))
+    return _globals(module)[name]

@@ -1,0 +1,207 @@
+"""Reading through nnsight, which watches the operations of unchanged model code.
+
+The one module that touches nnsight. nnsight reads the source of every traced block and runs it
+beside the forward pass, so the blocks here stay plain: reads in the order of execution, no
+decorator, no `no_grad` around a read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar, final
+
+import nnsight
+import torch
+from nnsight.intervention.interleaver import OutOfOrderError
+from nnsight.intervention.source import SourceNotAvailable
+from nnsight.tracing.tracer import WithBlockNotFoundError
+from torch import nn
+
+from flowtracer_plugin.attention.adapter import (
+    AdapterMismatchError,
+    AttentionAdapter,
+    AttentionSite,
+    UnsupportedArchitectureError,
+)
+from flowtracer_plugin.model.causal_lm import input_device
+from flowtracer_plugin.reading.backend import Backend, Receive, Result
+
+
+class _Root(nnsight.NNsight):  # type: ignore[misc] # nnsight ships no types
+    """nnsight sends inputs to the first parameter's device, which holds nothing if offloaded."""
+
+    @property
+    def device(self) -> torch.device:
+        return input_device(self._module)
+
+
+@final
+class NnsightBackend(Backend):
+    """Reads any call that the source of a module makes.
+
+    nnsight puts a controller around every module's `forward` that does nothing outside a trace. It
+    runs one trace at a time on a model, and other use of the model meanwhile fails, in both
+    threads.
+    """
+
+    name: ClassVar[str] = "nnsight"
+    threads: ClassVar[bool] = False
+
+    def __init__(
+        self, model: nn.Module, adapter: AttentionAdapter, sites: Sequence[AttentionSite]
+    ) -> None:
+        self._model, self._adapter, self._sites = model, adapter, sites
+        with warnings.catch_warnings():
+            # Another library may have laid its own `forward` over one that was instrumented
+            # before, as TRL does, and calls it: nothing is lost.
+            warnings.filterwarnings("ignore", ".*`forward` was replaced after nnsight wrapped")
+            # BERT calls a module "output", which nnsight renames for those who ask for it.
+            warnings.filterwarnings("ignore", ".*submodule named")
+            self._root = _Root(model)
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        sites: Sequence[AttentionSite],
+        receive: Receive,
+        *,
+        whole: bool,
+    ) -> Any:
+        """As `Backend.run`.
+
+        Raises:
+            AdapterMismatchError: A site names a call that the model does not make.
+            UnsupportedArchitectureError: There is no source to read.
+        """
+        with self._explained():
+            return self._trace(inputs, self._operations(sites), receive, whole)
+
+    def listen(
+        self,
+        call: Callable[[], Result],
+        sites: Sequence[AttentionSite],
+        receive: Receive,
+        *,
+        runs: int,
+    ) -> Result:
+        """As `Backend.listen`; raises as `run` does."""
+        each = Counter(site.module for site in self._sites)
+        later = [
+            (replace(site, visit=site.visit + run * each[site.module]), site, operation)
+            for run in range(runs)
+            for site, operation in self._operations(sites)
+        ]
+        returned: list[Result] = []
+        reached: list[AttentionSite] = []
+        with self._explained(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*was never reached")  # an error, below
+            # nnsight wants an input to run the function on.
+            with self._root.trace(None, fn=lambda _: returned.append(call())) as trace:
+                for place, site, operation in later:
+                    for _ in trace.iter[place.visit : place.visit + 1]:
+                        args, kwargs = self._inner(site, operation).inputs
+                        receive(site, args, kwargs, None)
+                        reached.append(site)
+        self._check_reached(reached, [site for _, site, _ in later])
+        return returned[0]
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What nnsight raises, in words of this package; the model's own code is put back."""
+        try:
+            yield
+        except OutOfOrderError as error:
+            raise AdapterMismatchError(
+                f"the adapter {self._adapter.name!r} lists an attention call that "
+                f"{type(self._model).__name__} does not make, or makes in another order: {error}; "
+                "mend its sites(), or wrap(..., adapter=...) another one. Or does another thread "
+                'run the model at the same time? Then wrap(..., backend="interface")'
+            ) from error
+        except (SourceNotAvailable, WithBlockNotFoundError) as error:
+            raise UnsupportedArchitectureError(
+                f"nnsight needs the source of {type(self._model).__name__} and of this package, "
+                f'and one has none here ({error}); wrap(..., backend="interface") needs none'
+            ) from error
+        finally:
+            self._release()
+
+    def _trace(
+        self,
+        inputs: Mapping[str, Any],
+        calls: Sequence[tuple[AttentionSite, Any]],
+        receive: Receive,
+        whole: bool,
+    ) -> Any:
+        output = None
+        reached: list[AttentionSite] = []
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*was never reached")  # an error, below
+            with self._root.trace(**inputs) as run:
+                for site, call in calls:
+                    for _ in run.iter[site.visit : site.visit + 1]:
+                        operation = self._inner(site, call)
+                        args, kwargs = operation.inputs
+                        receive(site, args, kwargs, operation.output if whole else None)
+                        reached.append(site)
+                if whole:
+                    output = nnsight.save(self._root.output)
+                else:
+                    run.stop()
+        self._check_reached(reached, [site for site, _ in calls])
+        return output
+
+    def _check_reached(
+        self, reached: Sequence[AttentionSite], wanted: Sequence[AttentionSite]
+    ) -> None:
+        if len(reached) < len(wanted):
+            missed = wanted[len(reached)]
+            raise AdapterMismatchError(
+                f"the adapter {self._adapter.name!r} lists visit {missed.visit} of "
+                f"{missed.module}, which {type(self._model).__name__} does not run so often; mend "
+                "its sites()"
+            )
+
+    def _operations(self, sites: Sequence[AttentionSite]) -> list[tuple[AttentionSite, Any]]:
+        return [(site, self._operation(site)) for site in sites]
+
+    def _operation(self, site: AttentionSite) -> Any:
+        """Handle on the call that `forward` itself makes: the attention call, or the way to it."""
+        method, _, inner = site.function.rpartition("/")
+        source = self._root.get(site.module).source
+        return self._listed(source, site, method or inner, -1 if method else site.occurrence)
+
+    def _inner(self, site: AttentionSite, operation: Any) -> Any:
+        """The attention call inside a method that `forward` calls; known only while it runs."""
+        method, _, inner = site.function.rpartition("/")
+        if not method:
+            return operation
+        return self._listed(operation.source, site, inner, site.occurrence)
+
+    def _listed(self, source: Any, site: AttentionSite, function: str, occurrence: int) -> Any:
+        """The operation of that name in the listing of a function's source.
+
+        Labels carry a counter that changes between versions, and assignments to a name are counted
+        with its calls, before them: so they are looked up by name and place, never by label.
+        """
+        name = function.replace(".", "_")
+        wanted = [op for op in source if op.name.rpartition("_")[0] == name]
+        if not -len(wanted) <= occurrence < len(wanted):
+            raise AdapterMismatchError(
+                f"the adapter {self._adapter.name!r} looks for a call of {site.function!r} in "
+                f"{site.module}, which makes these: {', '.join(op.name for op in source)}"
+            )
+        return wanted[occurrence]
+
+    def _release(self) -> None:
+        """Put the attention modules' own code back, so that the model can be compiled.
+
+        nnsight instruments a module's code when its source is first asked for, and would leave it.
+        """
+        for site in self._sites:
+            state = vars(self._model.get_submodule(site.module)).get("__nnsight__")
+            if state is not None:
+                state.body, state.sourced, state.compiled = state.original, False, None

@@ -1,0 +1,236 @@
+"""The attention of one forward pass as rows that are computed when they are asked for.
+
+Queries and keys are kept instead of the map that they span: `O(tokens)` instead of `O(tokens²)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from flowtracer_plugin.attention.adapter import (
+    AttentionAdapter,
+    AttentionCall,
+    AttentionSite,
+    AttentionWeights,
+    UnsupportedArchitectureError,
+)
+from flowtracer_plugin.attention.head_choice import Chosen
+from flowtracer_plugin.attention.head_mean import (
+    given_by,
+    mean_of_rows,
+    one_text,
+    weighed_mean_of_rows,
+)
+from flowtracer_plugin.attention.value_lengths import Projections, value_lengths
+from flowtracer_plugin.model.parallel import average_heads
+
+ROWS_CHECKED = 1024
+"""Of a mask that are looked at together, so that no copy of the whole is made."""
+
+
+class KeptCalls:
+    """The calls of one forward pass, as they come.
+
+    Args:
+        model: Whose they are.
+        adapter: How each is read.
+        maps: Whether calls that hand over a map of all pairs of tokens are kept as they are.
+        projections: If lengths of values are wanted, what they go through.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: AttentionAdapter,
+        *,
+        maps: bool = False,
+        projections: Projections | None = None,
+    ) -> None:
+        self._model, self._adapter, self._maps = model, adapter, maps
+        self._projections, self.lengths = projections, list[Float[Tensor, "batch _ _"]]()
+        self._calls: list[AttentionCall | AttentionWeights] = []
+        self._error: Exception | None = None
+
+    @torch.no_grad()
+    def receive(self, site: AttentionSite, args: Any, kwargs: Any, _output: Any) -> None:
+        """Keep one call. What goes wrong waits for `calls`, as the forward pass goes on."""
+        try:
+            if self._error is None:
+                call = self._adapter.read(self._model.get_submodule(site.module), args, kwargs)
+                if self._projections is not None:
+                    self.lengths.append(value_lengths(call, self._projections[site]))
+                self._calls.append(_slim(call, site, maps=self._maps))
+        except Exception as error:  # noqa: BLE001 - raised in `calls`
+            self._error = error
+
+    def calls(self) -> tuple[AttentionCall | AttentionWeights, ...]:
+        """All of them; raises whatever went wrong."""
+        if self._error is not None:
+            raise self._error
+        return tuple(self._calls)
+
+
+def _slim(
+    call: AttentionCall | AttentionWeights, site: AttentionSite, *, maps: bool
+) -> AttentionCall | AttentionWeights:
+    """The call without what its rows do not need."""
+    if isinstance(call, AttentionWeights):
+        if maps:
+            return replace(call, weights=call.weights.detach(), value=None)
+        raise UnsupportedArchitectureError(
+            f"{site.module} hands over its probabilities, a [head, query, key] map, and no queries "
+            "and keys: there is nothing to stream from; wrap(..., mode='dense')"
+        )
+    return replace(call, query=_own(call.query), key=_own(call.key), value=None)
+
+
+def _own(part: Tensor) -> Tensor:
+    """The tensor, copied if keeping it would keep more: all values, if one product made them."""
+    part = part.detach()
+    shared = part.untyped_storage().nbytes() > 1.1 * part.numel() * part.element_size()
+    return part.clone() if shared else part
+
+
+class AttentionRows:
+    """Blocks of rows of the mean over layers and heads; rows and columns of padding are zero.
+
+    Args:
+        model: Whose calls they are.
+        calls: Of the layers that are averaged; they look at no later tokens, see `check_causal`.
+        visible: Which tokens are no padding.
+        block: Query rows that are computed at a time.
+        heads: Which heads of each call are averaged, for each text; all by default.
+        lengths: Of what each call's heads fetch at each key: attention is weighed by these, in rows
+            that keep their sums.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: Sequence[AttentionCall | AttentionWeights],
+        visible: Bool[Tensor, "batch token"],
+        *,
+        block: int,
+        heads: Chosen | None = None,
+        lengths: Sequence[Float[Tensor, "batch _ _"]] = (),
+    ) -> None:
+        self._model, self._block, self.heads = model, block, heads
+        self._hidden = None if bool(visible.all()) else ~visible
+        self.shape, self.device = visible.shape, visible.device
+        weighed = lengths or (None,) * len(calls)
+        every = tuple(_Part(call, None, one) for call, one in zip(calls, weighed, strict=True))
+        self._parts = [(slice(None), every)]
+        if heads is not None:
+            self._parts = [
+                (slice(text, text + 1), _of_text(every, text, chosen))
+                for text, chosen in enumerate(heads)
+            ]
+
+    @torch.no_grad()
+    def __call__(self, start: int, stop: int) -> Float[Tensor, "batch row key"]:
+        """The rows `start` to `stop`, up to the column `stop`."""
+        total = torch.zeros(self.shape[0], stop - start, stop, device=self.device)
+        for first in range(start, stop, self._block):
+            rows = slice(first, min(first + self._block, stop))
+            for texts, parts in self._parts:
+                block = total[texts, rows.start - start : rows.stop - start]
+                _add_mean(block, parts, rows, stop)
+        average_heads(self._model, total)
+        if self._hidden is not None:
+            total.masked_fill_(self._hidden[:, start:stop, None], 0)
+            total.masked_fill_(self._hidden[:, None, :stop], 0)
+        return total
+
+    def whole(self) -> Float[Tensor, "batch token token"]:
+        """All rows at once."""
+        tokens = self.shape[1]
+        total = torch.zeros(*self.shape, tokens, device=self.device)
+        for start in range(0, tokens, self._block):
+            stop = min(start + self._block, tokens)
+            total[:, start:stop, :stop] = self(start, stop)
+        return total
+
+
+class _Part(NamedTuple):
+    """A call, which of its heads count, and the lengths by which their rows are weighed."""
+
+    call: AttentionCall | AttentionWeights
+    heads: Int[Tensor, " chosen"] | None
+    lengths: Float[Tensor, "batch head key"] | None
+
+
+def _add_mean(
+    total: Float[Tensor, "batch row key"], parts: Sequence[_Part], rows: slice, stop: int
+) -> None:
+    """Add the mean over the parts' heads, of which each counts as much as any other."""
+    counts = [1 if part.heads is None else len(part.heads) for part in parts]
+    sums = total.new_zeros(*total.shape[:2], 1)
+    for (call, heads, lengths), count in zip(parts, counts, strict=True):
+        # Keys that are not the tokens themselves cannot be told apart by their number.
+        keys = stop if getattr(call, "key_tokens", None) is None else None
+        share = count / sum(counts)
+        if lengths is None:
+            mean = mean_of_rows(call, rows, heads=heads, keys=keys)
+        else:
+            mean, had = weighed_mean_of_rows(call, rows, lengths, heads=heads, keys=keys)
+            sums.add_(had[..., None].to(total.device), alpha=share)
+        mean = mean[..., :stop].to(total.device)
+        total[..., : mean.shape[-1]].add_(mean, alpha=share)
+    if parts and parts[0].lengths is not None:
+        after = total.sum(-1, keepdim=True)
+        total *= torch.where(after > 0, sums / after, 0.0)
+
+
+def _of_text(
+    parts: Sequence[_Part], text: int, chosen: Sequence[Int[Tensor, " _"]]
+) -> tuple[_Part, ...]:
+    """The parts of one text, without calls of which no head counts."""
+    return tuple(
+        _Part(
+            one_text(part.call, text),
+            heads.to(given_by(part.call).device),
+            None if part.lengths is None else part.lengths[text : text + 1],
+        )
+        for part, heads in zip(parts, chosen, strict=True)
+        if len(heads)
+    )
+
+
+def check_causal(calls: Sequence[AttentionCall | AttentionWeights]) -> None:
+    """Refuse calls that let tokens look at later ones, which rows do not show.
+
+    Raises:
+        UnsupportedArchitectureError: One does.
+    """
+    found = [call for call in calls if isinstance(call, AttentionCall)]
+    # Layers share masks, and each is looked at once.
+    kinds = {(id(call.mask), call.causal, call.key_tokens is None): call for call in found}
+    for call in kinds.values():
+        _check_causal(call)
+
+
+def _check_causal(call: AttentionCall) -> None:
+    """Rows are only ever computed up to the diagonal, so nothing may be beyond it."""
+    if call.key_tokens is not None:
+        return
+    ahead = not call.causal if call.mask is None else _looks_ahead(call.mask)
+    if ahead:
+        raise UnsupportedArchitectureError(
+            "attention looks at later tokens, so no flow from earlier to later ones is defined"
+        )
+
+
+def _looks_ahead(mask: Tensor) -> bool:
+    length = mask.shape[2]
+    for start in range(0, length, ROWS_CHECKED):
+        rows = mask[:, :, start : start + ROWS_CHECKED, start:]
+        open_ = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+        if bool(open_.triu(1).any()):
+            return True
+    return False

@@ -1,0 +1,86 @@
+"""The river of a figure: the flow across every cut of the text, by where it comes from."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.patches import Patch
+
+from flowtracer_plugin.flow.river import River
+from flowtracer_plugin.report.display import Reading
+from flowtracer_plugin.report.drawing import river_layers
+from flowtracer_plugin.report.figures.panels import (
+    FILLS,
+    INK,
+    RIGHT,
+    SMALL,
+    Panel,
+    show_scale,
+    text_width,
+)
+from flowtracer_plugin.report.figures.ribbon import along_the_text
+
+_HEIGHT, _ROW, _SWATCH = 1.15, 0.11, 0.21
+_WAITING = "#f1efe9"
+_RESPONSE = LinearSegmentedColormap.from_list("response", ["#7fb2e2", "#2f74b8", "#163f6b"])
+
+
+def river_panels(reading: Reading, width: float) -> list[Panel]:
+    """All of the unit at every cut: at the top what is to start, at the bottom what has arrived."""
+    flows = reading.trace.river()
+    bands = _bands(flows)
+    columns = _columns([name for name, _ in bands], width - 2 * RIGHT)
+    rows = -(-len(bands) // columns)
+
+    def draw(axes: Axes) -> None:
+        axes.stackplot(
+            flows.cuts,
+            river_layers(flows).T[::-1],
+            colors=[colour for _, colour in bands][::-1],
+            linewidth=0.3,
+            edgecolor="white",
+        )
+        along_the_text(axes, reading, width)
+        axes.set_ylim(0, 1)
+        shares = [0.0, 0.5, 1.0]
+        show_scale(axes, "flow", width, shares, shares)
+        _legend(axes, bands, columns)
+
+    return [Panel(height=_HEIGHT, draw=draw, above=0.17, below=0.27 + _ROW * rows)]
+
+
+def _bands(flows: River) -> list[tuple[str, str]]:
+    """Names and colours, in reading order: the later, the darker, also in grey."""
+    response = [name for name in flows.bands if name != "prompt"]
+    shades = _RESPONSE(np.linspace(0, 1, len(response)))
+    colours = {"prompt": FILLS["prompt"]} | dict(zip(response, map(to_hex, shades), strict=True))
+    from_parts = [(f"from {name}", colours[name]) for name in flows.bands]
+    return [("not yet started", _WAITING), *from_parts, ("arrived", INK)]
+
+
+def _columns(names: list[str], width: float) -> int:
+    """Of a legend: all names in one row if it has room for them, else of equal widths."""
+    widths = [text_width(name) + _SWATCH for name in names]
+    return len(names) if sum(widths) <= width else max(1, int(width / max(widths)))
+
+
+def _legend(axes: Axes, bands: list[tuple[str, str]], columns: int) -> None:
+    axes.legend(
+        handles=[
+            Patch(facecolor=colour, edgecolor=INK, linewidth=0.3, label=name)
+            for name, colour in bands
+        ],
+        ncols=columns,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.25 / _HEIGHT),
+        frameon=False,
+        fontsize=SMALL,
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=1,
+        handleheight=0.8,
+        handletextpad=0.4,
+        columnspacing=1,
+        labelspacing=0.35,
+    )

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages, with their templates, styles and scripts beside them."""

@@ -1,0 +1,257 @@
+"""One self-contained page for traces side by side: where do right and wrong answers draw from?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowtracer_plugin.comparison.traces import (
+    MEASURES,
+    RIGHT_AND_WRONG,
+    ComparedTrace,
+    Comparison,
+    compare,
+)
+from flowtracer_plugin.files import write_atomically
+from flowtracer_plugin.report.display import (
+    HEAT_SHARES,
+    Reading,
+    Unit,
+    ranges,
+    read,
+    shorten,
+    standouts,
+)
+from flowtracer_plugin.report.drawing import RIBBON_HEIGHT, bars_path
+from flowtracer_plugin.report.pages.assets import render
+from flowtracer_plugin.report.pages.completion import Excerpt, answer_path, bar_starts, ends_of
+from flowtracer_plugin.report.pages.payload import embed
+from flowtracer_plugin.report.pages.two_sides import Differences, Person, show_differences
+from flowtracer_plugin.result.trace_data import TraceData
+from flowtracer_plugin.text.visible import visible
+
+_HUBS = 5
+_MOST_TOKENS = 4_000
+
+
+def write_comparison(
+    traces: Sequence[TraceData],
+    path: str | Path,
+    *,
+    labels: Sequence[str] | None = None,
+    right: Sequence[bool | None] | None = None,
+) -> Path:
+    """Write `render_comparison` to `path`, whole or not at all, and return `path`.
+
+    Raises:
+        ValueError: As `render_comparison` does.
+        IsADirectoryError: `path` is a directory.
+    """
+    write_atomically(Path(path), render_comparison(traces, labels=labels, right=right).encode())
+    return Path(path)
+
+
+def render_comparison(
+    traces: Sequence[TraceData],
+    *,
+    labels: Sequence[str] | None = None,
+    right: Sequence[bool | None] | None = None,
+) -> str:
+    """The page of several traces side by side as HTML; the same traces always give the same page.
+
+    `labels` and `right` are as for `flowtracer_plugin.comparison.compare`, whose numbers it shows.
+
+    Raises:
+        ValueError: As `compare` does.
+    """
+    comparison = compare(traces, labels=labels, right=right)
+    readings = [read(trace) for trace in traces]
+    rows = _rows(comparison, readings)
+    columns = _columns(comparison, readings, rows)
+    return render(
+        "compare.html.j2",
+        styles=("contrast.css", "compare.css"),
+        script=("tips.js", "contrast.js", "page_table.js", "compare.js"),
+        title=_title(comparison),
+        comparison=comparison,
+        shown=_differences(comparison, traces[0]),
+        rows=rows,
+        columns=columns,
+        measures=dict(zip(MEASURES, comparison.measures.columns(), strict=True)),
+        made=_made(traces),
+        heat_shares=HEAT_SHARES,
+        data=embed([_column_data(column) for column in columns]),
+    )
+
+
+def _title(comparison: Comparison) -> str:
+    if comparison.sides is None:
+        return f"{len(comparison.traces)} traces side by side"
+    if comparison.names == RIGHT_AND_WRONG:
+        return "Right against wrong"
+    return " against ".join(shorten(visible(name)) for name in comparison.names)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Row:
+    """A trace in the overview.
+
+    Attributes:
+        number: Its place among the traces as they came.
+        trace: The trace in numbers.
+        width: Of the drawing of its response.
+        bars: An SVG path.
+        answer: An SVG path beneath the answer.
+    """
+
+    number: int
+    trace: ComparedTrace
+    width: int
+    bars: str
+    answer: str
+
+
+def _rows(comparison: Comparison, readings: Sequence[Reading]) -> list[Row]:
+    """The right ones first, then the wrong ones, then those of which nobody knows."""
+    order = {True: 0, False: 1, None: 2}
+    places = enumerate(comparison.traces)
+    longest = max(trace.response_tokens for trace in comparison.traces)
+    highest = max(_highest(reading.trace) for reading in readings) or 1.0
+    return [
+        _row(number, trace, readings[number].trace, longest, highest)
+        for number, trace in sorted(places, key=lambda place: order[place[1].right])
+    ]
+
+
+def _highest(trace: TraceData) -> float:
+    return float(trace.throughput[trace.spans.response & ~trace.spans.answer].max(initial=0.0))
+
+
+def _row(
+    number: int, numbers: ComparedTrace, trace: TraceData, longest: int, highest: float
+) -> Row:
+    response = slice(numbers.prompt_tokens, None)
+    first = bar_starts(numbers.response_tokens, longest)
+    peaks = np.maximum.reduceat(trace.throughput[response], first)
+    heights = RIBBON_HEIGHT * np.sqrt(np.minimum(peaks / highest, 1))
+    return Row(
+        number=number,
+        trace=numbers,
+        width=len(bar_starts(longest, longest)),
+        bars=bars_path(np.maximum(np.rint(heights).astype(int), 2), np.ones(len(first), bool)),
+        answer=answer_path(np.logical_or.reduceat(trace.spans.answer[response], first)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Column(Excerpt):
+    """The text of a trace, or of several that are the same, from where not all agree.
+
+    Attributes:
+        rows: The traces.
+        reading: Their tokens.
+        hubs: Number of each hub, by unit.
+        fork: The first unit that not all have; None if there is none.
+    """
+
+    parts: tuple[tuple[Unit, ...], ...]
+    rows: tuple[Row, ...]
+    reading: Reading
+    hubs: dict[int, int]
+    fork: int | None
+
+
+def _columns(
+    comparison: Comparison, readings: Sequence[Reading], rows: Sequence[Row]
+) -> list[Column]:
+    return [
+        _column(
+            comparison.beginning.length,
+            bool(comparison.beginning.continuations),
+            readings[row.number],
+            tuple(other for other in rows if row.number in (other.number, other.trace.same_as)),
+        )
+        for row in rows
+        if row.trace.same_as is None
+    ]
+
+
+def _column(length: int, parted: bool, reading: Reading, rows: tuple[Row, ...]) -> Column:
+    trace = reading.trace
+    start = trace.spans.prompt_length
+    if parted:
+        # The whole line: a sum that is cut in two says little.
+        bounds = trace.outline.bounds
+        last = min(length, len(trace.tokens) - 1)
+        start = next(begin for begin, end in bounds if begin <= last < end)
+    units = tuple(unit for unit in reading.units if unit.last >= start)
+    hubs = standouts(reading, trace.backbone.hubs, _HUBS)
+    return Column(
+        parts=ends_of(units, _MOST_TOKENS),
+        stop=len(trace.tokens),
+        rows=rows,
+        reading=reading,
+        hubs={unit.index: number for number, (unit, _) in enumerate(hubs, start=1)},
+        fork=reading.unit_of(length).index if parted and length < len(trace.tokens) else None,
+    )
+
+
+def _column_data(column: Column) -> dict[str, Any]:
+    """What the page's script knows of a column's units, in the order of the text."""
+    units = [unit for part in column.parts for unit in part]
+    tokens = column.reading.trace.tokens
+    return {
+        "name": ", ".join(row.trace.label for row in column.rows),
+        "first": [unit.first for unit in units],
+        "last": [unit.last for unit in units],
+        "texts": ["".join(tokens[unit.first : unit.last + 1]) for unit in units],
+        "throughput": [float(f"{unit.throughput:.3g}") for unit in units],
+        "ranks": [unit.rank for unit in units],
+    }
+
+
+def _differences(comparison: Comparison, trace: TraceData) -> Differences:
+    length = comparison.beginning.length
+    border = min(trace.spans.prompt_length, length)
+    styles = {"answer": "answer", "prompt": "outside"}
+    return show_differences(
+        trace.tokens,
+        {"Prompt": (0, border), "Response": (border, length)},
+        [styles.get(region, "") for region in trace.spans.regions],
+        comparison.beginning,
+        comparison.words,
+        comparison.sides,
+        names=comparison.names,
+        people=[
+            Person(
+                label=one.label,
+                link=f"trace-{number if one.same_as is None else one.same_as}",
+                right=one.right,
+            )
+            for number, one in enumerate(comparison.traces)
+        ],
+        most=_MOST_TOKENS,
+    )
+
+
+def _made(traces: Sequence[TraceData]) -> list[tuple[str, str]]:
+    """How the traces were made: what they were made with, each setting once."""
+    found: dict[str, dict[str, None]] = {}
+    for trace in traces:
+        layers = trace.options.layers
+        settings = {
+            "model": trace.model,
+            "layers": layers if isinstance(layers, str) else ranges(sorted(layers)),
+            "numbers of layers": ranges(sorted(trace.layers)),
+            "question": f"{trace.options.question}, weights: {trace.options.question_weights}",
+            "answer": trace.options.answer,
+            "flow ends at": f"{trace.options.target}, {trace.options.boundary} boundary",
+            "first token": trace.options.first_token,
+        }
+        for name, value in settings.items():
+            found.setdefault(name, {})[value] = None
+    return [(name, " / ".join(values)) for name, values in found.items()]

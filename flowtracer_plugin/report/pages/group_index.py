@@ -1,0 +1,141 @@
+"""The list of a run's group pages; each page carries its own summary, so nothing can diverge."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flowtracer_plugin.files import write_atomically
+from flowtracer_plugin.report.display import shorten
+from flowtracer_plugin.report.pages.assets import render
+from flowtracer_plugin.text.visible import visible
+
+_SUMMARY = re.compile(rb'<script type="application/json" id="summary">(.*?)</script>')
+_HEAD = 16_384
+"""The summary lies before the styles, so the beginning of a page has it."""
+
+TREND_WIDTH, TREND_HEIGHT = 1000, 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSummary:
+    """What the list says about a page.
+
+    Attributes:
+        step: Of the training.
+        title: Of the page.
+        prompt: Its beginning, on one line.
+        completions: How many there are.
+        answers: How many of them have an answer.
+        best: The highest reward; None where no completion has one.
+        mean: The mean reward.
+        worst: The lowest reward.
+        spread: Mean of the absolute advantages; 0 teaches nothing.
+    """
+
+    step: int
+    title: str
+    prompt: str
+    completions: int
+    answers: int
+    best: float | None
+    mean: float | None
+    worst: float | None
+    spread: float
+
+
+def write_index(folder: str | Path, *, title: str = "Groups of this run") -> Path:
+    """Write `index.html`, the list of the group pages in `folder`, whole or not at all.
+
+    The newest step comes first. Files that `write_group_page` did not write are left out. Returns
+    the path of the list.
+
+    Raises:
+        IsADirectoryError: `index.html` is a directory.
+    """
+    path = Path(folder) / "index.html"
+    files = sorted(file for file in path.parent.glob("*.html") if file.is_file())
+    pages = [(file.name, found) for file in files if (found := _read(file))]
+    pages.sort(key=lambda page: (-page[1].step, page[0]))
+    summaries = [summary for _, summary in pages]
+    html = render(
+        "group_index.html.j2",
+        styles="group_index.css",
+        title=shorten(visible(title), 200),
+        pages=pages,
+        trend=_trend(summaries),
+        trend_width=TREND_WIDTH,
+        trend_height=TREND_HEIGHT,
+        spread=math.fsum(one.spread for one in summaries) / max(len(summaries), 1),
+        silent=sum(one.spread == 0 for one in summaries),
+    )
+    write_atomically(path, html.encode())
+    return path
+
+
+def _read(path: Path) -> GroupSummary | None:
+    with path.open("rb") as file:
+        found = _SUMMARY.search(file.read(_HEAD))
+    if found is None:
+        return None
+    try:
+        return GroupSummary(**json.loads(found[1]))
+    except (ValueError, TypeError):
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trend:
+    """Rewards along the training, as SVG paths.
+
+    Attributes:
+        steps: The first and the last step.
+        low: The reward at the lower edge.
+        high: The reward at the upper edge.
+        band: From the worst to the best of each step.
+        line: The means.
+    """
+
+    steps: tuple[int, int]
+    low: float
+    high: float
+    band: str = ""
+    line: str = ""
+
+    def x(self, step: int) -> float:
+        """Where a step lies, from 0 to `TREND_WIDTH`."""
+        return round(TREND_WIDTH * (step - self.steps[0]) / (self.steps[1] - self.steps[0] or 1), 1)
+
+    def y(self, reward: float) -> float:
+        """Where a reward lies, from 0 for the highest to `TREND_HEIGHT`."""
+        span = self.high - self.low
+        return round(TREND_HEIGHT * ((self.high - reward) / span if span else 0.5), 1)
+
+
+def _trend(summaries: Sequence[GroupSummary]) -> Trend | None:
+    """Of all pages with rewards; None where there are none."""
+    steps: dict[int, list[tuple[float, float, float]]] = {}
+    for one in summaries:
+        if one.worst is not None and one.mean is not None and one.best is not None:
+            steps.setdefault(one.step, []).append((one.worst, one.mean, one.best))
+    if not steps:
+        return None
+    points = []
+    for step in sorted(steps):
+        worst, mean, best = zip(*steps[step], strict=True)
+        points.append((step, min(worst), math.fsum(mean) / len(mean), max(best)))
+    trend = Trend(
+        steps=(points[0][0], points[-1][0]),
+        low=min(worst for _, worst, _, _ in points),
+        high=max(best for _, _, _, best in points),
+    )
+    tops = [f"{trend.x(step)} {trend.y(best)}" for step, _, _, best in points]
+    bottoms = [f"{trend.x(step)} {trend.y(worst)}" for step, worst, _, _ in points]
+    means = [f"{trend.x(step)} {trend.y(mean)}" for step, _, mean, _ in points]
+    return replace(
+        trend, band=f"M{'L'.join([*tops, *reversed(bottoms)])}z", line=f"M{'L'.join(means)}"
+    )

@@ -1,0 +1,5 @@
+"""What a trace found, as plain data, and the files that hold it."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

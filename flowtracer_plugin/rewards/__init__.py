@@ -1,0 +1,5 @@
+"""Reward functions for TRL, as objects and by dotted path."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,256 @@
+"""A reward function for TRL: how the answer's flow passes through the reasoning."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from flowtracer_plugin.text.encoding import content_text, encode_prompt, encode_response, is_text
+from flowtracer_plugin.trace.rollouts import FlowBatch
+from flowtracer_plugin.trace.tracer import FlowTracer
+
+
+def concentration(
+    throughput: Float[Tensor, "batch token"], counted: Bool[Tensor, "batch token"]
+) -> Float[Tensor, " batch"]:
+    """How unevenly flow is spread over the counted tokens of each row: 1 − exp(H) / n.
+
+    H is the entropy of the throughput over the n counted tokens, divided by its sum there, so
+    exp(H) is how many tokens would carry the flow if they carried it evenly. It is 0 where all
+    carry the same, 1 − 1/n where one carries all, and 0 where there is no token or no flow.
+    Splitting every token into several that share its flow does not change it, so it has one scale
+    for short and long completions.
+    """
+    flow = torch.where(counted, throughput, 0.0)
+    share = flow / flow.sum(-1, keepdim=True).clamp_min(torch.finfo(flow.dtype).tiny)
+    carrying = torch.special.entr(share).sum(-1).exp()
+    spread = 1 - carrying / counted.sum(-1).clamp_min(1)
+    return torch.where(flow.sum(-1) > 0, spread.clamp(0, 1), 0.0)
+
+
+SCORES: Mapping[str, Callable[[FlowBatch], Float[Tensor, " batch"]]] = MappingProxyType(
+    {
+        "reasoning_share": lambda batch: batch.reasoning_share.clamp(0, 1),
+        "concentration": lambda batch: concentration(batch.throughput, batch.reasoning),
+    }
+)
+"""What a `FlowReward` can score, all from 0 to 1."""
+
+
+class FlowReward:
+    """Reward function for every TRL trainer: how the answer's flow passes through the reasoning.
+
+    The `score` is one of
+
+    * `"reasoning_share"`: the share of the flow from the question that enters the completion at a
+      token other than the answer, rather than jump to the answer. It rewards answers that are read
+      off the text before them. It can be gamed by any text before the answer, sense or not: it
+      draws attention.
+    * `"concentration"`: how unevenly the flow is spread over the completion's tokens before the
+      answer, `concentration`. It rewards reasoning with a few tokens through which everything
+      passes. It can be gamed by filler that carries nothing, and by one token that everything must
+      pass, such as a line break.
+
+    Without an answer a score is None, which TRL leaves out of the reward. Both measure attention,
+    not truth: use them beside an outcome or inside one, and see `docs/rewards.md`.
+
+    With an `outcome` reward function, the reward is outcome × score where the outcome is positive,
+    and the outcome itself elsewhere; without an answer the score is 0. So a wrong answer does not
+    pay more for flowing well, and neither does leaving the answer out.
+
+    Calling it changes neither the model's training mode nor any random number.
+
+    Args:
+        tracer: From `wrap(model, tokenizer)`, of the model that is trained, or of any other; or a
+            function that makes one, which is called when the first completions come.
+        score: A key of `SCORES`.
+        outcome: Another reward function, called with the same arguments.
+        name: Under which TRL logs the reward. By default the score, such as `reasoning_share`, with
+            an outcome `accuracy` then `accuracy_x_reasoning_share`.
+        batch_size: Completions in one forward pass.
+        chat_template_kwargs: What the trainer passes to the chat template too, such as `tools` or
+            `enable_thinking`: the score is that of the prompt as rendered here.
+        retokenize: Read the completions as text, for a traced model whose tokenizer is not that of
+            the model that is trained. Otherwise the sampled ids are read.
+
+    Raises:
+        TypeError: `tracer` is no tracer, or `outcome` no plain function.
+        ValueError: There is no such score, the tracer has no tokenizer, or `batch_size` is below 1.
+    """
+
+    def __init__(
+        self,
+        tracer: FlowTracer | Callable[[], FlowTracer] | None = None,
+        *,
+        score: str = "reasoning_share",
+        outcome: Callable[..., Sequence[float | None]] | None = None,
+        name: str | None = None,
+        batch_size: int = 8,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        retokenize: bool = False,
+    ) -> None:
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+        if outcome is not None and not _is_plain_function(outcome):
+            raise TypeError(
+                f"outcome must be a reward function that is not async, got {outcome!r}; give "
+                "other kinds to the trainer itself, in reward_funcs beside this one"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+        made_later = callable(tracer) and not isinstance(tracer, nn.Module)
+        self._make: Any = tracer if made_later else None
+        if not made_later:
+            self.tracer = _checked(tracer)
+        self.score = score
+        self.outcome = outcome
+        self.batch_size = batch_size
+        self.chat_template_kwargs = chat_template_kwargs
+        self.retokenize = retokenize
+        self.__name__ = name or (score if outcome is None else f"{_name_of(outcome)}_x_{score}")
+
+    @cached_property
+    def tracer(self) -> FlowTracer:
+        """What traces the completions."""
+        return _checked(self._make())
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """One score per completion; `completion_ids` where the trainer has them.
+
+        Raises:
+            NotImplementedError: A prompt holds images.
+            ValueError: The ids do not stand for the completions, or a completion has several
+                messages and no ids.
+        """
+        tokenizer = self.tracer.tokenizer
+        assert tokenizer is not None
+        _refuse_images(prompts)
+        encoded = [
+            encode_prompt(tokenizer, prompt, self.chat_template_kwargs) for prompt in prompts
+        ]
+        if completion_ids is None or self.retokenize:
+            said = [
+                encode_response(tokenizer, text, _only_text(completion))
+                for (_, text), completion in zip(encoded, completions, strict=True)
+            ]
+        else:
+            said = [
+                _sampled(tokenizer, completion, ids)
+                for completion, ids in zip(completions, completion_ids, strict=True)
+            ]
+        scores = [*self._scores([ids for ids, _ in encoded], said)]
+        if "log_metric" in columns:
+            found = sum(score is not None for score in scores)
+            columns["log_metric"](f"{self.__name__}/answer_found", found / len(scores))
+        if self.outcome is None:
+            return scores
+        ids = said if completion_ids is None else completion_ids
+        outcomes = self.outcome(
+            prompts=prompts, completions=completions, completion_ids=ids, **columns
+        )
+        return [_scaled(outcome, score) for outcome, score in zip(outcomes, scores, strict=True)]
+
+    def _scores(self, asked: list[list[int]], said: list[list[int]]) -> Iterator[float | None]:
+        for start in range(0, len(asked), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            prompt_ids, prompt_mask = self._padded(asked[rows], "left")
+            completion_ids, completion_mask = self._padded(said[rows], "right")
+            batch = self.tracer.trace_ids(prompt_ids, completion_ids, prompt_mask, completion_mask)
+            found = zip(SCORES[self.score](batch).tolist(), batch.found.tolist(), strict=True)
+            yield from (score if is_found else None for score, is_found in found)
+
+    def _padded(self, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+        """Token ids and their mask; what stands on the padding does not matter."""
+        device = next(self.tracer.model.parameters()).device
+        ids = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+        kept = [torch.ones_like(row) for row in ids]
+        return (
+            pad_sequence(ids, batch_first=True, padding_side=side),
+            pad_sequence(kept, batch_first=True, padding_side=side),
+        )
+
+
+def _checked(tracer: Any) -> FlowTracer:
+    if not isinstance(tracer, FlowTracer):
+        raise TypeError(
+            f"FlowReward needs a tracer, got {type(tracer).__name__}; wrap the model first: "
+            "FlowReward(flowtracer_plugin.wrap(model, tokenizer))"
+        )
+    if tracer.tokenizer is None:
+        raise ValueError("the tracer has no tokenizer; make it with wrap(model, tokenizer)")
+    return tracer
+
+
+def _is_plain_function(outcome: Any) -> bool:
+    called = outcome if inspect.isroutine(outcome) else getattr(outcome, "__call__", None)  # noqa: B004
+    return (
+        callable(outcome)
+        and not isinstance(outcome, nn.Module)
+        and not inspect.iscoroutinefunction(called)
+    )
+
+
+def _name_of(outcome: Any) -> str:
+    return str(getattr(outcome, "__name__", type(outcome).__name__))
+
+
+def _refuse_images(prompts: Sequence[Any]) -> None:
+    messages = (m for prompt in prompts if not isinstance(prompt, str) for m in prompt)
+    if not all(is_text(message.get("content", "")) for message in messages):
+        raise NotImplementedError(
+            "FlowReward reads text only, and a prompt holds something else; train on text, or "
+            "leave this reward out"
+        )
+
+
+def completion_text(completion: Any) -> str | None:
+    """The text of a completion, which is text or one message; None where it is anything else."""
+    if isinstance(completion, str):
+        return completion
+    if len(completion) != 1 or not is_text(completion[0].get("content")):
+        return None
+    return content_text(completion[0]["content"])
+
+
+def _only_text(completion: Any) -> str:
+    text = completion_text(completion)
+    if text is None:
+        raise ValueError(
+            "without completion_ids a completion must be text or one message of text, got "
+            f"{completion!r}"
+        )
+    return text
+
+
+def _sampled(tokenizer: Any, completion: Any, ids: Sequence[int]) -> list[int]:
+    """The ids without the padding behind them, with which some trainers hand them over."""
+    sampled, text = list(ids), completion_text(completion)
+    read = (tokenizer.decode(sampled, skip_special_tokens=skip) for skip in (True, False))
+    # A trainer may have cut something off, such as a tool call, but adds nothing.
+    if text is not None and not any(text.strip() in whole for whole in read):
+        raise ValueError(
+            f"completion_ids do not stand for the completion {text[:60]!r} in the tokenizer of the "
+            "tracer, which is not that of the model that is trained; pass it as the tracer's "
+            "model, or FlowReward(tracer, retokenize=True) to read the text"
+        )
+    while sampled and sampled[-1] == tokenizer.pad_token_id:
+        sampled.pop()
+    return sampled
+
+
+def _scaled(outcome: float | None, score: float | None) -> float | None:
+    return outcome if outcome is None or outcome <= 0 else outcome * (score or 0.0)

@@ -1,0 +1,394 @@
+"""Which tokens are question and answer.
+
+Finders look for the answer in the text (`answers.py`), and `decode_tokens` says which of the
+sampled tokens hold each character of it: tokenising the text again would give other ids than those
+that were sampled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int, Shaped
+
+from flowtracer_plugin.text.answers import AnswerFinder, FoundAnswer, Span, find_answer, finder_name
+
+if TYPE_CHECKING:
+    import transformers
+
+Region = Literal["prompt", "question", "response", "answer"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodedTokens:
+    """A text, and the characters `[starts, ends)` of it that each token touches.
+
+    A token that holds only some bytes of a character touches it, so neighbours can overlap; a token
+    without text has `starts == ends`. Neither array ever decreases; every character is touched.
+    `pieces` cuts the text: a split character is in the piece of the token that completes it.
+    """
+
+    text: str
+    pieces: tuple[str, ...]
+    starts: Int[np.ndarray, " token"]
+    ends: Int[np.ndarray, " token"]
+
+
+def decode_tokens(
+    tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]
+) -> DecodedTokens:
+    """The text of `ids`, special tokens included, and the characters that each token touches.
+
+    The text is `tokenizer.decode(ids)`, except where bytes are not UTF-8: each stray byte is one
+    U+FFFD here, while decoders differ in how many they make of a run.
+
+    Raises:
+        ValueError: An id is not in the tokenizer's vocabulary.
+
+    Example:
+        >>> decode_tokens(tokenizer, tokenizer.encode("5 €")).pieces
+        ('5', ' ', '', '', '€')
+    """
+    chunks = _token_bytes(tokenizer, _checked_ids(tokenizer, ids))
+    chars = b"".join(chunks).decode("utf-8", "surrogateescape")
+    text = _STRAY_BYTE.sub(_UNKNOWN, chars)
+    char_sizes = [len(char.encode("utf-8", "surrogateescape")) for char in chars]
+    char_ends = np.cumsum(char_sizes, dtype=np.int64)
+    token_ends = np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)
+    begun = np.searchsorted(char_ends - char_sizes, token_ends, side="left")
+    completed = [0, *np.searchsorted(char_ends, token_ends, side="right").tolist()]
+    return DecodedTokens(
+        text=text,
+        pieces=tuple(text[left:right] for left, right in pairwise(completed)),
+        starts=np.array(completed[:-1], dtype=np.int64),
+        ends=begun.astype(np.int64),
+    )
+
+
+def knows_ids(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
+    """Whether every id is one of the tokenizer's; a padded embedding has more."""
+    return all(_knows(tokenizer, int(token)) for token in set(ids))
+
+
+def _checked_ids(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    unknown = [token for token in set(ids) if not _knows(tokenizer, int(token))]
+    if unknown:
+        raise ValueError(
+            f"wanted ids of the tokenizer's {len(tokenizer)} tokens, found {min(unknown)!r}; where "
+            "the model's embedding is padded beyond the tokenizer, suppress those ids when sampling"
+        )
+    return [int(token) for token in ids]
+
+
+def _knows(tokenizer: transformers.PreTrainedTokenizerBase, token: int) -> bool:
+    # the size alone does not tell: ids may have gaps, and then lie beyond it
+    if tokenizer.is_fast:
+        return token >= 0 and tokenizer.convert_ids_to_tokens(token) is not None
+    return 0 <= token < len(tokenizer) or token in tokenizer.added_tokens_decoder
+
+
+# Not tokenizers' DecodeStream: it is silent until the bytes are valid UTF-8 (in the garbage of an
+# untrained model it decodes an ever longer tail, and keeps it at the end), does not tell which
+# token holds which byte, and knows only fast tokenizers.
+def _token_bytes(tokenizer: transformers.PreTrainedTokenizerBase, ids: list[int]) -> list[bytes]:
+    def decode(start: int, end: int) -> str:
+        keep = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(tokenizer.decode(ids[start:end], **keep))
+
+    names, whole = tokenizer.convert_ids_to_tokens(ids), decode(0, len(ids))
+    # Decoding token by token takes fifty times as long: only where names do not spell the text.
+    for spelled in _spellings(names):
+        if b"".join(spelled).decode(errors="replace") == whole:
+            return spelled
+
+    def chunk(place: int, name: str) -> bytes:
+        alone, context = decode(place, place + 1), max(0, place - _CONTEXT)
+        # decoders strip the space that a text begins with, even one that is written as a byte
+        stored = _stored_bytes(name, alone) if place or _UNKNOWN in alone else None
+        if stored is not None:
+            return stored
+        before, through = decode(context, place), decode(context, place + 1)
+        return (through.removeprefix(before) if through.startswith(before) else alone).encode()
+
+    return [chunk(place, name) for place, name in enumerate(names)]
+
+
+def _spellings(names: Sequence[str]) -> Iterator[list[bytes]]:
+    """Bytes that the names may stand for: in GPT-2's alphabet, as they are, as sentencepiece's."""
+    if all(char in _BYTE_LEVEL for name in names for char in name):
+        yield [bytes(_BYTE_LEVEL[char] for char in name) for name in names]
+    yield [name.encode(errors="replace") for name in names]
+    pieces = [_sentencepiece(name) for name in names]
+    yield pieces
+    # decoders strip the space that a text begins with
+    yield [pieces[0].removeprefix(b" "), *pieces[1:]]
+
+
+def _sentencepiece(name: str) -> bytes:
+    byte = _BYTE_NAME.fullmatch(name)
+    return bytes.fromhex(byte[1]) if byte else name.replace("▁", " ").encode(errors="replace")
+
+
+def _stored_bytes(name: str, alone: str) -> bytes | None:
+    """The bytes behind a token's name, if it may hold parts of characters."""
+    byte = _BYTE_NAME.fullmatch(name)
+    if byte and alone != name:
+        return bytes.fromhex(byte[1])
+    if _UNKNOWN in alone and all(char in _BYTE_LEVEL for char in name):
+        return bytes(_BYTE_LEVEL[char] for char in name)
+    return None
+
+
+_CONTEXT = 8  # tokens decoded ahead of one, whose space shows only in the middle of a text
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+_STRAY_BYTE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of one
+_BYTE_NAME = re.compile("<0x([0-9A-Fa-f]{2})>")  # sentencepiece's byte fallback
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = sorted(set(range(256)).difference(_PRINTABLE))
+_BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + place): byte for place, byte in enumerate(_OTHERS)
+}  # GPT-2's alphabet
+
+
+def tokens_in_span(decoded: DecodedTokens, start: int, end: int) -> Bool[np.ndarray, " token"]:
+    """Every token that touches the characters `[start, end)`, even if it begins before them.
+
+    Raises:
+        ValueError: The span is not in the text.
+
+    Example:
+        >>> ends = np.array([1, 3, 4])
+        >>> x10 = DecodedTokens(text="x=10", pieces=("x", "=1", "0"), starts=ends - 1, ends=ends)
+        >>> tokens_in_span(x10, 2, 4)
+        array([False,  True,  True])
+    """
+    if not 0 <= start <= end <= len(decoded.text):
+        raise ValueError(
+            f"wanted a span in a text of {len(decoded.text)} characters, found {(start, end)!r}; "
+            "count in the characters of decoded.text"
+        )
+    return np.maximum(decoded.starts, start) < np.minimum(decoded.ends, end)
+
+
+def answer_mask(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    response_ids: Sequence[int],
+    finder: AnswerFinder = "auto",
+) -> tuple[Bool[np.ndarray, " token"], FoundAnswer] | None:
+    r"""The tokens that touch the answer, and its place in `decode_tokens(...).text`; None without.
+
+    Special tokens are no part of an answer. The finder does not see those around the response, and
+    sees line breaks instead of those inside, so that "5<|end|>6" is not 56; but it sees `<think>`,
+    `<answer>` and their closing tags even if the tokenizer calls them special.
+
+    Raises:
+        ValueError: As `find_answer` and `decode_tokens` do.
+        TypeError: As `find_answer` does.
+
+    Example:
+        >>> answer_mask(tokenizer, tokenizer.encode("x=10"))
+        (array([False, False,  True,  True]), FoundAnswer(start=2, end=4, rule='last_number'))
+    """
+    shown = shown_text(tokenizer, response_ids)
+    found = find_answer(shown.text, finder)
+    if found is None:
+        return None
+    found = replace(found, start=found.start + shown.first, end=found.end + shown.first)
+    mask = tokens_in_span(shown.decoded, found.start, found.end) & ~shown.hidden
+    return (mask, found) if mask.any() else None
+
+
+class ShownText(NamedTuple):
+    """A response as finders see it: `text` begins at character `first` of all that was decoded."""
+
+    decoded: DecodedTokens
+    hidden: Bool[np.ndarray, " token"]
+    text: str
+    first: int
+
+
+def shown_text(
+    tokenizer: transformers.PreTrainedTokenizerBase, response_ids: Sequence[int]
+) -> ShownText:
+    """What finders see of a response; raises as `decode_tokens`."""
+    decoded, special = decode_tokens(tokenizer, response_ids), special_ids(tokenizer)
+    tokens = list(zip(response_ids, decoded.pieces, strict=True))
+    hidden = np.array([i in special and not _MARKER.fullmatch(piece) for i, piece in tokens], bool)
+    shown = ~hidden & (decoded.starts < decoded.ends)
+    first = int(decoded.starts[shown].min(initial=len(decoded.text)))
+    last = int(decoded.ends[shown].max(initial=0))
+    blanked = ["\n" * len(piece) if hidden[at] else piece for at, (_, piece) in enumerate(tokens)]
+    return ShownText(decoded, hidden, "".join(blanked)[first:last], first)
+
+
+_MARKER = re.compile(r"\s*</?(?:think|answer)>\s*", re.IGNORECASE)
+
+
+def special_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that stand for no text: begin, end, padding, roles."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(token for token, kind in added if kind.special)}
+
+
+def question_mask(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prompt_ids: Sequence[int],
+    question: str | Sequence[bool] | Shaped[np.ndarray, "..."] = "prompt",
+    user_text: str | None = None,
+) -> Bool[np.ndarray, " token"]:
+    """The prompt tokens over which the flow enters, at least one.
+
+    Args:
+        tokenizer: The one that the ids come from.
+        prompt_ids: The prompt, as the model read it.
+        question: "prompt" for all but the special tokens and the first one (an attention sink);
+            "all"; "user" for the tokens that touch the last `user_text`; or a boolean mask.
+        user_text: The user's words; whitespace around them does not count.
+
+    Raises:
+        ValueError: The prompt or the mask would be empty, `question` is no known name and no
+            boolean mask of the prompt's length, or `user_text` is missing or not in the prompt.
+
+    Example:
+        >>> question_mask(tokenizer, tokenizer.encode("Hi!"))
+        array([False,  True,  True])
+    """
+    length = len(prompt_ids)
+    if not length:
+        raise ValueError("wanted at least one prompt token, found none; pass the tokenized prompt")
+    if not isinstance(question, str):
+        mask = np.asarray(question)
+    elif question == "user":
+        mask = _user_mask(tokenizer, prompt_ids, user_text)
+    elif question in ("prompt", "all"):
+        special = special_ids(tokenizer) if question == "prompt" else ()
+        mask = np.array([token not in special for token in prompt_ids])
+        mask[0] &= question == "all"
+    else:
+        raise ValueError(
+            f"wanted question to be 'prompt', 'all', 'user' or a boolean mask, found {question!r}"
+        )
+    if mask.shape != (length,) or mask.dtype != np.bool_:
+        raise ValueError(
+            f"wanted a boolean question mask of shape {(length,)}, one entry per prompt token, "
+            f"found {mask.dtype} of shape {mask.shape}"
+        )
+    if not mask.any():
+        raise ValueError(
+            f"wanted at least one question token, found none among {length} prompt tokens; "
+            "pass question='all' or a boolean mask with a True"
+        )
+    return mask
+
+
+def target_mask(
+    answer: Bool[np.ndarray, "*batch token"], target: str
+) -> Bool[np.ndarray, "*batch token"]:
+    """Where flow ends: the answer's rows, or the "decision" rows, whose logits choose them."""
+    return answer if target == "answer" else np.roll(answer, -1, axis=-1)
+
+
+class AnswerNotFoundError(ValueError):
+    """The response holds nothing that the answer finder takes for an answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spans:
+    """Which tokens are what. All masks cover prompt and response.
+
+    Attributes:
+        prompt_length: Tokens before the response.
+        question: Where flow is injected.
+        answer: The answer's tokens.
+        target: Where flow ends: the answer's tokens, or the ones that decide them.
+        rule: Name of the finder that found the answer.
+        answer_text: The answer as the finder saw it.
+    """
+
+    prompt_length: int
+    question: Bool[np.ndarray, " token"]
+    answer: Bool[np.ndarray, " token"]
+    target: Bool[np.ndarray, " token"]
+    rule: str
+    answer_text: str
+
+    @property
+    def response(self) -> Bool[np.ndarray, " token"]:
+        """The response's tokens, the answer among them."""
+        return np.arange(len(self.question)) >= self.prompt_length
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The most specific region of every token."""
+        names = np.where(self.response, "response", "prompt")
+        names = np.where(self.question, "question", names)
+        return tuple(np.where(self.answer, "answer", names).tolist())
+
+
+def find_spans(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    *,
+    finder: AnswerFinder,
+    question: str | Sequence[bool] | Bool[np.ndarray, "..."],
+    user_text: str | None,
+    target: str,
+) -> Spans:
+    """Question, answer and target of one response, over the tokens of prompt and response.
+
+    Raises:
+        AnswerNotFoundError: The finder finds no answer; the message quotes the response.
+        ValueError: The response is empty, or as `question_mask` and `answer_mask` do.
+    """
+    if not len(response_ids):
+        raise ValueError("the response is empty, so there is no answer to trace")
+    found = answer_mask(tokenizer, response_ids, finder)
+    text = decode_tokens(tokenizer, response_ids).text
+    if found is None:
+        shown = text if len(text) <= _QUOTED else f"…{text[-_QUOTED:]}"
+        raise AnswerNotFoundError(
+            f"no answer found by {finder_name(finder)!r} in the response {shown!r}; say how to "
+            "find it with answer=: a finder's name, re.compile(...) with one group, or a function "
+            "from text to (start, end)"
+        )
+    source = question_mask(tokenizer, prompt_ids, question, user_text)
+    answer = np.concatenate([np.zeros(len(prompt_ids), bool), found[0]])
+    return Spans(
+        prompt_length=len(prompt_ids),
+        question=np.concatenate([source, np.zeros(len(response_ids), bool)]),
+        answer=answer,
+        target=target_mask(answer, target),
+        rule=found[1].rule,
+        answer_text=text[found[1].start : found[1].end],
+    )
+
+
+_QUOTED = 160  # characters of a response in an error
+
+
+def _user_mask(
+    tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int], user_text: str | None
+) -> Bool[np.ndarray, " token"]:
+    words = (user_text or "").strip()
+    if not words:
+        raise ValueError(
+            f"wanted user_text for question='user', found {user_text!r}; pass the user's words"
+        )
+
+    def last_words(text: str) -> Span | None:
+        start = text.rfind(words)
+        return None if start < 0 else (start, start + len(words))
+
+    located = answer_mask(tokenizer, ids, last_words)
+    if located is None:
+        raise ValueError(
+            f"wanted user_text in the prompt, found no {words!r} there; pass the words as the "
+            "tokenizer decodes them, or a boolean mask"
+        )
+    return located[0]

@@ -1,0 +1,369 @@
+"""How much memory a trace takes, beside the model, and how much is free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from flowtracer_plugin.attention.adapter import (
+    AttentionCall,
+    AttentionWeights,
+    UnsupportedArchitectureError,
+)
+from flowtracer_plugin.flow.backbone import MAX_STEPS
+from flowtracer_plugin.flow.substitution import BLOCK
+from flowtracer_plugin.model.causal_lm import input_device, language_model, vocabulary_size
+from flowtracer_plugin.model.free_memory import free_memory
+from flowtracer_plugin.model.parallel import may_stop, smallest
+from flowtracer_plugin.reading.reader import AttentionReader
+
+MODES = ("auto", "dense", "streamed")
+
+SPARE = 0.85
+"""Share of the free memory that a trace may take: estimates are estimates."""
+
+SMALL = 2**24
+"""Pairs of tokens, 64 MB of attention, up to which nobody asks what is free."""
+
+AT_EASE = 0.5
+"""Share up to which dense is preferred, which is faster: a trace goes on to keep its map."""
+
+FLOAT = 4
+"""Bytes of a float32, in which attention is computed whatever the model's dtype."""
+
+
+class TooLittleMemoryError(MemoryError):
+    """A trace would not fit in the memory that is free."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryEstimate:
+    """What a trace takes at its peak beside the model's weights, in bytes, by either mode.
+
+    Attributes:
+        tokens: Of each text, prompt and response.
+        batch: Texts that are traced at once.
+        dense: With the attention between all pairs of tokens: quadratic in the tokens.
+        streamed: With queries and keys, from which it is computed twice, a block at a time: linear.
+            None if the model does not hand them over.
+        free: What is free on the device of the model now.
+    """
+
+    tokens: int
+    batch: int
+    dense: int
+    streamed: int | None
+    free: int
+
+    @property
+    def mode(self) -> str | None:
+        """What `mode="auto"` chooses; None if neither fits.
+
+        Dense, which is faster, where it takes no more than half of what is free, as the trace keeps
+        it; else streamed; else dense, if that just fits.
+        """
+        if self.dense <= AT_EASE * self.free:
+            return "dense"
+        return next((mode for mode in ("streamed", "dense") if self.fits(mode)), None)
+
+    def fits(self, mode: str) -> bool:
+        """Whether there is room for this mode, or for either with "auto"."""
+        if mode == "auto":
+            return self.mode is not None
+        wanted = getattr(self, mode)
+        return wanted is not None and wanted <= SPARE * self.free
+
+    def __str__(self) -> str:
+        """The figures for people."""
+        streamed = "not possible" if self.streamed is None else readable(self.streamed)
+        texts = f"{self.batch} × " if self.batch > 1 else ""
+        return (
+            f"{texts}{self.tokens:,} tokens: dense {readable(self.dense)}, streamed {streamed}; "
+            f"{readable(self.free)} free → {self.mode or 'neither fits'}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """How a model's traces grow.
+
+    Attributes:
+        forward: Bytes a token that are alive at once in a decoder layer.
+        pairs: Bytes a pair of tokens in the forward pass: masks, and the maps of eager attention.
+        sites: How often the layers that are read attend.
+        kept: Bytes a token of their queries and keys; None if a call does not have any.
+        masks: Bytes a pair of tokens of their masks and biases, which are kept as well.
+        heads: Most query heads of a layer.
+        block: Query rows that are computed at a time.
+        drops_first: Whether what is paid to the first token is divided among the others.
+        keeps: Whether dense traces keep queries and keys too, to choose among their edges.
+    """
+
+    forward: int
+    pairs: int
+    sites: int
+    kept: int | None
+    masks: int
+    heads: int
+    block: int
+    drops_first: bool
+    keeps: bool = False
+
+    def dense(self, tokens: int, batch: int) -> int:
+        """Peak of a dense trace: the map, and either the forward pass or the copies of the map."""
+        maps = batch * tokens**2 * FLOAT
+        rows = batch * 3 * self.heads * min(self.block, tokens) * tokens * FLOAT
+        copies = 3 * maps if self.drops_first else 0
+        kept = batch * (self.kept or 0) * tokens if self.keeps else 0
+        return maps + kept + max(self._forward(tokens, batch) + rows, copies)
+
+    def streamed(self, tokens: int, batch: int) -> int | None:
+        """Peak of a streamed trace: queries and keys, and either the forward pass or a block."""
+        if self.kept is None:
+            return None
+        rows = 3 * self.heads * min(self.block, tokens) * tokens * FLOAT
+        block = _BLOCK_COPIES * min(BLOCK, tokens) * tokens * FLOAT
+        steps = min(tokens // _TOKENS_A_STEP, MAX_STEPS) ** 2 * FLOAT
+        return steps + batch * (
+            self.kept * tokens
+            + self.masks * tokens**2
+            + max(self._forward(tokens, 1), rows + block + _TOKEN_BYTES * tokens)
+        )
+
+    def padded(self) -> Footprint:
+        """For texts of different lengths, which transformers makes a mask for."""
+        return replace(self, masks=max(1, self.masks), pairs=max(_MASK_COPIES, self.pairs))
+
+    def only(self, sites: int) -> Footprint:
+        """If so many of the layers were read."""
+        return replace(self, sites=sites, kept=-(-(self.kept or 0) * sites // self.sites))
+
+    def _forward(self, tokens: int, batch: int) -> int:
+        return batch * (self.forward * tokens + self.pairs * tokens**2)
+
+
+_BLOCK_COPIES = 8
+"""Matrices of [block, token] that are alive at once in the second pass."""
+
+_MASK_COPIES = 5
+"""Masks that are alive at once while transformers puts one together of its conditions."""
+
+_TOKENS_A_STEP = 8
+"""Steps are lines and sentences; few are shorter."""
+
+_TOKEN_BYTES = 1200
+"""What is kept of each token beside: edges, paths, their logarithms and places."""
+
+
+def footprint(
+    model: nn.Module,
+    calls: tuple[AttentionCall | AttentionWeights, ...],
+    *,
+    block: int,
+    drops_first: bool,
+    keeps: bool = False,
+) -> Footprint:
+    """Of a model that makes `calls`, those of the layers that are read, on a short text."""
+    config = language_model(model).config.get_text_config()
+    width = getattr(config, "hidden_size", None) or max(_width(call) for call in calls)
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    inner = max(inner) if isinstance(inner, list | tuple) else inner
+    size = _element_size(model)
+    heads = max(_shape(call)[1] for call in calls)
+    eager = getattr(config, "_attn_implementation", "eager") == "eager"
+    window = getattr(config, "sliding_window", None)
+    # A window leaves no mask in the calls of a text that it covers, but one in those of long texts.
+    masks = max(0 if window is None else 1, *(_masks([call]) for call in calls))
+    # A forward pass that has to go to its end computes logits, and in float32 once more.
+    logits = 0 if may_stop(model) else vocabulary_size(model) * (size + FLOAT)
+    return Footprint(
+        forward=size * (6 * width + 3 * inner) + logits,
+        pairs=(2 * heads * (size + FLOAT) if eager else 0) + _MASK_COPIES * masks,
+        sites=len(calls),
+        kept=_kept(calls, lengths=keeps),
+        masks=max(0 if window is None else 1, _masks(calls)),
+        heads=heads,
+        block=block,
+        drops_first=drops_first,
+        keeps=keeps,
+    )
+
+
+def _width(call: AttentionCall | AttentionWeights) -> int:
+    """Of all heads together, where the configuration does not tell the model's own."""
+    if isinstance(call, AttentionWeights):
+        return 64 * call.weights.shape[1]
+    return call.query.shape[1] * call.query.shape[3]
+
+
+def _element_size(model: nn.Module) -> int:
+    floats = (one for one in model.parameters() if one.is_floating_point())
+    return max((one.element_size() for one in floats), default=FLOAT)
+
+
+def _shape(call: AttentionCall | AttentionWeights) -> torch.Size:
+    return call.weights.shape if isinstance(call, AttentionWeights) else call.query.shape
+
+
+def _kept(calls: tuple[AttentionCall | AttentionWeights, ...], *, lengths: bool) -> int | None:
+    """Bytes a token of queries and keys, and of the `lengths` of what each head fetches there."""
+    total = 0
+    for call in calls:
+        if isinstance(call, AttentionWeights):
+            return None
+        total += call.query.shape[1] * FLOAT if lengths else 0
+        for part in (call.query, call.key):
+            total += part.shape[1] * part.shape[3] * part.element_size()
+    return total
+
+
+def _masks(calls: Sequence[AttentionCall | AttentionWeights]) -> int:
+    """Bytes a pair of tokens of masks and biases, each once however many calls share it."""
+    found: dict[int, int] = {}
+    for call in calls:
+        parts = () if isinstance(call, AttentionWeights) else (call.mask, call.bias)
+        for part in parts:
+            if part is not None and part.shape[2] > 1:
+                held, pairs = part.untyped_storage(), part.shape[2] * part.shape[3]
+                found[held.data_ptr()] = -(-held.nbytes() // pairs)
+    return sum(found.values())
+
+
+def readable(size: int | float) -> str:
+    """Bytes as people say them."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:,.0f} {unit}" if size >= 10 or unit == "bytes" else f"{size:.1f} {unit}"
+
+
+class Budget:
+    """Chooses the mode of a reader's traces by the memory that is free."""
+
+    def __init__(
+        self,
+        reader: AttentionReader,
+        layers: Sequence[int],
+        *,
+        drops_first: bool,
+        keeps: bool = False,
+    ) -> None:
+        self._reader, self._layers = reader, layers
+        self._drops_first, self._keeps = drops_first, keeps
+        self._known: Footprint | None = None
+
+    def estimate(self, tokens: int, batch: int = 1, *, padded: bool = False) -> MemoryEstimate:
+        """What so many texts of so many tokens take, and what is free.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if tokens < 1 or batch < 1:
+            raise ValueError(f"tokens and batch must be at least 1, got {tokens} and {batch}")
+        model, parts = self._reader.model, self._parts(padded)
+        return MemoryEstimate(
+            tokens=tokens,
+            batch=batch,
+            dense=parts.dense(tokens, batch),
+            streamed=parts.streamed(tokens, batch),
+            free=smallest(model, free_memory(input_device(model))),
+        )
+
+    def prepare(self) -> None:
+        """Run the model as often as it takes, at a time when all processes do."""
+        self._footprint()
+
+    def choose(
+        self, mode: str, tokens: int, batch: int = 1, *, padded: bool = False, fixed: bool = False
+    ) -> str:
+        """The mode, or of "auto" the one that fits.
+
+        With `fixed`, nothing but shorter texts is suggested.
+
+        Raises:
+            TooLittleMemoryError: It does not fit.
+            UnsupportedArchitectureError: There is nothing to stream from.
+        """
+        if batch * tokens**2 <= SMALL:
+            return "dense" if mode == "auto" else mode
+        estimate = self.estimate(tokens, batch, padded=padded)
+        if mode == "streamed" and estimate.streamed is None:
+            raise UnsupportedArchitectureError(
+                f"{type(self._reader.model).__name__} hands over its probabilities, and no queries "
+                "and keys: there is nothing to stream from; wrap(..., mode='dense')"
+            )
+        if not estimate.fits(mode):
+            raise _refusal(estimate, mode, self._parts(padded), fixed=fixed)
+        return estimate.mode if mode == "auto" and estimate.mode else mode
+
+    def _parts(self, padded: bool) -> Footprint:
+        return self._footprint().padded() if padded else self._footprint()
+
+    def _footprint(self) -> Footprint:
+        if self._known is None:
+            reader = self._reader
+            calls = reader.check_calls(self._layers)
+            self._known = footprint(
+                reader.model,
+                calls,
+                block=reader.block,
+                drops_first=self._drops_first,
+                keeps=self._keeps,
+            )
+        return self._known
+
+
+def _refusal(
+    estimate: MemoryEstimate, mode: str, parts: Footprint, *, fixed: bool
+) -> TooLittleMemoryError:
+    modes = ("dense", "streamed") if mode == "auto" else (mode,)
+    sizes = {one: getattr(estimate, one) for one in modes}
+    taken = " or ".join(f"{readable(size)} {one}" for one, size in sizes.items() if size)
+    texts = f"{estimate.batch} texts of " if estimate.batch > 1 else ""
+    return TooLittleMemoryError(
+        f"tracing {texts}{estimate.tokens:,} tokens would take {taken} beside the model, and of "
+        f"the {readable(estimate.free)} that are free at most {SPARE:.0%} are used; "
+        f"what fits: {' or '.join(_fitting(estimate, mode, parts, fixed=fixed))}"
+    )
+
+
+def _fitting(estimate: MemoryEstimate, mode: str, parts: Footprint, *, fixed: bool) -> list[str]:
+    """Settings that would fit, the least painful first."""
+    room, batch, tokens = int(SPARE * estimate.free), estimate.batch, estimate.tokens
+
+    def fits(parts: Footprint, tokens: int, batch: int) -> bool:
+        return _least(parts, mode, tokens, batch) <= room
+
+    found = []
+    if not fixed:
+        others = {"dense": ["streamed"], "streamed": ["dense"], "auto": []}[mode]
+        found += [f"mode={other!r}" for other in others if estimate.fits(other)]
+        sizes = (size for size in range(batch - 1, 0, -1) if fits(parts, tokens, size))
+        found += [f"batch_size={size}" for size in list(sizes)[:1]]
+        halves = (parts.sites >> power for power in range(1, parts.sites.bit_length()))
+        fewer = (sites for sites in halves if parts.kept and fits(parts.only(sites), tokens, batch))
+        found += [f"layers='middle:{sites}'" for sites in list(fewer)[:1]]
+    most = longest(room, lambda length: _least(parts, mode, length, 1))
+    return [*found, f"up to {most:,} tokens"]
+
+
+def _least(parts: Footprint, mode: str, tokens: int, batch: int) -> int:
+    dense, streamed = parts.dense(tokens, batch), parts.streamed(tokens, batch)
+    if mode == "dense" or streamed is None:
+        return dense
+    return streamed if mode == "streamed" else min(dense, streamed)
+
+
+def longest(room: int, size: Callable[[int], int]) -> int:
+    """The most tokens whose size fits in `room`; 0 if not even one does."""
+    low, high = 0, 1
+    while size(high) <= room:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) <= room else (low, middle)
+    return low

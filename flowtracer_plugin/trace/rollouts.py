@@ -1,0 +1,252 @@
+"""The flow of padded rollouts, as a trainer holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from flowtracer_plugin.flow.solve import solve_flow
+from flowtracer_plugin.flow.streamed import stream_batch
+from flowtracer_plugin.flow.substitution import Rows
+from flowtracer_plugin.options import FlowOptions
+from flowtracer_plugin.text.answers import AnswerFinder, FoundAnswer
+from flowtracer_plugin.text.spans import answer_mask, knows_ids, question_mask, target_mask
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FlowBatch:
+    """The flow of padded rollouts, on the device of the model.
+
+    Rows without an answer are 0, and so are those whose question does not reach it, or in which an
+    id was sampled that the tokenizer does not have.
+
+    Attributes:
+        prompt_length: Columns before the completions.
+        throughput: Flow through every token, prompt and completion.
+        reach: Influence of every token on the answer.
+        target: Where flow ends.
+        reasoning_share: Share of each row's flow that enters the completion at a token other than
+            the answer.
+        answers: What was found in each row.
+    """
+
+    prompt_length: int
+    throughput: Float[Tensor, "batch token"]
+    reach: Float[Tensor, "batch token"]
+    target: Bool[Tensor, "batch token"]
+    reasoning_share: Float[Tensor, " batch"]
+    answers: tuple[FoundAnswer | None, ...]
+
+    @property
+    def completion_throughput(self) -> Float[Tensor, "batch completion"]:
+        """Throughput of the completion tokens."""
+        return self.throughput[:, self.prompt_length :]
+
+    @property
+    def reasoning(self) -> Bool[Tensor, "batch token"]:
+        """Completion tokens before the target or between its tokens: none without an answer."""
+        still = self.target.flip(-1).int().cumsum(-1).flip(-1) > 0
+        still[:, : self.prompt_length] = False
+        return still & ~self.target
+
+    @property
+    def found(self) -> Bool[Tensor, " batch"]:
+        """Rows with an answer that the question reaches."""
+        return self.reach.sum(-1) > 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class RolloutMasks:
+    """Where flow enters and leaves each row; both empty in rows without an answer.
+
+    Attributes:
+        question: Where flow is injected.
+        target: Where it ends.
+        answer: The answers' own tokens.
+        answers: What was found in each row.
+    """
+
+    question: Bool[Tensor, "batch token"]
+    target: Bool[Tensor, "batch token"]
+    answer: Bool[Tensor, "batch token"]
+    answers: tuple[FoundAnswer | None, ...]
+
+    def rows(self, rows: slice) -> RolloutMasks:
+        """Those of some rows."""
+        return RolloutMasks(
+            question=self.question[rows],
+            target=self.target[rows],
+            answer=self.answer[rows],
+            answers=self.answers[rows],
+        )
+
+
+def check_rollouts(
+    prompt_ids: Tensor, completion_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor
+) -> None:
+    """Refuse ids and masks that are not those of one batch.
+
+    Raises:
+        ValueError: Shapes differ, there are no rows, or prompts are padded on the right.
+    """
+    for name, ids, mask in (
+        ("prompt", prompt_ids, prompt_mask),
+        ("completion", completion_ids, completion_mask),
+    ):
+        if ids.ndim != 2 or ids.shape != mask.shape or len(ids) != len(prompt_ids):
+            raise ValueError(
+                f"{name}_ids and {name}_mask must both be [batch, {name}] with the batch of "
+                f"prompt_ids, got {tuple(ids.shape)} and {tuple(mask.shape)} beside prompt_ids "
+                f"{tuple(prompt_ids.shape)}"
+            )
+    if not len(prompt_ids):
+        raise ValueError("wanted at least one rollout, found none")
+    seen = prompt_mask.bool()
+    if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
+        raise ValueError(
+            "prompts must be padded on the left, as for generation, and some have padding after "
+            "their tokens; encode them with padding_side='left'"
+        )
+
+
+def rollout_masks(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Int[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    prompt_length: int,
+    options: FlowOptions,
+    finder: AnswerFinder,
+) -> RolloutMasks:
+    """Find the answers; only token ids and masks are copied to the host for it."""
+    rows, visible = ids.cpu().numpy(), mask.cpu().numpy()
+    question, answer = np.zeros_like(visible), np.zeros_like(visible)
+    answers: list[FoundAnswer | None] = []
+    for row, seen in enumerate(visible):
+        asked, said = np.flatnonzero(seen[:prompt_length]), np.flatnonzero(seen[prompt_length:])
+        sampled = rows[row, prompt_length:][said].tolist()
+        # Without a prompt, or with an id that only a padded embedding has, there is no answer.
+        readable = len(asked) > 0 and knows_ids(tokenizer, sampled)
+        found = answer_mask(tokenizer, sampled, finder) if readable else None
+        answers.append(None if found is None else found[1])
+        if found is not None:
+            question[row, asked] = question_mask(
+                tokenizer, rows[row, asked].tolist(), options.question
+            )
+            answer[row, prompt_length + said] = found[0]
+    target = target_mask(answer, options.target)
+    return RolloutMasks(
+        question=torch.tensor(question, device=ids.device),
+        target=torch.tensor(target, device=ids.device),
+        answer=torch.tensor(answer, device=ids.device),
+        answers=tuple(answers),
+    )
+
+
+def solve_rollouts(
+    attention: Float[Tensor, "batch query key"],
+    masks: RolloutMasks,
+    prompt_length: int,
+    options: FlowOptions,
+) -> FlowBatch:
+    """Solve the rows whose question reaches an answer; the others come back as 0."""
+    throughput, reach = attention.new_zeros(2, *attention.shape[:2])
+    share = attention.new_zeros(len(attention))
+    rows = masks.target.any(-1).nonzero().squeeze(-1)
+    if len(rows):
+        target = masks.target[rows]
+        flow = solve_flow(
+            attention
+            if len(rows) == len(attention)
+            else attention[rows],  # no copy where none is due
+            masks.question[rows],
+            target,
+            question_weights=options.question_weights,
+            boundary=options.boundary,
+            unreached="zero",
+        )
+        reached = torch.as_tensor(flow.question_reached)[:, None] > 0
+        throughput[rows], reach[rows] = flow.throughput, flow.reach * reached
+        prompt = (torch.arange(target.shape[1], device=target.device) < prompt_length).expand_as(
+            target
+        )
+        share[rows] = flow.inflow(prompt).masked_fill(prompt | target, 0.0).sum(-1)
+    return FlowBatch(
+        prompt_length=prompt_length,
+        throughput=throughput,
+        reach=reach,
+        target=masks.target,
+        reasoning_share=share,
+        answers=masks.answers,
+    )
+
+
+def stream_rollouts(
+    rows: Rows,
+    ordered: Bool[Tensor, "batch most"],
+    visible: Bool[Tensor, "batch token"],
+    masks: RolloutMasks,
+    prompt_length: int,
+    options: FlowOptions,
+) -> FlowBatch:
+    """`solve_rollouts` for attention by rows, in which all padding stands behind the text.
+
+    `ordered` says which tokens of that are text, `visible` which are where they belong.
+    """
+
+    def moved(values: Tensor) -> Tensor:
+        found = torch.zeros_like(ordered, dtype=values.dtype)
+        found[ordered] = values[visible]
+        return found
+
+    def back(values: Tensor) -> Tensor:
+        found = torch.zeros_like(visible, dtype=values.dtype)
+        found[visible] = values[ordered]
+        return found
+
+    prompt = torch.arange(visible.shape[1], device=visible.device) < prompt_length
+    nodes, entered = stream_batch(
+        rows,
+        moved(masks.question),
+        moved(masks.target),
+        moved(prompt.expand_as(visible)),
+        question_weights=options.question_weights,
+        boundary=options.boundary,
+    )
+    reached = torch.as_tensor(nodes.question_reached)[:, None] > 0
+    return FlowBatch(
+        prompt_length=prompt_length,
+        throughput=back(nodes.throughput),
+        reach=back(nodes.reach * reached),
+        target=masks.target,
+        reasoning_share=back(entered).masked_fill(prompt | masks.target, 0.0).sum(-1),
+        answers=masks.answers,
+    )
+
+
+def join_batches(parts: Sequence[FlowBatch]) -> FlowBatch:
+    """The rows of several batches below each other."""
+    return FlowBatch(
+        prompt_length=parts[0].prompt_length,
+        throughput=torch.cat([part.throughput for part in parts]),
+        reach=torch.cat([part.reach for part in parts]),
+        target=torch.cat([part.target for part in parts]),
+        reasoning_share=torch.cat([part.reasoning_share for part in parts]),
+        answers=tuple(answer for part in parts for answer in part.answers),
+    )
+
+
+def drop_first_token(
+    attention: Float[Tensor, "batch query key"], mask: Bool[Tensor, "batch key"]
+) -> Float[Tensor, "batch query key"]:
+    """What is paid to the first unpadded token goes to the others; rows keep their sum."""
+    first = mask.int().argmax(-1)
+    column = torch.zeros_like(mask).scatter_(1, first[:, None], value=True)[:, None, :]
+    kept = attention.masked_fill(column, 0.0)
+    before, after = attention.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
+    return kept * torch.where(after > 0, before / after.clamp_min(1e-30), 0.0)

@@ -1,0 +1,187 @@
+"""From token ids to flow, by either mode: dense, or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from flowtracer_plugin.flow.backbone import outline
+from flowtracer_plugin.flow.solve import solve_flow
+from flowtracer_plugin.flow.streamed import stream_flow
+from flowtracer_plugin.flow.substitution import Rows
+from flowtracer_plugin.model.causal_lm import check_input, check_packing
+from flowtracer_plugin.options import FlowOptions
+from flowtracer_plugin.reading.edges import EdgeChoice, completions, edge_choice
+from flowtracer_plugin.reading.reader import AttentionReader
+from flowtracer_plugin.reading.rows import AttentionRows
+from flowtracer_plugin.text.spans import Spans
+from flowtracer_plugin.trace.memory import Budget
+from flowtracer_plugin.trace.rollouts import (
+    FlowBatch,
+    RolloutMasks,
+    drop_first_token,
+    solve_rollouts,
+    stream_rollouts,
+)
+
+Ids = Int[Tensor, "batch token"]
+Mask = Bool[Tensor, "batch token"]
+HeadPairs = tuple[tuple[int, int], ...]
+
+
+class Solver:
+    """Reads a model and solves the flow, in the mode that fits.
+
+    Args:
+        reader: How the model is read.
+        layers: Numbers of the layers that are averaged.
+        options: How the flow is solved.
+        mode: `"auto"`, `"dense"` or `"streamed"`.
+    """
+
+    def __init__(
+        self, reader: AttentionReader, layers: Sequence[int], options: FlowOptions, mode: str
+    ) -> None:
+        self.reader, self.layers, self.options, self.mode = reader, layers, options, mode
+        self.budget = Budget(
+            reader, layers, drops_first=options.first_token == "drop", keeps=not options.plain
+        )
+
+    def attention(
+        self,
+        input_ids: Int[Tensor, "batch query"],
+        attention_mask: Int[Tensor, "batch key"] | Bool[Tensor, "batch key"] | None,
+        others: dict[str, Any],
+    ) -> Float[Tensor, "batch query key"]:
+        """The mean attention of all heads; `others` is what else the model is given."""
+        if self.mode == "streamed":
+            raise ValueError(
+                "attention() returns the attention between all pairs of tokens, which "
+                "mode='streamed' is there to avoid; wrap(..., mode='dense')"
+            )
+        cache = others.get("past_key_values")
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        mask = check_input(self.reader.model, input_ids, attention_mask, cached=cached)
+        if attention_mask is None and "position_ids" in others:
+            others["attention_mask"] = None  # with one, transformers does not look for packing
+        check_packing(attention_mask, others.get("position_ids"))
+        self.reader.verify()
+        self.budget.prepare()
+        padded = not bool(mask.all())
+        batch, tokens = input_ids.shape
+        self.budget.choose("dense", tokens, batch, padded=padded, fixed=True)
+        return self.reader.read(input_ids, mask, self.layers, model_inputs=others)
+
+    def text(
+        self,
+        ids: Int[Tensor, "1 token"],
+        spans: Spans,
+        pieces: Sequence[str],
+        *,
+        progress: bool,
+    ) -> dict[str, Any]:
+        """Those fields of a trace that come of the attention of its text."""
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        weights, boundary = self.options.question_weights, self.options.boundary
+        target, response, answer = (
+            torch.from_numpy(part)[None].to(ids.device)
+            for part in (spans.target, spans.response, spans.answer)
+        )
+        choice = edge_choice(self.options, target, response, answer)
+        if self._ready(ids, mask) == "dense":
+            edges, heads = self._edges(ids, mask, choice, progress=progress)
+            attention = edges[0].cpu().numpy()
+            flow = solve_flow(
+                attention,
+                spans.question,
+                spans.target,
+                question_weights=weights,
+                boundary=boundary,
+            )
+            found = {"reach": flow.reach, "throughput": flow.throughput}
+            return {"attention": attention, "heads": heads, **found}
+        rows, _, heads = self._rows(ids, mask, choice, progress=progress)
+        twice = 2 * (int(spans.target.nonzero()[0].max()) + 1)
+        with tqdm(total=twice, desc="streaming", unit="row", disable=not progress) as bar:
+
+            def one(start: int, stop: int) -> Float[Tensor, "row key"]:
+                part = rows(start, stop)[0]
+                bar.update(stop - start)
+                return part
+
+            nodes, backbone = stream_flow(
+                one,
+                torch.from_numpy(spans.question).to(ids.device),
+                target[0],
+                outline(pieces, spans.prompt_length),
+                question_weights=weights,
+                boundary=boundary,
+            )
+        found = {"reach": nodes.reach, "throughput": nodes.throughput}
+        return {"attention": None, "heads": heads, "streamed": backbone, **found}
+
+    def rollouts(self, ids: Ids, mask: Mask, masks: RolloutMasks, prompt_length: int) -> FlowBatch:
+        """The flow of padded rollouts that run through the model at once."""
+        response = completions(mask.to(masks.answer.device), prompt_length)
+        choice = edge_choice(self.options, masks.target, response, masks.answer)
+        if self._ready(ids, mask) == "dense":
+            attention, _ = self._edges(ids, mask, choice)
+            return solve_rollouts(attention, masks, prompt_length, self.options)
+        rows, ordered, _ = self._rows(ids, mask, choice)
+        visible = mask.to(ordered.device)
+        return stream_rollouts(rows, ordered, visible, masks, prompt_length, self.options)
+
+    def _ready(self, ids: Ids, mask: Mask) -> str:
+        """The mode, once all that could be wrong is known not to be."""
+        check_input(self.reader.model, ids, mask)
+        self.reader.verify()
+        self.budget.prepare()
+        padded = not bool(mask.all())
+        return self.budget.choose(self.mode, ids.shape[1], len(ids), padded=padded)
+
+    def _edges(
+        self, ids: Ids, mask: Mask, choice: EdgeChoice | None, *, progress: bool = False
+    ) -> tuple[Float[Tensor, "batch query key"], HeadPairs]:
+        """All edges, and the heads that were chosen for the first text."""
+        heads: HeadPairs = ()
+        if choice is None:
+            attention = self.reader.read(ids, mask, self.layers, progress=progress)
+        else:
+            attention, rows = self.reader.read_edges(
+                ids, mask, self.layers, choice, progress=progress
+            )
+            heads = self._pairs(rows)
+        if self.options.first_token == "drop":
+            attention = drop_first_token(attention, mask)
+        return attention, heads
+
+    def _rows(
+        self, ids: Ids, mask: Mask, choice: EdgeChoice | None, *, progress: bool = False
+    ) -> tuple[Rows, Bool[Tensor, "batch most"], HeadPairs]:
+        """The edges by rows, with padding behind the text, the mask of that, and the heads."""
+        rows, ordered = self.reader.read_rows(
+            ids, mask, self.layers, choice=choice, progress=progress
+        )
+        if self.options.first_token == "keep":
+            return rows, ordered, self._pairs(rows)
+
+        def without_first(start: int, stop: int) -> Float[Tensor, "batch row key"]:
+            return drop_first_token(rows(start, stop), ordered[:, :stop])
+
+        return without_first, ordered, self._pairs(rows)
+
+    def _pairs(self, rows: AttentionRows) -> HeadPairs:
+        """Layer and head of those that were chosen for the first text; none if all were."""
+        if rows.heads is None:
+            return ()
+        numbers = [site.layer for site in self.reader.sites if site.layer in set(self.layers)]
+        return tuple(
+            (layer, head)
+            for layer, chosen in zip(numbers, rows.heads[0], strict=True)
+            for head in chosen.tolist()
+        )

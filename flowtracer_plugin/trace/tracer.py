@@ -1,0 +1,400 @@
+"""Wrap a model, and trace what carried its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, SupportsIndex
+
+from flowtracer_plugin.versions import check_versions
+
+check_versions()
+
+# ruff: noqa: E402 (of other versions, imports may fail in their own words)
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from flowtracer_plugin.attention.adapter import AttentionAdapter
+from flowtracer_plugin.model.causal_lm import (
+    check_tokenizer,
+    input_device,
+    language_model,
+    model_name,
+    unwrapped,
+)
+from flowtracer_plugin.model.generation import generate_ids
+from flowtracer_plugin.model.layers import layer_numbers, select_layers
+from flowtracer_plugin.options import FlowOptions, flow_options, head_pairs
+from flowtracer_plugin.reading.reader import AttentionReader
+from flowtracer_plugin.text.answers import AnswerFinder, check_finder, finder_name
+from flowtracer_plugin.text.encoding import Prompt, encode_prompt, encode_response, user_text
+from flowtracer_plugin.text.spans import decode_tokens, find_spans
+from flowtracer_plugin.trace.flow_trace import FlowTrace
+from flowtracer_plugin.trace.memory import MODES, MemoryEstimate
+from flowtracer_plugin.trace.rollouts import FlowBatch, check_rollouts, join_batches, rollout_masks
+from flowtracer_plugin.trace.solver import Solver
+
+TokenMask = Bool[np.ndarray, " token"]
+
+
+def wrap(
+    model: nn.Module | Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    preset: str = "paper",
+    layers: str | int | Iterable[SupportsIndex] = "middle",
+    question: str = "prompt",
+    answer: AnswerFinder = "auto",
+    target: str | None = None,
+    question_weights: str | None = None,
+    boundary: str | None = None,
+    first_token: str | None = None,
+    heads: str | float | Iterable[tuple[int, int]] | None = None,
+    edges: str | None = None,
+    adapter: AttentionAdapter | None = None,
+    backend: str = "nnsight",
+    block: int = 64,
+    mode: str = "auto",
+    verify: bool = True,
+) -> FlowTracer:
+    """A tracer for any Hugging Face causal language model. The model is not changed.
+
+    Options that shape the trace are explained at `FlowOptions`.
+
+    Args:
+        model: A transformers model, also with LoRA. Wrappers are taken off.
+        tokenizer: The model's; needed for everything that involves text.
+        preset: `"paper"`, `"decision"` or `"sharp"`: for options below that are None.
+        layers: Which attention layers are averaged: a name, or numbers.
+        question: Which prompt tokens flow is injected at.
+        answer: Finder of the answer: a name (`"auto"`, `"boxed"`, …), a compiled pattern with one
+            group, or a function from text to a span.
+        target: `"answer"` or `"decision"`.
+        question_weights: `"uniform"` or `"reach"`.
+        boundary: `"literal"` or `"absorbing"`.
+        first_token: `"keep"` or `"drop"`.
+        heads: `"all"`, a share such as 0.3, or (layer, head) pairs.
+        edges: `"attention"` or `"value"`.
+        adapter: How to read this architecture, if the built-in adapters cannot.
+        backend: `"nnsight"` reads any model; `"interface"`, for models of transformers' attention
+            interface, also with tensor parallelism, several threads, and without source code.
+        block: Query rows that are computed at a time: memory against speed.
+        mode: `"dense"` holds the attention of all pairs of tokens; `"streamed"` computes it twice,
+            in blocks and linear memory; `"auto"` is dense where that fits with ease.
+        verify: Check that the tokenizer fits, and that what is read is what the model computes.
+
+    Raises:
+        UnsupportedArchitectureError, NoAttentionError: No adapter knows it, or it has no attention.
+        ValueError: An option has no such choice, there is no such layer, or the tokenizer does not
+            belong to the model.
+        TypeError: `model` is no transformers model.
+        UnsupportedVersionError: A library is installed in a version that was not tested.
+    """
+    check_versions()
+    if question == "mask":
+        raise ValueError("question='mask' needs the mask: pass it to trace(..., question=)")
+    check_finder(answer)
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    options = flow_options(
+        preset,
+        layers=layers if isinstance(layers, str) else layer_numbers(layers),
+        question=question,
+        answer=finder_name(answer),
+        target=target,
+        question_weights=question_weights,
+        boundary=boundary,
+        first_token=first_token,
+        heads=None if heads is None else head_pairs(heads),
+        edges=edges,
+    )
+    language_model(unwrapped(model))
+    reader = AttentionReader(model, adapter, backend=backend, block=block)
+    reader.verified = not verify
+    if verify and tokenizer is not None:
+        check_tokenizer(reader.model, tokenizer)
+    return FlowTracer(reader, tokenizer, options, answer, mode)
+
+
+def _rebuilt(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: FlowOptions,
+    answer: AnswerFinder,
+    mode: str,
+    adapter: AttentionAdapter,
+    backend: str,
+    block: int,
+    verified: bool,
+) -> FlowTracer:
+    """The tracer that was pickled."""
+    reader = AttentionReader(model, adapter, backend=backend, block=block)
+    reader.verified = verified
+    return FlowTracer(reader, tokenizer, options, answer, mode)
+
+
+class FlowTracer:
+    """Traces the answers of one model; make one with `wrap`.
+
+    Attributes:
+        model: The model, without wrappers.
+        tokenizer: Its tokenizer, if there is one.
+        options: What `wrap` was told.
+        layers: Numbers of the layers that are averaged.
+        answer: How answers are found.
+        reader: How the model is read.
+        mode: `"auto"`, `"dense"` or `"streamed"`.
+    """
+
+    def __init__(
+        self,
+        reader: AttentionReader,
+        tokenizer: PreTrainedTokenizerBase | None,
+        options: FlowOptions,
+        answer: AnswerFinder,
+        mode: str = "auto",
+    ) -> None:
+        self.model = reader.model
+        self.tokenizer = tokenizer
+        self.options = options
+        self.layers = select_layers(options.layers, [site.layer for site in reader.sites])
+        self.answer = answer
+        self.reader = reader
+        self.mode = mode
+        self._solver = Solver(reader, self.layers, options, mode)
+
+    def __repr__(self) -> str:
+        return (
+            f"FlowTracer({type(self.model).__name__}, layers {list(self.layers)}, "
+            f"adapter {self.reader.adapter.name!r})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the lock and nnsight's handles on the model, which are made anew.
+        reader = self.reader
+        parts = self.model, self.tokenizer, self.options, self.answer, self.mode
+        return _rebuilt, (
+            *parts,
+            reader.adapter,
+            reader.backend.name,
+            reader.block,
+            reader.verified,
+        )
+
+    def estimate(self, tokens: int, *, batch: int = 1) -> MemoryEstimate:
+        """What tracing texts of so many tokens would take beside the model, and what is free.
+
+        `print(tracer.estimate(32_768))` says it in words. The figures are derived from the model's
+        sizes and a run on 17 tokens, not from a trace of that length.
+
+        Raises:
+            ValueError: `tokens` or `batch` is below 1.
+        """
+        return self._solver.budget.estimate(tokens, batch)
+
+    def attention(
+        self,
+        input_ids: Int[Tensor, "batch query"],
+        attention_mask: Int[Tensor, "batch key"] | Bool[Tensor, "batch key"] | None = None,
+        *,
+        model_inputs: Mapping[str, Any] | None = None,
+    ) -> Float[Tensor, "batch query key"]:
+        """Mean over the selected layers and all heads, float32, padding rows and columns 0.
+
+        Args:
+            input_ids: Tokens.
+            attention_mask: 0 on padding.
+            model_inputs: What else the model takes, such as images. `position_ids` that restart
+                mean packed texts, and go without a mask; with `past_key_values` the keys are the
+                cached tokens and the input, the mask covers both, and the cache stays as it is.
+
+        Raises:
+            TypeError: Ids or mask are no tensors of whole numbers.
+            ValueError: Shapes differ, a token is outside the vocabulary, the input is longer than
+                the model's context, or packed texts come with a mask.
+            AdapterMismatchError: On first use, if what is read is not what the model computes.
+        """
+        return self._solver.attention(input_ids, attention_mask, dict(model_inputs or {}))
+
+    def trace(
+        self,
+        prompt: Prompt,
+        response: str,
+        *,
+        answer: AnswerFinder | None = None,
+        question: str | Sequence[bool] | TokenMask | None = None,
+        progress: bool = False,
+    ) -> FlowTrace:
+        """What carried the answer of `response` to `prompt`.
+
+        A text is used as it is, chat messages go through the tokenizer's chat template. The
+        response is tokenized as a continuation of the prompt; use `trace_tokens` for ids that were
+        sampled.
+
+        Args:
+            prompt: Text or chat messages.
+            response: What the model answered.
+            answer: How to find the answer, instead of the tracer's own finder.
+            question: A mask over the prompt's tokens or another rule, instead of the tracer's.
+            progress: Show a bar while a long text is read.
+
+        Raises:
+            AnswerNotFoundError: There is no answer in the response.
+            TooLittleMemoryError: It would not fit in the memory that is free.
+            ValueError: Prompt or response is empty or too long, or no question token reaches the
+                answer.
+        """
+        tokenizer = self.require_tokenizer()
+        prompt_ids, text = encode_prompt(tokenizer, prompt)
+        ids = encode_response(tokenizer, text, response)
+        return self._trace(prompt_ids, ids, answer, question, user_text(prompt), progress)
+
+    def trace_tokens(
+        self,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        *,
+        answer: AnswerFinder | None = None,
+        question: str | Sequence[bool] | TokenMask | None = None,
+        progress: bool = False,
+    ) -> FlowTrace:
+        """`trace` for token ids, such as sampled ones; `question="user"` raises, it needs text."""
+        rule = self.options.question if question is None else question
+        if isinstance(rule, str) and rule == "user":
+            raise ValueError(
+                "question='user' needs to know what the user said, and token ids do not tell; "
+                "pass trace_tokens(..., question=mask)"
+            )
+        return self._trace(list(prompt_ids), list(response_ids), answer, question, None, progress)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        do_sample: bool = False,
+        temperature: float | None = None,
+        answer: AnswerFinder | None = None,
+        progress: bool = False,
+    ) -> FlowTrace:
+        """Let the model answer `prompt`, then trace its answer; greedy unless `do_sample`.
+
+        The answer ends at the model's end token, after `max_new_tokens`, or where the context ends.
+        Sampling uses the model's own generation config, unless `temperature` is given.
+
+        Raises:
+            AnswerNotFoundError: There is no answer in what the model said; the message quotes it.
+            ValueError: As for `trace`.
+        """
+        tokenizer = self.require_tokenizer()
+        check_finder(self.answer if answer is None else answer)
+        prompt_ids, _ = encode_prompt(tokenizer, prompt)
+        with self.reader.exclusive():
+            ids = generate_ids(
+                self.model,
+                prompt_ids,
+                max_new_tokens=max_new_tokens,
+                do_sample=do_sample,
+                temperature=temperature,
+                pad_token_id=tokenizer.pad_token_id or 0,
+                progress=progress,
+            )
+        return self._trace(prompt_ids, ids, answer, None, user_text(prompt), progress)
+
+    def trace_ids(
+        self,
+        prompt_ids: Int[Tensor, "batch prompt"],
+        completion_ids: Int[Tensor, "batch completion"],
+        prompt_mask: Int[Tensor, "batch prompt"] | Bool[Tensor, "batch prompt"],
+        completion_mask: Int[Tensor, "batch completion"] | Bool[Tensor, "batch completion"],
+        *,
+        batch_size: int | None = None,
+        answer: AnswerFinder | None = None,
+    ) -> FlowBatch:
+        """The flow of padded rollouts, as a trainer holds them.
+
+        Prompts are padded left, completions right. Nothing leaves the device but the token ids, for
+        finding the answers. Rows without an answer, or without a visible completion, come back as 0
+        and are `None` in `answers`.
+
+        Args:
+            prompt_ids: Prompts.
+            completion_ids: Completions that were sampled.
+            prompt_mask: 0 on padding.
+            completion_mask: 0 on padding.
+            batch_size: Rows in one forward pass; all by default.
+            answer: How to find the answers, instead of the tracer's own finder.
+
+        Raises:
+            ValueError: Ids and masks do not fit, prompts are padded on the right, there are no
+                rows, `batch_size` is below 1, or as for `attention`.
+        """
+        check_rollouts(prompt_ids, completion_ids, prompt_mask, completion_mask)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+        if self.options.question == "user":
+            raise ValueError(
+                "question='user' needs to know what the user said, and token ids do not tell; "
+                "wrap the model with question='prompt'"
+            )
+        ids = torch.cat([prompt_ids, completion_ids], dim=1)
+        mask = torch.cat([prompt_mask, completion_mask], dim=1).bool()
+        tokenizer, finder = self.require_tokenizer(), self.answer if answer is None else answer
+        length = prompt_ids.shape[1]
+        parts = []
+        for start in range(0, len(ids), size := batch_size or len(ids)):
+            rows = slice(start, start + size)
+            # Rows without an answer run through the model too: every process of a distributed run
+            # must make the same forward passes.
+            masks = rollout_masks(tokenizer, ids[rows], mask[rows], length, self.options, finder)
+            parts.append(self._solver.rollouts(ids[rows], mask[rows], masks, length))
+        return join_batches(parts)
+
+    def _trace(
+        self,
+        prompt_ids: list[int],
+        response_ids: list[int],
+        finder: AnswerFinder | None,
+        question: str | Sequence[bool] | TokenMask | None,
+        user_text: str | None,
+        progress: bool,
+    ) -> FlowTrace:
+        tokenizer = self.require_tokenizer()
+        spans = find_spans(
+            tokenizer,
+            prompt_ids,
+            response_ids,
+            finder=self.answer if finder is None else finder,
+            question=self.options.question if question is None else question,
+            user_text=user_text,
+            target=self.options.target,
+        )
+        options = self.options
+        if question is not None:
+            named = question if isinstance(question, str) else "mask"
+            options = replace(options, question=named)
+        all_ids = prompt_ids + response_ids
+        tokens = decode_tokens(tokenizer, all_ids).pieces
+        ids = torch.tensor([all_ids], device=input_device(self.model))
+        return FlowTrace(
+            token_ids=np.array(all_ids),
+            tokens=tokens,
+            spans=spans,
+            model=model_name(self.model),
+            options=options,
+            layers=self.layers,
+            **self._solver.text(ids, spans, tokens, progress=progress),
+        )
+
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this tracer has no tokenizer; make it with wrap(model, tokenizer)")
+        return self.tokenizer

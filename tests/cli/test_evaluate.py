@@ -1,0 +1,146 @@
+import json
+import re
+
+import pytest
+
+from flowtracer_plugin.credit.token_scores import TOKEN_SCORES
+from tests.evaluation.planted import planted_model, planted_story, planted_text, planted_tokenizer
+
+QUICK = ("--percents", "10,20", "--gaps", "1", "--draws", "2", "--answer", "re:=(.)$")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    planted_model().save_pretrained(folder)
+    planted_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    rows = []
+    for seed in range(3):
+        prompt, response = planted_story(seed)
+        rows.append({"prompt": prompt, "response": response, "answer": planted_text(seed)[3]})
+    rows[1]["answer"] = "none"
+    rows.append({"prompt": "^ @ ", "response": "a>b "})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_comparison_is_printed_as_json(flowtracer, model, data):
+    ran = flowtracer("evaluate", model, data, *QUICK, "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert (found["examples"], found["measured"], found["right"]) == (4, 3, 2)
+    assert found["left_out"] == {"no_answer": 1}
+    scores = {(one["score"], one["side"]): one for one in found["knock_out"]}
+    flow = scores["flow:decision", "top"]
+    assert len(flow["drop"]) == 2
+    assert flow["drop"][1]["low"] > 10
+    assert flow["over_chance"]["mean"] == pytest.approx(
+        flow["aopc"]["mean"] - scores["random", "top"]["aopc"]["mean"]
+    )
+    assert found["settings"]["options"]["percents"] == [10, 20]
+
+
+def test_a_table_names_the_scores_and_what_was_left_out(flowtracer, model, data):
+    ran = flowtracer("evaluate", model, data, *QUICK, "--scores", "recency,flow:decision")
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("3 of 4 examples measured, ")
+    assert "1 left out: no answer was found in the response, as in row 3: no answer" in ran.out
+    assert "2 of the 3 answers are right" in ran.out
+    lines = [line.split()[0] for line in ran.out.splitlines() if re.search(r"…", line)]
+    compared = ["attention:decision", "flow", "flow:decision", "recency"]
+    controls = ["random", "random_class", "random_position"]
+    assert sorted(lines) == sorted([*compared, *controls])
+    assert lines.index("flow:decision") < lines.index("random")
+    assert "10 %" in ran.out
+    assert "1 right before the answer are spared" in ran.out
+
+
+def test_scores_may_be_any_scorer_and_products(flowtracer, model, data):
+    names = ["flow*entropy", "coupled", "shuffled:sharp", "random*surprisal"]
+    ran = flowtracer(
+        "evaluate", model, data, *QUICK, "--scores", ",".join(names), "--limit", "1", "--json"
+    )
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    wanted = [*names, "flow", "attention:decision"]
+    assert found["settings"]["scores"] == wanted
+    assert {one["score"] for one in found["knock_out"] if one["side"] == "bottom"} == set(wanted)
+
+
+def test_every_protocol_can_be_asked_for_and_a_page_written(flowtracer, model, data, tmp_path):
+    page, scores = tmp_path / "page.html", "recency,flow:decision"
+    ran = flowtracer(
+        "evaluate", model, data, *QUICK, "--protocols", "all", "--scores", scores, "--html", page,
+        "--max-new-tokens", "4", "--json",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert found["examples"] == 4
+    for name in ("knock_out", "curves", "edges"):
+        assert found[name], name
+    # Half of these texts is too short to go on from.
+    assert found["counted"] == {
+        "knock_out": 3, "curves": 3, "lines": 0, "edges": 3, "regeneration": 0
+    }  # fmt: skip
+    assert {one["score"] for one in found["curves"]} >= {"flow", "recency", "random"}
+    assert page.read_text("utf-8").count("<table") >= 4
+    ran = flowtracer("evaluate", model, data, *QUICK, "--protocols", "edges,knock_out,regeneration")
+    assert "regeneration: 0 of 3 examples; 3 could not be run, as in row 0: only" in ran.out
+    assert "Edges with the most flow" in ran.out
+    assert "Curves" not in ran.out
+
+
+def test_results_are_kept_and_taken_up_again(flowtracer, model, data, tmp_path):
+    path = tmp_path / "results.jsonl"
+    first = flowtracer("evaluate", model, data, *QUICK, "--output", path, "--limit", "1")
+    assert first.out.startswith("1 of 1 examples measured")
+    assert len(path.read_text().splitlines()) == 2
+    more = flowtracer("evaluate", model, data, *QUICK, "--output", path, "--json")
+    assert len(path.read_text().splitlines()) == 5
+    again = flowtracer("evaluate", model, data, *QUICK, "--output", path, "--json")
+    assert again.out == more.out
+    other = flowtracer("evaluate", model, data, *QUICK, "--output", path, "--rows", "answer")
+    assert other.code == 1
+    assert "holds results with other settings" in other.said
+
+
+def test_a_run_that_measures_nothing_fails(flowtracer, model, data):
+    ran = flowtracer("evaluate", model, data, *QUICK, "--prompt-column", "response")
+    assert ran.code == 0
+    nothing = flowtracer("evaluate", model, data, *QUICK[:-1], "last_word", "--gaps", "30")
+    assert nothing.code == 1
+    assert nothing.out.startswith("0 of 4 examples measured")
+    assert "too few tokens before the answer" in nothing.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--percents", "5,x"), 2, "wanted whole numbers such as 1,2,5, found '5,x'"),
+        (("--percents", "0"), 1, "percents must be from 1 to 100"),
+        (("--scores", "flow,love"), 2, "one of flow, reach, .* got 'love' .or recency"),
+        (("--scores", "entropy:sharp"), 2, "'entropy' reads none; leave out ':sharp'"),
+        (("--scores", "flow,oracle"), 2, "the score 'oracle' needs oracle, a pattern"),
+        (("--prompt-column", "love"), 1, "have no column 'love', they have 'prompt'"),
+        (("--answer", "love"), 2, "wanted auto, .* found 'love'"),
+        (("--rows", "none"), 2, "'future', 'answer'"),
+        (("--protocols", "love"), 2, "some of knock_out, curves, .*, got love"),
+        (("--setting", "love"), 2, "'given', 'compute'"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(flowtracer, model, data, arguments, code, said):
+    ran = flowtracer("evaluate", model, data, *arguments)
+    assert ran.code == code
+    assert re.search(said, ran.said)
+    assert "Traceback" not in ran.err
+
+
+def test_help_names_every_score(flowtracer):
+    shown = flowtracer("evaluate", "--help").out
+    assert all(name in shown for name in TOKEN_SCORES)

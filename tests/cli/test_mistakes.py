@@ -1,0 +1,330 @@
+"""Mistakes end in one sentence that says what to do, and in the right exit code."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import flowtracer_plugin as ft
+from flowtracer_plugin.cli import commands as cli, loading as cli_loading
+from flowtracer_plugin.cli.mistakes import sentence
+from flowtracer_plugin.cli.options import writable
+from flowtracer_plugin.result import storage
+from flowtracer_plugin.trace import memory
+from tests.cli.command_line import Ran, assert_failed, in_a_process
+from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
+
+ROOT = Path(ft.__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("traces") / "a.flow"
+    return ft.wrap(tiny_llama(), tiny_tokenizer()).trace(PROMPT, RESPONSE).save(path)
+
+
+def tracing(model, *more):
+    return ["trace", "--model", model, "--prompt", PROMPT, "--response", RESPONSE, *more]
+
+
+# usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generat"], "No such command 'generat'. Did you mean 'generate'?"),
+        (["adapters", "chek"], "No such command 'chek'. Did you mean 'check'?"),
+        (["trace", "--promt", "a"], "No such option: --promt"),
+        (["generate", "--model", "x"], "Missing option '--prompt'"),
+        (["report"], "Missing argument 'FILE'"),
+        (["compare"], "Missing argument 'FILE'"),
+        (["estimate", "--model", "x"], "Missing option '--tokens'"),
+        (["trace", "--block", "0"], "Invalid value for '--block'"),
+    ],
+)
+def test_wrong_usage_is_told_from_mistakes(flowtracer, arguments, message):
+    assert_failed(flowtracer(*arguments), 2, message)
+
+
+def test_a_folder_is_no_file_to_write(flowtracer, saved, tmp_path):
+    assert_failed(flowtracer("report", saved, "--html", tmp_path), 2, "is a directory")
+
+
+# files
+
+
+def test_what_is_no_trace_is_named(flowtracer, saved, tmp_path):
+    ran = flowtracer("report", tmp_path / "no.flow")
+    assert_failed(ran, 1, "no trace at", "no.flow", "wanted a file that FlowTrace.save()")
+    assert_failed(flowtracer("compare", saved, tmp_path), 1, "no trace at", str(tmp_path))
+    (tmp_path / "notes.flow").write_text("# notes\n")
+    ran = flowtracer("report", tmp_path / "notes.flow")
+    assert_failed(ran, 1, "it is damaged, or not a file that FlowTrace.save() wrote", "trace anew")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, -1])
+def test_a_damaged_trace_is_named(flowtracer, saved, tmp_path, kept):
+    content = saved.read_bytes()
+    (tmp_path / "cut.flow").write_bytes(content[:kept])
+    ran = flowtracer("report", tmp_path / "cut.flow", "--json")
+    assert_failed(ran, 1, "cannot read", "cut.flow", "it is damaged")
+
+
+def test_a_file_that_cannot_be_written_is_named(flowtracer, saved, tmp_path, monkeypatch):
+    page = tmp_path / "x.html"
+
+    def refuse(path, content):
+        raise PermissionError(13, "Permission denied", ".0123.part")
+
+    monkeypatch.setattr("flowtracer_plugin.report.pages.trace_page.write_atomically", refuse)
+    ran = flowtracer("report", saved, "--html", page)
+    assert_failed(ran, 1, f"cannot write '{page}': Permission denied; name a file in a folder")
+    assert storage.load(saved)
+
+
+def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(
+    flowtracer, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    given = tracing(tmp_path / "nowhere")
+    for option in ("--save", "--html", "--parquet", "--graphml"):
+        ran = flowtracer(*given, option, tmp_path / "file" / "new" / "x")
+        assert_failed(ran, 2, option, "nothing can be made in", "that you may write to")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for command in (given, ["demo"], ["evaluate", "nowhere", "no.jsonl"]):
+        option = "--output" if command[0] == "evaluate" else "--html"
+        ran = flowtracer(*command, option, tmp_path / "new" / "x")
+        assert_failed(ran, 2, option, "nothing can be made in")
+
+
+def test_what_can_be_written_is_not_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (None, tmp_path / "file", tmp_path / "new" / "new" / "x", Path("/dev/null")):
+        assert writable(path) == path
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x", ".png"])
+def test_a_figure_of_another_kind_is_refused_before_the_model_is_loaded(flowtracer, tmp_path, name):
+    ran = flowtracer(*tracing(tmp_path / "nowhere", "--figure", tmp_path / name))
+    assert_failed(ran, 2, "'--figure': wanted .png, .svg or .pdf, found", f"in {name!r}")
+
+
+def test_files_do_not_overwrite_each_other(flowtracer, tmp_path):
+    path = tmp_path / "a"
+    ran = flowtracer(*tracing(tmp_path / "nowhere", "--save", path, "--html", path))
+    assert_failed(ran, 2, "two files have the same name: each needs its own")
+    assert not path.exists()
+
+
+def test_the_kind_of_no_figure_is_refused(flowtracer, saved):
+    ran = flowtracer("report", saved, "--figure-kind", "river")
+    assert_failed(ran, 2, "--figure-kind is of --figure: name its file too")
+
+
+# the hub
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "~/model", "a/b/c", "two words"])
+def test_what_can_be_no_id_is_not_looked_for_on_the_hub(flowtracer, name):
+    ran = flowtracer(*tracing(name))
+    assert_failed(ran, 1, f"there is no folder {name!r}; wanted the folder of a Hugging Face model")
+
+
+def test_without_a_network_nobody_waits_for_the_hub(tmp_path):
+    """Its client would try again for minutes, and say so each time."""
+    proxies = {f"{kind}_proxy": "" for kind in ("http", "https", "all")}
+    hub = {"HF_ENDPOINT": "https://hub.invalid", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": ""}
+    ran = in_a_process(*tracing("nobody/nothing"), **hub, **proxies)
+    said = Ran(ran.returncode, ran.stdout, ran.stderr)
+    assert_failed(said, 1, "no such model could be had from the hub", "check its id and the conn")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_hub_is_asked_where_its_address_is_known(monkeypatch, known):
+    def addresses(*_):
+        if not known:
+            raise socket.gaierror
+
+    monkeypatch.setattr(cli_loading, "getproxies", dict)
+    monkeypatch.setattr(cli_loading.socket, "getaddrinfo", addresses)
+    assert cli_loading._without_hub("nobody/nothing") != known
+    assert not cli_loading._without_hub("/")
+    monkeypatch.setattr(cli_loading, "getproxies", lambda: {"https": "http://proxy"})
+    assert not cli_loading._without_hub("nobody/nothing")
+
+
+# memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n20 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 80 bytes"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    ],
+    ids=["Python", "CUDA", "CPU", "MPS"],
+)
+def test_used_up_memory_says_what_takes_less(flowtracer, plain_model, monkeypatch, error):
+    def exhausted(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ft.FlowTracer, "trace", exhausted)
+    ran = flowtracer(*tracing(plain_model))
+    assert_failed(ran, 1, "the memory is used up; trace a shorter text", "--mode streamed")
+
+
+@pytest.mark.parametrize(
+    "remedy", [["--layers", "middle:2"], ["--mode", "streamed"], ["--dtype", "bfloat16"]]
+)
+def test_the_remedies_against_used_up_memory_are_options(flowtracer, plain_model, remedy):
+    assert " ".join(remedy) in sentence(MemoryError())
+    assert flowtracer(*tracing(plain_model, *remedy)).code == 0
+
+
+def test_too_little_memory_keeps_its_own_advice(flowtracer, plain_model, monkeypatch):
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 1000)
+    assert_failed(flowtracer(*tracing(plain_model)), 1, "what fits: ")
+
+
+# what cannot be traced
+
+
+def test_empty_texts_are_refused_before_the_model_is_loaded(flowtracer, tmp_path):
+    given = ["trace", "--model", tmp_path / "nowhere"]
+    assert_failed(flowtracer(*given, "--prompt", ""), 1, "the prompt is empty")
+    assert_failed(flowtracer(*given, "--prompt", "-", stdin="\n"), 1, "the prompt is empty")
+    ran = flowtracer(*given, "--prompt", PROMPT, "--response", "")
+    assert_failed(ran, 1, "the response is empty")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape"])
+def test_what_is_no_text_is_refused(tmp_path, encoding):
+    command = [sys.executable, "-m", "flowtracer_plugin", "trace", "--model", tmp_path]
+    for name, prompt, response in (("prompt", b"-", b"a"), ("response", b"a", b"\xff")):
+        ran = subprocess.run(
+            [*command, "--prompt", prompt, "--response", response],
+            input=b"\xff",
+            capture_output=True,
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+        )
+        assert ran.returncode == 1
+        assert ran.stderr.startswith(f"error: the {name} must be UTF-8 text".encode())
+
+
+def test_where_no_answer_is_found_an_option_helps(flowtracer, plain_model):
+    given = ["trace", "--model", plain_model, "--prompt", PROMPT, "--response", "I do not know."]
+    ran = flowtracer(*given)
+    assert_failed(
+        ran,
+        1,
+        "no answer found by 'auto' in the response 'I do not know.'; --answer says how to find it, "
+        "such as last_word or re:PATTERN, and --max-new-tokens lets a model say more",
+    )
+    for remedy in ("last_word", "re:not (.+)"):
+        assert flowtracer(*given, "--answer", remedy).code == 0
+
+
+# how commands end
+
+
+def test_mistakes_of_no_user_show_where_they_arose(flowtracer, monkeypatch, saved):
+    def broken(_):
+        raise AttributeError("of ours")
+
+    monkeypatch.setattr(storage, "load", broken)
+    with pytest.raises(AttributeError, match="of ours"):
+        flowtracer("report", saved)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("two\n lines"), "two lines"),
+        (FileNotFoundError(2, "No such file", "a.yaml"), "No such file: 'a.yaml'"),
+        (
+            ValueError("mode='streamed' or layers='middle:2'"),
+            "--mode streamed or --layers middle:2",
+        ),
+        (ValueError('wrap(..., backend="interface") can'), "--backend interface can"),
+        (
+            ValueError("load both (wrap(..., verify=False) takes them)"),
+            "load both (--no-verify takes them)",
+        ),
+        (RuntimeError(), "RuntimeError"),
+        (KeyError("hidden_size"), "there is no 'hidden_size'"),
+        (
+            ModuleNotFoundError("No module named 'trl'", name="trl"),
+            "this needs trl; run: pip install 'flowtracer-plugin[trl]'",
+        ),
+        (ModuleNotFoundError("No module named 'mine'", name="mine"), "No module named 'mine'"),
+        (ModuleNotFoundError("x needs trl; run: pip install y", name="trl"), None),
+    ],
+)
+def test_every_mistake_is_one_sentence(error, said):
+    assert sentence(error) == (said or str(error))
+
+
+def test_a_mistake_is_red_only_in_a_terminal_that_wants_colour(capsys, monkeypatch):
+    for colour, wanted in (("NO_COLOR", False), ("FORCE_COLOR", True)):
+        monkeypatch.setenv(colour, "1")
+        cli._say(ValueError("[red] x"))
+        assert ("\x1b[31m" in (said := capsys.readouterr().err)) == wanted
+        assert "error: [red] x" in said
+        monkeypatch.delenv(colour)
+
+
+@pytest.mark.parametrize("where", ["a command", "the start"])
+def test_ctrl_c_is_not_a_mistake(flowtracer, monkeypatch, saved, where):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    if where == "a command":
+        monkeypatch.setattr(storage, "load", interrupted)
+    else:
+        monkeypatch.setattr(cli, "app", interrupted)
+    ran = flowtracer("report", saved)
+    assert (ran.code, ran.out, ran.err.strip()) == (130, "", "")
+
+
+def test_ctrl_c_ends_a_process_quietly(plain_model):
+    """While it waits for its prompt."""
+    command = [sys.executable, "-m", "flowtracer_plugin", "trace", "--model", plain_model]
+    process = subprocess.Popen(
+        [*command, "--prompt", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    while b"read" not in (wait := Path(f"/proc/{process.pid}/wchan").read_bytes()):
+        time.sleep(0.05)
+        assert process.poll() is None, wait
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert (process.returncode, out, err.strip()) == (130, b"", b"")
+
+
+@pytest.mark.parametrize("view", [[], ["--json"]])
+def test_a_reader_that_has_gone_is_not_told_of(view, tmp_path):
+    long = ft.wrap(tiny_llama(max_position_embeddings=2000), tiny_tokenizer())
+    file = long.trace(PROMPT * 30, RESPONSE).save(tmp_path / "a.flow")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "flowtracer_plugin", "report", file, *view]
+    ran = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False, cwd=ROOT)
+    os.close(writing)
+    said = [line for line in ran.stderr.decode().splitlines() if not line.startswith("wrote")]
+    assert said == []
+    assert ran.returncode in (0, 1)

@@ -1,0 +1,330 @@
+"""`flowtracer generate`, `report`, `compare` and `demo`, and the files that commands write."""
+
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import flowtracer_plugin as ft
+from flowtracer_plugin import report
+from flowtracer_plugin.cli import pages as cli_pages, tracing as cli_tracing
+from flowtracer_plugin.trace.flow_trace import FlowTrace
+from tests.cli.command_line import EVERYTHING, Ran, assert_failed, in_a_process
+from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
+
+OTHER = " He ate 3. 3 - 0 = 3.\nThe answer is 3."
+
+
+@pytest.fixture(scope="module")
+def traces():
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer())
+    return [tracer.trace(PROMPT, response) for response in (RESPONSE, OTHER)]
+
+
+@pytest.fixture
+def files(traces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("first.flow", "second.flow")
+    return [
+        trace.save(Path(name)).relative_to(".") for trace, name in zip(traces, names, strict=True)
+    ]
+
+
+# generate
+
+
+def test_generate_is_trace_without_a_response(flowtracer, plain_model):
+    given = ["--model", plain_model, "--prompt", PROMPT, "--json", "--answer", EVERYTHING]
+    given += ["--max-new-tokens", 6]
+    documents = [json.loads(flowtracer(name, *given).out) for name in ("trace", "generate")]
+    assert documents[0] == documents[1]
+    assert_failed(
+        flowtracer("generate", *given, "--response", RESPONSE), 2, "No such option: --response"
+    )
+
+
+def test_options_of_generation_reach_the_model(flowtracer, plain_model, monkeypatch):
+    seen = []
+
+    def generate(self, prompt, **options):
+        seen.append(options)
+        return self.trace(prompt, RESPONSE)
+
+    monkeypatch.setattr(ft.FlowTracer, "generate", generate)
+    given = ["generate", "--model", plain_model, "--prompt", PROMPT, "--json"]
+    sampling = ["--do-sample", "--temperature", 0.5, "--max-new-tokens", 3]
+    assert flowtracer(*given, *sampling).code == 0
+    wanted = {"do_sample": True, "temperature": 0.5, "max_new_tokens": 3, "progress": False}
+    assert seen == [wanted]
+    assert_failed(flowtracer(*given, "--temperature", 1), 2, "pass --do-sample too")
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "value"),
+    [
+        ("--question-weights", "question_weights", "reach"),
+        ("--boundary", "boundary", "absorbing"),
+        ("--first-token", "first_token", "drop"),
+    ],
+)
+def test_options_of_the_flow_reach_the_trace(flowtracer, plain_model, option, name, value):
+    given = ["--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE, "--json"]
+    document = json.loads(flowtracer("trace", *given, option, value).out)
+    assert document["options"][name] == value
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), **{name: value})
+    wanted = tracer.trace(PROMPT, RESPONSE).throughput.tolist()
+    found = [token["throughput"] for token in document["tokens"]]
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_how_the_model_is_read_can_be_chosen(flowtracer, plain_model, monkeypatch):
+    seen = []
+    load = cli_tracing.load_tracer
+
+    def kept(*given):
+        seen.append(load(*given))
+        return seen[0]
+
+    monkeypatch.setattr(cli_tracing, "load_tracer", kept)
+    ran = flowtracer(
+        *("trace", "--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE, "--json"),
+        *("--backend", "interface", "--adapter", "interface", "--block", 8, "--mode", "streamed"),
+        *("--attn-implementation", "eager", "--no-verify"),
+    )
+    assert ran.code == 0
+    (tracer,) = seen
+    assert tracer.reader.backend.name == "interface"
+    assert tracer.reader.adapter.name == "interface"
+    assert (tracer.reader.block, tracer.mode) == (8, "streamed")
+    assert tracer.model.config._attn_implementation == "eager"
+    assert not ft.wrap(tiny_llama(), verify=True).reader.verified
+
+
+def test_the_wrong_adapter_is_named(flowtracer, plain_model):
+    given = ["trace", "--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE]
+    ran = flowtracer(*given, "--adapter", "falcon")
+    assert_failed(ran, 1, "'falcon' is not for LlamaForCausalLM", "leave --adapter out")
+    assert_failed(flowtracer(*given, "--adapter", "nothing"), 2, "found 'nothing'")
+
+
+# report
+
+
+def test_a_saved_trace_gets_a_page_beside_it(flowtracer, files, traces):
+    ran = flowtracer("report", files[0])
+    assert (ran.code, ran.err) == (0, "wrote first.html\n")
+    assert Path("first.html").read_text(encoding="utf-8") == report.render_page(traces[0])
+    assert "answer '2' found by rule 'phrase'" in ran.out
+
+
+def test_the_page_can_go_elsewhere(flowtracer, files):
+    ran = flowtracer("report", files[0], "--html", "new/page.html")
+    assert (ran.code, ran.err) == (0, "wrote new/page.html\n")
+    assert "<html" in Path("new/page.html").read_text(encoding="utf-8")
+    assert not Path("first.html").exists()
+
+
+def test_json_of_a_saved_trace_is_its_document(flowtracer, files, traces):
+    ran = flowtracer("report", files[0], "--json")
+    assert (ran.code, ran.err) == (0, "")
+    assert json.loads(ran.out) == json.loads(traces[0].to_json())
+    assert not Path("first.html").exists()
+
+
+def test_several_traces_get_a_page_each(flowtracer, files):
+    ran = flowtracer("report", *files)
+    assert (ran.code, ran.err) == (0, "wrote first.html\nwrote second.html\n")
+    assert ran.out.index("first.flow") < ran.out.index("'2'") < ran.out.index("second.flow")
+    assert "'3'" in ran.out
+    for options in (["--json"], ["--html", "one.html"]):
+        assert_failed(flowtracer("report", *files, *options), 2, "for one trace, found 2")
+
+
+def test_a_page_never_overwrites_its_trace():
+    assert cli_pages.page_beside(Path("a/x.flow")) == Path("a/x.html")
+    assert cli_pages.page_beside(Path("a/x.html")) == Path("a/x.html.html")
+    assert cli_pages.page_beside(Path("x")) == Path("x.html")
+
+
+def test_every_kind_of_file_is_written_by_the_method_of_its_name(
+    flowtracer, files, plain_model, monkeypatch
+):
+    for name in ("parquet", "graphml"):
+        write = lambda self, path, name=name: path.write_text(f"{name} of {self.text}")  # noqa: E731
+        monkeypatch.setattr(FlowTrace, f"to_{name}", write, raising=False)
+    draw = lambda self, path, kind: path.write_text(f"{kind} of {self.text}")  # noqa: E731
+    monkeypatch.setattr(FlowTrace, "to_figure", draw, raising=False)
+    asked = ["--parquet", "a.parquet", "--graphml", "a.graphml", "--figure", "a.svg"]
+    said = "wrote a.parquet\nwrote a.graphml\nwrote a.svg\n"
+    ran = flowtracer("report", files[0], *asked)
+    assert (ran.code, ran.err) == (0, said)
+    assert Path("a.svg").read_text() == f"ribbon of {PROMPT + RESPONSE}"
+    assert flowtracer("report", files[0], "--figure", "b.svg", "--figure-kind", "river").code == 0
+    assert Path("b.svg").read_text() == f"river of {PROMPT + RESPONSE}"
+    tracing = ["trace", "--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE]
+    ran = flowtracer(*tracing, *asked, "--save", "a.flow")
+    assert (ran.code, ran.err) == (0, "wrote a.flow\n" + said)
+    assert Path("a.graphml").read_text() == f"graphml of {PROMPT + RESPONSE}"
+
+
+def test_an_extra_that_is_missing_is_named_after_the_trace_is_saved(
+    flowtracer, files, plain_model, monkeypatch
+):
+    def lacking(self, path):
+        raise ModuleNotFoundError("No module named 'pyarrow.parquet'", name="pyarrow.parquet")
+
+    monkeypatch.setattr(FlowTrace, "to_parquet", lacking, raising=False)
+    ran = flowtracer(
+        *("trace", "--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE),
+        *("--parquet", "a.parquet", "--save", "kept.flow"),
+    )
+    assert ran.code == 1
+    assert "error: this needs pyarrow; run: pip install 'flowtracer-plugin[viz]'" in ran.err
+    assert ft.load("kept.flow").text == PROMPT + RESPONSE
+
+
+# compare
+
+
+@pytest.fixture
+def comparing(monkeypatch):
+    """What the page of a comparison and its numbers are asked for."""
+    seen = []
+
+    def write(traces, path, *, labels=None, right=None):
+        seen.append((labels, right))
+        path.write_text(" ".join(trace.spans.answer_text for trace in traces))
+        return path
+
+    monkeypatch.setattr(report, "write_comparison", write, raising=False)
+    return seen
+
+
+def test_traces_are_compared_on_one_page(flowtracer, files, comparing):
+    ran = flowtracer("compare", *files)
+    assert (ran.code, ran.err) == (0, "wrote comparison.html\n")
+    assert Path("comparison.html").read_text() == "2 3"
+    assert comparing == [(["first", "second"], None)]
+    heads, *rows = [line.split() for line in ran.out.splitlines()]
+    assert heads[:2] == ["trace", "answer"]
+    assert [row[:2] for row in rows] == [["first", "2"], ["second", "3"]]
+
+
+def test_the_right_answer_and_names_can_be_given(flowtracer, files, comparing):
+    given = ["--right", " 3", "--label", "a", "--label", "b", "--html", "x.html"]
+    ran = flowtracer("compare", *files, *given)
+    assert (ran.code, ran.err) == (0, "wrote x.html\n")
+    assert comparing == [(["a", "b"], [False, True])]
+    assert [line.split()[-1] for line in ran.out.splitlines()[1:]] == ["wrong", "right"]
+
+
+def test_what_is_compared_can_be_had_as_json(flowtracer, files, traces, comparing):
+    from flowtracer_plugin.comparison.traces import compare
+
+    ran = flowtracer("compare", *files, "--right", "2", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    wanted = compare(traces, labels=["first", "second"], right=[True, False]).to_dict()
+    assert json.loads(ran.out) == json.loads(json.dumps(wanted))
+    assert not Path("comparison.html").exists()
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders():
+    files = [Path("a/x.flow"), Path("b/x.flow")]
+    assert cli_pages._labels(files) == ["a/x.flow", "b/x.flow"]
+
+
+def test_a_comparison_needs_two_traces_and_a_label_for_each(flowtracer, files):
+    assert_failed(flowtracer("compare", files[0]), 2, "wanted two or more files", "found 1")
+    ran = flowtracer("compare", *files, "--label", "a")
+    assert_failed(ran, 2, "wanted --label once for each of the 2 files, found it 1 times")
+
+
+# demo
+
+
+def test_the_demo_traces_a_question_and_writes_its_page(flowtracer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = flowtracer("demo")
+    assert ran.code == 0
+    assert "answer '14' found by rule 'boxed'" in ran.out
+    first, second = ran.err.splitlines()
+    assert first == "wrote flowtracer-demo.html"
+    assert second.startswith("your own model: flowtracer generate --model ")
+    assert "Ann" in Path("flowtracer-demo.html").read_text(encoding="utf-8")
+    document = json.loads(flowtracer("demo", "--json", "--html", "x.html").out)
+    assert document["answer"]["text"] == "14"
+    assert Path("x.html").exists()
+
+
+def test_the_model_of_the_demo_is_found_in_a_package_and_in_a_clone(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_tracing, "__file__", str(tmp_path / "package" / "cli_tracing.py"))
+    with pytest.raises(FileNotFoundError, match=r"is not in .*; install flowtracer-plugin anew"):
+        cli_tracing.demo_model()
+    clone, installed = tmp_path / "examples/reasoner/model", tmp_path / "package/reasoner"
+    for folder in (clone, installed):
+        folder.mkdir(parents=True)
+        assert cli_tracing.demo_model() == folder
+
+
+# one way in and out
+
+
+def test_the_module_does_the_same_as_the_command(flowtracer, files):
+    ran = in_a_process("report", "nowhere.flow", "--html", "/")
+    assert ran.returncode == 2
+    assert "Usage: flowtracer report" in ran.stderr
+    ran = in_a_process("report", files[0].resolve(), "--json")
+    assert ran.stdout == flowtracer("report", files[0], "--json").out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_utf_8_in_any_terminal(encoding, tmp_path):
+    prompt = "Zoë hat 3 Äpfel 🍎, 三. Wie viele?"
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer())
+    file = tracer.trace(prompt, RESPONSE).save(tmp_path / "a.flow")
+    ran = in_a_process("report", file, "--json", PYTHONIOENCODING=encoding)
+    assert json.loads(ran.stdout)["text"] == prompt + RESPONSE
+    shown = in_a_process("report", file, encoding=encoding, PYTHONIOENCODING=encoding)
+    assert (shown.returncode, shown.stderr) == (0, f"wrote {tmp_path / 'a.html'}\n")
+    assert "answer '2' found by rule 'phrase'" in shown.stdout
+
+
+def test_half_a_surrogate_pair_does_no_harm(flowtracer, traces, tmp_path):
+    from dataclasses import replace
+
+    file = replace(traces[0], model="\udcff").save(tmp_path / "a.flow")
+    ran = flowtracer("report", file, "--json")
+    assert json.loads(ran.out)["model"] == "\udcff"
+    assert flowtracer("report", file).code == 0
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_view_is_as_wide_as_its_terminal_and_plain_where_colour_is_unwanted(files, width):
+    ran = in_a_process("report", files[0].resolve(), COLUMNS=str(width), NO_COLOR="1")
+    assert max(map(len, ran.stdout.splitlines())) <= width
+    assert "\x1b" not in ran.stdout
+
+
+def test_a_bar_is_shown_in_a_terminal_only(flowtracer, plain_model, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        ft.FlowTracer,
+        "trace",
+        lambda self, prompt, response, *, progress: shown.append(progress) or self,
+    )
+    monkeypatch.setattr(cli_tracing, "deliver", lambda *_: None)
+    for terminal in (True, False):
+        monkeypatch.setattr(
+            cli_tracing, "sys", types.SimpleNamespace(stderr=Ran(0, "", ""), stdin=sys.stdin)
+        )
+        cli_tracing.sys.stderr.isatty = lambda terminal=terminal: terminal
+        given = ["--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE]
+        assert flowtracer("trace", *given).code == 0
+    assert shown == [True, False]
+
+
+def test_the_first_line_of_a_document_is_all_of_it(flowtracer, files):
+    assert re.fullmatch(r"\{.*\}\n", flowtracer("report", files[0], "--json").out)

@@ -1,0 +1,180 @@
+"""The page of an evaluation."""
+
+import base64
+import hashlib
+import re
+from html import unescape
+
+import numpy as np
+import pytest
+
+from flowtracer_plugin.evaluation import render_evaluation, write_evaluation
+from flowtracer_plugin.evaluation.overview import Evaluation, document
+from flowtracer_plugin.evaluation.run import Example, Outcome
+from flowtracer_plugin.evaluation.summaries import Interval
+from flowtracer_plugin.evaluation.tables import cell, counts, tables
+from tests.pages import HOSTILE, Page
+
+HOP = "attention:decision"
+SCORES = ("flow", HOP, "entropy", "random")
+SETTINGS = {
+    "model": "tiny",
+    "data": "questions.jsonl",
+    "dtype": "torch.float32",
+    "layers": [1, 2],
+    "answer": "auto",
+    "setting": "given",
+    "options": {"rows": "future", "percents": [5, 20], "gaps": [0, 5], "draws": 2, "seed": 0},
+}
+
+
+def effects(rng):
+    made = []
+    for gap in (0, 5):
+        for place, score in enumerate(SCORES):
+            for side in ("top", "bottom") if score != "random" else ("top",):
+                drop = (rng.random(2) * (4 - place) * (side == "top")).tolist()
+                made.append({
+                    "gap": gap, "score": score, "side": side, "drop": drop,
+                    "flipped": [0.5, 1.0], "divergence": [0.1, 0.2],
+                })  # fmt: skip
+    return made
+
+
+def outcome(row, rng, **changes):
+    measured = {
+        "knock_out": {
+            "answer_tokens": 2, "log_prob": -0.25, "predicted": True, "candidates": [40, 35],
+            "effects": effects(rng),
+        },
+        "edges": [{"percent": 5, "backbone": float(rng.random()), "others": 0.1}],
+    }  # fmt: skip
+    return Outcome(row=row, digest=str(row), measured=measured, correct=row % 2 == 0, **changes)
+
+
+def evaluation(prompt="How many apples?", detail="none", count=6, **changes):
+    rng = np.random.default_rng(7)
+    outcomes = [outcome(row, rng) for row in range(count)]
+    outcomes.append(
+        Outcome(row=count, digest="x", left_out="no_answer", detail=detail, measured=None)
+    )
+    prompts = [Example(row=row, prompt=prompt) for row in range(count + 1)]
+    return Evaluation(settings={**SETTINGS, **changes}, examples=prompts, outcomes=outcomes)
+
+
+def test_hostile_text_becomes_text_and_nothing_else():
+    harmless = Page(render_evaluation(evaluation()))
+    known = {(tag, name) for tag, attrs in harmless.tags for name in (*attrs, None)}
+    for text in HOSTILE:
+        html = render_evaluation(evaluation(prompt=text or " ", detail=text, model=text, data=text))
+        page = Page(html)
+        assert {(tag, name) for tag, attrs in page.tags for name in (*attrs, None)} <= known
+        assert page.scripts == harmless.scripts
+        html.encode()
+
+
+def test_page_loads_nothing_and_allows_its_own_script_and_style_only():
+    html = render_evaluation(evaluation())
+    page = Page(html)
+    assert "http" not in html.replace("http-equiv", "")
+    assert not any({"src", "style"} & set(attrs) for _, attrs in page.tags)
+    (policy,) = [attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs]
+    assert policy.startswith("default-src 'none'")
+    for content in (page.styles[0], page.scripts[-1]):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+
+
+def test_page_is_deterministic_and_written_whole(tmp_path):
+    path = tmp_path / "new" / "page.html"
+    assert write_evaluation(evaluation(), str(path)) == path
+    assert path.read_text("utf-8") == render_evaluation(evaluation())
+    with pytest.raises(IsADirectoryError):
+        write_evaluation(evaluation(), tmp_path)
+
+
+def test_every_number_of_the_tables_is_there():
+    made = evaluation()
+    html = unescape(render_evaluation(made))
+    assert [table.name for table in tables(made)] == ["knock-outs-0", "knock-outs-5", "edges"]
+    for table in tables(made):
+        block = re.search(rf'<table id="{table.name}">.*?</table>', html, re.DOTALL)[0]
+        found = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", block)
+        assert found == [cell(value) for row in table.rows for value in row]
+
+
+def test_bars_are_as_long_as_the_drops_and_the_largest_gap_is_drawn():
+    made = evaluation()
+    html = render_evaluation(made)
+    tops = [one for one in made.summary.knock_out if one.gap == 5 and one.side == "top"]
+    tops.sort(key=lambda one: -one.aopc.mean)
+    names = re.findall(r'<span class="name">(.*?)</span>', html)
+    assert names == [one.score for one in tops]
+    widths = [float(w) for w in re.findall(r'class="bar" y="5" width="(.*?)"', html)]
+    most = max(one.aopc.high for one in tops)
+    assert widths == pytest.approx([1000 * one.aopc.mean / most for one in tops], abs=0.06)
+    assert "the 5 tokens right before the answer are spared" in html
+
+
+def test_what_counts_and_what_does_not_is_said():
+    made = evaluation()
+    assert list(counts(made)) == [
+        "6 of 7 examples measured, tiny",
+        "1 left out: no answer was found in the response, as in row 6: none",
+        "3 of the 6 answers are right",
+    ]
+    html = render_evaluation(made)
+    assert "6 of 7" in html
+    assert "1 left out: no answer was found" in html
+
+
+def test_an_evaluation_of_nothing_has_a_page_too():
+    made = evaluation(count=0)
+    html = render_evaluation(made)
+    assert "0 of 1" in html
+    assert "Who knows" not in html
+    assert document(made)["measured"] == 0
+
+
+def test_one_share_has_no_lines_over_shares():
+    options = {**SETTINGS["options"], "percents": [5]}
+    made = evaluation(options=options)
+    for one in made.outcomes[:-1]:
+        for effect in one.measured["knock_out"]["effects"]:
+            for name in ("drop", "flipped", "divergence"):
+                effect[name] = effect[name][:1]
+    assert "By how much is knocked out" not in render_evaluation(made)
+    assert "By how much is knocked out" in render_evaluation(evaluation())
+
+
+def test_cells_say_means_and_intervals():
+    assert cell(None) == ""
+    assert cell("5 %") == "5 %"
+    assert cell(Interval(mean=1.234, low=None, high=None)) == "1.23"
+    assert cell(Interval(mean=-0.001, low=-1.0, high=2.0)) == "0.00 (-1.00…2.00)"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280, 2560])
+def test_the_page_in_a_browser(visits, scheme, width):
+    from tests.browsing import violations
+
+    page = visits.open(render_evaluation(evaluation()), width=width, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert violations(page) == []
+    assert visits.said == []
+    assert visits.requested == []
+
+
+@pytest.mark.browser
+def test_tables_are_sorted_by_their_headings(visits):
+    page = visits.open(render_evaluation(evaluation()))
+    page.click("#examples-table th:nth-child(5) button")
+    shown = [
+        float(one) for one in page.locator("#examples-table td:nth-child(5)").all_inner_texts()
+    ]
+    assert shown == sorted(shown, reverse=True)
+    page.click("#knock-outs-5 th:first-child button")
+    names = page.locator("#knock-outs-5 tbody th").all_inner_texts()
+    assert names == sorted(names, reverse=True)

@@ -1,0 +1,254 @@
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import flowtracer_plugin as ft
+from flowtracer_plugin.evaluation.examples import load_examples
+from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions, measure_knock_outs
+from flowtracer_plugin.evaluation.results_file import FORMAT, VERSION, evaluate_to_file
+from flowtracer_plugin.evaluation.run import Example, evaluate
+from flowtracer_plugin.files import RecordFile
+from tests.evaluation.planted import planted_model, planted_story, planted_text, planted_tokenizer
+from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
+
+FEW = KnockOutOptions(percents=(20,), gaps=(1,), draws=2)
+SETTINGS = {"model": "planted", "percents": (20,)}
+
+
+@pytest.fixture(scope="module")
+def planted():
+    answer = re.compile(r"=(.)$")
+    return ft.wrap(planted_model(), planted_tokenizer(), answer=answer, mode="dense")
+
+
+def example(row, kind="good"):
+    """A text whose answer is measured, or is left out for a reason."""
+    prompt, response = planted_story(row)
+    if kind == "unlikely":
+        node = response[-1]
+        response = response[:-1] + ("b" if node == "a" else "a")
+    elif kind == "short":
+        prompt, response = prompt + response[:32], response[32:]
+    elif kind == "none":
+        response = response[:-2]
+    return Example(row=row, prompt=prompt, response=response)
+
+
+def examples(*kinds):
+    return [example(row, kind) for row, kind in enumerate(kinds)]
+
+
+def test_examples_are_measured_or_left_out_with_the_reason(planted):
+    asked = examples("good", "unlikely", "short", "none")
+    asked[0] = replace(asked[0], answer=planted_text(0)[3].upper())
+    found = list(evaluate(planted, asked, FEW))
+    assert [one.left_out for one in found] == [None, "not_predicted", "few_tokens", "no_answer"]
+    wanted = measure_knock_outs(planted, planted.trace(asked[0].prompt, asked[0].response), FEW)
+    assert found[0].measured["knock_out"]["log_prob"] == wanted.log_prob
+    assert found[0].measured["knock_out"]["effects"][0]["drop"] == wanted.effects[0].drop
+    assert found[0].correct is True
+    assert re.search(r"log-probability of -\d+.*and one is not the likeliest", found[1].detail)
+    assert "only 4 tokens" in found[2].detail
+    assert "no answer found by" in found[3].detail
+    assert [one.correct for one in found[1:]] == [None] * 3
+
+
+def test_a_text_that_does_not_fit_is_left_out_and_the_others_go_on(planted, monkeypatch):
+    from flowtracer_plugin.trace.memory import TooLittleMemoryError
+
+    real, asked = type(planted).trace, examples("good", "good")
+
+    def trace(self, prompt, response, **options):
+        if response == asked[0].response:
+            raise TooLittleMemoryError("mode='streamed'")
+        return real(self, prompt, response, **options)
+
+    monkeypatch.setattr(type(planted), "trace", trace)
+    found = list(evaluate(planted, asked, FEW))
+    assert [one.left_out for one in found] == ["not_traced", None]
+    assert "takes more memory than is free" in found[0].detail
+
+
+def test_a_solution_in_the_data_means_its_answer(planted, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "flowtracer_plugin.evaluation.run.measure", lambda *_, right, **__: seen.append(right) or {}
+    )
+    asked = replace(example(0), answer="1 + 1 = 2\n#### 2")
+    list(evaluate(planted, [asked, example(1)], FEW))
+    assert seen == ["2", None]
+
+
+def test_unlikely_answers_can_be_kept(planted):
+    (found,) = evaluate(planted, examples("unlikely"), FEW, predicted_only=False)
+    assert found.measured["knock_out"]["predicted"] is False
+
+
+def test_without_a_response_the_model_answers():
+    asked = "Ann has 4 apples. Ann buys 1. Ann gets 3. Ann sees 6. Ann buys 6. How many apples?\n"
+    name = "examples/reasoner/model"
+    model = AutoModelForCausalLM.from_pretrained(name)
+    tracer = ft.wrap(model, AutoTokenizer.from_pretrained(name), mode="dense")
+    wrong, right, short = (
+        Example(row=n, prompt=asked, answer=answer)
+        for n, answer in enumerate(["13", "#### 14", ""])
+    )
+    found = list(evaluate(tracer, [wrong, right], FEW))
+    assert [one.correct for one in found] == [False, True]
+    assert all(one.measured["knock_out"]["predicted"] for one in found)
+    (cut,) = evaluate(tracer, [short], FEW, max_new_tokens=1)
+    assert cut.left_out == "few_tokens"
+
+
+def test_what_cannot_be_traced_is_left_out_and_mistakes_are_not():
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode="dense")
+    long = Example(row=0, prompt=PROMPT * 40, response=RESPONSE)
+    (found,) = evaluate(tracer, [long], FEW)
+    assert (found.left_out, found.measured) == ("not_traced", None)
+    assert "more than the model's context" in found.detail
+    with pytest.raises(ValueError, match="matched to one of the scores"):
+        list(
+            evaluate(
+                tracer,
+                [Example(row=0, prompt=PROMPT, response=RESPONSE)],
+                FEW,
+                scores={},
+                predicted_only=False,
+            )
+        )
+
+
+# --- the file ---
+
+
+def test_a_run_goes_on_where_it_stopped(planted, tmp_path):
+    path, asked = tmp_path / "results.jsonl", examples("good", "none", "good", "good")
+
+    measured_rows = []
+
+    def measured(left):
+        for outcome in evaluate(planted, left, FEW):
+            measured_rows.append(outcome.row)
+            yield outcome
+
+    def crashing(left):
+        for number, outcome in enumerate(measured(left)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield outcome
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_to_file(crashing, asked, path, SETTINGS)
+    assert [json.loads(line).get("row") for line in path.read_text().splitlines()] == [None, 0, 1]
+    with path.open("a") as file:
+        file.write('{"row": 2, "dig')
+    measured_rows.clear()
+    found = evaluate_to_file(measured, asked, path, SETTINGS)
+    assert measured_rows == [2, 3]
+    assert [one.row for one in found] == [0, 1, 2, 3]
+    whole = evaluate_to_file(measured, asked, tmp_path / "whole.jsonl", SETTINGS)
+    assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
+    drops = [
+        [one.measured["knock_out"]["effects"][0]["drop"] for one in ones if one.measured]
+        for ones in (found, whole)
+    ]
+    assert drops[0] == [pytest.approx(drop) for drop in drops[1]]
+    measured_rows.clear()
+    assert len(evaluate_to_file(measured, asked[:2], path, SETTINGS)) == 2
+    assert measured_rows == []
+
+
+def test_results_with_other_settings_or_data_are_refused_and_another_file_helps(tmp_path):
+    path = tmp_path / "results.jsonl"
+    evaluate_to_file(lambda _: iter(()), [], path, SETTINGS)
+    other = {**SETTINGS, "percents": (5,)}
+    with pytest.raises(ValueError, match=r"percents is \[20\] there and \[5\] now.*another file"):
+        evaluate_to_file(lambda _: iter(()), [], path, other)
+    assert evaluate_to_file(lambda _: iter(()), [], tmp_path / "other.jsonl", other) == ()
+    row = {"row": 0, "digest": "0", "left_out": "no_answer", "detail": "", "measured": None}
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="holds row 0 with other texts: the data have changed"):
+        evaluate_to_file(lambda _: iter(()), examples("good"), path, SETTINGS)
+
+
+@pytest.mark.parametrize("content", ["hello\n", '{"format": "x"}\n', "[1]\n", "{}\n{}\n"])
+def test_other_files_are_refused_and_left_alone(tmp_path, content):
+    path = tmp_path / "results.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"wanted results of the format flowtracer\.evaluation 2"):
+        RecordFile(path, FORMAT, VERSION, SETTINGS)
+    assert path.read_text() == content
+
+
+def test_an_empty_file_is_a_new_one(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.touch()
+    evaluate_to_file(lambda _: iter(()), [], path, SETTINGS)
+    assert json.loads(path.read_text())["model"] == "planted"
+
+
+# --- the data ---
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    return str(path)
+
+
+def test_columns_are_found_or_named(tmp_path):
+    data = write(
+        tmp_path / "data.jsonl",
+        {"question": "q", "answer": 7, "text": "t"},
+        {"question": "r", "answer": None, "text": None},
+    )
+    first, second = load_examples(data)
+    assert first == Example(row=0, prompt="q", answer="7", columns={"text": "t"})
+    assert second == Example(row=1, prompt="r", columns={"text": None})
+    assert first.digest != second.digest
+    (named,) = load_examples(
+        data, limit=1, prompt_column="text", response_column="question", answer_column="text"
+    )
+    assert named == Example(row=0, prompt="t", response="q", answer="t", columns={"answer": 7})
+
+
+def test_prompts_get_a_template_and_become_messages(tmp_path):
+    data = write(tmp_path / "data.jsonl", {"prompt": "2 + 2?", "response": "4"})
+    (found,) = load_examples(data, template="boxed", system="Be brief.", chat=True)
+    assert [said["role"] for said in found.prompt] == ["system", "user"]
+    assert found.prompt[1]["content"].startswith("2 + 2?\nThink step by step.")
+    assert found.response == "4"
+
+
+def test_other_files_are_read_by_datasets(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("question,answer\nq,7\n")
+    assert load_examples(str(path)) == (Example(row=0, prompt="q", answer="7"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("", {}, "there are no rows in"),
+        ('{"a": 1}\n', {}, "has no column 'prompt' or 'question', it has 'a'"),
+        ('{"prompt": "q"}\n', {"answer_column": "x"}, "have no column 'x', they have 'prompt'"),
+        ('{"prompt": null}\n', {}, "row 0 of the data has no 'prompt'"),
+        ('{"prompt": "q"}\nnope\n', {}, "line 2 of .* is no JSON"),
+        ("[1]\n", {}, "line 1 of .* is no JSON object"),
+        ('{"prompt": "q", "response": [1]}\n', {}, "'response' of row 0 is no text"),
+        ('{"prompt": "q"}\n', {"template": "x"}, "the template must be hash, boxed or a text with"),
+    ],
+)
+def test_data_that_are_none_are_refused(tmp_path, text, options, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_examples(str(path), **options)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ValueError, match=r"there is no file 'nothing\.jsonl'"):
+        load_examples("nothing.jsonl")

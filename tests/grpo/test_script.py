@@ -1,0 +1,533 @@
+"""The training script: its arguments, its data, its rewards, and real runs of it."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from trl import GRPOTrainer
+
+from flowtracer_plugin import grpo
+from flowtracer_plugin.grpo import FlowGRPOConfig, script as training
+from flowtracer_plugin.grpo.script import build_trainer, main, parse, train
+from flowtracer_plugin.rewards import math_answer
+from flowtracer_plugin.text.data_sets import TEMPLATES, load_rows, with_prompts
+from tests.grpo.worker import PROMPTS, config, save_policy, word_tokenizer
+
+ROOT = Path(__file__).parents[2]
+ROWS = [{"question": prompt, "solution": f"so #### {n}"} for n, prompt in enumerate(PROMPTS * 2)]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
+]
+
+# Half of TrainingArguments' fields do not hold what they declare, which the suite's checker minds.
+FlowGRPOConfig.__init__ = inspect.unwrap(FlowGRPOConfig.__init__)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.fixture
+def data(tmp_path):
+    return written(tmp_path / "data.jsonl")
+
+
+def written(path, rows=ROWS):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arguments(policy, data, folder, *more, rewards=("math_answer",)):
+    return [
+        *("--model_name_or_path", policy, "--dataset_name", str(data)),
+        *("--prompt_column", "question", "--answer_column", "solution", "--no_chat"),
+        *(("--reward_funcs", *rewards) if rewards else ()),
+        *("--output_dir", str(folder / "out"), "--use_cpu", "true", "--bf16", "false"),
+        *("--max_steps", "2", "--num_generations", "2", "--max_completion_length", "8"),
+        *("--per_device_train_batch_size", "4", "--logging_steps", "1", "--disable_tqdm", "true"),
+        *("--learning_rate", "1e-2", "--save_strategy", "no"),
+        *map(str, more),
+    ]
+
+
+def built(policy, data, folder, *more, **options):
+    return build_trainer(*parse(arguments(policy, data, folder, *more, **options)))
+
+
+def state(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# arguments
+
+
+def test_every_option_of_flow_credit_is_one_of_the_script():
+    given = {
+        field.name: 0.25 if field.name == "flow_top_fraction" else field.default
+        for field in fields(FlowGRPOConfig)
+        if field.name.startswith("flow_") and isinstance(field.default, str | int | float)
+    }
+    flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    _, training_args, _ = parse([*flags, "--use_cpu", "true"])
+    assert {name: getattr(training_args, name) for name in given} == given
+    assert training_args.flow_top_fraction == 0.25
+
+
+def test_a_machine_without_accelerator_trains_on_its_cpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    _, args, _ = parse([])
+    assert args.use_cpu
+    assert not args.bf16
+    _, args, _ = parse(["--bf16", "true"])
+    assert args.bf16
+
+
+def test_arguments_come_from_a_file_and_the_command_line_goes_first(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("prompt_column: question\nflow_gamma: 2\nuse_cpu: true\nlora_r: 3\n")
+    script_args, training_args, model_args = parse(["--config", str(file), "--flow_gamma", "3"])
+    assert script_args.prompt_column == "question"
+    assert training_args.flow_gamma == 3
+    assert model_args.lora_r == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--promt_column", "a"], "there is no option '--promt_column'; did you mean --prompt_col"),
+        (["--xyzzy"], "there is no option '--xyzzy'; --help shows what there is"),
+        (["--learning_rate", "much"], "argument --learning_rate.*: invalid float value: 'much'"),
+        (["--flow_gamma", "-1"], "flow credit: gamma must be at least 0, got -1.0"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_wrong_arguments_are_named(given, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        parse([*given, "--use_cpu", "true"])
+
+
+def test_an_option_that_only_a_file_holds_must_exist_too(tmp_path):
+    (tmp_path / "run.yaml").write_text("promt_column: question\nuse_cpu: true\n")
+    with pytest.raises(ValueError, match="there is no option '--promt_column'; did you mean"):
+        parse(["--config", str(tmp_path / "run.yaml")])
+
+
+# data
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_a_local_file_is_read(tmp_path, kind):
+    path, rows = tmp_path / f"data.{kind}", datasets.Dataset.from_list(ROWS)
+    write = {"csv": rows.to_csv, "parquet": rows.to_parquet}.get(kind, rows.to_json)
+    write(path)
+    assert load_rows(str(path), "train").to_list() == ROWS
+    assert load_rows(str(path), "train[:2]").to_list() == ROWS[:2]
+    assert list(load_rows(str(path), "train", streaming=True)) == ROWS
+
+
+def test_a_folder_with_splits_is_read(tmp_path):
+    (tmp_path / "own").mkdir()
+    written(tmp_path / "own" / "train.jsonl")
+    written(tmp_path / "own" / "test.jsonl", ROWS[:1])
+    assert load_rows(str(tmp_path / "own"), "test").to_list() == ROWS[:1]
+    assert len(load_rows(str(tmp_path / "own"), "train")) == 8
+
+
+def test_data_that_cannot_be_had_are_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"there is no file 'nowhere.jsonl'"):
+        load_rows("nowhere.jsonl", "train")
+    (tmp_path / "broken.jsonl").write_text('{"a": 1}\n{"a": ')
+    with pytest.raises(ValueError, match=r"cannot load split 'train' of '.*broken.jsonl': "):
+        load_rows(str(tmp_path / "broken.jsonl"), "train")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty.jsonl"):
+        load_rows(str(tmp_path / "empty.jsonl"), "train")
+    path = written(tmp_path / "data.jsonl")
+    with pytest.raises(ValueError, match=r"cannot load split 'train\[:0\]' of .* no data"):
+        load_rows(str(path), "train[:0]")
+    (tmp_path / "heads.csv").write_text("question,answer\n")
+    with pytest.raises(ValueError, match=r"cannot load split 'train' of '.*heads.csv': .* no data"):
+        load_rows(str(tmp_path / "heads.csv"), "train")
+    with pytest.raises(ValueError, match=r"cannot load split 'test' of .*Unknown split .*95%"):
+        load_rows(str(path), "test")
+    assert len(load_rows(str(path), "train[75%:]")) == 2
+
+
+def test_data_that_the_hub_does_not_have_are_named():
+    given = ["--model_name_or_path", "examples/reasoner/model", "--reward_funcs", "flow"]
+    ran = command(
+        *given, *("--use_cpu", "true", "--dataset_name", "nobody/nothing"), HF_HUB_OFFLINE="1"
+    )
+    assert ran.returncode == 1
+    assert ran.stdout == ""
+    (sentence,) = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert "cannot load split 'train' of 'nobody/nothing': " in sentence
+    assert "Warning" not in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+ROW = {"question": "What is 3 + 4?", "solution": "7"}
+TEXT = "What is 3 + 4?"
+USER = {"role": "user", "content": TEXT}
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt"),
+    [
+        ({}, TEXT),
+        ({"chat": True}, [USER]),
+        (
+            {"chat": True, "system": "Be kind."},
+            [{"role": "system", "content": "Be kind."}, USER],
+        ),
+        ({"template": "Q: {prompt} {in braces}\nA:"}, f"Q: {TEXT} {{in braces}}\nA:"),
+        ({"template": "boxed"}, TEMPLATES["boxed"].replace("{prompt}", TEXT)),
+        (
+            {"template": "hash", "chat": True},
+            [{"role": "user", "content": TEMPLATES["hash"].replace("{prompt}", TEXT)}],
+        ),
+    ],
+)
+def test_rows_get_prompts(options, prompt):
+    rows = with_prompts(
+        datasets.Dataset.from_list([ROW]),
+        prompt_column="question",
+        answer_column="solution",
+        **options,
+    )
+    assert rows.to_list() == [ROW | {"answer": "7", "prompt": prompt}]
+
+
+def test_a_column_of_that_name_is_replaced_and_messages_stay():
+    rows = datasets.Dataset.from_list([{"prompt": "old", "answer": "old", "asked": [USER]}])
+    made = with_prompts(rows, prompt_column="asked", answer_column="prompt", chat=True)
+    assert made.to_list() == [{"prompt": [USER], "answer": "old", "asked": [USER]}]
+
+
+def test_a_stream_gets_prompts(data):
+    rows = with_prompts(load_rows(str(data), "train", streaming=True), prompt_column="question")
+    assert next(iter(rows)) == {**ROWS[0], "prompt": PROMPTS[0]}
+    with pytest.raises(ValueError, match=r"no column 'ask', .* they have 'question', 'solution'"):
+        with_prompts(load_rows(str(data), "train", streaming=True), prompt_column="ask")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_column": "ask"}, "no column 'ask', which --prompt_column names; they have 'ques"),
+        ({"answer_column": "ans"}, "no column 'ans', which --answer_column names; they have 'ques"),
+        ({"template": "boxd"}, "must be hash, boxed or a text with {prompt} .* got 'boxd'"),
+        ({"system": "Be kind."}, "--system_prompt needs chat messages"),
+        ({"prompt_column": "n"}, "for prompts that are texts, and one is 5"),
+        ({"prompt_column": "said", "template": "boxed"}, "leave them out for chat messages"),
+    ],
+)
+def test_prompts_that_cannot_be_made(options, message):
+    rows = datasets.Dataset.from_list([ROW | {"n": 5, "said": [USER]}])
+    with pytest.raises(ValueError, match=message):
+        with_prompts(rows, **({"prompt_column": "question"} | options))
+
+
+# runs
+
+
+def test_it_trains_saves_and_says_so(policy, data, tmp_path, capsys):
+    names = ("math_answer", "flow", "concentration", "math_flow")
+    main(arguments(policy, data, tmp_path, rewards=names))
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'out'}\n")
+    assert not same(state(tmp_path / "out"), state(policy))
+    log = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert max(step.get("flow/answer_found", 0) for step in log) > 0
+    for name in ("math_answer", "reasoning_share", "concentration", "math_flow"):
+        assert f"rewards/{name}/mean" in log[0], name
+
+
+def test_uniform_credit_is_plain_grpo_with_the_same_data_and_seed(policy, data, tmp_path):
+    def digits(completions, **columns):
+        return [float(sum(map(ord, text)) % 7) for text in completions]
+
+    parsed = parse(arguments(policy, data, tmp_path, "--flow_gamma", 1, rewards=()))
+    ours = build_trainer(*parsed, reward_funcs=[digits])
+    ours.train()
+    settings = config(grpo.GRPOConfig, tmp_path)
+    theirs = GRPOTrainer(
+        policy,
+        digits,
+        args=settings,
+        processing_class=word_tokenizer(),
+        train_dataset=datasets.Dataset.from_dict({"prompt": PROMPTS * 2}),
+    )
+    theirs.train()
+    assert same(ours.model.state_dict(), theirs.model.state_dict())
+    assert not same(ours.model.state_dict(), state(policy))
+
+
+def test_flow_rewards_trace_the_model_that_is_trained_with_the_options_of_its_credit(
+    policy, data, tmp_path
+):
+    more = ("--flow_layers", "late:1", "--flow_target", "decision", "--flow_answer", "hash")
+    trainer = built(policy, data, tmp_path, *more, rewards=("flow",))
+    tracer = trainer.reward_funcs[0].tracer
+    assert tracer.model is trainer.model
+    assert tracer.layers == (4,)
+    assert (tracer.options.target, tracer.options.answer) == ("decision", "hash")
+
+
+def test_flow_rewards_can_trace_a_model_that_stays(policy, data, tmp_path):
+    trainer = built(policy, data, tmp_path, "--trace_model_name_or_path", policy, rewards=("flow",))
+    train(trainer)
+    traced = trainer.reward_funcs[0].tracer.model
+    assert same(traced.state_dict(), state(policy))
+    assert not same(trainer.model.state_dict(), state(policy))
+
+
+def test_a_chat_template_is_used_if_there_is_one(policy, data, tmp_path):
+    trainer = built(policy, data, tmp_path)
+    assert trainer.train_dataset[0]["prompt"] == PROMPTS[0]
+    script_args, *others = parse(arguments(policy, data, tmp_path))
+    script_args.chat = True
+    trainer = build_trainer(script_args, *others)
+    assert trainer.train_dataset[0]["prompt"] == [{"role": "user", "content": PROMPTS[0]}]
+
+
+def test_lora_is_trained_and_saved_as_an_adapter(policy, data, tmp_path):
+    lora = ("--use_peft", "--lora_r", 4, "--lora_target_modules", "q_proj", "v_proj")
+    trainer = built(policy, data, tmp_path, *lora, rewards=("math_answer", "flow"))
+    assert isinstance(trainer.model, PeftModel)
+    train(trainer)
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+    assert trainer.reward_funcs[1].tracer.model is trainer.model
+
+
+def test_a_run_that_is_resumed_ends_where_it_would_have(policy, data, tmp_path):
+    steps = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2)
+    rewards = ("math_answer", "flow")
+    main(arguments(policy, data, tmp_path, *steps, rewards=rewards))
+    wanted = state(tmp_path / "out")
+    assert not same(wanted, state(policy))
+    first = tmp_path / "out/checkpoint-2"
+    main(
+        arguments(
+            policy, data, tmp_path, *steps, "--resume_from_checkpoint", first, rewards=rewards
+        )
+    )
+    assert same(state(tmp_path / "out"), wanted)
+    trainer = built(policy, data, tmp_path, *steps, "--resume_from_checkpoint", "true")
+    train(trainer)
+    assert trainer.state.global_step == 4  # from checkpoint-4: nothing is left to do
+    assert same(trainer.model.state_dict(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere", "there is no checkpoint 'nowhere'; pass a folder checkpoint-N, or true"),
+        ("true", "No valid checkpoint found in output directory"),
+        (".", "valid checkpoint"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_named(
+    policy, data, tmp_path, monkeypatch, given, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    trainer = built(policy, data, tmp_path, "--resume_from_checkpoint", given)
+    with pytest.raises(ValueError, match=message):
+        train(trainer)
+
+
+@pytest.mark.parametrize("given", ["false", "None"])
+def test_a_run_need_not_be_resumed(policy, data, tmp_path, given):
+    trainer = built(policy, data, tmp_path, "--resume_from_checkpoint", given)
+    train(trainer)
+    assert trainer.state.global_step == 2
+
+
+def test_a_split_is_held_out(policy, data, tmp_path):
+    wanted = ("--eval_strategy", "steps", "--eval_steps", 1, "--per_device_eval_batch_size", 4)
+    with pytest.raises(ValueError, match=r"cannot load split 'test'.*train\[:95%\]"):
+        built(policy, data, tmp_path, *wanted)
+    splits = ("--dataset_train_split", "train[:4]", "--dataset_test_split", "train[4:]")
+    trainer = built(policy, data, tmp_path, *wanted, *splits)
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (4, 4)
+    train(trainer)
+    assert any("eval_reward" in step for step in trainer.state.log_history)
+
+
+# rewards
+
+
+def test_a_reward_is_imported_by_its_path(policy, data, tmp_path, monkeypatch):
+    (tmp_path / "my_own_rewards.py").write_text(
+        "def short(completions, solution, **columns):\n"
+        "    return [1 / (1 + len(text)) for text in completions]\n"
+        "class Scorer: pass\n"
+        "number = 5\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    rewards = ("my_own_rewards.short", "trl.rewards.think_format_reward")
+    trainer = built(policy, data, tmp_path, rewards=rewards)
+    assert [func.__name__ for func in trainer.reward_funcs] == ["short", "think_format_reward"]
+    for path, message in {
+        "my_own_rewards.long": "cannot import the reward 'my_own_rewards.long': module 'my_own",
+        "my_other_rewards.short": "cannot import the reward .*No module named 'my_other_rewards'",
+        "my_own_rewards.Scorer": "must be a function or an instance that can be called, got <class",
+        "my_own_rewards.number": "must be a function or an instance that can be called, got 5",
+        "math_anser": "there is no reward 'math_anser'; wanted one of math_answer, flow, .* dotted",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            built(policy, data, tmp_path, rewards=(path,))
+
+
+def test_a_reward_model_can_score(policy, data, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1)
+    model.config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "scorer")
+    word_tokenizer().save_pretrained(tmp_path / "scorer")
+    scorer = ("--reward_model_name_or_path", tmp_path / "scorer")
+    trainer = built(policy, data, tmp_path, *scorer, "--max_steps", 1)
+    train(trainer)
+    assert "rewards/scorer/mean" in trainer.state.log_history[0]
+    assert trainer.reward_funcs[1] is math_answer
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        ("model_name_or_path", "no model: pass --model_name_or_path"),
+        ("dataset_name", "no data: pass --dataset_name"),
+        ("reward_funcs", "no reward: pass --reward_funcs with some of math_answer, flow"),
+        (
+            "answer_column",
+            "math_answer needs the right answers: pass --answer_column; .*'solution'",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(policy, data, tmp_path, left_out, message):
+    parsed = parse(arguments(policy, data, tmp_path))
+    for part in parsed:
+        if hasattr(part, left_out):
+            setattr(part, left_out, None)
+    with pytest.raises(ValueError, match=message):
+        build_trainer(*parsed)
+
+
+# as a program
+
+
+def command(*more, module=("-m", "flowtracer_plugin", "train"), launch=(), **environment):
+    """`flowtracer train`, or a script, in a process."""
+    return subprocess.run(
+        [sys.executable, *launch, *module, *map(str, more)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'adapters'}",
+            **environment,
+        },
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(policy, data, tmp_path):
+    given = arguments(policy, data, tmp_path, rewards=("flow",))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    ran = command(*given, launch=launch, ACCELERATE_USE_CPU="true")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("wrote ") == 1
+    saved = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    # two processes of four completions each, two prompts in each
+    assert saved["log_history"][0]["num_tokens"] > 8 * 3
+    assert "flow/seconds" in saved["log_history"][0]
+
+
+GSM8K = [
+    {
+        "question": "Natalia sold clips to 48 of her friends in April, and half as many in May.",
+        "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72",
+    }
+] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["command", "example"])
+def test_the_worked_example_runs_on_data_of_that_form(policy, tmp_path, script):
+    """With another model, fewer tokens and a file in place of the hub, and nothing else changed."""
+    given = [
+        *("--config", "examples/gsm8k.yaml", "--model_name_or_path", policy),
+        *("--dataset_name", written(tmp_path / "gsm8k.jsonl", GSM8K), "--eval_strategy", "no"),
+        *("--output_dir", tmp_path / "out", "--use_cpu", "true", "--bf16", "false"),
+        *("--max_steps", 1, "--max_completion_length", 4, "--gradient_accumulation_steps", 1),
+    ]
+    modules = {
+        "example": ("examples/grpo_flow.py",),
+        "command": ("-m", "flowtracer_plugin", "train"),
+    }
+    ran = command(*given, module=modules[script], HF_HOME=str(tmp_path / "hf"))
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "rewards/math_answer/mean" in ran.stdout
+    assert ("rewards/asked_for/mean" in ran.stdout) is (script == "example")
+    assert state(tmp_path / "out")
+
+
+def test_the_worked_example_sets_options_that_exist():
+    settings = yaml.safe_load((ROOT / "examples/gsm8k.yaml").read_text())
+    script_args, training_args, model_args = parse(
+        ["--config", str(ROOT / "examples/gsm8k.yaml"), "--use_cpu", "true"]
+    )
+    for name, value in settings.items():
+        (holder,) = [
+            part for part in (script_args, training_args, model_args) if hasattr(part, name)
+        ]
+        assert getattr(holder, name) == value, name
+
+
+@pytest.mark.real_model
+def test_a_pretrained_model_takes_a_step(tmp_path):
+    model = Path(os.environ["FLOWTRACER_MODELS"]) / "stories260K"
+    if not model.is_dir():
+        pytest.skip("FLOWTRACER_MODELS has no folder stories260K")
+    given = ("--max_steps", 1, "--flow_no_answer", "last")
+    trainer = built(
+        str(model), written(tmp_path / "data.jsonl"), tmp_path, *given, rewards=("math_answer",)
+    )
+    train(trainer)
+    assert trainer.state.log_history[0]["flow/weight_mean"] > 1
+
+
+def test_names_of_rewards_are_those_that_the_help_lists():
+    help_text = training.FlowScriptArguments.__dataclass_fields__["reward_funcs"].metadata["help"]
+    assert all(name in help_text for name in training.REWARDS)

@@ -1,0 +1,265 @@
+"""Architectures whose attention is more than one map of tokens per layer, by slow definitions."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from transformers import BigBirdConfig, BltConfig, CpmAntConfig, PreTrainedModel
+
+from flowtracer_adapters import OutputSinkAdapter
+from flowtracer_plugin.attention import UnsupportedArchitectureError
+from flowtracer_plugin.reading.reader import AttentionReader
+from tests.families import redrawn
+from tests.reading.own_ways import (
+    ALL,
+    CSA_RATE,
+    HCA_RATE,
+    HEADS,
+    LENGTH,
+    PADDING,
+    WINDOW,
+    compare,
+    defined,
+    inputs_of,
+    interface_configs,
+    members_of,
+    model_of,
+    one_hot_values,
+    padded,
+    text,
+)
+
+# --- what is read is what the definition says ---
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("name", ALL)
+def test_every_layer_is_read_as_defined(name, padding):
+    ids, mask = padded(text(), *PADDING[padding])
+    wanted = defined(name, ids, mask)
+    reader = AttentionReader(model_of(name))
+    assert len(reader.sites) == len(wanted)
+    for site, map_ in zip(reader.sites, wanted, strict=True):
+        found = reader.read(ids, mask, [site.layer])
+        compare(found, map_, mask)
+        assert found.triu(1).eq(0).all()
+        assert found.amax(-1)[mask].mean() > 0.12
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_self_check_passes(name):
+    AttentionReader(model_of(name)).verify()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ALL)
+def test_padding_changes_nothing(name, side):
+    reader, ids = AttentionReader(model_of(name)), text()
+    layers = [site.layer for site in reader.sites]
+    alone = reader.read(ids, torch.ones_like(ids, dtype=torch.bool), layers)
+    longer, mask = padded(ids, *PADDING[side])
+    found = reader.read(longer, mask, layers)
+    inside = found[mask[:, :, None] & mask[:, None, :]].view_as(alone)
+    apart = float((inside - alone).abs().max())
+    assert apart < 1e-5
+
+
+# --- HRM: a layer is a run of a module ---
+
+
+def test_every_run_of_a_module_is_a_layer_of_its_own():
+    model = model_of("hrm_text")
+    order: list[str] = []
+    for path, module in model.named_modules():
+        if type(module).__name__ == "HrmTextAttention":
+            module.register_forward_pre_hook(lambda *_, path=path: order.append(path))
+    with torch.no_grad():
+        model(text())
+    sites = AttentionReader(model).sites
+    assert [site.layer for site in sites] == list(range(len(order)))
+    assert [site.module for site in sites] == order
+    for place, site in enumerate(sites):
+        assert site.visit == order[:place].count(site.module)
+
+
+def test_some_layers_of_several_cycles_are_averaged():
+    ids, mask = padded(text())
+    wanted = defined("hrm_text", ids, mask)
+    chosen = [1, 4, 7, len(wanted) - 1]
+    found = AttentionReader(model_of("hrm_text")).read(ids, mask, chosen)
+    compare(found, torch.stack([wanted[layer] for layer in chosen]).mean(0), mask)
+
+
+# --- DeepSeek-V4: keys that stand for several tokens ---
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("tokens", [3, 8, 27, 29])
+def test_a_summary_stands_for_its_window_and_sparse_ones_for_the_window_before_too(layer, tokens):
+    compressor = model_of("deepseek_v4").model.layers[layer].self_attn.compressor
+    rate, windows = (CSA_RATE, 2) if layer == 1 else (HCA_RATE, 1)
+    wanted = [
+        list(range(max(0, rate * (window + 1 - windows)), rate * (window + 1)))
+        for window in range(tokens // rate)
+    ]
+    assert members_of(compressor, tokens) == wanted
+
+
+@pytest.mark.parametrize("tokens", range(1, 2 * HCA_RATE + 2))
+def test_no_token_looks_at_a_summary_before_its_window_is_over(tokens):
+    ids = text(tokens)
+    model = model_of("deepseek_v4", eager=True)
+    with torch.no_grad(), one_hot_values(model) as found:
+        model(**inputs_of("deepseek_v4", ids))
+    for layer, rate in ((1, CSA_RATE), (2, HCA_RATE), (3, CSA_RATE)):
+        for query in range(tokens):
+            over = (query + 1) // rate
+            assert found[layer][:, :, query, tokens + over :].eq(0).all()
+
+
+def test_most_of_the_attention_beyond_the_window_goes_through_summaries():
+    ids, mask = padded(text())
+    reader = AttentionReader(model_of("deepseek_v4"))
+    sliding, sparse, heavy, _ = (reader.read(ids, mask, [layer])[0] for layer in range(4))
+    far = torch.ones(LENGTH, LENGTH).tril(-WINDOW).bool()
+    assert sliding[far].eq(0).all()
+    assert sparse[far].sum() > 0.5
+    assert heavy[far].sum() > 0.5
+
+
+# --- Granite: sinks on the output ---
+
+
+@pytest.mark.parametrize("name", ["granite_swa", "granitemoe_swa"])
+def test_the_share_of_output_sinks_is_left_out_or_given_back(name):
+    ids, mask = padded(text())
+    twin = model_of(name, eager=True)
+    with torch.no_grad():
+        inputs = inputs_of(name, ids)
+        reported = twin(**inputs, output_attentions=True).attentions
+    effective, eager = (
+        AttentionReader(model_of(name), OutputSinkAdapter(as_eager=choice))
+        for choice in (False, True)
+    )
+    eager.verify()
+    effective.verify()
+    for layer, map_ in enumerate(reported):
+        found = eager.read(ids, mask, [layer])
+        compare(found, map_.mean(1), mask)
+        torch.testing.assert_close(found.sum(-1)[mask], torch.ones(LENGTH))
+        assert effective.read(ids, mask, [layer]).sum(-1)[mask].min() < 0.9
+
+
+# --- MiniMax-M3: blocks that are chosen ---
+
+
+def test_a_sparse_layer_hides_what_it_did_not_choose():
+    ids, mask = padded(text())
+    reader = AttentionReader(model_of("minimax_m3_vl_text"))
+    before = torch.ones(LENGTH, LENGTH).tril().bool()
+    full, sparse = (reader.read(ids, mask, [layer])[0] for layer in (0, 1))
+    assert (full[before] > 0).all()
+    assert (sparse[before] == 0).float().mean() > 0.2
+
+
+# --- MiMo: a configuration that is none ---
+
+
+def test_mimo_with_as_many_key_heads_as_heads_cannot_run_at_all():
+    config = interface_configs()["mimo_v2_flash"]
+    config.num_key_value_heads = config.num_attention_heads  # and twice as many if sliding
+    with pytest.raises(RuntimeError, match="must match the size"), torch.no_grad():
+        redrawn(config)(text())
+
+
+# --- ProphetNet: two streams ---
+
+
+def test_prophetnet_is_read_in_its_main_stream():
+    model, ids = model_of("prophetnet"), text()
+    with torch.no_grad():
+        reported = model(ids, output_attentions=True, use_cache=False)
+    assert reported.ngram_attentions[0].shape[-1] == 2 * LENGTH
+    found = AttentionReader(model).read(ids, torch.ones_like(ids, dtype=torch.bool), [2])
+    torch.testing.assert_close(found, reported.attentions[2].mean(1), atol=1e-5, rtol=0)
+
+
+# --- models without a map from token to earlier token ---
+
+
+def cpmant() -> PreTrainedModel:
+    return redrawn(
+        CpmAntConfig(
+            vocab_size=128, hidden_size=64, num_attention_heads=4, dim_head=16, dim_ff=64,
+            num_hidden_layers=2, prompt_length=6, prompt_types=4,
+        )
+    )  # fmt: skip
+
+
+def blt() -> PreTrainedModel:
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    part = {**small, "num_hidden_layers": 2}
+    local = {**part, "hidden_size_global": 64, "cross_attn_k": 1}
+    config = BltConfig(
+        patcher_config=part, global_config=part, encoder_config=local, decoder_config=local,
+        cross_attn_k=1, encoder_hash_byte_group_vocab=64, encoder_hash_byte_group_size=[3],
+        patching_threshold=4.9,
+    )  # fmt: skip
+    return redrawn(config)
+
+
+def sparse_big_bird() -> PreTrainedModel:
+    config = BigBirdConfig(
+        **HEADS, attention_type="block_sparse", block_size=4, num_random_blocks=1
+    )
+    return redrawn(config)
+
+
+REFUSED = {
+    "cpmant": (cpmant, "lets every token see every other"),
+    "blt": (blt, "from patch to patch"),
+    "big_bird": (sparse_big_bird, 'attention_type="original_full" and is_decoder=True'),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_without_a_token_graph_is_refused_with_the_reason(name):
+    build, reason = REFUSED[name]
+    with pytest.raises(UnsupportedArchitectureError, match=reason):
+        AttentionReader(build())
+
+
+def test_cpmant_looks_ahead():
+    with torch.no_grad():
+        reported = cpmant()(text(), output_attentions=True, use_cache=False).attentions
+    assert reported[0].shape[-2:] == (LENGTH, LENGTH)
+    assert reported[0].triu(1).sum(-1).mean() > 0.2
+    assert reported[0].sum(-1).max() < 1  # the rest goes to the prompt in front
+
+
+def test_blt_attends_between_patches():
+    model, ids = blt(), text()
+    sides: dict[str, int] = {}
+    for path in ("local_encoder", "global_transformer", "local_decoder"):
+        attention = model.model.get_submodule(f"{path}.layers.0.self_attn")
+        attention.register_forward_hook(
+            lambda _, __, output, path=path: sides.update({path: output[0].shape[1]})
+        )
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    assert sides["local_encoder"] == sides["local_decoder"] == LENGTH
+    assert 1 < sides["global_transformer"] < LENGTH
+
+
+def test_big_bird_gives_up_block_sparse_attention_for_a_short_text():
+    model = sparse_big_bird()
+    attention = model.bert.encoder.layer[0].attention
+    assert type(attention.self).__name__ == "BigBirdBlockSparseAttention"
+    with torch.no_grad():
+        model(text(12))
+    assert type(attention.self).__name__ == "BigBirdSelfAttention"
+    remedy = deepcopy(model.config)
+    remedy.attention_type, remedy.is_decoder = "original_full", True
+    AttentionReader(redrawn(remedy)).verify()

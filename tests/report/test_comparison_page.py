@@ -1,0 +1,473 @@
+"""The page of a comparison, and the same section on the page of a group."""
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+from html import unescape
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from flowtracer_plugin.comparison.traces import compare
+from flowtracer_plugin.options import FlowOptions
+from flowtracer_plugin.report import (
+    CompletionView,
+    group_page,
+    render_comparison,
+    write_comparison,
+)
+from flowtracer_plugin.report.pages.two_sides import MOST_WORDS, difference_levels, difference_scale
+from flowtracer_plugin.text.visible import visible
+from tests.comparison.compared import GROUP, PROMPT_TOKENS, RIGHT, TRUTHS, WRONG, make_trace
+from tests.pages import HOSTILE, Page
+
+WORLD = ("שלום", " עולם", " 七", "加", "八", "\n", "é", " مرحبا", " 7")
+TRICKY = ('say "4",', "=1+1", "\n", "@x", "a\nb")
+
+
+@pytest.fixture
+def hostile():
+    """Traces whose every text is hostile, with labels to match."""
+    options = {"model": HOSTILE[0], "options": FlowOptions(answer=HOSTILE[1])}
+    made = [
+        make_trace((*HOSTILE, *ending, "7"), prompt=("<s>", *HOSTILE), seed=seed, **options)
+        for seed, ending in enumerate([HOSTILE[:2], HOSTILE[2:5], HOSTILE[5:9]])
+    ]
+    return made, [HOSTILE[2], HOSTILE[16], HOSTILE[4]]
+
+
+def visible_tokens(trace):
+    return [visible(text).replace("\n", "⏎") for text in trace.tokens]
+
+
+def data_of(html):
+    """What the page's script knows, by the id of its element."""
+    found = re.findall(r'<script type="application/json" id="(\w+)">(.*?)</script>', html)
+    return {name: json.loads(text) for name, text in found}
+
+
+# Safety
+
+
+def test_hostile_text_becomes_text_and_nothing_else(hostile):
+    traces, labels = hostile
+    html = render_comparison(traces, labels=labels, right=[True, False, False])
+    page, harmless = Page(html), Page(render_comparison(GROUP, right=TRUTHS))
+    known = {(tag, name) for tag, attrs in harmless.tags for name in (*attrs, None)}
+    assert {(tag, name) for tag, attrs in page.tags for name in (*attrs, None)} <= known
+    assert not any("hacked" in value for _, attrs in page.tags for value in attrs.values() if value)
+    assert len(page.scripts) == 3
+    assert page.scripts[2] == harmless.scripts[2]
+    for data in page.scripts[:2]:
+        assert re.search(r"[<>&\u2028\u2029]|[^\x00-\x7f]", data) is None
+    shared = data_of(html)["differences"]["shared"]
+    assert "".join(one["text"] for one in shared) == "".join(("<s>", *HOSTILE, *HOSTILE))
+    html.encode()
+
+
+def test_page_loads_nothing_and_allows_its_own_script_and_style_only():
+    html = render_comparison(GROUP, right=TRUTHS)
+    page = Page(html)
+    assert "http" not in html.replace("http-equiv", "")
+    assert not any({"src", "style"} & set(attrs) for _, attrs in page.tags)
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|innerHTML|\beval\b", html)
+    (policy,) = [attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs]
+    assert policy.startswith("default-src 'none'")
+    for content in (page.styles[0], page.scripts[-1]):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+
+
+def test_page_is_deterministic_and_written_whole(tmp_path):
+    path = tmp_path / "new" / "compare.html"
+    assert write_comparison(GROUP, str(path), right=TRUTHS) == path
+    assert path.read_text("utf-8") == render_comparison(GROUP, right=TRUTHS)
+    with pytest.raises(ValueError, match="at least two traces"):
+        write_comparison([RIGHT], path)
+    assert path.read_text("utf-8") == render_comparison(GROUP, right=TRUTHS)
+    with pytest.raises(IsADirectoryError):
+        write_comparison(GROUP, tmp_path)
+
+
+# What is shown
+
+
+def columns(html):
+    """Name, verdict and token texts of each column."""
+    articles = re.findall(r'<article class="completion".*?</article>', html, re.DOTALL)
+    return [
+        (
+            re.search(r'<span class="label value">(.*?)</span>', one)[1],
+            re.search(r'<span class="verdict[^>]*>(.*?)</span>', one)[1],
+            Page(one).tokens,
+        )
+        for one in articles
+    ]
+
+
+def test_right_ones_come_first_equal_ones_share_a_column():
+    html = render_comparison(GROUP, right=TRUTHS)
+    shown = columns(html)
+    assert [one[:2] for one in shown] == [
+        ("A, E", "✓ right"),
+        ("C", "✓ right"),
+        ("B", "✗ wrong"),
+        ("D", "✗ wrong"),
+    ]
+    assert '<h1 class="value">Right against wrong</h1>' in html
+    assert "same as A</small>" in html
+    assert "3 right, 2 wrong; 4 different" in html
+    # From the line on which not all agree; that is the response's first one.
+    for (_, _, tokens), trace in zip(shown, [GROUP[at] for at in (0, 2, 1, 3)], strict=True):
+        assert tokens == visible_tokens(trace)[len(PROMPT_TOKENS) :]
+
+
+def test_what_all_begin_with_is_shown_once_and_coloured_by_the_difference():
+    html = render_comparison(GROUP, right=TRUTHS)
+    comparison = compare(GROUP, right=TRUTHS)
+    parts = re.findall(r'<div class="text shared".*?</div>', html, re.DOTALL)
+    spans = re.findall(r'<span(?: class="([^"]*)")?>', "".join(parts))
+    differences = comparison.beginning.contrast.difference
+    levels = [
+        next(
+            (
+                int(name[1]) * (1 if name[0] == "p" else -1)
+                for name in one.split()
+                if name[0] in "pn"
+            ),
+            0,
+        )
+        for one in spans
+    ]
+    assert levels == difference_levels(differences, np.abs(differences).max()).tolist()
+    assert spans[0] == "outside"
+    numbers = [one["numbers"] for one in data_of(html)["differences"]["shared"]]
+    for shown, known in zip(numbers, comparison.beginning.contrast.columns(), strict=True):
+        assert shown == [pytest.approx(value, rel=1e-3) for value in known.values()]
+    assert html.count("<h3>Here they part</h3>") == 1
+    assert re.findall(r"<q class=\"value\">([^<]*)</q>\s*<span><a", html) == [" 4", " 5⏎No 8"]
+
+
+def test_equal_texts_are_shared_to_the_end_and_each_has_its_column():
+    other = make_trace(RIGHT.tokens[len(PROMPT_TOKENS) :], seed=5, model="other")
+    html = render_comparison([RIGHT, other], labels=["base", "trained"])
+    assert "The texts are the same to the end" in html
+    assert "base against trained" in html
+    assert "One text against one: there is no telling" in html
+    assert "tiny / other" in html
+    response = visible_tokens(RIGHT)[len(PROMPT_TOKENS) :]
+    assert [tokens for *_, tokens in columns(html)] == [response, response]
+
+
+def test_texts_that_share_nothing_are_shown_whole():
+    other = make_trace(("No", " 7"), prompt=("Why", "?"))
+    html = render_comparison([RIGHT, other])
+    assert "they share no token" in html
+    assert columns(html)[1][2] == ["Why", "?", "No", " 7"]
+
+
+def test_a_text_that_ends_where_others_go_on_says_so():
+    short = make_trace(RIGHT.tokens[len(PROMPT_TOKENS) : -2], answer=(-1,))
+    assert "<i>the text ends here</i>" in render_comparison([RIGHT, short])
+
+
+def test_the_caution_states_the_counts():
+    html = render_comparison(GROUP, right=TRUTHS)
+    assert "2 right against 2 wrong, texts that are equal counted once" in html
+    assert "in how many of the 6 ways" in html
+    assert "33.3\N{NO-BREAK SPACE}% is as low as that can get" in html
+    assert "There are no two sides" in render_comparison(GROUP)
+
+
+def word_table(html):
+    """Headings, and for each word its text and numbers, as they can be copied."""
+    table = re.search(r'<table id="words">.*?</table>', html, re.DOTALL)[0]
+    rows = [
+        (
+            unescape(re.search(r"<code[^>]*>(.*?)</code>", row, re.DOTALL)[1]),
+            [float(value) for value in re.findall(r'data-value="([^"]*)"', row)],
+        )
+        for row in table.split("<tr>")[2:]
+    ]
+    return re.findall(r'data-kind="([^"]*)"', table), rows
+
+
+def test_the_table_holds_the_words_as_they_differ():
+    words = compare(GROUP, right=TRUTHS).words
+    headings, rows = word_table(render_comparison(GROUP, right=TRUTHS))
+    assert headings == [
+        *("word", "right", "wrong", "difference", "chance", "chance_of_any"),
+        *("texts, right", "texts, wrong"),
+    ]
+    for (text, numbers), word in zip(rows, words, strict=True):
+        assert text == word.text.replace("\n", "⏎")
+        shares = (word.first, word.second, word.difference, word.chance, word.chance_of_any)
+        assert numbers == pytest.approx([*shares, *word.texts], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("right", "last"),
+    [(None, ["texts"]), ([True, False, False, False, True], ["tokens, right", "texts, wrong"])],
+)
+def test_the_table_counts_what_there_is_to_count(right, last):
+    headings, rows = word_table(render_comparison(GROUP, right=right))
+    words = compare(GROUP, right=right).words
+    assert headings[-len(last) :] == last
+    for (_, numbers), word in zip(rows, words, strict=True):
+        counts = word.texts if right is None else (word.tokens[0], word.texts[1])
+        assert tuple(numbers[-len(last) :]) == counts
+
+
+def test_many_words_are_cut():
+    said = [tuple(f" w{at}" for at in range(300)), tuple(f" w{at}" for at in range(299, -1, -1))]
+    html = render_comparison([make_trace((*one, "7")) for one in said])
+    assert f"The {MOST_WORDS} of 300 words that differ most" in html
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=8))
+def test_steps_of_colour_are_powers_of_three(differences):
+    largest = max(map(abs, differences))
+    slow = [
+        0
+        if not largest or not value
+        else int(
+            math.copysign(
+                sum(abs(value) / largest > 3.0**-below * (1 + 1e-6) for below in (3, 2, 1)), value
+            )
+        )
+        for value in differences
+    ]
+    assert difference_levels(np.array(differences), largest).tolist() == slow
+
+
+def test_the_scale_names_the_steps():
+    assert difference_scale(0.27, both=True) == [
+        ("n3", "9 to 27"),
+        ("n2", "3 to 9"),
+        ("n1", "1 to 3"),
+        ("", "below 1"),
+        ("p1", "1 to 3"),
+        ("p2", "3 to 9"),
+        ("p3", "9 to 27"),
+    ]
+    assert [style for style, _ in difference_scale(0.27, both=False)] == ["", "p1", "p2", "p3"]
+    assert difference_scale(0.0, both=True) == []
+
+
+# Size
+
+
+def test_eight_responses_of_a_thousand_tokens_are_below_a_megabyte():
+    traces = [
+        make_trace((*(f" tok{(at * (seed + 3)) % 97}" for at in range(1000)), " 7"), seed=seed)
+        for seed in range(8)
+    ]
+    assert len(render_comparison(traces, right=[True, False] * 4).encode()) < 1_000_000
+
+
+def test_the_middle_of_a_long_text_is_left_out():
+    long = [make_trace((first, *(f" {at}" for at in range(4_100)), "\n", "7")) for first in "ab"]
+    html = render_comparison(long)
+    assert html.count(" are left out</p>") == 2
+    assert [len(tokens) for *_, tokens in columns(html)] == [4_000, 4_000]
+
+
+# The page of a group
+
+
+def make_view(trace, advantage, **changes):
+    border = trace.spans.prompt_length
+    length = len(trace.tokens) - border
+    made = {
+        "tokens": trace.tokens[border:],
+        "weights": np.ones(length),
+        "throughput": trace.throughput[border:],
+        "advantage": advantage,
+        "rewards": {"accuracy": advantage},
+        "answer": trace.spans.answer[border:],
+        "competing": np.ones(length, bool),
+    }
+    return CompletionView(**{**made, **changes})
+
+
+def show_group(*views):
+    return group_page("?", views, title="a run", step=1)
+
+
+def test_a_group_says_what_right_completions_do_differently():
+    views = [
+        make_view(trace, 1.0 if right else -1.0) for trace, right in zip(GROUP, TRUTHS, strict=True)
+    ]
+    html = show_group(*views)
+    assert "<h2>Right against wrong</h2>" in html
+    assert "2 right against 2 wrong" in html
+    assert word_table(html) == word_table(render_comparison(GROUP, right=TRUTHS))
+    shared = data_of(html)["differences"]["shared"]
+    assert [one["text"] for one in shared] == ["3", " +"]
+    # The best come first on the page: its places, not those in the batch.
+    assert re.findall(r'href="#completion-(\d)" class="plus">✓&nbsp;\1</a>', html) == [
+        "1",
+        "2",
+        "3",
+    ]
+    assert re.findall(r'href="#completion-(\d)" class="minus">✗&nbsp;\1</a>', html) == ["4", "5"]
+
+
+@pytest.mark.parametrize("advantages", [(1.0, 1.0), (0.0, 0.0), (1.0, 0.0), (-1.0, -0.5)])
+def test_a_group_of_one_side_compares_nothing(advantages):
+    html = show_group(*map(make_view, (RIGHT, WRONG), advantages))
+    assert "Right against wrong" not in html
+    assert "differences" not in data_of(html)
+
+
+def test_completions_without_flow_are_not_compared():
+    untraced = make_view(WRONG, -1.0, throughput=np.zeros(9))
+    assert "Right against wrong" not in show_group(make_view(RIGHT, 1.0), untraced)
+    html = show_group(make_view(RIGHT, 1.0), untraced, make_view(GROUP[3], -1.0))
+    assert "One text against one" in html
+
+
+# A real browser
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(visits, hostile, scheme):
+    from tests.browsing import violations
+
+    pages = [
+        render_comparison(GROUP, right=TRUTHS),
+        render_comparison([RIGHT, WRONG]),
+        render_comparison(hostile[0], labels=hostile[1]),
+        show_group(make_view(RIGHT, 1.0), make_view(WRONG, -1.0)),
+    ]
+    for html in pages:
+        page = visits.open(html, color_scheme=scheme)
+        page.locator(".completion .text > span").first.hover()
+        assert violations(page) == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [375, 1280, 2560])
+def test_page_fits_every_width(visits, width):
+    long = make_trace(("x" * 300, " y", "\n", *WORLD), answer=(-1,))
+    html = render_comparison([long, *GROUP], labels=["n" * 60, "B", "C", "D", "E", "F"])
+    page = visits.open(html, width=width)
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+@pytest.mark.browser
+def test_browser_runs_nothing_from_the_data_and_shows_it_all(visits, hostile):
+    traces, labels = hostile
+    page = visits.open(render_comparison(traces, labels=labels, right=[True, False, None]))
+    assert page.title() == "Right against wrong · FlowTracer"
+    shared = page.locator(".shared > span").all_text_contents()
+    assert shared == [visible(text) for text in ("<s>", *HOSTILE, *HOSTILE)]
+    assert page.locator("article").count() == 3
+
+
+@pytest.mark.browser
+def test_right_to_left_and_wide_letters_stay_whole(visits):
+    traces = [make_trace((*WORLD[:-1], last)) for last in (" 7", " 8")]
+    page = visits.open(render_comparison(traces))
+    shown = page.locator(".shared > span").all_text_contents()
+    assert shown == [text.replace("\n", "⏎") for text in (*PROMPT_TOKENS, *WORLD[:-1])]
+    direction = page.locator(".shared").nth(1).evaluate("one => getComputedStyle(one).direction")
+    assert direction == "rtl"
+
+
+@pytest.mark.browser
+def test_keys_lead_through_all_texts_and_twins_light_up(visits):
+    page = visits.open(render_comparison(GROUP, right=TRUTHS))
+    tip, spans = page.locator("#tip"), page.locator(".text > span[tabindex]")
+    assert tip.is_hidden()
+    page.locator(".shared > span").nth(1).click()
+    assert page.locator("#token").text_content() == '"What"'
+    assert page.locator("#where").text_content() == "in all texts · token 1"
+    terms = page.locator("#numbers dt").all_text_contents()
+    assert terms == ["right", "wrong", "difference", "chance", "chance of any"]
+    for _ in range(7):
+        page.keyboard.press("ArrowRight")
+    assert page.locator("#token").text_content() == '"3"'
+    # Every column says 3 once; the first of them is right of the shared text's last token.
+    assert page.locator(".twin").all_text_contents() == ["3"] * 4
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#where").text_content().startswith("A, E · token 8")
+    assert spans.count() == 1
+    page.keyboard.press("j")
+    assert "hub" in page.locator("#where").text_content()
+    page.keyboard.press("Escape")
+    assert tip.is_hidden()
+    assert page.locator(".twin").count() == 0
+
+
+@pytest.mark.browser
+def test_keys_win_over_a_pointer_that_rests_on_the_text(visits):
+    words = ("So", " then", "\n") * 60
+    page = visits.open(render_comparison([make_trace((*words, one)) for one in (" 7", " 8")]))
+    tokens = page.locator(".text > span")
+    tokens.nth(len(PROMPT_TOKENS) + 3).click()
+    for _ in range(150):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(200)  # until the browser tells what came to lie beneath the pointer
+    assert page.evaluate("document.querySelector('.shown') === document.activeElement")
+
+
+def test_the_table_is_sorted_by_its_headings(visits):
+    html = render_comparison(GROUP, right=TRUTHS)
+    page, rows = visits.open(html), word_table(html)[1]
+    shown = page.locator("#words tbody code")
+    assert shown.all_text_contents() == [text for text, _ in rows]
+    heading = page.locator("#words thead th").nth(3)
+    for key, turned, order in (("Enter", True, "descending"), ("Space", False, "ascending")):
+        heading.locator("button").press(key)
+        expected = [text for text, _ in sorted(rows, key=lambda row: row[1][2], reverse=turned)]
+        assert shown.all_text_contents() == expected
+        assert heading.get_attribute("aria-sort") == order
+
+
+@pytest.mark.browser
+def test_the_table_is_copied_as_csv(visits):
+    traces = [make_trace((*TRICKY, " 7")), make_trace((*TRICKY, "z", " 7"), seed=3)]
+    html = render_comparison(traces)
+    page = visits.open(html, permissions=["clipboard-read", "clipboard-write"])
+    page.locator("#contrast .copy").click()
+    page.get_by_text("Copied").wait_for()
+    text = page.evaluate("navigator.clipboard.readText()")
+    header, *lines = csv.reader(io.StringIO(text, newline=""))
+    headings, rows = word_table(html)
+    assert header == headings
+    assert [line[0].removeprefix("'") for line in lines] == [word for word, _ in rows]
+    assert {line[0] for line in lines} >= {'say "4",', "'=1+1", "⏎", "'@x", "a⏎b", "z"}
+    for line, (_, numbers) in zip(lines, rows, strict=True):
+        assert [float(cell) for cell in line[1:]] == numbers
+
+
+@pytest.mark.browser
+def test_nothing_is_clipped_in_print(visits):
+    said = [tuple(f" w{at}" for at in range(size)) for size in (90, 100, 110)]
+    traces = [make_trace((*one, "7")) for one in said]
+    page = visits.open(render_comparison(traces, right=[True, False, False]), width=720)
+    clipped = """[...document.querySelectorAll(".scroller, .text")]
+        .filter((one) => one.scrollHeight > one.clientHeight + 1).length"""
+    assert page.evaluate(clipped) > 0
+    page.emulate_media(media="print")
+    assert page.evaluate(clipped) == 0
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+@pytest.mark.browser
+def test_the_page_of_a_group_answers_in_both_texts(visits):
+    page = visits.open(show_group(make_view(RIGHT, 1.0), make_view(WRONG, -1.0)))
+    page.locator(".shared > span").first.click()
+    assert page.locator("#where").text_content() == "in all texts · token 0"
+    assert page.locator("#numbers dt").all_text_contents() == ["right", "wrong", "difference"]
+    page.locator("article .text > span").nth(1).click()
+    assert page.locator("#where").text_content() == "completion 1 · token 1"
+    assert page.locator("#numbers dt").first.text_content() == "weight"

@@ -1,0 +1,353 @@
+"""The page, the notebook cell and the terminal view of a trace."""
+
+import base64
+import hashlib
+import re
+from io import StringIO
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from flowtracer_plugin.credit.weights import token_credit
+from flowtracer_plugin.report import render_notebook, render_page, write_page
+from flowtracer_plugin.report.display import HEAT_SHARES, Piece, direction, percent, ranges, read
+from flowtracer_plugin.report.pages.payload import EDGES_PER_UNIT
+from flowtracer_plugin.report.terminal import render_trace
+from flowtracer_plugin.text.visible import visible
+from tests.pages import Page
+from tests.traces import hostile_trace, make_trace
+
+WORDS = ("<s>", "What", " is", " 3", " +", " 4", "?", "\n", "It", " is", " 7", ".")
+
+
+@pytest.fixture
+def trace():
+    return make_trace(("<s>", *WORDS * 4), prompt=13)
+
+
+@pytest.fixture
+def hostile():
+    return hostile_trace()
+
+
+def printed(trace, width=80, **console):
+    file = StringIO()
+    Console(file=file, width=width, **console).print(render_trace(trace))
+    return file.getvalue()
+
+
+# The page
+
+
+def test_page_holds_every_token_escaped(trace):
+    html = render_page(trace)
+    shown = [text.replace("\n", "⏎") for text in trace.tokens]
+    assert Page(html).tokens == shown
+    assert "<span>&lt;s&gt;</span>" in html
+    assert Page(html).data["tokens"] == list(trace.tokens)
+
+
+def test_hostile_text_becomes_text_and_nothing_else(trace, hostile):
+    harmless, page = Page(render_page(trace)), Page(render_page(hostile))
+    known = {(tag, name) for tag, attrs in harmless.tags for name in (*attrs, None)}
+    assert {(tag, name) for tag, attrs in page.tags for name in (*attrs, None)} <= known
+    values = [value for _, attrs in page.tags for value in attrs.values() if value]
+    assert not any("hacked" in value or "alert" in value for value in values)
+    assert len(page.scripts) == 2
+    assert page.scripts[1] == harmless.scripts[1]
+    assert page.tokens == [visible(text) for text in hostile.tokens]
+
+
+def test_exact_texts_come_back_from_the_data(hostile):
+    page = Page(render_page(hostile))
+    assert page.data["tokens"] == list(hostile.tokens)
+    assert re.search(r"[<>&\u2028\u2029]|[^\x00-\x7f]", page.scripts[0]) is None
+
+
+def test_page_with_lone_surrogates_can_be_written(hostile, tmp_path):
+    path = tmp_path / "new" / "page.html"
+    assert write_page(hostile, path) == path
+    assert path.read_text("utf-8") == render_page(hostile)
+    assert hostile.to_html(str(path)) == path
+
+
+def test_page_loads_nothing(trace):
+    html = render_page(trace)
+    assert re.findall(r"https?://[^\"' <]*", html) == ["https://arxiv.org/abs/2606.10646"]
+    links = [attrs["href"] for _, attrs in Page(html).tags if "href" in attrs]
+    assert {link for link in links if not link.startswith("#")} == {
+        "https://arxiv.org/abs/2606.10646"
+    }
+    assert not any("src" in attrs or "style" in attrs for _, attrs in Page(html).tags)
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|innerHTML|\beval\b", html)
+
+
+def test_policy_allows_this_script_and_this_style_only(trace):
+    page = Page(render_page(trace))
+    (policy,) = [attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    for rule, content in (("script-src", page.scripts[1]), ("style-src", page.styles[0])):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert rules[rule] == f"'sha256-{digest}'"
+
+
+def test_page_says_what_was_found(trace):
+    html = render_page(trace)
+    share = f"{100 * trace.reasoning_share:.1f}"
+    for said in (
+        "found by rule <q>boxed</q> in token 47",
+        "tiny",
+        "layers 2–4",
+        "49 tokens",
+        f"{share}\N{NO-BREAK SPACE}%",
+        "12 of 12",
+        "Attention is not causation",
+    ):
+        assert said in html
+
+
+def test_page_is_deterministic(trace):
+    again = make_trace(("<s>", *WORDS * 4), prompt=13)
+    assert render_page(trace) == render_page(again)
+
+
+def test_page_survives_the_smallest_traces():
+    for tokens in (("a", "b", "7"), ("a", "b", "", "7"), ("a", "b", "7", "")):
+        trace = make_trace(tokens, prompt=2, answer=(len(tokens) - 1,))
+        page = Page(render_page(trace))
+        assert page.data["tokens"] == list(tokens)
+        assert "7" in printed(trace)
+
+
+@pytest.mark.slow
+def test_page_grows_with_the_length_of_the_text():
+    length, offsets = 8192, 2 ** np.arange(13)
+    attention = np.zeros((length, length), np.float32)
+    for offset in offsets:
+        later = np.arange(offset, length)
+        attention[later, later - offset] = 0.1 + (later * 7919 % 101) / 101
+    attention[1:] /= attention[1:].sum(1, keepdims=True)
+    trace = make_trace([f" tok{i % 97}" for i in range(length)], prompt=400, attention=attention)
+    assert len(render_page(trace).encode()) < 1_000_000
+    assert len(render_notebook(trace).encode()) < 1_000_000
+
+
+# What is shown
+
+
+def test_tokens_without_text_join_the_character_they_spell():
+    tokens = ("<s>", "a", "", "", "🎀", "", " is", "", "7", "", "")
+    trace = make_trace(tokens, prompt=6, answer=(8,))
+    reading = read(trace)
+    spans = [(unit.first, unit.last, unit.text) for unit in reading.units]
+    joined = [(0, 0, "<s>"), (1, 1, "a"), (2, 5, "🎀"), (6, 6, " is"), (7, 10, "7")]
+    assert spans == joined
+    edges = trace.flow.edge_flow()
+    passing = edges[2:6, :2].sum() + trace.spans.question[2:6].sum() / trace.spans.question.sum()
+    assert reading.units[2].throughput == pytest.approx(passing)
+    assert reading.unit_of(9) is reading.units[4]
+    assert reading.units[4].region == "answer"
+    page = Page(render_page(trace))
+    assert page.tokens == [text for *_, text in joined]
+    assert page.data["starts"] == [0, 1, 2, 6, 7]
+
+
+def test_part_without_any_text_is_shown_as_empty():
+    assert [unit.text for unit in read(make_trace(("", "", "", "7"), answer=(3,))).units] == [
+        "∅",
+        "7",
+    ]
+
+
+def test_shaded_tokens_are_those_with_more_credit(trace):
+    weights = token_credit(trace.throughput, trace.spans.response)
+    shaded = [unit.first for unit in read(trace).response if unit.heat]
+    assert shaded == np.flatnonzero(weights > 1).tolist()
+    assert HEAT_SHARES[0] == max(HEAT_SHARES)
+
+
+def data_of(trace):
+    return Page(render_page(trace)).data
+
+
+def edges_in(data, side):
+    """Distance and share of every edge that the page's script knows, by unit."""
+    packed, width = base64.b64decode(data["edges"][side]), data["edges"]["width"]
+    values = [
+        int.from_bytes(packed[at : at + width], "little") for at in range(0, len(packed), width)
+    ]
+    pairs = [(value >> 10, value & 1023) for value in values]
+    return np.reshape(pairs, (-1, data["edges"]["perUnit"], 2))
+
+
+def test_known_edges_are_the_strongest(trace):
+    data, edges = data_of(trace), trace.flow.edge_flow()
+    for side, flows, sign in (("sources", edges, -1), ("targets", edges.T, 1)):
+        pairs = edges_in(data, side)
+        for token, row in enumerate(flows):
+            shares = np.rint(1000 * row / (trace.throughput[token] or 1))
+            best = sorted((-flow, other) for other, flow in enumerate(row) if shares[other])
+            expected = [[sign * (other - token), shares[other]] for _, other in best]
+            kept = [pair for pair in pairs[token].tolist() if pair[0]]
+            assert kept == expected[:EDGES_PER_UNIT]
+
+
+def test_long_texts_show_the_strongest_three(trace, monkeypatch):
+    before = data_of(trace)
+    monkeypatch.setattr("flowtracer_plugin.report.pages.payload.LONG", 5)
+    data = data_of(trace)
+    assert [(one["edges"]["perUnit"], one["edges"]["width"]) for one in (before, data)] == [
+        (5, 3),
+        (3, 4),
+    ]
+    for side in ("sources", "targets"):
+        np.testing.assert_array_equal(edges_in(data, side), edges_in(before, side)[:, :3])
+
+
+def test_throughput_comes_back_from_the_data(trace):
+    packed = base64.b64decode(data_of(trace)["throughput"])
+    np.testing.assert_array_equal(np.frombuffer(packed, "<f4"), trace.throughput.astype("f4"))
+
+
+def test_short_texts_have_few_marks_and_long_ones_ten():
+    for lines, marks in ((1, 3), (4, 7), (12, 10)):
+        page = Page(render_page(make_trace(("<s>", *WORDS * lines), prompt=5)))
+        assert sum("data-hub" in attrs for _, attrs in page.tags) == marks + 1  # and the legend's
+
+
+def test_knocked_out_tokens_must_be_there(trace):
+    with pytest.raises(ValueError, match=r"wanted drops of tokens 0 to 48, found \[49\]"):
+        render_page(trace, {49: 0.5})
+    html = render_page(trace, {40: -0.123456})
+    assert "knock-out drop" in html
+    assert "−0.123" in html
+
+
+def test_characters_that_cannot_be_seen_are_spelled_out():
+    assert visible("a\x00\x1b\x7f\t\n") == "a␀␛␡\t\n"
+    assert visible("\ud83dx\u202e") == "⟨U+D83D⟩x⟨U+202E⟩"
+    assert visible("\u200d") == "⟨U+200D⟩"
+    assert visible("👩\u200d🚀 — é") == "👩\u200d🚀 — é"
+    assert visible(" \n\n") == " \n\n"
+
+
+def test_the_first_letter_gives_the_direction():
+    def of(*texts):
+        return direction(Piece(first=0, last=0, text=text) for text in texts)
+
+    assert of("<s>", "א") == "ltr"  # the s
+    assert of("12 ", "…", "שלום", "a") == "rtl"
+    assert of("١٢", "سلام") == "rtl"
+    assert (of("漢字", "א"), of("123", "🎀"), of()) == ("ltr", "ltr", "ltr")
+
+
+def test_percent_and_ranges():
+    shares = {
+        0.0: "0",
+        1.0: "100",
+        0.99999: "100",
+        0.1234: "12.3",
+        0.00012345: "0.012",
+        1e-9: "<0.001",
+    }
+    assert {share: percent(share).replace("\N{NO-BREAK SPACE}", "")[:-1] for share in shares} == (
+        shares
+    )
+    assert ranges([1, 2, 3, 5, 7, 8]) == "1–3, 5, 7–8"
+    assert ranges([]) == ""
+
+
+# The notebook cell
+
+
+def test_notebook_cell_is_a_frame_that_runs_nothing(hostile):
+    html = render_notebook(hostile)
+    ((tag, attrs),) = Page(html).tags
+    assert tag == "iframe"
+    assert attrs["sandbox"] == ""
+    inner = Page(attrs["srcdoc"])
+    assert inner.scripts == []
+    assert inner.tokens[: len(hostile.tokens)] == [visible(text) for text in hostile.tokens]
+    assert type(html) is str
+    assert hostile._repr_html_() == html
+
+
+# The terminal
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_terminal_view_fits_and_says_everything_in_plain_text(trace, width):
+    text = printed(trace, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "answer ' 7' found by rule 'boxed' in token 47" in text
+    assert "« 7»" in text
+    assert "¹" in text
+    for said in ("hubs", "checkpoints", "likeliest paths", "⟩ → ⟨", "█", "layers 2-4"):
+        assert said in " ".join(text.split())
+    assert "\x1b" not in text
+
+
+def test_terminal_view_without_colour_keeps_its_marks(trace, monkeypatch):
+    coloured = printed(trace, force_terminal=True, color_system="truecolor")
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = printed(trace, force_terminal=True, color_system="truecolor")
+    assert "48;2;" in coloured
+    assert "48;2;" not in plain
+    assert "« 7»" in plain
+
+
+def test_terminal_view_shows_hostile_text_as_text(hostile):
+    text = printed(hostile, 200)
+    assert "[bold red]" in text
+    assert "␛[31m" in text
+    assert "⟨U+202E⟩desrever" in text
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]", text)
+    text.encode()
+
+
+def test_trace_prints_itself(trace):
+    file = StringIO()
+    Console(file=file, width=80).print(trace)
+    assert file.getvalue() == printed(trace)
+
+
+# A real browser
+
+
+@pytest.mark.browser
+def test_browser_runs_nothing_from_the_data(visits, hostile):
+    browser = visits.open(render_page(hostile), fragment="#t10")
+    page = Page(browser.content())
+    assert browser.title().startswith("What carried the answer")
+    assert page.tokens == [visible(text) for text in hostile.tokens]
+    classes = browser.evaluate("document.documentElement.className")
+    assert set(classes.split()) == {"inspecting", "selecting"}
+    assert len(page.scripts) == 2
+
+
+# Other scores
+
+
+def test_other_scores_shade_by_the_top_shares_of_their_own(trace):
+    scores = {"place": np.arange(len(trace.tokens), dtype=float), "flow": trace.throughput}
+    by_place, by_flow = Page(render_page(trace, scores=scores)).data["scores"]
+    assert list(by_place[13:]) == sorted(by_place[13:])
+    assert by_place[13:].count("5") == np.ceil(HEAT_SHARES[-1] * (len(trace.tokens) - 13))
+    assert by_flow == "".join(str(unit.heat) for unit in read(trace).units)
+    assert '<select id="score">' not in render_page(trace)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.zeros(3), r"the score 'x' needs one number of at least 0 for each of the \d+ tokens"),
+        (np.full(49, -1.0), r"from -1.0 to 0"),
+        (np.full(49, np.nan), r"needs one number"),
+    ],
+)
+def test_scores_that_are_none_are_refused(trace, values, said):
+    assert len(trace.tokens) == 49
+    with pytest.raises(ValueError, match=said):
+        render_page(trace, scores={"x": values})

@@ -1,0 +1,288 @@
+import ast
+import json
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra import numpy as hnp
+from safetensors import safe_open
+from safetensors.numpy import save as to_bytes
+
+import flowtracer_plugin
+from flowtracer_plugin.files import write_atomically
+from flowtracer_plugin.options import FlowOptions
+from flowtracer_plugin.result.storage import save
+from flowtracer_plugin.text.spans import Spans
+from flowtracer_plugin.trace.flow_trace import FlowTrace, load
+
+ARRAYS = ("token_ids", "attention", "reach", "throughput")
+MASKS = ("question", "answer", "target")
+
+
+@st.composite
+def parts_of_traces(draw):
+    """Any numbers and texts at all: storage does not ask what they mean."""
+    length = draw(st.integers(1, 6))
+    dtype = draw(st.sampled_from([np.float32, np.float64]))
+    floats = st.floats(width=np.dtype(dtype).itemsize * 8)
+    text = st.text(st.characters(exclude_categories=()), max_size=8)
+    spans = {name: draw(hnp.arrays(bool, length)) for name in MASKS}
+    spans |= {"rule": draw(text), "answer_text": draw(text)}
+    spans |= {"prompt_length": draw(st.integers(0, length))}
+    options = {
+        "layers": draw(st.one_of(st.just("middle:5"), st.tuples(st.integers(0, 9)))),
+        "question": draw(st.sampled_from(["prompt", "mask"])),
+        "answer": draw(text),
+        "target": "decision",
+        "question_weights": "reach",
+        "boundary": "absorbing",
+        "first_token": "drop",
+    }
+    arrays = {
+        "token_ids": draw(hnp.arrays(np.int64, length)),
+        "attention": np.tril(draw(hnp.arrays(dtype, (length, length), elements=floats))),
+        "reach": draw(hnp.arrays(dtype, length, elements=floats)),
+        "throughput": draw(hnp.arrays(dtype, length, elements=floats)),
+    }
+    others = {
+        "tokens": tuple(draw(st.lists(text, min_size=length, max_size=length))),
+        "model": draw(text),
+        "layers": tuple(draw(st.lists(st.integers(0, 99), max_size=3))),
+    }
+    return spans, options, arrays | others
+
+
+def bits(array):
+    return array.dtype, array.shape, array.tobytes()
+
+
+def assert_same(found, wanted):
+    for name in ARRAYS:
+        assert bits(getattr(found, name)) == bits(getattr(wanted, name)), name
+    for name in MASKS:
+        assert bits(getattr(found.spans, name)) == bits(getattr(wanted.spans, name)), name
+    for name in ("prompt_length", "rule", "answer_text"):
+        assert getattr(found.spans, name) == getattr(wanted.spans, name), name
+    for name in ("tokens", "model", "options", "layers"):
+        assert getattr(found, name) == getattr(wanted, name), name
+        assert type(getattr(found, name)) is type(getattr(wanted, name)), name
+
+
+@settings(deadline=None)
+@given(parts_of_traces())
+def test_every_bit_comes_back(tmp_path_factory, parts):
+    spans, options, others = parts
+    trace = FlowTrace(spans=Spans(**spans), options=FlowOptions(**options), **others)
+    path = tmp_path_factory.mktemp("traces") / "a.flow"
+    assert save(trace, path) == path
+    assert_same(load(path), trace)
+
+
+@pytest.fixture
+def trace():
+    length = 3
+    return FlowTrace(
+        token_ids=np.arange(length),
+        tokens=("a", "b", "2"),
+        spans=Spans(
+            prompt_length=1,
+            question=np.array([True, False, False]),
+            answer=np.array([False, False, True]),
+            target=np.array([False, False, True]),
+            rule="last_number",
+            answer_text="2",
+        ),
+        attention=np.tril(np.full((length, length), 0.5, np.float32)),
+        reach=np.ones(length, np.float32),
+        throughput=np.ones(length, np.float32),
+        model="m",
+        options=FlowOptions(),
+        layers=(1, 2),
+    )
+
+
+def test_what_is_loaded_works_as_before(trace, tmp_path):
+    loaded = load(trace.save(tmp_path / "a.flow"))
+    assert loaded.to_dict() == trace.to_dict()
+    assert repr(loaded) == repr(trace)
+
+
+def test_a_path_may_be_a_string_in_a_folder_that_is_not_there_yet(trace, tmp_path):
+    path = trace.save(str(tmp_path / "new" / "folder" / "a.flow"))
+    assert isinstance(path, Path)
+    assert_same(load(str(path)), trace)
+
+
+def test_only_the_lower_triangle_is_stored(trace, tmp_path):
+    with safe_open(trace.save(tmp_path / "a.flow"), framework="numpy") as file:
+        assert file.get_tensor("attention").shape == (6,)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no trace at .*nowhere"):
+        load(tmp_path / "nowhere.flow")
+    with pytest.raises(FileNotFoundError, match="no trace at"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"x",
+        b"not a safetensors file at all",
+        b"\x80\x04}.",  # a pickle
+        b"\xff" * 64,
+        to_bytes({"weight": np.ones(2)}),
+        to_bytes({"weight": np.ones(2)}, {"format": "pt"}),
+    ],
+    ids=["empty", "short", "text", "pickle", "long header", "no header", "weights"],
+)
+def test_foreign_files_are_refused(content, tmp_path):
+    path = tmp_path / "a.flow"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read .*a\.flow' as a trace"):
+        load(path)
+
+
+def test_half_a_file_is_refused_at_every_length(trace, tmp_path):
+    whole = trace.save(tmp_path / "a.flow").read_bytes()
+    for length in range(0, len(whole), 7):
+        (tmp_path / "half.flow").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="cannot read"):
+            load(tmp_path / "half.flow")
+
+
+def rewritten(trace, path, change=lambda metadata, header: None, without=()):
+    """The file of a trace whose header was changed, as somebody else might write it."""
+    with safe_open(trace.save(path), framework="numpy") as file:
+        metadata = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys() if name not in without}  # noqa: SIM118
+    header = json.loads(metadata["trace"])
+    metadata["trace"] = change(metadata, header) or json.dumps(header)
+    path.write_bytes(to_bytes(arrays, metadata))
+    return path
+
+
+def test_a_rewritten_file_reads_as_before(trace, tmp_path):
+    assert_same(load(rewritten(trace, tmp_path / "a.flow")), trace)
+
+
+def test_a_newer_file_asks_for_an_upgrade(trace, tmp_path):
+    path = rewritten(trace, tmp_path / "a.flow", lambda meta, _: meta.update(version="4"))
+    with pytest.raises(ValueError, match=r"version 4, .* up to 3; upgrade flowtracer-plugin"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta, _: meta.pop("version") and None,
+        lambda meta, _: meta.update(version="one"),
+        lambda meta, header: "{",
+        lambda meta, header: "[]",
+        lambda meta, header: "null",
+        lambda meta, header: header.pop("tokens") and None,
+        lambda meta, header: header.pop("options") and None,
+        lambda meta, header: header["options"].update(target="elsewhere"),
+        lambda meta, header: header["options"].update(unheard_of=1),
+        lambda meta, header: header.update(tokens=["a"]),
+    ],
+)
+def test_damaged_headers_are_refused(change, trace, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read .*a\.flow' as a trace"):
+        load(rewritten(trace, tmp_path / "a.flow", change))
+
+
+@pytest.mark.parametrize("name", [*ARRAYS, *MASKS])
+def test_missing_arrays_are_refused(name, trace, tmp_path):
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}"):
+        load(rewritten(trace, tmp_path / "a.flow", without=[name]))
+
+
+def test_a_crash_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "a.flow"
+    write_atomically(path, b"old")
+
+    def crash(self, target):
+        assert self.read_bytes() == b"new"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "a.flow"
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, "a string cannot be written")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_permissions_are_those_of_any_new_file(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "a.flow", b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.flow").stat().st_mode) == 0o666 & ~umask
+
+
+def test_the_old_file_is_replaced(trace, tmp_path):
+    path = tmp_path / "a.flow"
+    path.write_bytes(b"something longer than a trace" * 1000)
+    trace.save(path)
+    assert_same(load(path), trace)
+
+
+def test_nothing_in_the_package_can_unpickle():
+    imported = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    called = {"load", "eval", "exec", "compile", "__import__"}
+    for path in Path(flowtracer_plugin.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & imported, path
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in called - {"load"}, path
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = getattr(node.func.value, "id", None)
+                assert (owner, node.func.attr) not in {("torch", "load"), ("np", "load")}, path
+
+
+def test_links_are_followed_and_permissions_kept(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_bytes(b"old")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    write_atomically(link, b"new")
+    assert link.is_symlink()
+    assert real.read_bytes() == b"new"
+    assert stat.S_IMODE(real.stat().st_mode) == 0o640
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(pipe, b"through")
+        assert os.read(reader, 100) == b"through"
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_directory_is_no_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="wanted the name of a file, found the directory"):
+        write_atomically(tmp_path, b"")
+    assert list(tmp_path.iterdir()) == []
