@@ -5,8 +5,8 @@ r"""Reward functions for scripts that take the dotted path of a reward.
 
 Such a script passes no model to the reward. Therefore the flow rewards here trace the model that
 the environment variable `FLOWTRACER_MODEL` names: a folder or an id on the hub. Each process loads
-it once, with the first completions, and it stays frozen during the training. `FLOWTRACER_DEVICE` names
-its device, by default the GPU if there is one. For other options, put a
+it once, with the first completions, and it stays frozen during the training. `FLOWTRACER_DEVICE`
+names its device, by default the GPU if there is one. For other options, put a
 `flowtracer_plugin.rewards.FlowReward` into a module of your own and pass its path.
 
 `docs/rewards.md` says what each reward measures and how it could be gamed.
