@@ -1,4 +1,4 @@
-"""Pages in a real browser: Playwright drives the Chromium that FLOWTRACER_CHROMIUM names."""
+"""Pages in a real browser: Playwright controls the Chromium that FLOWTRACER_CHROMIUM names."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TROUBLES = ("serious", "critical")
 
 @dataclass
 class Visits:
-    """Opens pages, and keeps what went wrong in any of them.
+    """Opens pages, and collects their console messages, errors and requests.
 
     Attributes:
-        browser: Playwright's.
-        folder: Where pages are written.
-        said: What consoles said, and errors that no script caught.
-        requested: Addresses of everything that pages asked for, other than themselves.
+        browser: The browser of Playwright.
+        folder: The folder for the files of the pages.
+        said: Console messages, and errors that no script caught.
+        requested: The addresses that pages requested, other than their own.
     """
 
     browser: Any
@@ -32,7 +32,7 @@ class Visits:
     def open(
         self, html: str, *, width: int = 1280, height: int = 900, fragment: str = "", **options: Any
     ) -> Any:
-        """A page with this content; `options` are those of a browser context, as `color_scheme`."""
+        """A page with this content; `options` go to the browser context."""
         self.count += 1
         path = self.folder / f"page-{self.count}.html"
         path.write_text(html, "utf-8")
@@ -77,7 +77,7 @@ def open_chromium() -> Iterator[Any]:
 
 
 def violations(page: Any) -> list[str]:
-    """What axe-core calls serious, or worse, in the page as it is now."""
+    """The problems in the current page that axe-core calls serious or critical."""
     from axe_playwright_python.sync_playwright import Axe
 
     found = Axe().run(page).response["violations"]

@@ -1,4 +1,4 @@
-"""Traces of made-up attention, for tests of what is shown and written of a trace."""
+"""Traces with random attention, for the tests of pages, figures and files."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from tests.pages import HOSTILE
 
 
 def make_trace(tokens, *, prompt=3, answer=(-2,), attention=None, **changes):
-    """A trace with smooth made-up attention, solved for real."""
+    """A trace whose flow is solved on random attention."""
     length = len(tokens)
     if attention is None:
         rows = np.random.default_rng(0).random((length, length)) ** 3 + 1e-3
@@ -34,7 +34,7 @@ def make_trace(tokens, *, prompt=3, answer=(-2,), attention=None, **changes):
 
 
 def hostile_trace():
-    """Texts that break out of HTML, XML, terminals and encodings, wherever a trace holds a text."""
+    """A trace all of whose texts try to break out of HTML, XML, terminals or encodings."""
     return make_trace(
         ("<s>", "a", "b", *HOSTILE, "c", "7", "."),
         model=HOSTILE[0],
@@ -44,5 +44,5 @@ def hostile_trace():
 
 
 def as_streamed(trace):
-    """What streaming leaves of a trace."""
+    """The trace as streaming would make it."""
     return replace(trace, attention=None, streamed=trace.backbone)

@@ -1,4 +1,4 @@
-"""Which heads are averaged: those with which the answer's rows look at the reasoning."""
+"""The choice of the heads to average: those that attend most from the answer to the reasoning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
 from flowtracer_plugin.attention.head_mean import given_by, token_probabilities
 
 Chosen = tuple[tuple[Int[Tensor, " _"], ...], ...]
-"""For each text, the heads of each call."""
+"""The chosen heads of each call, for each text."""
 
 _BLOCK = 64
 
@@ -23,7 +23,7 @@ def attention_to(
     target: Bool[Tensor, "batch token"],
     reasoning: Bool[Tensor, "batch token"],
 ) -> Float[Tensor, "batch head"]:
-    """What each head pays from the target's rows to earlier tokens of the reasoning."""
+    """The attention that each head pays from the target's rows to earlier reasoning tokens."""
     device = given_by(call).device
     target, reasoning = target.to(device), reasoning.to(device)
     batch, tokens = target.shape
@@ -40,9 +40,9 @@ def attention_to(
 
 
 def most_attentive(paid: Sequence[Float[Tensor, "batch _"]], share: float) -> Chosen:
-    """The `⌈share · n⌉` of all `n` heads of the calls that pay most, of equal ones the earlier.
+    """The `⌈share · n⌉` of all `n` heads that pay most; of equal heads, the earlier ones.
 
-    All heads of a text in which none pays anything: there is nothing to choose by.
+    A text in which no head pays anything keeps all of its heads.
     """
     counts = [one.shape[1] for one in paid]
     among = torch.cat([one.cpu() for one in paid], dim=1)
@@ -55,7 +55,7 @@ def most_attentive(paid: Sequence[Float[Tensor, "batch _"]], share: float) -> Ch
 def named_heads(
     pairs: Iterable[tuple[int, int]], layers: Sequence[int], counts: Sequence[int], texts: int
 ) -> Chosen:
-    """The heads that are named by layer and head, the same for every text.
+    """The heads that `pairs` name by layer and head, the same for every text.
 
     Raises:
         ValueError: A layer is not among `layers`, or has no such head.

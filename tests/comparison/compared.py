@@ -1,4 +1,4 @@
-"""Traces to compare, with made-up attention."""
+"""Traces with random attention, for the tests of comparisons."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ VOCABULARY: dict[str, int] = {}
 
 
 def make_trace(response, *, answer=(-1,), prompt=PROMPT_TOKENS, seed=0, target=None, **changes):
-    """A trace with made-up attention, solved for real; equal texts have equal ids."""
+    """A trace whose flow is solved on random attention; equal tokens have equal ids."""
     tokens, border = (*prompt, *response), len(prompt)
     length = len(tokens)
     rows = np.random.default_rng([seed, length]).random((length, length)) ** 3 + 1e-3

@@ -239,7 +239,7 @@ def test_a_gate_after_attention_is_refused_by_value_and_read_by_attention():
     for layer in model.model.layers:
         inner = layer.self_attn.o_proj
         layer.self_attn.o_proj = nn.Sequential(nn.Softsign(), inner)
-    with pytest.raises(UnsupportedArchitectureError, match=r"takes the attention output as it is"):
+    with pytest.raises(UnsupportedArchitectureError, match="takes the unchanged attention output"):
         ft.wrap(model, tiny_tokenizer(), preset="sharp").trace("one two\n", "The answer is 5")
     trace = ft.wrap(model, tiny_tokenizer(), preset="sharp", edges="attention").trace(
         "one two\n", "The answer is 5"
