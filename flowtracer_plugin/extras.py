@@ -10,7 +10,7 @@ from contextlib import contextmanager
 def comes_with(extra: str, wish: str) -> Iterator[None]:
     """A context whose ModuleNotFoundError names the extra that installs the missing package.
 
-    `wish` names what needs the package.
+    `wish` names the feature that needs the package.
     """
     try:
         yield

@@ -74,7 +74,7 @@ class FlowOptions:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if not _is_heads(self.heads):
             raise ValueError(
-                "heads must be 'all', a share of them above 0 and up to 1, or (layer, head) pairs, "
+                "heads must be 'all', a share above 0 and up to 1, or (layer, head) pairs, "
                 f"got {self.heads!r}"
             )
 

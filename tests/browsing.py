@@ -29,14 +29,12 @@ class Visits:
     requested: list[str] = field(default_factory=list)
     count: int = 0
 
-    def open(
-        self, html: str, *, width: int = 1280, height: int = 900, fragment: str = "", **options: Any
-    ) -> Any:
-        """A page with this content; `options` go to the browser context."""
+    def open(self, html: str, **options: Any) -> Any:
+        """A page with this content; `options` are those of `visit`."""
         self.count += 1
         path = self.folder / f"page-{self.count}.html"
         path.write_text(html, "utf-8")
-        return self.visit(path, width=width, height=height, fragment=fragment, **options)
+        return self.visit(path, **options)
 
     def visit(
         self,
@@ -47,7 +45,7 @@ class Visits:
         fragment: str = "",
         **options: Any,
     ) -> Any:
-        """The page of a file."""
+        """The page of a file; `options`, such as `color_scheme`, go to the browser context."""
         context = self.browser.new_context(
             viewport={"width": width, "height": height}, reduced_motion="reduce", **options
         )

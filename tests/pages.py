@@ -1,4 +1,4 @@
-"""Hostile texts, an HTML parser and a real browser, for the tests of the pages."""
+"""What the tests of the pages share: hostile texts, a parser, and a real browser."""
 
 import json
 import os
@@ -35,7 +35,7 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """The tags with their attributes, the scripts, the styles, and the texts of the tokens."""
+    """Tags with their attributes, the scripts, and the text of the tokens."""
 
     def __init__(self, html):
         super().__init__()
@@ -89,7 +89,7 @@ CHROMIUM_OPTIONS = (
 
 
 def load_page(folder, html, fragment="", width=1280):
-    """The DOM of a page after its scripts have run in Chromium, and its console messages."""
+    """Loads a page in Chromium; gives the DOM after its scripts ran, and what the console said."""
     path = folder / "page.html"
     path.write_text(html, "utf-8")
     command = [os.environ["FLOWTRACER_CHROMIUM"], *CHROMIUM_OPTIONS, f"--window-size={width},900"]

@@ -205,7 +205,7 @@ def adapter_entries() -> tuple[AdapterEntry, ...]:
     found = []
     for entry in sorted(offered, key=lambda entry: bool(entry.adapter and entry.adapter.generic)):
         winner = first.setdefault(entry.name, entry) if entry.adapter else entry
-        hidden = f"the one of this name from {winner.source} goes before it; rename one of them"
+        hidden = f"an adapter of this name from {winner.source} comes first; rename one of them"
         found.append(entry if winner is entry else replace(entry, skipped=hidden))
     return tuple(found)
 
@@ -299,7 +299,7 @@ def _fault(adapter: object) -> str | None:
 
 
 def _remedy(entry: AdapterEntry) -> str:
-    return f"mend, update or uninstall {entry.distribution}"
+    return f"fix, update or uninstall {entry.distribution}"
 
 
 def _in_words(error: Exception) -> str:

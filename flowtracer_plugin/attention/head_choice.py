@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
-from flowtracer_plugin.attention.head_mean import given_by, token_probabilities
+from flowtracer_plugin.attention.head_mean import query_tensor, token_probabilities
 
 Chosen = tuple[tuple[Int[Tensor, " _"], ...], ...]
 """The chosen heads of each call, for each text."""
@@ -24,10 +24,10 @@ def attention_to(
     reasoning: Bool[Tensor, "batch token"],
 ) -> Float[Tensor, "batch head"]:
     """The attention that each head pays from the target's rows to earlier reasoning tokens."""
-    device = given_by(call).device
+    device = query_tensor(call).device
     target, reasoning = target.to(device), reasoning.to(device)
     batch, tokens = target.shape
-    paid = torch.zeros(batch, given_by(call).shape[1], device=device)
+    paid = torch.zeros(batch, query_tensor(call).shape[1], device=device)
     wanted = target.any(0).tolist()
     with torch.autocast(device.type, enabled=False):
         for start in range(0, tokens, _BLOCK):
@@ -65,12 +65,12 @@ def named_heads(
         here = [place for place, number in enumerate(layers) if number == layer]
         if not here:
             raise ValueError(
-                f"heads names ({layer}, {head}), and layer {layer} is not among the layers that "
-                f"are averaged, {sorted(set(layers))}; choose layers= that hold it"
+                f"heads names ({layer}, {head}), but layer {layer} is not among the layers "
+                f"{sorted(set(layers))} that are averaged; choose layers= with this layer"
             )
         if not 0 <= head < counts[here[0]]:
             raise ValueError(
-                f"heads names ({layer}, {head}), and layer {layer} has the heads 0 to "
+                f"heads names ({layer}, {head}), but layer {layer} has the heads 0 to "
                 f"{counts[here[0]] - 1}"
             )
         for place in here:

@@ -1,7 +1,7 @@
 """Head-averaged attention probabilities of one attention call, a block of query rows at a time.
 
-No tensor of shape [head, query, key] ever exists: that is what makes reading attention as light
-as the forward pass itself.
+No tensor of shape [head, query, key] ever exists, so reading attention stays as light as the
+forward pass itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def add_head_mean(
     # The cache of a sliding window holds only the last keys; a static cache has spare room.
     first = max(0, total.shape[2] - tokens_of(call))
     # Some models pad the text at its end.
-    queries = min(given_by(call).shape[2], total.shape[1])
+    queries = min(query_tensor(call).shape[2], total.shape[1])
     for start in range(0, queries, block):
         rows = slice(start, min(start + block, queries))
         mean = mean_of_rows(call, rows, heads=heads)
@@ -56,7 +56,7 @@ def mean_of_rows(
     first `keys` keys.
     """
     call = _normalized(call)
-    with torch.autocast(given_by(call).device.type, enabled=False):
+    with torch.autocast(query_tensor(call).device.type, enabled=False):
         return _to_tokens(call, row_probabilities(call, rows, heads, keys))
 
 
@@ -71,7 +71,7 @@ def weighed_mean_of_rows(
 ) -> tuple[Float[Tensor, "batch rows seen"], Float[Tensor, "batch rows"]]:
     """The same for each head's attention times `lengths`, and the rows' sums without `lengths`."""
     call = _normalized(call)
-    with torch.autocast(given_by(call).device.type, enabled=False):
+    with torch.autocast(query_tensor(call).device.type, enabled=False):
         probabilities = row_probabilities(call, rows, heads, keys)
         sums = reduce(probabilities, "batch head query key -> batch query", "sum")
         sums /= probabilities.shape[1]
@@ -96,8 +96,8 @@ def attention_output(
 ) -> Float[Tensor, "batch query head value_width"]:
     """Probabilities times values, as the model mixes them, in float32."""
     assert call.value is not None
-    with torch.autocast(given_by(call).device.type, enabled=False):
-        probabilities = row_probabilities(call, slice(0, given_by(call).shape[2]))
+    with torch.autocast(query_tensor(call).device.type, enabled=False):
+        probabilities = row_probabilities(call, slice(0, query_tensor(call).shape[2]))
         value = call.value[:, :, : probabilities.shape[-1]].detach().float()
         folded = rearrange(
             probabilities, "b (group each) q k -> b group (each q) k", group=value.shape[1]
@@ -121,8 +121,8 @@ def one_text(call: AttentionCall | AttentionWeights, text: int) -> AttentionCall
     return replace(call, **parts)
 
 
-def given_by(call: AttentionCall | AttentionWeights) -> Tensor:
-    """The tensor of the call whose shape begins with texts, heads and queries."""
+def query_tensor(call: AttentionCall | AttentionWeights) -> Tensor:
+    """The queries or, in their place, the weights: a tensor `[batch, head, query, …]`."""
     return call.weights if isinstance(call, AttentionWeights) else call.query
 
 

@@ -26,7 +26,7 @@ from flowtracer_plugin.attention.head_mean import attention_output
 from flowtracer_plugin.attention.rounding import difference, rounding
 
 Projections = Mapping[AttentionSite, nn.Module]
-"""The linear map that each site's attention output, all heads side by side, goes through."""
+"""For each site, the linear map of its attention output, all heads side by side."""
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What right and wrong texts do differently, and how far chance alone goes."""
+"""Comparisons of right with wrong texts, and the part of chance in their differences."""
 
 import lazy_loader
 

@@ -237,7 +237,7 @@ def solve_nodes(
     """
     xp = backend_of(answer).xp
     unit = unit_of(xp.finfo(dtype))
-    with np.errstate(all="ignore"):  # _check_flow finds what does not fit
+    with np.errstate(all="ignore"):  # _check_flow finds numbers that do not fit
         scaled = _reach(solve, xp.asarray(answer, dtype=dtype) * unit, passing)
         source = _source(question & (scaled > 0), scaled, question_weights)
         potential = _potential(solve, scaled, source, passing)

@@ -64,17 +64,17 @@ def _backwards(part: Any, x: Any, start: int, stop: int, queries: Any, keys: Any
     inside = slice(start, stop)
     x[..., inside] = _solve_square(part, x, start, stop, queries, keys, transposed=True)
     if start:
-        leaving = _only(queries[..., inside], x[..., inside])
-        x[..., :start] += _only(keys[..., :start], _times(leaving, part[..., :start]))
+        leaving = _masked(queries[..., inside], x[..., inside])
+        x[..., :start] += _masked(keys[..., :start], _vecmat(leaving, part[..., :start]))
 
 
 def _forwards(part: Any, x: Any, start: int, stop: int, queries: Any, keys: Any) -> None:
     """Add the parts of all earlier tokens, then solve the block."""
     inside = slice(start, stop)
     if start:
-        leaving = _only(keys[..., :start], x[..., :start])
-        arriving = _times(leaving, part[..., :start].mT)
-        x[..., inside] += _only(queries[..., inside], arriving)
+        leaving = _masked(keys[..., :start], x[..., :start])
+        arriving = _vecmat(leaving, part[..., :start].mT)
+        x[..., inside] += _masked(queries[..., inside], arriving)
     x[..., inside] = _solve_square(part, x, start, stop, queries, keys, transposed=False)
 
 
@@ -88,17 +88,17 @@ def _solve_square(
     return backend.solve(-square, x[..., inside], transposed=transposed)
 
 
-def _only(mask: Any, values: Any) -> Any:
+def _masked(mask: Any, values: Any) -> Any:
     """The values where the mask is set, and 0 elsewhere, even in place of nan or infinity."""
     return backend_of(values).xp.where(mask, values, 0)
 
 
-def _times(vector: Any, matrix: Any) -> Any:
-    """Vector times matrix. With the vector on the right, torch takes twenty times as long."""
+def _vecmat(vector: Any, matrix: Any) -> Any:
+    """Vector times matrix: for batches, torch is twenty times slower at matrix times vector."""
     return (vector[..., None, :] @ matrix)[..., 0, :]
 
 
-def below(rows: Rows, vector: Float[Any, "*batch token"], block: int = BLOCK) -> Any:
+def lower_product(rows: Rows, vector: Float[Any, "*batch token"], block: int = BLOCK) -> Any:
     """The part of a matrix below its diagonal, times a vector."""
     xp, length = backend_of(vector).xp, vector.shape[-1]
     product = xp.zeros_like(vector)
@@ -106,13 +106,13 @@ def below(rows: Rows, vector: Float[Any, "*batch token"], block: int = BLOCK) ->
         stop = min(start + block, length)
         part, inside = rows(start, stop), slice(start, stop)
         square = xp.tril(part[..., start:stop], -1)
-        product[..., inside] = _times(vector[..., inside], square.mT)
+        product[..., inside] = _vecmat(vector[..., inside], square.mT)
         if start:
-            product[..., inside] += _times(vector[..., :start], part[..., :start].mT)
+            product[..., inside] += _vecmat(vector[..., :start], part[..., :start].mT)
     return product
 
 
-def above(matrix: Float[Any, "*batch token token"], block: int = BLOCK) -> Any:
+def upper_sum(matrix: Float[Any, "*batch token token"], block: int = BLOCK) -> Any:
     """The sum of the values above the diagonal.
 
     It multiplies with ones, since BLAS reads strided memory much faster than a reduction does.
@@ -125,7 +125,7 @@ def above(matrix: Float[Any, "*batch token token"], block: int = BLOCK) -> Any:
         part = matrix[..., start:stop, start:]
         total = total + xp.triu(part[..., : stop - start], 1).sum((-2, -1))
         with backend_of(matrix).exact(matrix):
-            total = total + _times(ones[..., start:stop], part[..., stop - start :]).sum(-1)
+            total = total + _vecmat(ones[..., start:stop], part[..., stop - start :]).sum(-1)
     return total.sum()
 
 
@@ -162,4 +162,4 @@ def product(edges: Any, vector: Any) -> Any:
         return backend_of(vector).xp.stack([product(one, each) for one, each in pairs])
     backend = backend_of(edges)
     with backend.exact(vector):
-        return below(stored(edges), vector) if backend.entries is None else edges @ vector
+        return lower_product(stored(edges), vector) if backend.entries is None else edges @ vector

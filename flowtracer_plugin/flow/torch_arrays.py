@@ -109,7 +109,7 @@ def solve_csr(
             rest.index_add_(0, q, v * solution[k], alpha=-1)
         block = _diagonal_block(q - start, k - start, v, stop - start)
         solution[start:stop] = solve(block, rest[start:stop], transposed=transposed)
-        if transposed:  # what is added inside the block is not read again
+        if transposed:  # sums inside the block are not read again
             rest.index_add_(0, k, v * solution[q], alpha=-1)
     return solution
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from flowtracer_plugin.flow.arrays import dtype_name
 from flowtracer_plugin.flow.backends import backend_of
-from flowtracer_plugin.flow.substitution import above
+from flowtracer_plugin.flow.substitution import upper_sum
 
 
 def read_matrices(attention: Any) -> list[Any]:
@@ -89,7 +89,7 @@ def check(matrices: Sequence[Any], masks: Mapping[str, Any], *, listed: bool) ->
 def _is_sound(matrix: Any) -> Any:
     backend = backend_of(matrix)
     if backend.entries is None:
-        values, any_ahead = matrix, above(matrix) != 0
+        values, any_ahead = matrix, upper_sum(matrix) != 0
     else:
         values, ahead = _parts(matrix)
         any_ahead = ahead.any()

@@ -47,8 +47,8 @@ def load_rows(name: str, split: str, *, config: str | None = None, streaming: bo
         cause = str(error.__cause__ or error).partition("\n")[0].rstrip(" .")
         raise ValueError(
             f"cannot load split {split!r} of {name!r}: {cause}; wanted a .jsonl, .csv or .parquet "
-            "file, a folder of such, or a data set on the hub, and a split of it or a slice such "
-            "as train[:95%]"
+            "file, a folder of such files, or a data set on the hub, and a split of it or a slice "
+            "such as train[:95%]"
         ) from error
 
 
@@ -111,15 +111,10 @@ def columns(rows: Any) -> list[str]:
 
 
 def _row(
-    row: Mapping[str, Any],
-    prompt_column: str,
-    answer_column: str | None,
-    template: str | None,
-    system: str | None,
-    chat: bool,
+    row: Mapping[str, Any], prompt_column: str, answer_column: str | None, **options: Any
 ) -> dict[str, Any]:
-    made = {} if answer_column is None else {"answer": row[answer_column]}
-    return made | {"prompt": as_prompt(row[prompt_column], template, system, chat)}
+    answer = {} if answer_column is None else {"answer": row[answer_column]}
+    return answer | {"prompt": as_prompt(row[prompt_column], **options)}
 
 
 def as_prompt(value: Any, template: str | None, system: str | None, chat: bool) -> Any:

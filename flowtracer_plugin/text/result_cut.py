@@ -40,7 +40,7 @@ def cut_at_result(response: str, answer: str) -> str:
         raise NotComputedError(f"no equation in the response has the result {answer!r}")
     start, end = found.span(1)
     if any(_size(one) == wanted for one in _WRITTEN.findall(response[:start])):
-        raise NotComputedError(f"{answer!r} stands in the response before it is computed")
+        raise NotComputedError(f"{answer!r} is in the response before it is computed")
     return response[:end]
 
 

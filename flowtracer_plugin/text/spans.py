@@ -193,13 +193,7 @@ def answer_mask(
         >>> answer_mask(tokenizer, tokenizer.encode("x=10"))
         (array([False, False,  True,  True]), FoundAnswer(start=2, end=4, rule='last_number'))
     """
-    shown = shown_text(tokenizer, response_ids)
-    found = find_answer(shown.text, finder)
-    if found is None:
-        return None
-    found = replace(found, start=found.start + shown.first, end=found.end + shown.first)
-    mask = tokens_in_span(shown.decoded, found.start, found.end) & ~shown.hidden
-    return (mask, found) if mask.any() else None
+    return _located_answer(shown_text(tokenizer, response_ids), finder)
 
 
 class ShownText(NamedTuple):
@@ -226,6 +220,17 @@ def shown_text(
 
 
 _MARKER = re.compile(r"\s*</?(?:think|answer)>\s*", re.IGNORECASE)
+
+
+def _located_answer(
+    shown: ShownText, finder: AnswerFinder
+) -> tuple[Bool[np.ndarray, " token"], FoundAnswer] | None:
+    found = find_answer(shown.text, finder)
+    if found is None:
+        return None
+    found = replace(found, start=found.start + shown.first, end=found.end + shown.first)
+    mask = tokens_in_span(shown.decoded, found.start, found.end) & ~shown.hidden
+    return (mask, found) if mask.any() else None
 
 
 def special_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
@@ -347,12 +352,12 @@ def find_spans(
     """
     if not len(response_ids):
         raise ValueError("the response is empty, so there is no answer to trace")
-    found = answer_mask(tokenizer, response_ids, finder)
-    text = decode_tokens(tokenizer, response_ids).text
+    shown = shown_text(tokenizer, response_ids)
+    found, text = _located_answer(shown, finder), shown.decoded.text
     if found is None:
-        shown = text if len(text) <= _QUOTED else f"…{text[-_QUOTED:]}"
+        quoted = text if len(text) <= _QUOTED else f"…{text[-_QUOTED:]}"
         raise AnswerNotFoundError(
-            f"no answer found by {finder_name(finder)!r} in the response {shown!r}; say how to "
+            f"no answer found by {finder_name(finder)!r} in the response {quoted!r}; say how to "
             "find it with answer=: a finder's name, re.compile(...) with one group, or a function "
             "from text to (start, end)"
         )

@@ -163,7 +163,7 @@ def test_the_second_of_two_adapters_of_one_name_is_skipped(packages):
     install(packages, "bear", offers())
     first, second = (entry for entry in adapter_entries() if entry.name == "acme")
     assert (first.distribution, first.skipped) == ("bear", None)
-    assert second.skipped == "the one of this name from bear 0.3 goes before it; rename one of them"
+    assert second.skipped == "an adapter of this name from bear 0.3 comes first; rename one of them"
     assert [adapter.name for adapter in known_adapters()].count("acme") == 1
     assert find_adapter(tiny_model("llama")) is first.adapter
 
@@ -172,7 +172,7 @@ def test_an_installed_adapter_may_replace_a_built_in_one(packages):
     install(packages, "mine", offers("falcon"))
     mine, built_in = (entry for entry in adapter_entries() if entry.name == "falcon")
     assert (mine.distribution, mine.skipped) == ("mine", None)
-    assert "from mine 0.3 goes before it" in built_in.skipped
+    assert "from mine 0.3 comes first" in built_in.skipped
 
 
 BROKEN = {
@@ -201,7 +201,7 @@ def test_a_broken_entry_point_is_skipped_with_the_reason(packages, kind):
     (entry,) = (entry for entry in adapter_entries() if entry.skipped)
     assert (entry.name, entry.adapter, entry.source) == ("acme", None, "acme-x 0.3")
     assert reason in entry.skipped
-    assert entry.skipped.endswith("; mend, update or uninstall acme-x")
+    assert entry.skipped.endswith("; fix, update or uninstall acme-x")
     assert find_adapter(tiny_model("llama")).name == "interface"
     with pytest.raises(
         UnsupportedArchitectureError, match=r"Skipped acme from acme-x 0\.3: "

@@ -1,4 +1,4 @@
-"""Slow definitions of a backbone and of what a trace derives from its flow."""
+"""Slow definitions of a backbone and of a trace's reasoning share."""
 
 from itertools import combinations
 

@@ -59,7 +59,12 @@ def test_strongest_edges_of_the_small_graph():
     assert [edge[:2] for edge in strongest_edges(small_graph(), 0.4)] == [(0, 1), (2, 3)]
     one = small_graph(edges=1)
     assert one.sources.token[:, 0].tolist() == [0, 0, one.sources.token[2, 0], 2]
-    assert one.targets.token[:, 0].tolist() == [1, 2, 3, 3]  # the last has none: itself
+    assert one.targets.token[:, 0].tolist() == [
+        1,
+        2,
+        3,
+        3,
+    ]  # the last has none
 
 
 def test_steps_of_the_small_graph():
@@ -181,7 +186,7 @@ def test_flow_between_steps_equals_its_slow_definition_and_is_conserved(cut, opt
     np.testing.assert_allclose(graph.edges, edges, rtol=1e-9, atol=1e-15)
     np.testing.assert_allclose(found, inflow, rtol=1e-9, atol=1e-15)
     np.testing.assert_allclose(graph.sink, sink, rtol=1e-9, atol=1e-15)
-    # what enters a step leaves it: to later steps, or into the sink
+    # flow into a step equals the flow out of it, to later steps or into the sink
     np.testing.assert_allclose(found, graph.edges.sum(0) + graph.sink, rtol=1e-9, atol=1e-12)
     assert graph.sink.sum() == pytest.approx(1)
     assert "".join(step.text for step in graph.steps) == "".join(pieces)
@@ -217,7 +222,7 @@ def steps_of(*pieces, prompt_length=0):
         (["是", "。", "所以", "42", "。"], ["是。", "所以42。"]),
         (["Wait", "...", " no"], ["Wait...", " no"]),
         (["a", ".\n\n", "b"], ["a.\n\n", "b"]),
-        # a token belongs to the step in which its first character after whitespace lies
+        # a token belongs to the step of its first character that is not whitespace
         (["a", ".\nb", "c"], ["a.\nb", "c"]),
         (["a", ".", "\nb", "c"], ["a.", "\nbc"]),
         # the first bytes of a split character are empty pieces, in the step of the character

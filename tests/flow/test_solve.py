@@ -215,9 +215,9 @@ def test_substitution_by_blocks_solves_the_system_restricted_to_queries_and_keys
         ends = [(start, min(start + block, size)) for start in starts]
         expected = [(start, stop, (stop - start, stop)) for start, stop in ends]
         assert seen == (expected[::-1] if transposed else expected)
-    product = substitution.below(rows, held_as(kind, rhs), block)
+    product = substitution.lower_product(rows, held_as(kind, rhs), block)
     np.testing.assert_allclose(dense(product), np.tril(problem.attention, -1) @ rhs, **EXACT)
-    above = float(substitution.above(given, block))
+    above = float(substitution.upper_sum(given, block))
     assert above == pytest.approx(7.0 * size * (size - 1) / 2)
 
 

@@ -60,7 +60,7 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
 
 
-# Llama 2's scheme: spaces are ▁, what is not in the vocabulary is written byte by byte.
+# Llama 2's scheme: spaces are ▁, and text outside the vocabulary is written byte by byte.
 PIECES = ["▁", "▁▁", "x", "▁x", "é", "1", "▁12", "=1", UNKNOWN, "."]
 
 
