@@ -9,7 +9,10 @@ FLASHTRACE := .venv-flashtrace
 LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
 # What depends on the versions of torch, transformers and nnsight: the families of models, read.
-LOWEST_TESTS := $(addprefix tests/,test_versions.py attention/test_adapter.py reading/test_capture.py attention/test_head_mean.py trace/test_tracer.py)
+LOWEST_TESTS := $(addprefix tests/,test_versions.py attention/test_adapter.py \
+	attention/test_head_mean.py reading/test_capture.py trace/test_tracer.py)
+# Whole files to a worker, since the tests of a file share models; a worker takes about 2 GB.
+WORKERS ?= --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-lowest deepspeed flashtrace bench ablation conformance docs lint types package \
 	reasoner clean
@@ -18,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 conformance: $(STAMP)
 	$(BIN)/python -m tests.conformance $(if $(TYPES),--types $(TYPES))
@@ -32,7 +35,7 @@ ablation: $(STAMP)
 	$(BIN)/python -m examples.ablation $(ARGS)
 
 test-lowest: $(LOWEST_STAMP)
-	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
+	$(LOWEST)/bin/python -m pytest $(WORKERS) $(LOWEST_TESTS)
 
 # DeepSpeed beside the environment, not in it: libraries behave otherwise where it is installed.
 deepspeed: $(STAMP)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict
 
 Heads = str | float | tuple[tuple[int, int], ...]
 
@@ -28,6 +28,13 @@ to reach. "sharp" also chooses the heads that attend most from these rows to the
 weights edges by the length of the moved values: of all measured configurations, it is the one on
 whose top tokens answers depend most.
 """
+
+
+class Solving(TypedDict):
+    """The options of `solve_flow`, under its own names."""
+
+    question_weights: str
+    boundary: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +84,11 @@ class FlowOptions:
                 "heads must be 'all', a share above 0 and up to 1, or (layer, head) pairs, "
                 f"got {self.heads!r}"
             )
+
+    @property
+    def solving(self) -> Solving:
+        """The options of `solve_flow`, to be passed on with `**`."""
+        return {"question_weights": self.question_weights, "boundary": self.boundary}
 
     @property
     def plain(self) -> bool:

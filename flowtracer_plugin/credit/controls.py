@@ -1,4 +1,4 @@
-"""Chance, as a scorer must beat it: draws that only a rollout's own tokens decide."""
+"""Random controls for scorers; their draws depend on nothing but the rollout's own tokens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def row_draws(
 ) -> Float[Tensor, "batch completion"]:
     """Uniform random numbers in (0, 1] for the visible completion tokens, 1 elsewhere.
 
-    A row's numbers follow from `seed` and its visible ids alone: padding, the other rows, the
-    device and every global random state neither change them nor are changed. Ids and masks are
-    copied to the host, and a generator there draws for one row.
+    The numbers of a row depend on `seed` and its visible ids alone, not on padding, other rows, the
+    device or a global random state, which stays as it is. Ids and masks are copied to the host,
+    where a generator draws for one row at a time.
     """
     tokens, seen = ids.to("cpu", torch.int64), visible.cpu()
     draws = torch.ones(ids.shape[0], ids.shape[1] - prompt_length, device="cpu")
@@ -34,7 +34,7 @@ def row_draws(
 
 
 def _row_seed(tokens: Int[Tensor, " token"], seed: int) -> int:
-    """A number of 63 bits; `hash` would be another one in every process."""
+    """A number of 63 bits; `hash` would give another number in every process."""
     digest = blake2b(f"{seed}:".encode() + tokens.numpy().astype("<i8").tobytes(), digest_size=8)
     return int.from_bytes(digest.digest(), "little") >> 1
 
@@ -42,10 +42,10 @@ def _row_seed(tokens: Int[Tensor, " token"], seed: int) -> int:
 def role_and_position(
     competing: Bool[Tensor, "batch completion"], answer: Bool[Tensor, "batch completion"]
 ) -> Int[Tensor, "batch completion"]:
-    """Number of each token's bin: in the answer or not, times which tenth of the competing tokens.
+    """The bin number of each token: whether it is in the answer, times its tenth of the row.
 
-    Of `n` competing tokens the one with `r` before it is in tenth `⌊10 r / n⌋`. Tokens that do not
-    compete share a bin of their own.
+    Among `n` competing tokens, the token with `r` before it is in tenth `⌊10 r / n⌋`. Tokens that
+    do not compete share another bin.
 
     Examples:
         >>> competing = torch.tensor([[True, True, False, True, True]])
@@ -62,7 +62,7 @@ def permute_within(
     values: Shaped[Tensor, "batch completion"],
     draws: Float[Tensor, "batch completion"],
 ) -> Shaped[Tensor, "batch completion"]:
-    """The values, such as a mask, permuted inside every bin, in the order of the draws.
+    """The values, for example a mask, permuted inside every bin in the order of the draws.
 
     With independent uniform draws every permutation of a bin is equally likely.
     """

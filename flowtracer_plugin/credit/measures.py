@@ -1,7 +1,7 @@
-"""What tokens are chosen by: one number for each completion token, higher for more credit.
+"""The measures of scorers: one number for each completion token, higher for more credit.
 
-Each function maps a batch of rollouts to `[feature, batch, completion]`, without a gradient, and
-raises `ValueError` if what it needs is missing.
+Each function maps a batch of rollouts to `[feature, batch, completion]` without a gradient, and
+raises `ValueError` if something that it needs is missing.
 """
 
 from __future__ import annotations
@@ -23,32 +23,31 @@ Features = Float[Tensor, "feature batch completion"]
 Row = Float[Tensor, "batch token"]
 
 POWER = 2
-"""Hops of `attention_power`."""
+"""Number of hops of `attention_power`."""
 
 _BLOCK = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Rollouts:
-    """One batch of completions, as a scorer sees it; what no chosen scorer needs may be missing.
+    """One batch of completions as a scorer sees it; parts that no scorer needs may be missing.
 
     Attributes:
         ids: Prompts, padded on the left, and completions, padded on the right.
-        visible: Not padding.
+        visible: False on padding.
         prompt_length: Columns before the completions.
-        competing: Tokens that the model chose: visible, and not a tool's.
-        target: The rows that stand for the answer, or that decide it; none where no answer is.
+        competing: True on tokens that the model chose: visible, and not from a tool.
+        target: The rows of the answer, or those that decide it; none without an answer.
         answer: The answer's own tokens.
         throughput: Flow through every token.
         reach: Influence of every token on the target.
-        attention: The edges of the flow: a mean over layers and heads; 0 in rows and columns of
-            padding.
-        calls: The attention of each layer, over the columns of `ids`.
-        entropies: Of the policy, where it chose each completion token, in nats.
+        attention: The edges of the flow; 0 in rows and columns of padding.
+        calls: The attention call of each layer, over the columns of `ids`.
+        entropies: Entropy of the policy at each completion token, in nats.
         surprisals: −log p of each completion token, in nats.
-        saliency: Of every token for the answer, see `saliency.answer_saliency`.
-        oracle: The completion tokens that matter, for whoever knows.
-        seed: Of scorers that draw.
+        saliency: Saliency of every token for the answer, see `saliency.answer_saliency`.
+        oracle: The completion tokens that matter, according to someone who knows the task.
+        seed: Seed of the scorers that draw.
     """
 
     ids: Int[Tensor, "batch token"]
@@ -69,25 +68,25 @@ class Rollouts:
 
 
 def flow(rollouts: Rollouts) -> Features:
-    """The flow that they carry: FlowTracer (arXiv 2606.10646)."""
+    """The flow through each token: FlowTracer (arXiv 2606.10646)."""
     return _completions(_needed(rollouts.throughput, "throughput"), rollouts)
 
 
 def reach(rollouts: Rollouts) -> Features:
-    """Their influence on the target, over all paths: flow without where it comes from."""
+    """The influence of each token on the target over all paths, wherever the flow comes from."""
     return _completions(_needed(rollouts.reach, "reach"), rollouts)
 
 
 def attention(rollouts: Rollouts) -> Features:
-    """What the target's rows pay to them: the first hop of the flow, alone.
+    """The mean attention that the target's rows pay to each token: the first hop of the flow.
 
-    The score is the mean over the target's rows. As in the flow's graph, no row pays to itself.
+    As in the graph of the flow, no row pays to itself.
     """
     return _completions(_hop(_target_row(rollouts), _edges(rollouts)), rollouts)
 
 
 def attention_power(rollouts: Rollouts) -> Features:
-    """What the target's rows pay in two hops, over one token between: a row of the squared matrix.
+    """The attention that the target's rows pay to each token in two hops, by the squared matrix.
 
     FlashTrace (arXiv 2602.01914) compares itself with such powers.
     """
@@ -98,10 +97,10 @@ def attention_power(rollouts: Rollouts) -> Features:
 
 
 def rollout(rollouts: Rollouts) -> Features:
-    """Attention rollout: what the target's rows hold of them after all layers.
+    """Attention rollout from the target's rows to each token (Abnar & Zuidema 2020).
 
-    Abnar & Zuidema 2020 (arXiv 2005.00928): from the last layer to the first,
-    `r ← ½ r + ½ r A` with the layer's mean over its heads, in which rows pay to themselves too.
+    From the last layer to the first, `r ← ½ r + ½ r A` with the mean `A` over the layer's heads, in
+    which rows also pay to themselves (arXiv 2005.00928).
     """
     if not rollouts.calls:
         raise ValueError(_MISSING.format("calls"))
@@ -112,58 +111,58 @@ def rollout(rollouts: Rollouts) -> Features:
 
 
 def grad_x_input(rollouts: Rollouts) -> Features:
-    """The length of the answer's gradient at their embeddings, times that of the embedding."""
+    """The length of the answer's gradient at each embedding, times the embedding's length."""
     return _completions(_needed(rollouts.saliency, "saliency"), rollouts)
 
 
 def entropy(rollouts: Rollouts) -> Features:
-    """How unsure the policy was of them: the high-entropy baseline of both papers."""
-    # Rounding can make the entropy of a sure choice negative.
+    """The entropy of the policy at each token: the high-entropy baseline of both papers."""
+    # Rounding can make the entropy of a certain choice negative.
     return _needed(rollouts.entropies, "entropies").detach().clamp_min(0.0)[None]
 
 
 def surprisal(rollouts: Rollouts) -> Features:
-    """How unlikely they were."""
+    """The surprisal of each token."""
     return _needed(rollouts.surprisals, "surprisals").detach().clamp_min(0.0)[None]
 
 
 def waad(rollouts: Rollouts) -> Features:
-    """The borders of local chunks, the largest `Δ`: arXiv 2510.13554's first strategy."""
+    """`Δ`, large at the borders of local chunks: the first strategy of arXiv 2510.13554."""
     return _rhythm(rollouts).step[None]
 
 
 def fai(rollouts: Rollouts) -> Features:
-    """The global anchors, the largest `FAI`: arXiv 2510.13554's second strategy.
+    """`FAI`, large at global anchors: the second strategy of arXiv 2510.13554.
 
-    Tokens with none ahead at the distance that counts score 0, so that in completions of at most
-    ten tokens nothing is chosen.
+    A token scores 0 if no token lies far enough ahead, so that completions of at most ten tokens
+    have no chosen token.
     """
     return _rhythm(rollouts).influence[None]
 
 
 def rhythm(rollouts: Rollouts) -> Features:
-    """Everything that arXiv 2510.13554's third strategy looks at."""
+    """The three numbers that the third strategy of arXiv 2510.13554 uses."""
     found = _rhythm(rollouts)
     return torch.stack([found.influence, found.distance, found.step])
 
 
 def oracle(rollouts: Rollouts) -> Features:
-    """1 for those that somebody who knows the task would choose."""
+    """1 for the tokens that someone who knows the task would choose."""
     return _needed(rollouts.oracle, "oracle").float()[None]
 
 
 def random(rollouts: Rollouts) -> Features:
-    """Chance, by `controls.row_draws`."""
+    """A random draw for each token, by `controls.row_draws`."""
     return row_draws(rollouts.ids, rollouts.visible, rollouts.prompt_length, rollouts.seed)[None]
 
 
 def flow_and_chance(rollouts: Rollouts) -> Features:
-    """Both."""
+    """The flow scores stacked with random draws, for `shuffled`."""
     return torch.cat([flow(rollouts), random(rollouts)])
 
 
 def nothing(rollouts: Rollouts) -> Features:
-    """All the same."""
+    """0 for every token."""
     return torch.zeros_like(rollouts.competing, dtype=torch.float32)[None]
 
 
@@ -176,13 +175,13 @@ def _edges(rollouts: Rollouts) -> Float[Tensor, "batch query key"]:
 
 
 def _target_row(rollouts: Rollouts) -> Row:
-    """Equal shares of 1 for the target's rows; 0 where there is no target."""
+    """Equal shares of 1 for the target's rows; 0 without a target."""
     target = rollouts.target.float()
     return target / target.sum(-1, keepdim=True).clamp_min(1)
 
 
 def _hop(row: Row, paid: Float[Tensor, "batch query key"]) -> Row:
-    """What the tokens pay to earlier ones, weighed by `row`, a block of rows at a time."""
+    """The attention that tokens pay to earlier ones, weighted by `row`, by blocks of rows."""
     score = torch.zeros_like(row)
     for start in range(0, row.shape[1], _BLOCK):
         rows = slice(start, start + _BLOCK)
@@ -194,7 +193,7 @@ def _hop(row: Row, paid: Float[Tensor, "batch query key"]) -> Row:
 def _through(
     row: Row, call: AttentionCall | AttentionWeights, visible: Bool[Tensor, "batch token"]
 ) -> Row:
-    """What the rows pay through one layer, themselves included."""
+    """The attention that the rows pay in one layer, also to themselves."""
     given = call.weights if isinstance(call, AttentionWeights) else call.query
     seen, weights = visible.to(given.device), row.to(given.device)
     score, tokens = torch.zeros_like(weights), row.shape[1]

@@ -1,9 +1,9 @@
-"""Rollouts of one batch with whatever scorers need of them, read once however many scorers ask."""
+"""One batch of rollouts with everything that scorers need of it, each part read at most once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,11 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
 from flowtracer_plugin.attention.value_lengths import value_lengths
+from flowtracer_plugin.credit.measures import Rollouts
 from flowtracer_plugin.credit.saliency import answer_saliency
-from flowtracer_plugin.credit.scorers import Rollouts, Scorer
+from flowtracer_plugin.credit.scorers import LATE, Scorer
 from flowtracer_plugin.model.layers import select_layers
 from flowtracer_plugin.options import FlowOptions, flow_options
 from flowtracer_plugin.reading.edges import completions, edge_choice
+from flowtracer_plugin.reading.one_pass import Reading
 from flowtracer_plugin.text.matched_spans import SpanFinder, matched_mask
 from flowtracer_plugin.text.spans import target_mask
 from flowtracer_plugin.trace.rollouts import RolloutMasks, drop_first_token, solve_rollouts
@@ -27,155 +29,193 @@ from flowtracer_plugin.trace.tracer import FlowTracer
 
 
 class Graph(NamedTuple):
-    """The graph of rollouts by some options, and the flow along it."""
+    """The graph of rollouts by some options, and the flow along it once it has been solved.
+
+    Attributes:
+        attention: The edges; rows are queries.
+        target: Where flow ends.
+        throughput: Flow through every token.
+        reach: Influence of every token on the target.
+        jump: Share of each row's flow that goes from the prompt straight to the target; NaN in
+            rows without flow.
+    """
 
     attention: Float[Tensor, "batch query key"]
     target: Bool[Tensor, "batch token"]
-    throughput: Float[Tensor, "batch token"]
-    reach: Float[Tensor, "batch token"]
+    throughput: Float[Tensor, "batch token"] | None = None
+    reach: Float[Tensor, "batch token"] | None = None
+    jump: Float[Tensor, " batch"] | None = None
 
 
 class Late(NamedTuple):
-    """What is known of completion tokens only when a forward pass has come to its end."""
+    """What is known about completion tokens only at the end of a forward pass."""
 
     entropies: Float[Tensor, "batch completion"] | None = None
     surprisals: Float[Tensor, "batch completion"] | None = None
 
 
+@dataclass(frozen=True, eq=False)
 class ReadRollouts:
-    """Rollouts, and what their scorers need; all of it is read in evaluation mode.
+    """Rollouts of one batch, from which each scorer gets what it needs.
 
-    Args:
-        tracer: Of the model.
-        ids: Prompts, and completions.
-        visible: No padding.
+    Attributes:
+        tracer: Reads the model, in evaluation mode, unless `reading` holds a pass already.
+        ids: Prompts and completions.
+        visible: False on padding.
         prompt_length: Columns before the completions.
         masks: Where flow enters and leaves.
-        late: Computes entropies and surprisals, when a scorer needs them.
-        oracle: What the scorer `oracle` is told.
-        graphs: What is known of graphs already, by preset.
-        seed: Of scorers that draw.
+        late: Returns entropies and surprisals; called when a scorer needs them.
+        oracle: Finds the tokens for the scorer `oracle`.
+        seed: Seed of the scorers that draw.
+        batch_size: Rows in one pass for the saliency; all by default.
+        reading: A forward pass over the tracer's layers that somebody else made.
+        graphs: Graphs that are known, by preset; None stands for the tracer's own options.
     """
 
-    def __init__(
-        self,
-        tracer: FlowTracer,
-        ids: Int[Tensor, "batch token"],
-        visible: Bool[Tensor, "batch token"],
-        prompt_length: int,
-        masks: RolloutMasks,
-        *,
-        late: Callable[[], Late],
-        oracle: SpanFinder | None = None,
-        graphs: Mapping[str | None, Graph] | None = None,
-        seed: int = 0,
-    ) -> None:
-        self._tracer, self._ids, self._visible = tracer, ids, visible
-        self._start, self._masks, self._oracle = prompt_length, masks, oracle
-        self._compute_late, self._seed = late, seed
-        self._graphs: dict[str | None, Graph] = dict(graphs or {})
+    tracer: FlowTracer
+    ids: Int[Tensor, "batch token"]
+    visible: Bool[Tensor, "batch token"]
+    prompt_length: int
+    masks: RolloutMasks
+    late: Callable[[], Late] = Late
+    oracle: SpanFinder | None = None
+    seed: int = 0
+    batch_size: int | None = None
+    reading: Reading | None = None
+    graphs: dict[str | None, Graph] = field(default_factory=dict)
 
     def rollouts(self, scorer: Scorer) -> Rollouts:
-        """With what a scorer needs."""
-        needs, graph = scorer.needs, None
-        if scorer.graph or "heads" in needs:  # rollout has no graph, but a target
-            graph = self.graph(scorer.preset)
-        found = Rollouts(
-            ids=self._ids,
-            visible=self._visible,
-            prompt_length=self._start,
-            competing=self._visible[:, self._start :],
-            target=self._masks.target if graph is None else graph.target,
-            answer=self._masks.answer,
-            saliency=self.saliency if "saliency" in needs else None,
-            oracle=self.pointed_at if "oracle" in needs else None,
-            calls=self.calls(scorer.layers) if "heads" in needs else (),
-            seed=self._seed,
-        )
-        if graph is not None:
+        """The rollouts with what `scorer` needs.
+
+        Raises:
+            ValueError: The scorer `oracle` has no oracle.
+        """
+        needs, found = scorer.needs, self.plain
+        if scorer.graph or "heads" in needs:  # attention rollout reads no graph, but a target
+            graph = self.graph(scorer.preset, solved="flow" in needs)
+            found = replace(found, target=graph.target)
+        if scorer.graph:
             found = replace(
                 found,
                 attention=graph.attention,
                 throughput=graph.throughput,
                 reach=graph.reach,
             )
-        if needs & {"entropy", "surprisal"}:
-            entropies, surprisals = self.late
+        if "heads" in needs:
+            found = replace(found, calls=self.calls(scorer.layers))
+        if "saliency" in needs:
+            found = replace(found, saliency=self.saliency)
+        if "oracle" in needs:
+            found = replace(found, oracle=self.oracle_tokens)
+        if needs & LATE:
+            entropies, surprisals = self.late_values
             found = replace(found, entropies=entropies, surprisals=surprisals)
         return found
 
-    def graph(self, preset: str | None = None) -> Graph:
-        """The graph that a preset makes; without one, by the tracer's options."""
-        if preset not in self._graphs:
-            self._graphs[preset] = self._solved(
-                self._tracer.options if preset is None else flow_options(preset)
-            )
-        return self._graphs[preset]
+    @cached_property
+    def plain(self) -> Rollouts:
+        """The rollouts with nothing that would have to be read; every visible token competes."""
+        return Rollouts(
+            ids=self.ids,
+            visible=self.visible,
+            prompt_length=self.prompt_length,
+            competing=self.visible[:, self.prompt_length :],
+            target=self.masks.target,
+            answer=self.masks.answer,
+            seed=self.seed,
+        )
+
+    def part(self, rows: slice, reading: Reading) -> ReadRollouts:
+        """Some of the rows, with a forward pass over them."""
+        return replace(
+            self,
+            ids=self.ids[rows],
+            visible=self.visible[rows],
+            masks=self.masks.rows(rows),
+            reading=reading,
+            graphs={},
+        )
+
+    def graph(self, preset: str | None = None, *, solved: bool = True) -> Graph:
+        """The graph by the options of a preset, or without one by the tracer's options."""
+        options = self.tracer.options if preset is None else flow_options(preset)
+        graph = self.graphs.get(preset) or self._graph(options)
+        if solved and graph.throughput is None:
+            masks = replace(self.masks, target=graph.target)
+            flow = solve_rollouts(graph.attention, masks, self.prompt_length, options)
+            jump = torch.where(flow.found, 1.0 - flow.reasoning_share, torch.nan)
+            graph = graph._replace(throughput=flow.throughput, reach=flow.reach, jump=jump)
+        self.graphs[preset] = graph
+        return graph
 
     def calls(self, layers: str | Sequence[int]) -> tuple[AttentionCall | AttentionWeights, ...]:
-        """The attention of a selection of layers."""
-        available = [site.layer for site in self._tracer.reader.sites]
+        """The attention calls of a selection of layers; all calls of a given reading."""
+        if self.reading is not None:
+            return self.reading.calls
+        available = [site.layer for site in self.tracer.reader.sites]
         chosen = set(select_layers(layers, available))
-        every = zip(available, self._calls, strict=True)
+        every = zip(available, self._all_calls, strict=True)
         return tuple(call for layer, call in every if layer in chosen)
 
     @cached_property
-    def late(self) -> Late:
+    def late_values(self) -> Late:
         """Entropies and surprisals."""
-        return self._compute_late()
+        return self.late()
 
     @cached_property
     def saliency(self) -> Float[Tensor, "batch token"]:
-        """Gradient times input, for the answer."""
-        masks, model = self._masks, self._tracer.model
-        return answer_saliency(model, self._ids, self._visible, masks.answer)
+        """Gradient times input for the answer."""
+        model, answer = self.tracer.model, self.masks.answer
+        return answer_saliency(model, self.ids, self.visible, answer, batch_size=self.batch_size)
 
     @cached_property
-    def pointed_at(self) -> Bool[Tensor, "batch completion"]:
-        """The completion tokens that the oracle names.
+    def oracle_tokens(self) -> Bool[Tensor, "batch completion"]:
+        """The completion tokens that the oracle finds.
 
         Raises:
             ValueError: There is no oracle.
         """
-        if self._oracle is None:
+        if self.oracle is None:
             raise ValueError(
                 "the scorer 'oracle' needs oracle, a pattern or a function that finds the tokens "
                 "that matter in a completion"
             )
-        tokenizer = self._tracer.require_tokenizer()
-        return oracle_mask(tokenizer, self._ids, self._visible, self._start, self._oracle)
+        tokenizer = self.tracer.require_tokenizer()
+        return oracle_mask(tokenizer, self.ids, self.visible, self.prompt_length, self.oracle)
 
     @cached_property
-    def _calls(self) -> tuple[AttentionCall | AttentionWeights, ...]:
-        reader = self._tracer.reader
+    def _all_calls(self) -> tuple[AttentionCall | AttentionWeights, ...]:
+        reader = self.tracer.reader
         every = [site.layer for site in reader.sites]
-        return reader.read_in_place(self._ids, self._visible, every, keep=True, average=False).calls
+        return reader.read_in_place(self.ids, self.visible, every, keep=True, average=False).calls
 
-    def _solved(self, options: FlowOptions) -> Graph:
-        answer = self._masks.answer.cpu().numpy()
-        target = torch.from_numpy(target_mask(answer, options.target)).to(self._ids.device)
+    def _graph(self, options: FlowOptions) -> Graph:
+        answer = self.masks.answer.cpu().numpy()
+        target = torch.from_numpy(target_mask(answer, options.target)).to(self.ids.device)
         attention = self._edges(options, target)
         if options.first_token == "drop":
-            attention = drop_first_token(attention, self._visible)
-        masks = replace(self._masks, target=target)
-        flow = solve_rollouts(attention, masks, self._start, options)
-        return Graph(attention, target, flow.throughput, flow.reach)
+            attention = drop_first_token(attention, self.visible)
+        return Graph(attention, target)
 
     def _edges(self, options: FlowOptions, target: Tensor) -> Float[Tensor, "batch query key"]:
-        tracer, by_value = self._tracer, options.edges == "value"
+        tracer, reading = self.tracer, self.reading
+        response = completions(self.visible, self.prompt_length)
+        choice = edge_choice(options, target, response, self.masks.answer)
+        if reading is not None and choice is None:
+            return reading.mean
         calls = self.calls(tracer.layers)
-        lengths = []
-        if by_value:
-            sites = [site for site in tracer.reader.sites if site.layer in set(tracer.layers)]
-            projections = tracer.reader.projections
-            lengths = [
-                value_lengths(call, projections[site])
-                for call, site in zip(calls, sites, strict=True)
-            ]
-        response = completions(self._visible, self._start)
-        choice = edge_choice(options, target, response, self._masks.answer)
-        rows = tracer.reader.rows_of(calls, tracer.layers, lengths, self._visible, choice)
-        return rows.whole()
+        lengths = self._lengths(calls) if options.edges == "value" else ()
+        return tracer.reader.rows_of(calls, tracer.layers, lengths, self.visible, choice).whole()
+
+    def _lengths(
+        self, calls: Sequence[AttentionCall | AttentionWeights]
+    ) -> Sequence[Float[Tensor, "batch _ _"]]:
+        if self.reading is not None:
+            return self.reading.lengths
+        reader, layers = self.tracer.reader, set(self.tracer.layers)
+        sites = [site for site in reader.sites if site.layer in layers]
+        pairs = zip(calls, sites, strict=True)
+        return [value_lengths(call, reader.projections[site]) for call, site in pairs]
 
 
 def oracle_mask(
@@ -185,7 +225,7 @@ def oracle_mask(
     start: int,
     oracle: SpanFinder,
 ) -> Bool[Tensor, "batch completion"]:
-    """The completion tokens that an oracle points at."""
+    """The completion tokens that an oracle finds."""
     said, shown = ids[:, start:].cpu().numpy(), visible[:, start:].cpu().numpy()
     mask = np.zeros_like(shown)
     for row, seen in enumerate(shown):

@@ -1,11 +1,11 @@
-"""The rhythm of attention: local chunks and global anchors, FlowTracer's predecessor.
+"""The rhythm of attention, local chunks and global anchors, by FlowTracer's predecessor paper.
 
-"Attention Illuminates LLM Reasoning: Preplan-and-Anchor" (arXiv 2510.13554); equations are numbered
-as in its first version. Queries are the response, `R`: the visible tokens of the completion. Keys
-are all visible tokens up to the query, the prompt's among them, as the sums over `s ≤ t` say.
+"Attention Illuminates LLM Reasoning: Preplan-and-Anchor" (arXiv 2510.13554); the
+equation numbers are those of its first version. Queries are the response `R`, the visible tokens of
+the completion. Keys are all visible tokens up to the query, in the prompt too.
 
-Where the paper averages the maps of a group of heads and then sums, this sums for every head and
-then averages. Both are the same, for everything is linear in the map, and no map is ever built.
+The paper averages the maps of a group of heads and then sums. This module sums for each head and
+then averages, which is the same because all sums are linear in the map, and needs no map.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
 from flowtracer_plugin.attention.head_mean import token_probabilities
 
 WINDOW = 10
-"""`W`: distances beyond it count as this much."""
+"""`W`: larger distances count as this distance."""
 
 HORIZON = (10, 50)
-"""`H_lo`, `H_hi`: how far behind a token others may be influenced by it; (10, 100) in version 2."""
+"""`H_lo`, `H_hi`: at which distance a token can influence later ones; (10, 100) in version 2."""
 
 HEAD_SHARE = 0.3
-"""Share of all heads that is local, and share that is global."""
+"""Share of all heads that are local, and share that are global."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Rhythm:
-    """What the attention of some layers says of each completion token; 0 at padding.
+    """Statistics of each completion token's attention over some layers; 0 at padding.
 
     Attributes:
         distance: `WAAD`, windowed average attention distance: how far back the local heads look.
-        influence: `FAI`, future attention influence: what the global heads of tokens ahead pay to
-            it; 0 where no token is that far ahead.
-        step: `Δ`, how much `distance` changes to the next token; 0 at the last one.
+        influence: `FAI`, future attention influence: the mean attention that the global heads of
+            later tokens pay to it; 0 where no token is that far ahead.
+        step: `Δ`, the change of `distance` to the next token; 0 at the last token.
     """
 
     distance: Float[Tensor, "batch completion"]
@@ -58,24 +58,24 @@ def read_rhythm(
     horizon: tuple[int, int] = HORIZON,
     block: int = 64,
 ) -> Rhythm:
-    """The rhythm of each row, by the heads of all calls that are local and global in that row.
+    """The rhythm of each row, by the local and the global heads of that row.
 
     * (7) `d(head) = 1/|R| · Σ_{t∈R} Σ_{s≤t} A[t,s] (t−s)`, the mean distance
-    * (8) the `⌈0.3 n⌉` of all `n` heads with the smallest `d` are local, as many with the largest
-      global; of equal ones the earlier
+    * (8) the `⌈0.3 n⌉` of all `n` heads with the smallest `d` are local, and as many with the
+      largest `d` are global; the earlier head goes first among equals
     * (9) `WAAD_t = Σ_{s≤t} A_local[t,s] min(t−s, W)`
     * (10) `FAI_s = 1/|T(s)| · Σ_{t∈T(s)} A_global[t,s]`, where `T(s) = {t∈R : H_lo ≤ t−s ≤ H_hi}`
     * `Δ_t = |WAAD_t − WAAD_{t+1}|`
 
-    The heads are chosen by each row's own distances, so that no row depends on the others.
+    The heads are chosen for each row by itself, so that no row depends on the others.
 
     Args:
         calls: Attention over the columns of `visible`, one call for each layer.
-        visible: Not padding; prompts are padded on the left, completions on the right.
+        visible: False on padding; prompts are padded on the left, completions on the right.
         prompt_length: Columns before the completions.
         window: `W`.
         horizon: `H_lo` and `H_hi`.
-        block: Query rows at a time.
+        block: Number of query rows that are computed at a time.
     """
     sums = [_head_sums(call, visible, prompt_length, window, horizon, block) for call in calls]
     far, near, ahead = (torch.cat(parts, dim=1) for parts in zip(*sums, strict=True))
@@ -102,7 +102,7 @@ def _head_sums(
     Float[Tensor, "batch head completion"],
     Float[Tensor, "batch head completion"],
 ]:
-    """For every head `|R| · d`, `WAAD` and `|T| · FAI`."""
+    """`|R| · d`, `WAAD` and `|T| · FAI` of every head."""
     given = call.weights if isinstance(call, AttentionWeights) else call.query
     (batch, tokens), heads, device = visible.shape, given.shape[1], given.device
     shown, home = visible.to(device), visible.device
@@ -126,7 +126,7 @@ def _head_sums(
 def _mean_over_first(
     order: Int[Tensor, "batch head"], values: Float[Tensor, "batch head completion"]
 ) -> Float[Tensor, "batch completion"]:
-    """Mean over the heads that come first, as many as `HEAD_SHARE` of all."""
+    """The mean over the first `HEAD_SHARE` of the heads in this order."""
     count = math.ceil(round(HEAD_SHARE * order.shape[1], 9))
     chosen = order.argsort(dim=-1, stable=True) < count
     # Not a matrix product, which autocast would round.
@@ -136,7 +136,7 @@ def _mean_over_first(
 def _followers(
     response: Bool[Tensor, "batch completion"], horizon: tuple[int, int]
 ) -> Int[Tensor, "batch completion"]:
-    """`|T(s)|`: how many tokens of the response lie between `H_lo` and `H_hi` ahead of each."""
+    """`|T(s)|`: the number of response tokens that lie `H_lo` to `H_hi` ahead of each token."""
     nearest, furthest = horizon
     place = torch.arange(response.shape[1], device=response.device)
     last = response.sum(-1, keepdim=True) - 1
@@ -151,24 +151,25 @@ def coupled_boost(
     alpha: float = 0.5,
     reach: int = 2,
 ) -> Float[Tensor, "batch completion"]:
-    """Anchors, of which those led by a local chunk share their boost with the token that led in.
+    """The boost of the third strategy: anchors may share theirs with an introductory token.
 
-    The third strategy, the sum of three indicators: `1` on the anchors that are not in `D`,
-    `1 − alpha` on those in `D`, and `alpha` on `I(D)`. An anchor `t` is in `D` if `WAAD_t ≤ τ_WAAD`
-    and some `Δ_u ≥ τ_Δ` among the `k` tokens before it, `t−k … t−1`; its introductory token, in
-    `I(D)`, is the one of these with the largest `Δ`, the earlier of equal ones. A token that leads
-    several in is boosted once; one that is an anchor too gets the sum, up to `1 + alpha`.
+    It is the sum of three indicators: `1` on the anchors that are not in `D`, `1 − alpha` on those
+    in `D`, and `alpha` on `I(D)`. An anchor `t` is in `D` if `WAAD_t ≤ τ_WAAD` and some
+    `Δ_u ≥ τ_Δ` among the `k` tokens before it, `t−k … t−1`. Its introductory token, in `I(D)`, is
+    the token with the largest `Δ` among these, the earlier one among equals. A token that
+    introduces several anchors is boosted once; an anchor that introduces another gets the sum, up
+    to `1 + alpha`.
 
-    The paper has `alpha` from 0 to 1 and `k` from 1 to 3. Ours are `alpha = 0.5` and `k = 2`; that
-    both `τ` are the row's medians over its competing tokens (the lower of two middle ones); and
-    that only competing tokens can lead in.
+    The paper gives `alpha` from 0 to 1 and `k` from 1 to 3. Our choices are `alpha = 0.5`,
+    `k = 2`, the medians of the row's competing tokens as both `τ` (the lower of two middle values),
+    and that only competing tokens introduce an anchor.
 
     Args:
-        rhythm: Where `WAAD` and `Δ` come from.
-        anchors: The global anchors, the top of `FAI`; they compete.
+        rhythm: Holds `WAAD` and `Δ`.
+        anchors: The global anchors, the competing tokens with the highest `FAI`.
         competing: Tokens that the model chose.
-        alpha: How much of its boost an anchor in `D` passes on.
-        reach: `k`, how many tokens before an anchor can lead it in.
+        alpha: Share of its boost that an anchor in `D` passes on.
+        reach: `k`, the number of tokens before an anchor that can introduce it.
     """
     step = rhythm.step.masked_fill(~competing, -1.0)
     windows = pad(step, (reach, -1), value=-1.0).unfold(-1, reach, 1)
@@ -177,7 +178,7 @@ def coupled_boost(
     led &= largest >= _median(rhythm.step, competing)
     width = led.shape[1]
     leader = torch.arange(width, device=led.device) - reach + offset
-    # What leads nobody in is sent to a column more.
+    # A token that introduces no anchor is sent to an additional column.
     leading = led.new_zeros(len(led), width + 1).scatter_(1, leader.where(led, width), True)
     return (anchors & ~led) + (1 - alpha) * led + alpha * leading[:, :width]
 
@@ -185,8 +186,8 @@ def coupled_boost(
 def _median(
     values: Float[Tensor, "batch completion"], competing: Bool[Tensor, "batch completion"]
 ) -> Float[Tensor, "batch 1"]:
-    """The lower median of the competing values; infinite where there are none."""
-    # Not nanmedian: CUDA has no deterministic one.
+    """The lower median of the competing values; infinite without any."""
+    # Not nanmedian, which is not deterministic on CUDA.
     ordered = values.masked_fill(~competing, torch.inf).sort(-1).values
     middle = (competing.sum(-1, keepdim=True) - 1).clamp_min(0) // 2
     return ordered.gather(-1, middle)

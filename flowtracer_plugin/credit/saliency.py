@@ -1,4 +1,4 @@
-"""Gradient times input: how much each token's embedding matters for the answer, to first order."""
+"""Gradient times input: the first-order effect of each token's embedding on the answer."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def answer_saliency(
 ) -> Float[Tensor, "batch token"]:
     """`‖∂ log p(answer) / ∂x‖ · ‖x‖` at the embedding `x` of every token, float32, 0 at padding.
 
-    `log p` is summed over the answer's tokens, each given all before it. The form with lengths, not
-    with the absolute product, found more of what answers hang on (Li et al. 2016, arXiv
-    1506.01066). It takes a forward pass, without dropout, and a backward pass that touches no
-    parameter's gradient.
+    `log p` is the sum over the answer's tokens, each given all tokens before it (Li et al. 2016,
+    arXiv 1506.01066). The product of the two lengths found more of the tokens that answers depend
+    on than the absolute product did. It takes a forward pass without dropout and a backward pass
+    that leaves the gradients of the parameters alone.
 
     Raises:
-        UnsupportedArchitectureError: The model's parameters lie in several processes.
+        UnsupportedArchitectureError: The model's parameters are spread over several processes.
     """
     check_whole(model)
     found = torch.zeros(ids.shape, device=ids.device)
@@ -50,15 +50,15 @@ def answer_saliency(
 
 
 def check_whole(model: nn.Module) -> None:
-    """Refuse models that cannot take passes of their own.
+    """Refuse models that cannot run additional passes.
 
     Raises:
-        UnsupportedArchitectureError: Its parameters lie in several processes, or elsewhere.
+        UnsupportedArchitectureError: Parameters are spread over processes, or offloaded.
     """
     if not may_stop(model) or tensor_parallel_group(model) is not None:
         raise UnsupportedArchitectureError(
-            "the scorer 'grad_x_input' runs a forward and a backward pass of its own, which models "
-            "that are sharded or offloaded cannot take between others; choose another scorer"
+            "the scorer 'grad_x_input' needs a forward and a backward pass of its own, which a "
+            "sharded or offloaded model cannot run between others; choose another scorer"
         )
 
 
@@ -87,7 +87,7 @@ def _of_batch(model: nn.Module, ids: Tensor, visible: Tensor, answer: Tensor) ->
 
 @contextmanager
 def _embeddings(model: nn.Module, embedded: list[Tensor]) -> Iterator[None]:
-    """Puts what the model embeds into `embedded`, as the start of its graph."""
+    """Append the embeddings to `embedded`, as the start of the autograd graph."""
 
     def begin(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())

@@ -1,7 +1,7 @@
-"""Scorers: which tokens of a rollout get more credit, by flow and by what it is compared with.
+"""Scorers: which tokens of a rollout get more credit, by flow or by one of its rivals.
 
 A scorer maps a batch of completions to a boost, and `credit_weights` maps the boost to the weights
-of the tokens' advantages, `1 + (gamma − 1) · boost`. `find_scorer` finds one by its name.
+of the tokens' advantages, `1 + (gamma − 1) · boost`. `find_scorer` returns the scorer of a name.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ Boost = Float[Tensor, "batch completion"]
 Choose = Callable[[Features, Rollouts, float], Boost]
 
 LATE = frozenset({"entropy", "surprisal"})
-"""What is known only when a forward pass has come to its end."""
+"""What is known only at the end of a forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scorer:
     """A way to choose the tokens that get more credit, in two steps.
 
-    The first needs what only a forward pass has, and the second which tokens compete: TRL says so
-    after that pass.
+    The first step needs what a forward pass computes, the second which tokens compete, which TRL
+    says only after that pass.
 
     Attributes:
-        name: What `find_scorer` finds it by.
-        needs: What of `Rollouts` it measures: "flow" (`throughput` and `reach`), "attention",
-            "heads" (`calls`), "entropy" (`entropies`), "surprisal" (`surprisals`), "saliency",
-            "oracle".
+        name: The name by which `find_scorer` finds it.
+        needs: The parts of `Rollouts` that it measures: "flow" (`throughput` and `reach`),
+            "attention", "heads" (`calls`), "entropy" (`entropies`), "surprisal" (`surprisals`),
+            "saliency", "oracle".
         layers: The selection of layers that it was published with.
-        measure: From rollouts to what the tokens are chosen by, without a gradient. It raises
-            `ValueError` if what it needs is missing.
-        choose: From that, the rollouts and the share of the competing tokens that is chosen to each
-            token's boost, float32: from 0 to 1 (`coupled`: to 1.5), and 0 for tokens that do not
-            compete. Chosen are the `⌈share · n⌉` of a row's `n` competing tokens with the highest
-            scores: of equal ones the earlier, and never one whose score is 0. It raises
+        measure: Maps rollouts to the features by which tokens are chosen, without a gradient. It
+            raises `ValueError` if something that it needs is missing.
+        choose: Maps features, rollouts and the share of competing tokens to choose to the boost of
+            each token, float32: from 0 to 1 (`coupled`: to 1.5), and 0 for tokens that do not
+            compete. It chooses the `⌈share · n⌉` of a row's `n` competing tokens with the highest
+            scores, the earlier among equals, and never a token whose score is 0. It raises
             `ValueError` if a score is negative or not finite.
-        formula: The score, in words or symbols.
-        source: Where it comes from.
-        cost: What it takes beside the forward pass that trains.
-        preset: The options of the graph that it reads, a key of `options.PRESETS`; if None,
-            whatever the graph was read with.
-        factors: Of a product, the scorers whose scores are multiplied.
+        formula: The score in words or symbols.
+        source: The publication of the score.
+        cost: What it costs in addition to the forward pass that trains.
+        preset: The preset of the graph that it reads, a key of `options.PRESETS`; None for the
+            options with which the graph was read.
+        factors: For a product, the scorers whose scores are multiplied.
     """
 
     name: str
@@ -69,30 +69,30 @@ class Scorer:
     factors: tuple[Scorer, ...] = ()
 
     def boost(self, rollouts: Rollouts, top_fraction: float) -> Boost:
-        """Both steps."""
+        """The boost of each token, by both steps."""
         return self.choose(self.measure(rollouts), rollouts, top_fraction)
 
     @property
     def parts(self) -> tuple[Scorer, ...]:
-        """The factors, or itself alone."""
+        """The factors of a product; otherwise the scorer alone."""
         return self.factors or (self,)
 
     @property
     def graph(self) -> bool:
-        """Whether it reads the graph of the flow, which a preset says how to make."""
+        """Whether it reads the graph of the flow, which depends on the preset."""
         return bool(self.needs & {"flow", "attention"})
 
 
 def find_scorer(name: str) -> Scorer:
     """The scorer of a name such as `flow`, `flow:sharp` or `flow*entropy`.
 
-    Before a colon stands a key of `SCORERS`, behind it one of `options.PRESETS`, which says how the
-    graph is made that the scorer reads; without one it is made as the tracer or the trainer says.
-    Scores that are joined by `*` are multiplied.
+    The part before a colon is a key of `SCORERS`, the part after it a key of `options.PRESETS` that
+    says how to make the graph; without it, the options of the tracer or the trainer do. Scores
+    joined by `*` are multiplied.
 
     Raises:
-        ValueError: There is no such scorer or preset, the scorer reads no graph, or scores cannot
-            be multiplied.
+        ValueError: There is no such scorer or preset, the scorer reads no graph, or the scores
+            cannot be multiplied.
 
     Examples:
         >>> find_scorer("flow:sharp*entropy").preset
@@ -103,10 +103,10 @@ def find_scorer(name: str) -> Scorer:
 
 
 def lowest(scorer: Scorer) -> Scorer:
-    """The scorer that chooses as many, of those with the lowest scores.
+    """The scorer that chooses the tokens with the lowest scores instead of the highest.
 
     Raises:
-        ValueError: It chooses in a way of its own.
+        ValueError: The scorer chooses in another way than by the highest score.
     """
     if scorer.choose is not top:
         raise ValueError(
@@ -115,21 +115,20 @@ def lowest(scorer: Scorer) -> Scorer:
     return replace(scorer, choose=bottom)
 
 
-# --- how they are chosen ---
-
-
 def top(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
-    """Those with the highest scores."""
+    """The boost of the tokens with the highest scores."""
     return _top(features[0], rollouts, top_fraction).float()
 
 
 def bottom(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
-    """Those with the lowest, of rollouts in which not all scores are 0: of equal ones the earlier.
+    """The boost of the tokens with the lowest scores, the earlier among equals.
+
+    Nothing is chosen in rollouts whose scores are all 0.
 
     Raises:
         ValueError: A score is negative or not finite.
     """
-    _top(features[0], rollouts, top_fraction)  # which refuses scores that are none
+    _top(features[0], rollouts, top_fraction)  # refuses invalid scores
     competing, size = rollouts.competing, rollouts.competing.shape[-1]
     score = features[0].masked_fill(~competing, torch.inf)
     turned = (size - score.argsort(dim=-1, stable=True).argsort(dim=-1)).float()
@@ -138,15 +137,12 @@ def bottom(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost
 
 
 def every(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
-    """All that have a score, however many these are."""
+    """The boost of all tokens with a score above 0, whatever the share."""
     return ((features[0] > 0) & rollouts.competing).float()
 
 
 def coupled(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
-    """Anchors that share with what leads them in: arXiv 2510.13554's third strategy.
-
-    A token that is both gets a boost of up to 1.5; see `rhythm.coupled_boost`.
-    """
+    """The boost by the third strategy of arXiv 2510.13554, up to 1.5; see `coupled_boost`."""
     influence, distance, step = features
     anchors = _top(influence, rollouts, top_fraction)
     found = Rhythm(influence=influence, distance=distance, step=step)
@@ -154,12 +150,12 @@ def coupled(features: Features, rollouts: Rollouts, top_fraction: float) -> Boos
 
 
 def shuffled(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
-    """The choice of `flow`, permuted among tokens of like role and position.
+    """The choice of `flow`, permuted among tokens of the same role and position.
 
-    In every bin of a rollout, the answer's tokens or the others in one tenth of the competing
-    tokens, as many are chosen as by flow, but which is chance. Were flow no better than this, it
-    would only know where in a rollout to look. Completions of up to ten competing tokens have at
-    most one in a tenth, and come back as `flow` has them.
+    A bin holds either the answer's tokens or the other tokens in one tenth of a rollout. In each
+    bin as many tokens are chosen as by flow, but at random: if flow does no better than this, it
+    only knows where in a rollout to look. Completions of up to ten competing tokens have at most
+    one in each tenth, so that their choice is that of `flow`.
     """
     flow, draws = features
     chosen = _top(flow, rollouts, top_fraction)
@@ -173,8 +169,6 @@ def _top(
     competing = rollouts.competing
     return top_tokens(score.masked_fill(~competing, 0.0), competing, top_fraction=top_fraction)
 
-
-# --- all of them ---
 
 FREE = "none"
 READS = "reading attention, no pass"

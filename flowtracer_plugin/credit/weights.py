@@ -1,4 +1,4 @@
-"""Throughput into token weights: how much of a rollout's credit each of its tokens gets."""
+"""The weight of each token: how much of a rollout's credit it gets."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def token_credit(
     gamma: float = 1.5,
     normalize: str = "none",
 ) -> Float[Any, "*batch token"]:
-    """Weight `gamma` for the tokens that carry the most flow, 1 for the others, 0 outside `mask`.
+    """Weight `gamma` for the tokens with the most flow, 1 for the others, 0 outside `mask`.
 
-    The chosen tokens are `top_tokens`; a row without any flow gets weight 1 throughout. With
-    `normalize="mean_one"` the weights of a row's masked tokens are divided by their mean, unless
-    that is 0: then each is 1. Section 2 of the design and the paper's recipe: 0.4, 1.5, none.
+    `top_tokens` chooses the tokens; a row without flow has weight 1 everywhere. With
+    `normalize="mean_one"` the weights of a row's masked tokens are divided by their mean; if
+    that is 0, each weight is 1. The defaults are the paper's (section 4).
 
     Args:
         throughput: numpy array or torch tensor; weights come back as the same kind and dtype.
-        mask: Which tokens compete and are weighted: the response tokens of one rollout a row.
-        top_fraction: Share of a row's tokens that is chosen, from 0 to 1.
+        mask: True on the tokens that compete, the response tokens of one rollout in each row.
+        top_fraction: Share of a row's tokens to choose, from 0 to 1.
         gamma: Weight of the chosen tokens; at least 0.
-        normalize: `"none"`, or `"mean_one"`: a row's weights keep its mean credit.
+        normalize: `"none"`, or `"mean_one"` to keep the mean credit of a row.
 
     Raises:
         ValueError: Shapes differ, an option is out of range, or throughput is negative or not
@@ -54,8 +54,8 @@ def credit_weights(
 ) -> Float[Any, "*batch token"]:
     """Weight `1 + (gamma − 1) · boost` for the competing tokens, exactly 1 for all others.
 
-    With `gamma=1`, or without any boost, every weight is exactly 1. With `normalize="mean_one"` the
-    weights of a row's competing tokens are divided by their mean, unless that is 0: then each is 1.
+    With `gamma=1` or a boost of 0, every weight is exactly 1. With `normalize="mean_one"` the
+    weights of a row's competing tokens are divided by their mean; if that is 0, each weight is 1.
 
     Raises:
         ValueError: `gamma` or `normalize` is out of range.
@@ -69,7 +69,7 @@ def credit_weights(
     if normalize not in ("none", "mean_one"):
         raise ValueError(f"normalize must be 'none' or 'mean_one', got {normalize!r}")
     xp, counted = _library(boost), competing != 0
-    # Rounding must not make a whole boost anything but gamma.
+    # Rounding must not change gamma where the boost is 1.
     boosted = xp.where(boost == 1, gamma, 1 + (gamma - 1) * boost)
     weights = xp.where(counted, boosted, 1.0)
     if normalize == "none":
@@ -86,9 +86,9 @@ def top_tokens(
     *,
     top_fraction: float = 0.4,
 ) -> Bool[Any, "*batch token"]:
-    """The `ceil(top_fraction · n)` of each row's `n` masked tokens that carry the most flow.
+    """True on the `⌈top_fraction · n⌉` of each row's `n` masked tokens with the most flow.
 
-    Of equal ones the earlier, and never one without any flow.
+    The earlier token goes first among equals, and a token without flow is never chosen.
 
     Raises:
         ValueError: Shapes differ, `top_fraction` is out of range, or throughput is negative or not
@@ -102,7 +102,7 @@ def top_tokens(
     xp, counted = _library(throughput), mask != 0
     competing = xp.where(counted, throughput, -1.0)
     rank = _descending(competing).argsort(-1)
-    # A table of whole numbers: on tensors of float32, 0.4 · 5 can be more than 2.
+    # A table of whole numbers, because 0.4 · 5 can exceed 2 in float32.
     limits = [math.ceil(round(top_fraction * n, 9)) for n in range(mask.shape[-1] + 1)]
     limit = _beside(throughput, limits)[counted.sum(-1)]
     return (rank < limit[..., None]) & (competing > 0)
@@ -117,14 +117,14 @@ def _library(array: Any) -> ModuleType:
 
 
 def _beside(array: Any, values: list[int]) -> Any:
-    """The values as an array of the same library, on the same device."""
+    """The values as an array of the same library and on the same device."""
     if isinstance(array, np.ndarray):
         return np.array(values)
     return _library(array).tensor(values, device=array.device)
 
 
 def _descending(values: Float[Any, "*batch token"]) -> Any:
-    """Indices from the largest value to the smallest, equal ones in their order."""
+    """The indices from the largest value to the smallest; equal values keep their order."""
     if isinstance(values, np.ndarray):
         return np.argsort(-values, axis=-1, kind="stable")
     return values.argsort(dim=-1, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""Which trainers flow credit works in, asked before anything is trained."""
+"""The checks that a trainer can use flow credit, made before it trains."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ class UnsupportedTrainerError(TypeError):
 
 
 def check_trainer(trainer: Any) -> bool:
-    """Raise as `FlowCredit` says; whether the loss could be asked already."""
+    """True if the trainer passes all checks, False if the loss can only be checked later.
+
+    Raises:
+        UnsupportedTrainerError, ValueError: As `FlowCredit`.
+    """
     check_host(type(trainer))
     check_level(trainer.importance_sampling_level)
     return check_loss(trainer)
 
 
 def check_host(host: type) -> None:
-    """Refuse a class that is not a GRPO trainer, or one whose loss spreads credit otherwise."""
+    """Refuse a class that is no GRPO trainer, or whose loss has one advantage per completion."""
     if not issubclass(host, GRPOTrainer):
         raise UnsupportedTrainerError(
             f"flow credit needs trl.GRPOTrainer or a subclass, and {host.__name__} is none: it has "
@@ -41,7 +45,7 @@ def check_host(host: type) -> None:
 
 
 def check_level(level: str) -> None:
-    """Refuse importance sampling by sequence, which would make the credit of tokens a no-op."""
+    """Refuse importance sampling by sequence, with which credit for tokens has no effect."""
     if level != "token":
         raise ValueError(
             f"flow credit has no effect with importance_sampling_level={level!r}: only the mean of "
@@ -50,14 +54,18 @@ def check_level(level: str) -> None:
 
 
 TOKENS = 3
-"""Of each of as many completions: where both are equal, wrong broadcasts raise nothing."""
+"""The number of made-up completions, and of tokens in each: because both are equal, a loss that
+broadcasts along the wrong axis raises no error and shows in the gradients instead."""
 
 
 def check_loss(trainer: Any) -> bool:
-    """Raise unless the gradient at each token is proportional to the token's own advantage.
+    """True if the gradient at each token is proportional to the token's own advantage.
 
-    The loss is given made-up log-probabilities of made-up completions. False if it needs more than
-    TRL's rollouts hold, or what the trainer has not got yet: then `check_loss_on` asks again.
+    The loss is computed for made-up log-probabilities of made-up completions. False if it needs
+    more than these, so that only `check_loss_on` can tell.
+
+    Raises:
+        UnsupportedTrainerError: The gradient is not proportional.
     """
     ids = torch.zeros(TOKENS, TOKENS, dtype=torch.long, device=trainer.accelerator.device)
     inputs = {
@@ -76,10 +84,10 @@ def check_loss(trainer: Any) -> bool:
 
 
 def check_loss_on(trainer: Any, compute: Any, model: Any, inputs: Mapping[str, Any]) -> None:
-    """`check_loss` on rollouts of the trainer's own.
+    """Check the loss on rollouts of the trainer itself.
 
     Raises:
-        UnsupportedTrainerError: The loss fails, or does not use each token's own advantage.
+        UnsupportedTrainerError: The loss fails, or does not use the advantage of each token.
     """
     try:
         share = _gradient_share(trainer, compute, model, inputs)
@@ -111,7 +119,7 @@ def _require_proportion(trainer: Any, share: Float[Tensor, "batch completion"]) 
 def _gradient_share(
     trainer: Any, compute: Any, model: Any, inputs: Mapping[str, Any]
 ) -> Float[Tensor, "batch completion"]:
-    """The loss's gradient at each token's log-probability, over the token's advantage."""
+    """The gradient of the loss by each token's log-probability, divided by its advantage."""
     mask = inputs["completion_mask"]
     rows, tokens = mask.shape
     place = torch.arange(rows * tokens, device=mask.device, dtype=torch.float32)
@@ -138,7 +146,7 @@ def _gradient_share(
 
 @contextmanager
 def _untouched(trainer: Any) -> Iterator[None]:
-    """The trainer's own attributes, put back as they were."""
+    """Restore the trainer's attributes at the end."""
     before = dict(vars(trainer))
     try:
         yield
@@ -148,7 +156,11 @@ def _untouched(trainer: Any) -> Iterator[None]:
 
 
 def find_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer, also that of a processor for text and images."""
+    """The tokenizer of a trainer, also if its processor handles images too.
+
+    Raises:
+        ValueError: There is none.
+    """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Credit for a trainer's rollouts: attention read in a forward pass, spread over the advantages.
+"""The credit of a trainer's rollouts: methods that wrap those of `GRPOTrainer`.
 
-TRL's `_compute_loss` runs the model first and looks at the advantages afterwards, so the pass that
-trains can be the pass that is read. Where TRL scores the rollouts before, that pass is read.
+TRL's `_compute_loss` runs the model before it uses the advantages, so the attention can be read in
+the pass that trains. If TRL scores the rollouts in a pass before, the attention is read there.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from flowtracer_plugin.model.parallel import may_stop, tensor_parallel_group
 from flowtracer_plugin.trace.tracer import wrap
 
 WEIGHTS, ROWS = "flow_weights", "flow_rows"
-"""What rollouts carry beside TRL's own: each token's weight, and each row's place."""
+"""Keys that are added to TRL's rollouts: the weight of each token and the place of each row."""
 
 _SCORING = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[1:]
-"""What TRL's own method takes, in its order; hosts may take more."""
+"""The arguments of TRL's method, in order; methods of subclasses may have more."""
 
 _READ = {"model", "input_ids", "attention_mask", "logits_to_keep"}
-"""What must be known of a pass to read it."""
+"""The arguments that must be given to read a pass."""
 
 Passed = tuple[Tensor, Tensor | None, Tensor | None]
-"""Of TRL's method that runs the model: log-probabilities, entropies and a loss of experts."""
+"""What TRL's method returns: log-probabilities, entropies, auxiliary loss of the experts."""
 
 Forward = Callable[..., Passed]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class _Heard:
-    """A forward pass, and what its rows were scored; the error if they could not be."""
+    """A forward pass over some rollouts, and their scores or the error of scoring them."""
 
     ids: Int[Tensor, "batch token"]
     visible: Bool[Tensor, "batch token"]
@@ -61,11 +61,11 @@ class _Heard:
 
 
 class FlowCredit:
-    """The credit of one trainer's completions: stands around three of its methods.
+    """The credit of one trainer's completions; it wraps three `GRPOTrainer` methods.
 
     Raises:
         UnsupportedTrainerError: The trainer cannot use one advantage per token.
-        ImportError: The installed TRL is another than those that are known to work.
+        ImportError: The installed TRL release is not supported.
         ValueError: Importance sampling is not per token, or the trainer has no tokenizer.
         NoAttentionError, UnsupportedArchitectureError: The tracer cannot read the model.
     """
@@ -77,13 +77,15 @@ class FlowCredit:
         self._log = CreditLog(trainer, options)
         self._reader = self._rollout_reader()
         self._begun = False
-        self._gamma: float | None = None  # none: plain credit
+        self._gamma: float | None = None  # None for plain credit
         self._policy: Any = None
-        self._hears: list[_Heard] | None = None  # passes of a generation, while there is one
-        self._inputs: dict[str, Any] | None = None  # of the loss, until their pass has come
+        self._hears: list[_Heard] | None = None  # the passes of the current generation
+        self._inputs: dict[str, Any] | None = (
+            None  # the rollouts of the current loss, until their pass comes
+        )
 
     def generation(self, generate: Callable[[Any], dict[str, Any]], inputs: Any) -> dict[str, Any]:
-        """Around `_generate_and_score_completions`: weighs what TRL's scoring pass tells."""
+        """Wrap `_generate_and_score_completions`; weigh here what is read before the training."""
         if not self._trainer.model.training:
             rollouts = generate(inputs)
             self._log.blank(len(rollouts["advantages"]))
@@ -115,7 +117,7 @@ class FlowCredit:
     def loss(
         self, compute: Callable[[Any, dict[str, Any]], Tensor], model: Any, inputs: dict[str, Any]
     ) -> Tensor:
-        """Around `_compute_loss`: rollouts that are not weighed yet are, in its forward pass."""
+        """Wrap `_compute_loss`: weigh rollouts without weights in the forward pass of the loss."""
         if not self._trainer.model.training:
             return compute(model, inputs)
         if not self._checked:
@@ -123,7 +125,7 @@ class FlowCredit:
             self._checked = True
         if WEIGHTS in inputs:
             return compute(model, inputs)
-        if not self._begun:  # attached to a trainer that had rollouts already
+        if not self._begun:  # attached to a trainer that already had rollouts
             self._begin()
         self._inputs = inputs
         try:
@@ -138,7 +140,7 @@ class FlowCredit:
             self._inputs = None
 
     def forward(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        """Around `_get_per_token_logps_and_entropies`: listens to it where its time has come."""
+        """Wrap `_get_per_token_logps_and_entropies`; read the attention of the right pass."""
         if self._hears is None and self._inputs is None:
             return forward(*args, **kwargs)
         given = {**dict(zip(_SCORING, args, strict=False)), **kwargs}
@@ -160,23 +162,23 @@ class FlowCredit:
         return returned
 
     def _begin(self) -> None:
-        """Settle for the next rollouts what does not depend on them."""
+        """Prepare everything for the next rollouts that does not depend on them."""
         self._begun = True
         step = self._trainer.state.global_step
         started = step >= self.options.start_step
         self._gamma = self.options.gamma_at(step) if started else None
         self._policy = _adapters(self._trainer.model)
-        # Sharding puts another root around the model when the training starts.
+        # Sharding wraps the model in another root when the training starts.
         if self._reader.tracer.model is not unwrapped(self._trainer.model):
             self._reader = self._rollout_reader()
         if started and self._reader.attends:
-            # Through TRL's own head: ZeRO-3 wants to see the same modules in every pass.
+            # With the head that TRL uses: ZeRO-3 needs the same modules in every pass.
             self._reader.tracer.reader.verify(lambda ids: {"labels": ids, "fused_lm_head": True})
         if started:
             self._reader.prepare()
 
     def _is_policy(self, model: Any) -> bool:
-        """Not the reference model, which may be the policy's with other adapters."""
+        """Whether `model` is the policy and not a reference, which may differ in adapters only."""
         trainer = self._trainer
         bare = [unwrapped(trainer.accelerator.unwrap_model(m)) for m in (model, trainer.model)]
         return bare[0] is bare[1] and _adapters(trainer.model) == self._policy
@@ -184,7 +186,7 @@ class FlowCredit:
     def _listen(
         self, forward: Callable[[], Passed], given: Mapping[str, Any]
     ) -> tuple[Passed, _Heard]:
-        """What TRL's method returns, and what the model attended to meanwhile."""
+        """What TRL's method returns, and the scores of the attention in its pass."""
         began: list[bool] = []
         returned: list[Passed] = []
 
@@ -204,7 +206,7 @@ class FlowCredit:
         return returned[0], _Heard(ids=ids, visible=visible, result=result)
 
     def _extra(self, rollouts: Mapping[str, Any]) -> Scored | Exception:
-        """What a pass of its own tells, without dropout; it ends after the last layer it reads."""
+        """The scores of an additional pass without dropout, up to the last layer that is read."""
         trainer = self._trainer
         ids, visible = _whole(rollouts)
         size, kept = trainer.args.per_device_train_batch_size, rollouts["completion_ids"].shape[1]
@@ -216,7 +218,7 @@ class FlowCredit:
                 return self._attempted(
                     partial(self._reader.read, ids, visible, prompt_length, size)
                 )
-            # Images, entropies and sharded models take TRL's own way through the whole model.
+            # Images, entropies and sharded models need TRL's own pass through the whole model.
             self._hears = []
             try:
                 with evaluating(trainer.model):
@@ -234,14 +236,14 @@ class FlowCredit:
         return heard.result
 
     def _heard(self, rollouts: Mapping[str, Any]) -> _Heard | None:
-        """The pass over exactly these rollouts, if there was one."""
+        """The pass over exactly these rollouts, or None."""
         passes = self._hears or ()
         return next((h for h in passes if _is_over(h.ids, h.visible, rollouts)), None)
 
     def _attempted(
         self, work: Callable[[], Scored], excused: Callable[[], bool] = lambda: True
     ) -> Scored | Exception:
-        """What `work` finds; its error if it is to cost one batch only, and may be excused."""
+        """The result of `work`, or its error if that may cost one batch only."""
         try:
             return work()
         except Exception as error:
@@ -250,7 +252,7 @@ class FlowCredit:
             return error
 
     def _weigh(self, rollouts: dict[str, Any], found: Scored | Exception) -> None:
-        """Give rollouts one advantage per token."""
+        """Multiply the advantages of some rollouts by the weights of their tokens."""
         plain = rollouts["advantages"]
         per_token = plain[:, None] if plain.ndim == 1 else plain
         competing = _competing(rollouts)
@@ -269,14 +271,14 @@ class FlowCredit:
         self._log.add(rollouts, found, plain, competing, boost)
 
     def _chosen(self, found: Scored, competing: Bool[Tensor, "batch completion"]) -> Scored:
-        """With what the scorer chooses, whatever the sign of the advantage."""
+        """The scores with the scorer's choice, which ignores the sign of the advantage."""
         started = perf_counter()
         rollouts = replace(found.rollouts, competing=competing)
         boost = self._reader.scorer.choose(found.features, rollouts, self.options.top_fraction)
         return replace(found, boost=boost, seconds=found.seconds + perf_counter() - started)
 
     def _signed(self, per_token: Float[Tensor, " batch #completion"]) -> Bool[Tensor, "..."]:
-        """Where the advantage has a sign that is reweighted."""
+        """True where the sign of the advantage is one to reweight."""
         if self.options.sign == "both":
             return torch.ones_like(per_token, dtype=torch.bool)
         return per_token > 0 if self.options.sign == "positive" else per_token < 0
@@ -296,7 +298,8 @@ class FlowCredit:
             layers=options.chosen_layers,
             answer=options.answer,
             target=options.target,
-            # It stays out of the way of compilers, sharding and threads; nnsight reads the rest.
+            # The interface does not disturb compilers, sharding and threads, but not every model
+            # attends through it; nnsight reads the others.
             backend="interface" if find_adapter(unwrapped(trainer.model)).interface else "nnsight",
         )
         last = options.no_answer == "last"
@@ -312,7 +315,7 @@ def _detached(values: Tensor | None, factor: int = 1) -> Tensor | None:
 def _whole(
     rollouts: Mapping[str, Tensor],
 ) -> tuple[Int[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
-    """Ids and mask of prompts and completions."""
+    """The ids and the mask of prompts and completions together."""
     ids = torch.cat([rollouts["prompt_ids"], rollouts["completion_ids"]], dim=1)
     mask = torch.cat([rollouts["prompt_mask"], rollouts["completion_mask"]], dim=1)
     return ids, mask.bool()
@@ -325,13 +328,13 @@ def _is_over(ids: Tensor, visible: Tensor, rollouts: Mapping[str, Tensor]) -> bo
 
 
 def _competing(rollouts: Mapping[str, Tensor]) -> Bool[Tensor, "batch completion"]:
-    """What the model chose. A tool's tokens are part of what it read, but not chosen by it."""
+    """True for tokens that the model chose; a tool's tokens are read by it but not chosen."""
     visible = rollouts["completion_mask"].bool()
     return visible & rollouts.get("tool_mask", visible).bool()
 
 
 def _adapters(model: Any) -> Any:
-    """Which of PEFT's adapters are in use: two states of a model are one policy if it is equal."""
+    """The PEFT adapters in use: a model with the same ones is the same policy."""
     if "peft" not in sys.modules:
         return None
     from peft import PeftModel

@@ -1,4 +1,4 @@
-"""What a trainer with flow credit logs: metrics, columns of TRL's table of completions, pages."""
+"""The metrics, table columns and pages that a trainer with flow credit logs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METRICS = (
     ("prompt_jump", "jump", "traced"),
     ("seconds", "seconds", "processes"),
 )
-"""Name, and the two sums over all processes whose quotient is logged."""
+"""Name of each metric, and the two sums over all processes whose quotient it is."""
 
 COLUMNS = ("flow_answer", "flow_weight", "flow_prompt_jump")
 
@@ -40,11 +40,11 @@ class CreditLog:
     def __init__(self, trainer: Any, options: CreditOptions) -> None:
         self._trainer, self._options = trainer, options
         self._pages = GroupPages(trainer, options)
-        self._later = 0  # rows of TRL's table behind those of the last generation
+        self._later = 0  # rows that TRL's table has after those of the last generation
         self._errors = 0.0
 
     def blank(self, rows: int) -> None:
-        """Columns of rollouts without flow, or none yet: TRL's table wants all of one length."""
+        """Fill the columns with None, since all columns of TRL's table need the same length."""
         everywhere = rows * self._trainer.accelerator.num_processes
         self._later += everywhere
         if self._trainer.log_completions:
@@ -52,7 +52,7 @@ class CreditLog:
                 self._trainer._logs["extra"][column].extend([None] * everywhere)
 
     def begin(self, rollouts: Mapping[str, Any]) -> None:
-        """New rollouts, before their flow is known."""
+        """Begin with new rollouts, whose flow is not known yet."""
         self.blank(len(rollouts["advantages"]))
         self._later = 0
         self._pages.begin(rollouts)
@@ -65,10 +65,10 @@ class CreditLog:
         competing: Bool[Tensor, "batch completion"],
         boost: Float[Tensor, "batch completion"],
     ) -> None:
-        """What became of some rollouts; called by every process equally often.
+        """Log the credit of some rollouts; every process calls this equally often.
 
         Raises:
-            AnswerNotFoundError: There is no answer in a completion, and `no_answer` is "raise".
+            AnswerNotFoundError: A completion has no answer, and `no_answer` is "raise".
         """
         if isinstance(heard, Exception):
             logger.warning(
@@ -89,11 +89,11 @@ class CreditLog:
             self._require_answers(total)
         metrics = self._trainer._metrics["train"]
         self._errors += total["errors"]
-        metrics["flow/errors"] = [self._errors]  # so far, whatever is averaged
+        metrics["flow/errors"] = [self._errors]  # a total, so it is not averaged
         for name, part, whole in METRICS:
             # TRL leaves nan out of its means.
             metrics[f"flow/{name}"].append(total[part] / total[whole] if total[whole] else math.nan)
-        if "flow_rows" in rollouts:  # not of rollouts that were there before
+        if "flow_rows" in rollouts:  # rollouts made before flow credit was attached have none
             if self._trainer.log_completions:
                 self._fill_columns(rollouts, heard, competing)
             self._pages.add(rollouts, heard, plain, competing)
@@ -117,7 +117,7 @@ class CreditLog:
         heard: Scored | Exception,
         competing: Bool[Tensor, "batch completion"],
     ) -> None:
-        """Write what is known of some rows, of every process, where TRL's table has them."""
+        """Write the values of these rows of every process to their places in TRL's table."""
         trainer = self._trainer
         rows = len(competing)
         counts = competing.sum(-1).clamp(min=1)
@@ -133,7 +133,7 @@ class CreditLog:
         for place, *values in gather_object([*zip(places, answers, means, jumps, strict=True)]):
             for column, value in zip(COLUMNS, values, strict=True):
                 known = trainer._logs["extra"][column]
-                if place <= len(known):  # else an evaluation has pushed it out
+                if place <= len(known):  # an evaluation may have pushed the row out
                     known[-place] = value
 
 
@@ -152,7 +152,7 @@ def _sums(
     competing: Bool[Tensor, "batch completion"],
     boost: Float[Tensor, "batch completion"],
 ) -> dict[str, Any]:
-    """What some rollouts add to the metrics."""
+    """The sums of some rollouts for the metrics."""
     answers = sum(answer is not None for answer in heard.answers) - heard.replaced
     traced = ~heard.jump.isnan()
     sums = {

@@ -1,11 +1,12 @@
-"""What a trainer's flow credit can be told, and what cannot be meant."""
+"""The options of a trainer's flow credit, checked before anything is loaded."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from flowtracer_plugin.credit.scorers import Scorer, find_scorer, lowest
 from flowtracer_plugin.model.layers import select_layers
@@ -25,7 +26,7 @@ CHOICES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CreditOptions:
-    """How flow becomes credit; `FlowGRPOConfig` explains each option under `flow_<name>`.
+    """Options of flow credit; `FlowGRPOConfig` explains each of them as `flow_<name>`.
 
     Raises:
         ValueError: A value is out of range or not among the choices.
@@ -50,7 +51,7 @@ class CreditOptions:
     page_limit_mb: float = 50.0
 
     def __post_init__(self) -> None:
-        """Refuse what no option can be; numbers of layers are for `wrap` to check."""
+        """Refuse values that no option can have; `wrap` checks the numbers of layers."""
         if not 0 <= self.top_fraction <= 1:
             raise ValueError(
                 f"flow credit: top_fraction must be between 0 and 1, got {self.top_fraction!r}"
@@ -96,22 +97,33 @@ class CreditOptions:
 
     @property
     def chosen_scorer(self) -> Scorer:
-        """What the tokens are chosen by.
+        """The scorer by which tokens are chosen.
 
         Raises:
-            ValueError: There is no such scorer, or it has no bottom.
+            ValueError: There is no such scorer, or its lowest scores cannot be chosen.
         """
         scorer = find_scorer(self.scorer)
         return scorer if self.side == "top" else lowest(scorer)
 
     @property
     def chosen_layers(self) -> str | Sequence[int]:
-        """The layers, where none are named those that the scorer was published with."""
+        """The layers that are read; by default those that the scorer was published with."""
         return self.chosen_scorer.layers if self.layers == "auto" else self.layers
 
     def gamma_at(self, step: int) -> float:
-        """The factor at an optimizer step: 1 before `start_step`, then up to `gamma` in a line."""
+        """The factor at an optimizer step: 1 before `start_step`, then it rises to `gamma`."""
         if step < self.start_step:
             return 1.0
         warm = min(1.0, (step - self.start_step + 1) / max(1, self.warmup_steps))
         return 1.0 + (self.gamma - 1.0) * warm
+
+
+def documented(doc: str | None, name: str, default: Any) -> Any:
+    """A dataclass field whose help is the text of a parameter in a docstring of TRL's form.
+
+    Inside a class body `__doc__` is the docstring of the class, so that no help is written twice.
+    """
+    text = (doc or "").partition(f"        {name} (")[2].partition("):\n")[2]
+    text = re.split(r"\n {8}\w+ \(", text)[0]
+    words = " ".join(text.translate({ord(mark): None for mark in '`"'}).split())
+    return field(default=default, metadata={"help": words})

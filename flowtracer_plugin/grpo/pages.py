@@ -1,4 +1,4 @@
-"""Pages that a trainer with flow credit writes: one prompt's completions, side by side."""
+"""The pages of a training with flow credit: the completions of one prompt, side by side."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class GroupPages:
-    """The group of the first prompt of the main process, at most every `page_steps` steps.
+    """Pages of the main process's first prompt, at most one every `page_steps` steps.
 
-    They lie in `flow` below the trainer's output directory. The oldest go where all together
-    would take more than `page_limit_mb`. A page that cannot be written costs no run.
+    They are written to the folder `flow` of the trainer's output directory. The oldest pages are
+    deleted when all together exceed `page_limit_mb`. A page that cannot be written is logged, and
+    the training goes on.
     """
 
     def __init__(self, trainer: Any, options: CreditOptions) -> None:
@@ -39,11 +40,11 @@ class GroupPages:
 
     @property
     def folder(self) -> Path:
-        """Where the pages lie."""
+        """The folder of the pages."""
         return Path(self._trainer.args.output_dir) / "flow"
 
     def begin(self, rollouts: Mapping[str, Any]) -> None:
-        """New rollouts: whether they get a page."""
+        """Decide whether new rollouts get a page."""
         trainer, every = self._trainer, self._options.page_steps
         step = trainer.state.global_step
         late = self._last is None or step - self._last >= every
@@ -63,7 +64,7 @@ class GroupPages:
         plain: Tensor,
         competing: Bool[Tensor, "batch completion"],
     ) -> None:
-        """Take up the group's rows among these, and write the page with the last of them."""
+        """Collect the rows of the page's group, and write the page when all are there."""
         if self._step is None:
             return
         trainer = self._trainer
@@ -128,12 +129,12 @@ class GroupPages:
 
 
 def rows_each(trainer: Any) -> int:
-    """Rollouts of each process in one generation."""
+    """The number of rollouts of each process in one generation."""
     return trainer.args.generation_batch_size // trainer.accelerator.num_processes
 
 
 def _rewards(trainer: Any) -> list[dict[str, float | None]]:
-    """What TRL has just logged of every rollout, by reward function; the main process has all."""
+    """The rewards of every rollout by reward function, which TRL logs in the main process."""
     count = trainer.args.generation_batch_size
     logged = {name: list(values)[-count:] for name, values in trainer._logs["rewards"].items()}
     return [{name: _known(values[row]) for name, values in logged.items()} for row in range(count)]

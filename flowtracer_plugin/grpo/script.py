@@ -1,11 +1,11 @@
-r"""`flowtracer train`: GRPO with flow credit from the command line, in the style of TRL's scripts.
+r"""`flowtracer train`: GRPO with flow credit on the command line, in the style of TRL's scripts.
 
     flowtracer train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name openai/gsm8k \
         --dataset_config main --prompt_column question --answer_column answer \
         --prompt_template hash --reward_funcs math_answer --output_dir out
     accelerate launch -m flowtracer_plugin train --config run.yaml
 
-`examples/grpo_flow.py` is the same as a script to copy and change.
+`examples/grpo_flow.py` does the same in a script to copy and change.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ import sys
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from flowtracer_plugin.model.loading import load_model, load_tokenizer
 from flowtracer_plugin.grpo.trainer import FlowGRPOConfig, FlowGRPOTrainer
+from flowtracer_plugin.grpo.options import documented
 from flowtracer_plugin.rewards.flow_reward import FlowReward
 from flowtracer_plugin.rewards.named import imported_reward, math_answer
 from flowtracer_plugin.trace.tracer import FlowTracer, wrap
 from flowtracer_plugin.text.data_sets import columns, load_rows, with_prompts
 
-# ruff: noqa: I001 (which TRL works is asked in grpo, before anything of it is imported)
+# ruff: noqa: I001 (grpo.trainer checks the release of TRL before anything of it is imported)
 import torch
 from datasets import disable_progress_bars
 from trl.scripts.utils import ScriptArguments, TrlParser
@@ -34,82 +35,55 @@ from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
 REWARDS = ("math_answer", "flow", "reasoning_share", "concentration", "math_flow")
-"""Rewards by name; "flow" is short for "reasoning_share"."""
+"""The rewards that have a name; "flow" means "reasoning_share"."""
 
 
 @dataclass
 class FlowScriptArguments(ScriptArguments):
-    r"""Arguments of the training script, beside those of the trainer and of the model.
+    r"""Arguments of the training script, in addition to those of the trainer and the model.
 
-    It inherits those of [`~trl.ScriptArguments`], of which `dataset_name` may also be a local file.
+    It has those of [`~trl.ScriptArguments`]; `dataset_name` may also be a local file.
 
     Parameters:
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
             Column of the questions: texts, or lists of chat messages.
         answer_column (`str`, *optional*):
-            Column of the right answers, which rewards get as `answer`.
+            Column of the right answers, which reward functions get as `answer`.
         prompt_template (`str`, *optional*):
-            Text around each question, with `{prompt}` where it goes; or `"hash"` or `"boxed"`,
-            which ask for an answer after `####` or in `\boxed{}`.
+            Text with `{prompt}` in the place of the question; or `"hash"` or `"boxed"`, which ask
+            for an answer after `####` or in `\boxed{}`.
         system_prompt (`str`, *optional*):
-            What the system says before each question.
+            System message before each question.
         chat (`bool`, *optional*, defaults to `True`):
-            Whether questions that are texts become chat messages, if the tokenizer has a chat
-            template.
+            Whether texts become chat messages if the tokenizer has a chat template.
         reward_funcs (`list[str]`, *optional*):
             Reward functions: `math_answer`, `flow` (or `reasoning_share`), `concentration`,
-            `math_flow`, or dotted paths, also of modules in the current folder. Flow rewards trace
-            the model that is trained.
+            `math_flow`, or dotted paths, also of modules in the current folder.
         reward_model_name_or_path (`str`, *optional*):
-            A reward model.
+            Reward model: a folder or an id on the hub.
         trace_model_name_or_path (`str`, *optional*):
-            A model that stays as it is, for the flow rewards to trace instead.
+            Frozen model whose attention the flow rewards trace. By default they trace the model
+            that is trained.
     """
 
-    prompt_column: str = field(
-        default="prompt", metadata={"help": "Column of the questions: texts or chat messages."}
-    )
-    answer_column: str | None = field(
-        default=None, metadata={"help": "Column of the right answers; rewards get it as `answer`."}
-    )
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text with {prompt} where the question goes; or hash or boxed, which ask for "
-            "an answer after #### or in \\boxed{}."
-        },
-    )
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "What the system says before each question."}
-    )
-    chat: bool = field(
-        default=True,
-        metadata={"help": "Make texts chat messages, if the tokenizer has a chat template."},
-    )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Reward functions: {', '.join(REWARDS)}, or dotted paths."},
-    )
-    reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A reward model: folder or id on the hub."}
-    )
-    trace_model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Model whose attention the flow rewards trace, frozen; without it, the model "
-            "that is trained."
-        },
-    )
+    prompt_column: str = documented(__doc__, "prompt_column", "prompt")
+    answer_column: str | None = documented(__doc__, "answer_column", None)
+    prompt_template: str | None = documented(__doc__, "prompt_template", None)
+    system_prompt: str | None = documented(__doc__, "system_prompt", None)
+    chat: bool = documented(__doc__, "chat", True)
+    reward_funcs: list[str] | None = documented(__doc__, "reward_funcs", None)
+    reward_model_name_or_path: str | None = documented(__doc__, "reward_model_name_or_path", None)
+    trace_model_name_or_path: str | None = documented(__doc__, "trace_model_name_or_path", None)
 
 
 Arguments = tuple[FlowScriptArguments, FlowGRPOConfig, ModelConfig]
 
 
 def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> Arguments:
-    """The arguments of a command line, also from a file that `--config` names.
+    """The arguments of a command line and of the file that `--config` names.
 
     Raises:
-        ValueError: An argument is unknown, has a value that it cannot have, or lacks one.
+        ValueError: An argument is unknown, has an invalid value, or lacks one.
     """
     kinds: Any = (FlowScriptArguments, FlowGRPOConfig, ModelConfig)
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
@@ -135,10 +109,10 @@ def build_trainer(
     *,
     reward_funcs: Sequence[Callable[..., Any]] = (),
 ) -> FlowGRPOTrainer:
-    """A trainer with its model, data and rewards; `reward_funcs` are added to those that are named.
+    """The trainer with its model, data and rewards; `reward_funcs` are added to the named ones.
 
     Raises:
-        ValueError: Model, data or a column cannot be had, there is no reward, or one cannot be
+        ValueError: Model, data or a column is missing, there is no reward, or one cannot be
             imported.
     """
     name = model_args.model_name_or_path
@@ -149,7 +123,7 @@ def build_trainer(
         "trust_remote_code": training_args.trust_remote_code,
     }
     tokenizer = load_tokenizer(name, padding_side="left", truncation_side="left", **shared)
-    # The trainer is made below, and a reward asks for it when the first completions come.
+    # The trainer is made below; a reward needs it when the first completions come.
     rewards = _rewards(script_args, lambda: _tracer(trainer, script_args), reward_funcs)
     has_eval = training_args.eval_strategy != "no"
     train_rows = _rows(script_args, script_args.dataset_train_split, tokenizer)
@@ -181,7 +155,7 @@ def build_trainer(
 
 
 def train(trainer: FlowGRPOTrainer) -> None:
-    """Train, from a checkpoint if the arguments say so; save the model and `trainer_state.json`.
+    """Train, from a checkpoint if the arguments name one, then save model and trainer state.
 
     `--resume_from_checkpoint` takes a folder, or `true` for the last one in the output folder.
 
@@ -201,8 +175,8 @@ def train(trainer: FlowGRPOTrainer) -> None:
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run the script with these arguments, by default those of the command line."""
     if not sys.stderr.isatty():
-        disable_progress_bars()  # each of their updates would be a line of a log file
-    # TRL sets by default what transformers renames: nobody who reads of it here could mend it.
+        disable_progress_bars()  # in a log file each of their updates would be a line
+    # TRL sets an option that transformers has renamed; users can do nothing about the warning.
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     train(build_trainer(*parse(arguments, prog)))
 
@@ -214,12 +188,12 @@ _EXAMPLE = """For example:
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults, and the example on a line of its own."""
+    """Shows the defaults, and keeps the example on its own line."""
 
 
 class _Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong without two hundred lines of usage before it."""
+        """Raise the error without two hundred lines of usage before it."""
         raise ValueError(f"{message}; --help shows what there is")
 
 
@@ -268,7 +242,7 @@ def _reward(name: str, tracer: Callable[[], FlowTracer]) -> Callable[..., Any]:
 
 
 def _tracer(trainer: FlowGRPOTrainer, script_args: FlowScriptArguments) -> FlowTracer:
-    """Of the model that is trained, or of the one that the arguments name."""
+    """The tracer of the model that is trained, or of the model that the arguments name."""
     name, args = script_args.trace_model_name_or_path, trainer.args
     model: Any = trainer.model
     tokenizer: Any = trainer.processing_class
@@ -287,7 +261,7 @@ def _tracer(trainer: FlowGRPOTrainer, script_args: FlowScriptArguments) -> FlowT
 
 
 def _checkpoint(given: str | None) -> str | bool | None:
-    """What transformers wants: a folder, or True for the last checkpoint."""
+    """The checkpoint as transformers takes it: a folder, or True for the last one."""
     if given is None or given.lower() in {"false", "none"}:
         return None
     if given.lower() == "true":

@@ -1,14 +1,14 @@
-"""TRL: GRPO that gives the tokens which carried the answer more of the credit, and a flow reward.
+"""GRPO in TRL with more credit for the tokens that carried the answer (paper, section 4).
 
-`GRPOTrainer` gives every token of a completion the same advantage. Here attention is read in the
-forward pass that trains, or in one that TRL makes before, and the advantages become one number per
-token: paper section 4. Uniform credit trains bit-identically to plain GRPO.
+`GRPOTrainer` gives every token of a completion the same advantage. `FlowGRPOTrainer` reads the
+attention in the forward pass that trains, or in TRL's own scoring pass, and multiplies the
+advantage of each token by its weight. Uniform credit trains bit-identically to plain GRPO.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,9 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from flowtracer_plugin.credit.scorers import SCORERS
 from flowtracer_plugin.grpo.checks import UnsupportedTrainerError, check_host, check_level
 from flowtracer_plugin.grpo.hooks import FlowCredit
-from flowtracer_plugin.grpo.options import CreditOptions
+from flowtracer_plugin.grpo.options import CreditOptions, documented
 from flowtracer_plugin.rewards.flow_reward import FlowReward
 
 __all__ = [
@@ -38,140 +37,100 @@ __all__ = [
 ]
 
 
+_DEFAULTS = {option.name: option.default for option in fields(CreditOptions)}
+
+
 @dataclass
 class FlowGRPOConfig(GRPOConfig):
     """Configuration class for the [`FlowGRPOTrainer`].
 
-    It inherits every parameter from [`~trl.GRPOConfig`] and adds those of the flow credit. The
-    defaults are the paper's.
+    It has every parameter of [`~trl.GRPOConfig`] and those of flow credit, whose defaults are the
+    paper's.
 
     Parameters:
         flow_top_fraction (`float`, *optional*, defaults to `0.4`):
-            Share of the tokens of each completion that get more credit: those that carry the most
-            flow.
+            Share of the tokens of each completion that get more credit: those with the highest
+            scores.
         flow_gamma (`float`, *optional*, defaults to `1.5`):
-            Factor on the advantage of these tokens. With `1.0` the training is that of plain GRPO.
+            Factor on the advantage of these tokens. `1.0` is plain GRPO.
         flow_layers (`str`, *optional*, defaults to `"auto"`):
-            Attention layers that are averaged: `"middle"`, `"early"`, `"late"`, `"all"`, or such a
-            name with a number, as in `"middle:5"` for five evenly spaced ones. `"auto"` is what the
-            scorer was published with: `"middle"`, and `"middle:5"` for the predecessor's.
+            Attention layers that are averaged: `"middle"`, `"early"`, `"late"`, `"all"`, or one of
+            these names with a number: `"middle:5"` takes five evenly spaced layers. `"auto"` takes
+            the layers that the scorer was published with: `"middle"`, or `"middle:5"` for the
+            scorers of the predecessor paper.
         flow_answer (`str`, *optional*, defaults to `"auto"`):
-            Name of the answer finder, a key of `flowtracer_plugin.text.FINDERS`, or `"auto"`. A
-            pattern or a function of your own goes to [`attach_flow_credit`].
+            Name of the answer finder: `"auto"` or a key of `flowtracer_plugin.text.FINDERS`. Pass a
+            pattern or a function to [`attach_flow_credit`] instead.
         flow_target (`str`, *optional*):
-            Where flow ends: at the rows of the `"answer"` tokens, or at those of the `"decision"`,
-            the tokens before them, whose logits choose them. By default as the scorer's preset
-            says, and without one at the answer.
+            Where flow ends: `"answer"` for the rows of the answer tokens, `"decision"` for the rows
+            before them, whose logits choose the answer. By default, the scorer's preset decides;
+            without a preset it is `"answer"`.
         flow_sign (`str`, *optional*, defaults to `"both"`):
             Which advantages are reweighted: `"both"`, `"positive"` or `"negative"`.
         flow_normalize (`str`, *optional*, defaults to `"none"`):
             `"mean_one"` divides the weights of a completion by their mean, so that the learning
-            rate keeps its meaning. The paper does not (`"none"`): its weights have a mean of 1.2.
+            rate keeps its meaning. `"none"` does not, as in the paper, where the mean is 1.2.
         flow_no_answer (`str`, *optional*, defaults to `"uniform"`):
-            What happens to completions without an answer: weight 1 (`"uniform"`), an error
-            (`"raise"`), or the last token that is not special counts as the answer (`"last"`).
+            What to do with a completion without an answer: give its tokens weight 1 (`"uniform"`),
+            raise an error (`"raise"`), or take its last token as the answer (`"last"`).
         flow_scorer (`str`, *optional*, defaults to `"flow"`):
-            What the tokens are chosen by. `"flow"` is FlowTracer. `"waad"`, `"fai"` and `"coupled"`
-            are its predecessor's (arXiv 2510.13554); `"attention"` is what the answer pays to them
-            directly; `"entropy"` is the policy's; `"random"` is chance. `"shuffled"` is the flow's
-            choice, permuted among tokens of like role and position: if it trains as well as
-            `"flow"`, flow itself is not what helps. `"uniform"` is plain GRPO. `"flow:sharp"` and
-            `"flow:decision"` read the graph by another preset, and `"flow*entropy"` multiplies two
-            scores; `docs/credit.md` lists all of them.
+            Score by which tokens are chosen: `"flow"` is FlowTracer; `"waad"`, `"fai"` and
+            `"coupled"` are those of its predecessor (arXiv 2510.13554); `"attention"` is the
+            attention that the answer pays to a token; `"entropy"` is the policy's entropy;
+            `"random"` is chance. `"shuffled"` permutes flow's choice among tokens of the same role
+            and position: if it trains as well as `"flow"`, flow is not what helps. `"uniform"` is
+            plain GRPO. `"flow:sharp"` and `"flow:decision"` make the graph by another preset, and
+            `"flow*entropy"` multiplies two scores. `docs/credit.md` lists all scores.
         flow_side (`str`, *optional*, defaults to `"top"`):
-            `"bottom"` chooses as many tokens, of those with the lowest scores: a control.
+            `"top"` chooses the tokens with the highest scores, `"bottom"`, a control, as many with
+            the lowest.
         flow_oracle (`str`, *optional*):
-            For `flow_scorer="oracle"`: a pattern that matches, in a completion, what matters there;
-            its groups if it has any. A function of your own goes to [`attach_flow_credit`].
+            For `flow_scorer="oracle"`: a pattern whose matches in a completion, or whose groups if
+            it has any, are the tokens that matter. Pass a function to [`attach_flow_credit`]
+            instead.
         flow_pass (`str`, *optional*, defaults to `"auto"`):
-            Which forward pass is read. `"training"` is the one that trains; `"scoring"` is TRL's
-            own over the rollouts, which it makes for `num_iterations > 1`, misaligned accumulation
-            and vLLM's correction; `"auto"` is the scoring pass where there is one, else the
-            training pass. `"extra"` is a pass of its own without dropout, up to the last layer that
-            counts: the paper's way, which costs time.
+            Forward pass in which the attention is read. `"training"` is the pass that trains.
+            `"scoring"` is the pass that TRL makes over the rollouts for `num_iterations > 1`,
+            misaligned accumulation or vLLM's correction. `"auto"` is the scoring pass if TRL makes
+            one, otherwise the training pass. `"extra"` is an additional pass without dropout, up
+            to the last layer that is read, as in the paper; it costs time.
         flow_start_step (`int`, *optional*, defaults to `0`):
-            Optimizer step before which credit is plain, and nothing is read.
+            Optimizer step at which flow credit starts. Before it, training is plain GRPO.
         flow_warmup_steps (`int`, *optional*, defaults to `0`):
-            Optimizer steps over which the factor rises from 1 to `flow_gamma`.
+            Number of optimizer steps over which the factor rises from 1 to `flow_gamma`.
         flow_on_error (`str`, *optional*, defaults to `"raise"`):
-            What happens if flow cannot be read or solved for some rollouts: an error (`"raise"`),
-            or plain credit for them (`"uniform"`), counted in the metric `flow/errors`.
+            What to do if flow cannot be read or solved for some rollouts: raise the error
+            (`"raise"`), or give them plain credit (`"uniform"`) and count them in the metric
+            `flow/errors`.
         flow_page_steps (`int`, *optional*, defaults to `100`):
-            With the first generation after so many optimizer steps, a page of one prompt's
-            completions is written to the folder `flow` below `output_dir`; never with `0`.
+            Number of optimizer steps between two pages in the folder `flow` of `output_dir`. A page
+            shows the completions of one prompt with their credit. `0` writes no pages.
         flow_page_limit_mb (`float`, *optional*, defaults to `50.0`):
-            What these pages may take together; the oldest go first.
+            Megabytes that these pages may take together; the oldest pages are deleted first.
     """
 
-    flow_top_fraction: float = field(
-        default=0.4,
-        metadata={"help": "Share of the tokens of each completion that get more credit."},
-    )
-    flow_gamma: float = field(
-        default=1.5,
-        metadata={"help": "Factor on the advantage of the tokens that carry the most flow."},
-    )
-    flow_layers: str = field(
-        default="auto",
-        metadata={
-            "help": "Attention layers that are averaged: auto, middle, early, late, all, middle:5."
-        },
-    )
-    flow_answer: str = field(
-        default="auto", metadata={"help": "Name of the answer finder, such as auto or boxed."}
-    )
-    flow_target: str | None = field(
-        default=None, metadata={"help": "Where flow ends: answer or decision."}
-    )
-    flow_sign: str = field(
-        default="both",
-        metadata={"help": "Which advantages are reweighted: both, positive or negative."},
-    )
-    flow_normalize: str = field(
-        default="none",
-        metadata={"help": "mean_one keeps the mean weight of each completion at 1, none does not."},
-    )
-    flow_no_answer: str = field(
-        default="uniform",
-        metadata={"help": "Completions without an answer: uniform, raise or last."},
-    )
-    flow_scorer: str = field(
-        default="flow",
-        metadata={
-            "help": f"What the tokens are chosen by: {', '.join(SCORERS)}; of those that read the "
-            "graph also with a preset, as flow:sharp; and products, as flow*entropy."
-        },
-    )
-    flow_side: str = field(
-        default="top", metadata={"help": "Choose the top of the scores, or the bottom."}
-    )
-    flow_oracle: str | None = field(
-        default=None, metadata={"help": "Pattern of what matters, for the scorer oracle."}
-    )
-    flow_pass: str = field(
-        default="auto",
-        metadata={"help": "Which forward pass is read: auto, training, scoring or extra."},
-    )
-    flow_start_step: int = field(
-        default=0, metadata={"help": "Optimizer step before which credit is plain."}
-    )
-    flow_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimizer steps over which the factor rises to flow_gamma."}
-    )
-    flow_on_error: str = field(
-        default="raise",
-        metadata={"help": "If flow cannot be read or solved: raise, or uniform for plain credit."},
-    )
-    flow_page_steps: int = field(
-        default=100,
-        metadata={"help": "Every so many steps, a page of one prompt's completions; 0 for none."},
-    )
-    flow_page_limit_mb: float = field(
-        default=50.0, metadata={"help": "What these pages may take together; the oldest go first."}
+    flow_top_fraction: float = documented(__doc__, "flow_top_fraction", _DEFAULTS["top_fraction"])
+    flow_gamma: float = documented(__doc__, "flow_gamma", _DEFAULTS["gamma"])
+    flow_layers: str = documented(__doc__, "flow_layers", _DEFAULTS["layers"])
+    flow_answer: str = documented(__doc__, "flow_answer", _DEFAULTS["answer"])
+    flow_target: str | None = documented(__doc__, "flow_target", _DEFAULTS["target"])
+    flow_sign: str = documented(__doc__, "flow_sign", _DEFAULTS["sign"])
+    flow_normalize: str = documented(__doc__, "flow_normalize", _DEFAULTS["normalize"])
+    flow_no_answer: str = documented(__doc__, "flow_no_answer", _DEFAULTS["no_answer"])
+    flow_scorer: str = documented(__doc__, "flow_scorer", _DEFAULTS["scorer"])
+    flow_side: str = documented(__doc__, "flow_side", _DEFAULTS["side"])
+    flow_oracle: str | None = documented(__doc__, "flow_oracle", _DEFAULTS["oracle"])
+    flow_pass: str = documented(__doc__, "flow_pass", _DEFAULTS["pass_"])
+    flow_start_step: int = documented(__doc__, "flow_start_step", _DEFAULTS["start_step"])
+    flow_warmup_steps: int = documented(__doc__, "flow_warmup_steps", _DEFAULTS["warmup_steps"])
+    flow_on_error: str = documented(__doc__, "flow_on_error", _DEFAULTS["on_error"])
+    flow_page_steps: int = documented(__doc__, "flow_page_steps", _DEFAULTS["page_steps"])
+    flow_page_limit_mb: float = documented(
+        __doc__, "flow_page_limit_mb", _DEFAULTS["page_limit_mb"]
     )
 
     def __post_init__(self) -> None:
-        """Refuse what would not train, before a model is loaded.
+        """Refuse options that cannot train, before a model is loaded.
 
         Raises:
             ValueError: An option is out of range, or importance sampling is not per token.
@@ -181,7 +140,7 @@ class FlowGRPOConfig(GRPOConfig):
         check_level(self.importance_sampling_level)
 
     def credit_options(self) -> CreditOptions:
-        """The `flow_` parameters."""
+        """The `flow_` parameters as `CreditOptions`."""
         names = [option.name for option in fields(CreditOptions)]
         # A field cannot be called `pass`.
         return CreditOptions(**{name: getattr(self, f"flow_{name.rstrip('_')}") for name in names})
@@ -190,7 +149,7 @@ class FlowGRPOConfig(GRPOConfig):
 class FlowCreditMixin:
     """Flow credit for a subclass of `GRPOTrainer`: `class Mine(FlowCreditMixin, MyTrainer)`.
 
-    Its `args` must be a `FlowGRPOConfig`. Raises as `FlowCredit` does.
+    Its `args` must be a `FlowGRPOConfig`. It raises the same errors as `FlowCredit`.
     """
 
     args: Any
@@ -214,26 +173,26 @@ class FlowCreditMixin:
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
         compute = super()._compute_loss  # type: ignore[misc]
-        if "_flow_credit" not in vars(self):  # the check of the trainer asks for a loss before
+        if "_flow_credit" not in vars(self):  # FlowCredit tries the loss while it is made
             return compute(model, inputs)
         return self._flow_credit.loss(compute, model, inputs)
 
 
 class FlowGRPOTrainer(FlowCreditMixin, GRPOTrainer):
-    """GRPO in which the tokens that carried the answer get more of the credit.
+    """Trainer for GRPO in which the tokens that carried the answer get more of the credit.
 
-    It takes what [`~trl.GRPOTrainer`] takes, with a [`FlowGRPOConfig`] as `args`. It logs
+    It takes the arguments of [`~trl.GRPOTrainer`], with a [`FlowGRPOConfig`] as `args`. It logs
 
     * `flow/answer_found`: share of the completions with an answer;
-    * `flow/weight_mean`: of the tokens that the model chose;
+    * `flow/weight_mean`: mean weight of the tokens that the model chose;
     * `flow/top_share`: share of a completion's flow that the chosen tokens hold;
-    * `flow/entropy`: how evenly it is spread over the tokens, from 0 to 1;
-    * `flow/prompt_jump`: share of it that goes from the prompt straight to the answer;
-    * `flow/seconds`: that credit took for a batch, beside the forward pass it was read in;
-    * `flow/errors`: how many batches have failed so far, with `flow_on_error="uniform"`.
+    * `flow/entropy`: how evenly the flow is spread over the tokens, from 0 to 1;
+    * `flow/prompt_jump`: share of the flow that goes from the prompt straight to the answer;
+    * `flow/seconds`: seconds for the credit of a batch, without the forward pass it is read in;
+    * `flow/errors`: number of batches that have failed so far, with `flow_on_error="uniform"`.
 
-    With `log_completions`, TRL's table has the columns `flow_answer`, `flow_weight` and
-    `flow_prompt_jump`.
+    With `log_completions`, TRL's table of completions has the columns `flow_answer`, `flow_weight`
+    and `flow_prompt_jump`.
     """
 
     _tag_names = ["trl", "grpo", "flowtracer"]  # noqa: RUF012 - TRL's own form
@@ -259,13 +218,13 @@ class FlowGRPOTrainer(FlowCreditMixin, GRPOTrainer):
 
 
 def attach_flow_credit(trainer: Any, options: CreditOptions | None = None) -> Any:
-    """Give a `GRPOTrainer` that somebody else built flow credit, and return it.
+    """The given `GRPOTrainer`, with flow credit added to it.
 
-    `CreditOptions` are those of `FlowGRPOConfig`, without `flow_`; here `layers` may be numbers,
-    and `answer` a pattern or a function. Call it on every process, before training.
+    The options are those of `FlowGRPOConfig` without `flow_`; `layers` may also be numbers, and
+    `answer` and `oracle` functions. Call it in every process, before training.
 
     Raises:
-        ValueError: As `FlowCredit`; and if the trainer has flow credit already.
+        ValueError: The trainer has flow credit already, or as `FlowCredit`.
         UnsupportedTrainerError, ImportError, NoAttentionError: As `FlowCredit`.
     """
     check_host(type(trainer))

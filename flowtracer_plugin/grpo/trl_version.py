@@ -1,4 +1,4 @@
-"""Which TRL works, asked before anything of it is imported: other releases fail in their words."""
+"""The check of the installed TRL release, which runs before anything of TRL is imported."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ INSTALL = "run: pip install 'flowtracer-plugin[trl]'"
 
 
 def check_trl() -> None:
-    """Raise unless a TRL is installed whose trainers are known to work.
+    """Refuse a TRL whose trainers are not known to work.
 
     Raises:
-        ModuleNotFoundError: There is no TRL.
-        ImportError: It is another release.
+        ModuleNotFoundError: TRL is not installed.
+        ImportError: Another release is installed.
     """
     try:
         installed = version("trl")

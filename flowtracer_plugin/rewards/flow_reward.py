@@ -1,4 +1,4 @@
-"""A reward function for TRL: how the answer's flow passes through the reasoning."""
+"""`FlowReward`, a TRL reward function for how the answer's flow passes the reasoning."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def concentration(
 ) -> Float[Tensor, " batch"]:
     """How unevenly flow is spread over the counted tokens of each row: 1 − exp(H) / n.
 
-    H is the entropy of the throughput over the n counted tokens, divided by its sum there, so
-    exp(H) is how many tokens would carry the flow if they carried it evenly. It is 0 where all
-    carry the same, 1 − 1/n where one carries all, and 0 where there is no token or no flow.
-    Splitting every token into several that share its flow does not change it, so it has one scale
-    for short and long completions.
+    H is the entropy of the throughput over the n counted tokens, normalized to sum 1, so that
+    exp(H) tokens would carry the flow if they carried it evenly. The concentration is 0 if all
+    tokens carry the same flow, 1 − 1/n if one carries all of it, and 0 without tokens or flow. It
+    does not change if every token is split into several that share its flow, so that short and
+    long completions have the same scale.
     """
     flow = torch.where(counted, throughput, 0.0)
     share = flow / flow.sum(-1, keepdim=True).clamp_min(torch.finfo(flow.dtype).tiny)
@@ -42,44 +42,43 @@ SCORES: Mapping[str, Callable[[FlowBatch], Float[Tensor, " batch"]]] = MappingPr
         "concentration": lambda batch: concentration(batch.throughput, batch.reasoning),
     }
 )
-"""What a `FlowReward` can score, all from 0 to 1."""
+"""The scores of `FlowReward` by name, all from 0 to 1."""
 
 
 class FlowReward:
-    """Reward function for every TRL trainer: how the answer's flow passes through the reasoning.
+    """Reward function for all TRL trainers: how the answer's flow passes through the reasoning.
 
     The `score` is one of
 
-    * `"reasoning_share"`: the share of the flow from the question that enters the completion at a
-      token other than the answer, rather than jump to the answer. It rewards answers that are read
-      off the text before them. It can be gamed by any text before the answer, sense or not: it
-      draws attention.
+    * `"reasoning_share"`: the share of the flow that enters the completion at another token than
+      the answer instead of jumping from the question to the answer. It rewards answers that are
+      read off the text before them. Any text before the answer can game it, because text draws
+      attention whether it makes sense or not.
     * `"concentration"`: how unevenly the flow is spread over the completion's tokens before the
-      answer, `concentration`. It rewards reasoning with a few tokens through which everything
-      passes. It can be gamed by filler that carries nothing, and by one token that everything must
-      pass, such as a line break.
+      answer. It rewards reasoning that passes through a few tokens. Filler that carries nothing
+      can game it, and so can one token that everything must pass, such as a line break.
 
-    Without an answer a score is None, which TRL leaves out of the reward. Both measure attention,
-    not truth: use them beside an outcome or inside one, and see `docs/rewards.md`.
+    Without an answer the score is None, which TRL leaves out of the reward. Both scores measure
+    attention, not truth: combine them with an outcome, and see `docs/rewards.md`.
 
-    With an `outcome` reward function, the reward is outcome × score where the outcome is positive,
-    and the outcome itself elsewhere; without an answer the score is 0. So a wrong answer does not
-    pay more for flowing well, and neither does leaving the answer out.
+    With an `outcome` reward function, the reward is outcome × score if the outcome is positive, and
+    the outcome otherwise; without an answer the score counts as 0. So neither a wrong answer nor a
+    missing one can earn more by its flow.
 
-    Calling it changes neither the model's training mode nor any random number.
+    A call changes neither the model's training mode nor any random state.
 
     Args:
-        tracer: From `wrap(model, tokenizer)`, of the model that is trained, or of any other; or a
-            function that makes one, which is called when the first completions come.
+        tracer: The result of `wrap(model, tokenizer)`, for the model that is trained or another; or
+            a function that returns one, called with the first completions.
         score: A key of `SCORES`.
         outcome: Another reward function, called with the same arguments.
-        name: Under which TRL logs the reward. By default the score, such as `reasoning_share`, with
-            an outcome `accuracy` then `accuracy_x_reasoning_share`.
-        batch_size: Completions in one forward pass.
-        chat_template_kwargs: What the trainer passes to the chat template too, such as `tools` or
-            `enable_thinking`: the score is that of the prompt as rendered here.
-        retokenize: Read the completions as text, for a traced model whose tokenizer is not that of
-            the model that is trained. Otherwise the sampled ids are read.
+        name: The name under which TRL logs the reward. By default the score's name, with an outcome
+            `accuracy` then `accuracy_x_reasoning_share`.
+        batch_size: Number of completions in one forward pass.
+        chat_template_kwargs: The arguments that the trainer, too, passes to the chat template, such
+            as `tools` or `enable_thinking`.
+        retokenize: Read the completions as text, for a traced model with another tokenizer than the
+            trained model's. Otherwise the sampled ids are read.
 
     Raises:
         TypeError: `tracer` is no tracer, or `outcome` no plain function.
@@ -119,7 +118,7 @@ class FlowReward:
 
     @cached_property
     def tracer(self) -> FlowTracer:
-        """What traces the completions."""
+        """The tracer of the completions."""
         return _checked(self._make())
 
     def __call__(
@@ -129,12 +128,12 @@ class FlowReward:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """One score per completion; `completion_ids` where the trainer has them.
+        """One reward per completion; `completion_ids` are the sampled ids, if the trainer has them.
 
         Raises:
-            NotImplementedError: A prompt holds images.
-            ValueError: The ids do not stand for the completions, or a completion has several
-                messages and no ids.
+            NotImplementedError: A prompt contains images.
+            ValueError: The ids do not spell the completions, or a completion has several messages
+                and no ids.
         """
         tokenizer = self.tracer.tokenizer
         assert tokenizer is not None
@@ -174,7 +173,7 @@ class FlowReward:
             yield from (score if is_found else None for score, is_found in found)
 
     def _padded(self, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
-        """Token ids and their mask; what stands on the padding does not matter."""
+        """Token ids and their mask."""
         device = next(self.tracer.model.parameters()).device
         ids = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
         kept = [torch.ones_like(row) for row in ids]
@@ -218,7 +217,7 @@ def _refuse_images(prompts: Sequence[Any]) -> None:
 
 
 def completion_text(completion: Any) -> str | None:
-    """The text of a completion, which is text or one message; None where it is anything else."""
+    """The text of a completion that is a text or one message; None for anything else."""
     if isinstance(completion, str):
         return completion
     if len(completion) != 1 or not is_text(completion[0].get("content")):
@@ -237,15 +236,15 @@ def _only_text(completion: Any) -> str:
 
 
 def _sampled(tokenizer: Any, completion: Any, ids: Sequence[int]) -> list[int]:
-    """The ids without the padding behind them, with which some trainers hand them over."""
+    """The ids without the padding that some trainers leave behind them."""
     sampled, text = list(ids), completion_text(completion)
     read = (tokenizer.decode(sampled, skip_special_tokens=skip) for skip in (True, False))
-    # A trainer may have cut something off, such as a tool call, but adds nothing.
+    # A trainer may have cut off a part, such as a tool call, but has added nothing.
     if text is not None and not any(text.strip() in whole for whole in read):
         raise ValueError(
             f"completion_ids do not stand for the completion {text[:60]!r} in the tokenizer of the "
-            "tracer, which is not that of the model that is trained; pass it as the tracer's "
-            "model, or FlowReward(tracer, retokenize=True) to read the text"
+            "tracer, which is not that of the trained model; wrap the trained model, or pass "
+            "FlowReward(tracer, retokenize=True) to read the text"
         )
     while sampled and sampled[-1] == tokenizer.pad_token_id:
         sampled.pop()

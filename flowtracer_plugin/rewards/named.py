@@ -1,16 +1,15 @@
-r"""Reward functions by name, for scripts that take a dotted path.
+r"""Reward functions for scripts that take the dotted path of a reward.
 
     FLOWTRACER_MODEL=my/model trl grpo ... --reward_funcs \
-        flowtracer_plugin.rewards.named.math_answer flowtracer_plugin.rewards.named.reasoning_share
+        flowtracer_plugin.rewards.math_answer flowtracer_plugin.rewards.reasoning_share
 
-A script that knows no more of a reward than its path gives it no model. So the flow rewards here
-trace the model that the environment variable `FLOWTRACER_MODEL` names, a folder or an id on the
-hub. Each process loads it once, when the first completions come, and it stays as it is while the
-other one trains. `FLOWTRACER_DEVICE` says where it runs, such as `cpu`; without it on the GPU, if
-there is one. For anything else, such as other layers, write a module of your own that holds a
-`flowtracer_plugin.rewards.flow_reward.FlowReward`, and give its path.
+Such a script passes no model to the reward. Therefore the flow rewards here trace the model that
+the environment variable `FLOWTRACER_MODEL` names: a folder or an id on the hub. Each process loads
+it once, with the first completions, and it stays frozen during the training. `FLOWTRACER_DEVICE`
+names its device, by default the GPU if there is one. For other options, put a
+`flowtracer_plugin.rewards.FlowReward` into a module of your own and pass its path.
 
-What each one rewards and how it could be gamed: `docs/rewards.md`.
+`docs/rewards.md` says what each reward measures and how it could be gamed.
 """
 
 from __future__ import annotations
@@ -37,46 +36,38 @@ __all__ = ["completion_text", "concentration", "math_answer", "math_flow", "reas
 MODEL, DEVICE = "FLOWTRACER_MODEL", "FLOWTRACER_DEVICE"
 
 
-def reasoning_share(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    completion_ids: Sequence[Sequence[int]] | None = None,
-    **columns: Any,
-) -> list[float | None]:
-    """The share of the answer's flow that passes the reasoning, 0 to 1; `FlowReward` says more.
+def _traced(name: str, doc: str) -> Callable[..., list[float | None]]:
+    """The reward function of this name, which traces the model of `FLOWTRACER_MODEL`."""
+
+    def reward(
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        return _reward(name)(prompts, completions, completion_ids, **columns)
+
+    reward.__name__ = reward.__qualname__ = name  # TRL logs the one, pickle looks for the other
+    reward.__doc__ = f"""{doc}
 
     Raises:
         ValueError: `FLOWTRACER_MODEL` names no model.
     """
-    return _reward("reasoning_share")(prompts, completions, completion_ids, **columns)
+    return reward
 
 
-def concentration(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    completion_ids: Sequence[Sequence[int]] | None = None,
-    **columns: Any,
-) -> list[float | None]:
-    """How unevenly flow is spread over the reasoning, 0 to 1; `FlowReward` says more.
-
-    Raises:
-        ValueError: `FLOWTRACER_MODEL` names no model.
-    """
-    return _reward("concentration")(prompts, completions, completion_ids, **columns)
-
-
-def math_flow(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    completion_ids: Sequence[Sequence[int]] | None = None,
-    **columns: Any,
-) -> list[float | None]:
-    """`math_answer` times `reasoning_share`: only right answers pay, and more if reasoned.
-
-    Raises:
-        ValueError: `FLOWTRACER_MODEL` names no model; or as `math_answer`.
-    """
-    return _reward("math_flow")(prompts, completions, completion_ids, **columns)
+reasoning_share = _traced(
+    "reasoning_share",
+    "The share of the answer's flow that passes the reasoning, 0 to 1; see `FlowReward`.",
+)
+concentration = _traced(
+    "concentration",
+    "How unevenly the flow is spread over the reasoning, 0 to 1; see `FlowReward`.",
+)
+math_flow = _traced(
+    "math_flow",
+    "`math_answer` times `reasoning_share`: only right answers pay, and more if reasoned.",
+)
 
 
 def math_answer(
@@ -84,14 +75,14 @@ def math_answer(
 ) -> list[float | None]:
     r"""1 where the answer of a completion equals the one in the column `answer`, 0 where not.
 
-    The answer of a completion is what `find_answer` finds, so what is rewarded is what the flow is
-    traced to. `math-verify` compares: `1/2`, `0.5` and `\frac{1}{2}` are the same, and so are `72`
-    and `72 clips`. Of a reference such as GSM8K's, what follows `####` or stands in `\boxed{}`
-    counts. None, no opinion, where a reference cannot be read.
+    `find_answer` finds the answer of a completion, so that the rewarded answer is the traced one.
+    `math-verify` compares: `1/2`, `0.5` and `\frac{1}{2}` are equal, as are `72` and `72 clips`.
+    In a reference such as GSM8K's, the part after `####` or in `\boxed{}` counts. The reward is
+    None, no opinion, if the reference cannot be read.
 
     Raises:
         ValueError: The data have no column `answer`.
-        ModuleNotFoundError: math-verify is not installed.
+        ModuleNotFoundError: math-verify is missing; the extra `math` installs it.
 
     Example:
         >>> math_answer([r"3 + 4 makes \boxed{7}", "#### 8"], ["#### 7", "7"])
@@ -125,7 +116,7 @@ def _verdict(said: str | None, wanted: Any) -> float | None:
 
 
 def _read(text: str) -> list[Any]:
-    """All that a text can mean, as a formula and as a sentence with one in it."""
+    """All readings of a text: as a formula, and as a sentence that contains one."""
     try:
         from math_verify import parse
     except ModuleNotFoundError as error:
@@ -138,10 +129,12 @@ def _read(text: str) -> list[Any]:
 
 
 def _timeout(name: str) -> dict[str, int | None]:
-    # An alarm, which only the main thread can set.
+    # math-verify uses an alarm, which only the main thread can set.
     if threading.current_thread() is threading.main_thread():
         return {name: 5}
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every such call
+    logging.getLogger("math_verify").setLevel(
+        logging.ERROR
+    )  # it logs a warning for every such call
     return {name: None}
 
 
@@ -162,13 +155,13 @@ def _tracer() -> FlowTracer:
             "on the hub, such as the one that is trained"
         )
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):  # loading may draw weights that files lack
+    with torch.random.fork_rng(devices=devices):  # loading may draw random weights
         model = load_model(name, os.environ.get(DEVICE, "auto"), "auto")
     return wrap(model, load_tokenizer(name))
 
 
 def named_reward(name: str) -> Callable[..., Any]:
-    """`math_answer`, or the function of a dotted path.
+    """`math_answer`, or the reward function of a dotted path.
 
     Raises:
         ValueError: As `imported_reward`.
@@ -177,10 +170,10 @@ def named_reward(name: str) -> Callable[..., Any]:
 
 
 def imported_reward(path: str, known: Sequence[str]) -> Callable[..., Any]:
-    """The reward function of a dotted path, also of a module in the current folder.
+    """The reward function of a dotted path, which may be a module in the current folder.
 
     Raises:
-        ValueError: There is none; the message lists the names that are `known` beside paths.
+        ValueError: There is no such function; the message lists the `known` names.
     """
     module, _, name = path.rpartition(".")
     if not module:

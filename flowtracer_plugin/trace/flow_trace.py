@@ -1,4 +1,4 @@
-"""What people hold: a trace that saves, shows and exports itself."""
+"""`FlowTrace`, the trace that users hold: it saves, shows and exports itself."""
 
 from __future__ import annotations
 
@@ -24,37 +24,19 @@ if TYPE_CHECKING:
 __all__ = ["FlowTrace", "RankedToken", "load"]
 
 
-class FlowTrace(TraceData):
-    """What carried one answer, token by token.
-
-    Attributes:
-        token_ids: Prompt and response as the model saw them.
-        tokens: What each decodes to; joined, they are `text`. A token in the middle of a character
-            that several tokens spell is empty.
-        spans: Question, response and answer.
-        attention: Mean over the heads of the selected layers, as `options` say; rows are queries.
-            None if the trace was streamed: then there is no matrix of all pairs of tokens.
-        reach: Influence of each token on the answer, `h`.
-        throughput: Flow through each token, `f`, when the question injects 1.
-        model: Name of the model.
-        options: How the trace was made.
-        layers: Numbers of the layers that were averaged.
-        heads: Layer and head of those that were averaged; none if all were.
-        streamed: What a streamed trace knows of its edges; see `backbone`.
-    """
-
+class FlowTrace(TraceData):  # noqa: D101 - inherits the docstring of TraceData
     def save(self, path: str | Path) -> Path:
-        """Write the trace to one file, which `flowtracer_plugin.load` reads back exactly."""
+        """Write the trace to one file that `flowtracer_plugin.load` reads, and return its path."""
         return save(self, Path(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the attention, as plain values; `json_schema` says what they mean."""
+        """The trace without its attention as plain values, which `json_schema` describes."""
         return document(self)
 
     def to_json(self) -> str:
-        """`to_dict` as a JSON document."""
+        """The values of `to_dict` as a JSON document."""
         text = json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
-        # Half a surrogate pair, as in an undecodable file name, cannot be written but as an escape.
+        # Half a surrogate pair, as in an undecodable file name, can only be written as an escape.
         return text.encode(errors="backslashreplace").decode()
 
     def to_html(
@@ -64,43 +46,45 @@ class FlowTrace(TraceData):
         drops: Mapping[int, float] | None = None,
         scores: Mapping[str, Float[np.ndarray, " _"]] | None = None,
     ) -> Path:
-        """Write one self-contained page and return its path.
+        """Write one self-contained HTML page and return its path.
 
-        `drops` says by how many nats the answer's log-probability fell when a token was knocked
-        out, by the token's number; the page shows it beside the token's throughput. `scores` are
-        other numbers of at least 0 for each token, by name, such as
-        `token_scores.score_text(tracer, trace, ["attention", "entropy"])`: the page can shade the
-        text by these too.
+        Args:
+            path: The file to write.
+            drops: By token number, the nats by which the answer's log-probability fell when the
+                token was knocked out; the page shows them beside the throughput.
+            scores: By name, other scores of at least 0 for every token, for example from
+                `credit.score_text(tracer, trace, ["attention", "entropy"])`; the page can shade the
+                text by them.
 
         Raises:
-            ValueError: `drops` names a token that the trace does not have, or a score has not one
-                such number for each token.
+            ValueError: `drops` names a token that the trace does not have, or a score does not
+                have one finite number of at least 0 for each token.
         """
         return write_page(self, Path(path), drops, scores)
 
     def to_parquet(self, path: str | Path) -> Path:
-        """Write a table with one row per token and return its path.
+        """Write a Parquet table with one row per token and return its path.
 
-        Its columns are the fields of a token in `json_schema()`; the file's metadata
-        "flowtracer.trace" holds the document's other short fields as JSON. Half a surrogate pair
-        in a text is U+FFFD.
+        The columns are the fields of a token in `json_schema()`; the metadata "flowtracer.trace"
+        holds the other short fields of the document as JSON. Half a surrogate pair in a text
+        becomes U+FFFD.
 
         Raises:
-            ModuleNotFoundError: pyarrow is missing; it comes with the extra `viz`.
+            ModuleNotFoundError: pyarrow is missing; the extra `viz` installs it.
         """
         with comes_with("viz", "to_parquet"):
             from flowtracer_plugin.result.parquet import write_table
         return write_table(self, Path(path))
 
     def to_networkx(self, *, minimum: float = 0.0) -> networkx.DiGraph[int]:
-        """The tokens as nodes and the flow between them as edges, those above `minimum`.
+        """The trace as a graph: tokens are nodes, flows above `minimum` are edges.
 
         Nodes have the fields of a token in `json_schema()`, edges have `flow`, and the graph has
-        the document's other short fields. Of a streamed trace, the edges are the strongest ones
-        of each token.
+        the other short fields of the document. A streamed trace has the strongest edges of each
+        token only.
 
         Raises:
-            ModuleNotFoundError: networkx is missing; it comes with the extra `viz`.
+            ModuleNotFoundError: networkx is missing; the extra `viz` installs it.
             ValueError: `minimum` is below 0.
         """
         with comes_with("viz", "to_networkx"):
@@ -108,14 +92,14 @@ class FlowTrace(TraceData):
         return token_graph(self, minimum=minimum)
 
     def to_graphml(self, path: str | Path, *, minimum: float = 0.0) -> Path:
-        """Write the same graph with the strongest edges of each token, and return its path.
+        """Write the graph with the strongest edges of each token as GraphML and return its path.
 
-        These are the 8 into and the 8 out of each, so that the file grows with the length of the
-        text; of them, those above `minimum`. Characters that cannot be seen are spelled out, and
-        a token without text is "∅".
+        For each token these are the 8 edges into it and the 8 out of it above `minimum`, so that
+        the file grows linearly with the text. Invisible characters are spelled out, and a token
+        without text is "∅".
 
         Raises:
-            ModuleNotFoundError: networkx is missing; it comes with the extra `viz`.
+            ModuleNotFoundError: networkx is missing; the extra `viz` installs it.
             ValueError: `minimum` is below 0.
         """
         with comes_with("viz", "to_graphml"):
@@ -125,18 +109,18 @@ class FlowTrace(TraceData):
     def to_figure(
         self, path: str | Path, kind: str = "ribbon", *, width: float | None = None
     ) -> Path:
-        """Write a figure for a paper, as PNG, SVG or PDF by the suffix of `path`; return the path.
+        """Write a figure for a paper and return its path.
 
         Args:
-            path: Ends in .png, .svg or .pdf. Text stays text in the latter two.
-            kind: `"ribbon"`, throughput along the text; `"river"`, the flow across every cut of
-                the text by where it comes from; `"steps"`, the strongest flows between lines and
-                sentences; or `"overview"`, all three.
-            width: In inches; by default 3.3, one column, and of an overview 7, two columns.
+            path: Ends in .png, .svg or .pdf. SVG and PDF keep text as text.
+            kind: `"ribbon"`, the throughput along the text; `"river"`, the flow across every cut of
+                the text by its origin; `"steps"`, the strongest flows between lines and sentences;
+                or `"overview"`, all three.
+            width: In inches; by default 3.3 (one column), for an overview 7 (two columns).
 
         Raises:
-            ModuleNotFoundError: matplotlib is missing; it comes with the extra `viz`.
-            ValueError: There is no such kind, suffix or width.
+            ModuleNotFoundError: matplotlib is missing; the extra `viz` installs it.
+            ValueError: The kind, suffix or width is not supported.
         """
         with comes_with("viz", "to_figure"):
             from flowtracer_plugin.report.figures.figure import write_figure
@@ -146,7 +130,7 @@ class FlowTrace(TraceData):
         return render_notebook(self)
 
     def __rich__(self) -> RenderableType:
-        """What `rich.print(trace)` shows."""
+        """The view that `rich.print(trace)` shows."""
         return render_trace(self)
 
 

@@ -1,4 +1,4 @@
-"""How much memory a trace takes, beside the model, and how much is free."""
+"""How much memory a trace takes in addition to the model, and how much is free."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from flowtracer_plugin.reading.reader import AttentionReader
 MODES = ("auto", "dense", "streamed")
 
 SPARE = 0.85
-"""Share of the free memory that a trace may take: estimates are estimates."""
+"""Share of the free memory that a trace may take, since estimates are not exact."""
 
 SMALL = 2**24
-"""Pairs of tokens, 64 MB of attention, up to which nobody asks what is free."""
+"""Pairs of tokens (64 MB of attention) up to which the free memory is not checked."""
 
 AT_EASE = 0.5
-"""Share up to which dense is preferred, which is faster: a trace goes on to keep its map."""
+"""Share of the free memory up to which the faster dense mode is chosen; a trace keeps its map."""
 
 FLOAT = 4
-"""Bytes of a float32, in which attention is computed whatever the model's dtype."""
+"""Bytes of a float32: attention is computed in it for every dtype of the model."""
 
 
 class TooLittleMemoryError(MemoryError):
-    """A trace would not fit in the memory that is free."""
+    """A trace would not fit in the free memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """What a trace takes at its peak beside the model's weights, in bytes, by either mode.
+    """The peak memory of a trace in each mode, in bytes, without the model's weights.
 
     Attributes:
-        tokens: Of each text, prompt and response.
-        batch: Texts that are traced at once.
-        dense: With the attention between all pairs of tokens: quadratic in the tokens.
-        streamed: With queries and keys, from which it is computed twice, a block at a time: linear.
-            None if the model does not hand them over.
-        free: What is free on the device of the model now.
+        tokens: Number of tokens of each text, prompt and response together.
+        batch: Number of texts that are traced at once.
+        dense: Peak with the attention between all pairs of tokens: quadratic in the tokens.
+        streamed: Peak with queries and keys, from which attention is computed twice, by blocks:
+            linear in the tokens. None if the model does not give access to them.
+        free: Free memory on the model's device now.
     """
 
     tokens: int
@@ -60,24 +60,24 @@ class MemoryEstimate:
 
     @property
     def mode(self) -> str | None:
-        """What `mode="auto"` chooses; None if neither fits.
+        """The mode that `mode="auto"` chooses; None if neither fits.
 
-        Dense, which is faster, where it takes no more than half of what is free, as the trace keeps
-        it; else streamed; else dense, if that just fits.
+        It is dense, which is faster, if that takes at most half of the free memory; otherwise
+        streamed; otherwise dense, if it just fits.
         """
         if self.dense <= AT_EASE * self.free:
             return "dense"
         return next((mode for mode in ("streamed", "dense") if self.fits(mode)), None)
 
     def fits(self, mode: str) -> bool:
-        """Whether there is room for this mode, or for either with "auto"."""
+        """Whether this mode fits; for "auto", whether any mode does."""
         if mode == "auto":
             return self.mode is not None
         wanted = getattr(self, mode)
         return wanted is not None and wanted <= SPARE * self.free
 
     def __str__(self) -> str:
-        """The figures for people."""
+        """The figures in words."""
         streamed = "not possible" if self.streamed is None else readable(self.streamed)
         texts = f"{self.batch} × " if self.batch > 1 else ""
         return (
@@ -88,18 +88,18 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footprint:
-    """How a model's traces grow.
+    """How the memory of a model's traces grows with the length of the text.
 
     Attributes:
-        forward: Bytes a token that are alive at once in a decoder layer.
-        pairs: Bytes a pair of tokens in the forward pass: masks, and the maps of eager attention.
-        sites: How often the layers that are read attend.
-        kept: Bytes a token of their queries and keys; None if a call does not have any.
-        masks: Bytes a pair of tokens of their masks and biases, which are kept as well.
-        heads: Most query heads of a layer.
-        block: Query rows that are computed at a time.
-        drops_first: Whether what is paid to the first token is divided among the others.
-        keeps: Whether dense traces keep queries and keys too, to choose among their edges.
+        forward: Bytes per token that a decoder layer holds at once.
+        pairs: Bytes per pair of tokens in the forward pass: masks, and maps of eager attention.
+        sites: Number of attention calls that are read.
+        kept: Bytes per token of their queries and keys; None if a call has none.
+        masks: Bytes per pair of tokens of their masks and biases, which are kept, too.
+        heads: Largest number of query heads in a layer.
+        block: Number of query rows that are computed at a time.
+        drops_first: Whether attention to the first token is divided among the other tokens.
+        keeps: Whether dense traces also keep queries and keys, to choose among heads.
     """
 
     forward: int
@@ -113,7 +113,7 @@ class Footprint:
     keeps: bool = False
 
     def dense(self, tokens: int, batch: int) -> int:
-        """Peak of a dense trace: the map, and either the forward pass or the copies of the map."""
+        """The peak of a dense trace: the map, and the forward pass or the copies of the map."""
         maps = batch * tokens**2 * FLOAT
         rows = batch * 3 * self.heads * min(self.block, tokens) * tokens * FLOAT
         copies = 3 * maps if self.drops_first else 0
@@ -121,7 +121,7 @@ class Footprint:
         return maps + kept + max(self._forward(tokens, batch) + rows, copies)
 
     def streamed(self, tokens: int, batch: int) -> int | None:
-        """Peak of a streamed trace: queries and keys, and either the forward pass or a block."""
+        """The peak of a streamed trace: queries and keys, and the forward pass or one block."""
         if self.kept is None:
             return None
         rows = 3 * self.heads * min(self.block, tokens) * tokens * FLOAT
@@ -134,11 +134,11 @@ class Footprint:
         )
 
     def padded(self) -> Footprint:
-        """For texts of different lengths, which transformers makes a mask for."""
+        """The footprint for texts of different lengths, for which transformers makes a mask."""
         return replace(self, masks=max(1, self.masks), pairs=max(_MASK_COPIES, self.pairs))
 
     def only(self, sites: int) -> Footprint:
-        """If so many of the layers were read."""
+        """The footprint if only so many attention calls were read."""
         return replace(self, sites=sites, kept=-(-(self.kept or 0) * sites // self.sites))
 
     def _forward(self, tokens: int, batch: int) -> int:
@@ -146,16 +146,16 @@ class Footprint:
 
 
 _BLOCK_COPIES = 8
-"""Matrices of [block, token] that are alive at once in the second pass."""
+"""Number of [block, token] matrices that the second pass holds at once."""
 
 _MASK_COPIES = 5
-"""Masks that are alive at once while transformers puts one together of its conditions."""
+"""Number of masks that transformers holds at once while it makes one."""
 
 _TOKENS_A_STEP = 8
-"""Steps are lines and sentences; few are shorter."""
+"""Tokens per step, a line or a sentence; few steps are shorter."""
 
 _TOKEN_BYTES = 1200
-"""What is kept of each token beside: edges, paths, their logarithms and places."""
+"""Bytes per token for everything else: edges, paths, their logarithms and places."""
 
 
 def footprint(
@@ -166,7 +166,7 @@ def footprint(
     drops_first: bool,
     keeps: bool = False,
 ) -> Footprint:
-    """Of a model that makes `calls`, those of the layers that are read, on a short text."""
+    """The footprint of a model, from the `calls` of its read layers on a short text."""
     config = language_model(model).config.get_text_config()
     width = getattr(config, "hidden_size", None) or max(_width(call) for call in calls)
     inner = getattr(config, "intermediate_size", None) or 4 * width
@@ -175,9 +175,9 @@ def footprint(
     heads = max(_shape(call)[1] for call in calls)
     eager = getattr(config, "_attn_implementation", "eager") == "eager"
     window = getattr(config, "sliding_window", None)
-    # A window leaves no mask in the calls of a text that it covers, but one in those of long texts.
+    # A sliding window needs a mask for long texts, but none for a text that it covers.
     masks = max(0 if window is None else 1, *(_masks([call]) for call in calls))
-    # A forward pass that has to go to its end computes logits, and in float32 once more.
+    # A forward pass that must run to its end computes logits, also in float32.
     logits = 0 if may_stop(model) else vocabulary_size(model) * (size + FLOAT)
     return Footprint(
         forward=size * (6 * width + 3 * inner) + logits,
@@ -193,7 +193,7 @@ def footprint(
 
 
 def _width(call: AttentionCall | AttentionWeights) -> int:
-    """Of all heads together, where the configuration does not tell the model's own."""
+    """The width of all heads together, if the configuration does not tell the model's width."""
     if isinstance(call, AttentionWeights):
         return 64 * call.weights.shape[1]
     return call.query.shape[1] * call.query.shape[3]
@@ -209,7 +209,7 @@ def _shape(call: AttentionCall | AttentionWeights) -> torch.Size:
 
 
 def _kept(calls: tuple[AttentionCall | AttentionWeights, ...], *, lengths: bool) -> int | None:
-    """Bytes a token of queries and keys, and of the `lengths` of what each head fetches there."""
+    """Bytes per token of queries and keys, and with `lengths` of the lengths of the values."""
     total = 0
     for call in calls:
         if isinstance(call, AttentionWeights):
@@ -221,7 +221,7 @@ def _kept(calls: tuple[AttentionCall | AttentionWeights, ...], *, lengths: bool)
 
 
 def _masks(calls: Sequence[AttentionCall | AttentionWeights]) -> int:
-    """Bytes a pair of tokens of masks and biases, each once however many calls share it."""
+    """Bytes per pair of tokens of masks and biases; those that calls share count once."""
     found: dict[int, int] = {}
     for call in calls:
         parts = () if isinstance(call, AttentionWeights) else (call.mask, call.bias)
@@ -233,7 +233,7 @@ def _masks(calls: Sequence[AttentionCall | AttentionWeights]) -> int:
 
 
 def readable(size: int | float) -> str:
-    """Bytes as people say them."""
+    """A number of bytes in words, such as `1.2 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000 or unit == "GB":
             break
@@ -242,7 +242,7 @@ def readable(size: int | float) -> str:
 
 
 class Budget:
-    """Chooses the mode of a reader's traces by the memory that is free."""
+    """Chooses the mode of a reader's traces by the free memory."""
 
     def __init__(
         self,
@@ -257,10 +257,10 @@ class Budget:
         self._known: Footprint | None = None
 
     def estimate(self, tokens: int, batch: int = 1, *, padded: bool = False) -> MemoryEstimate:
-        """What so many texts of so many tokens take, and what is free.
+        """The memory that `batch` texts of `tokens` tokens take, and the free memory.
 
         Raises:
-            ValueError: There are none.
+            ValueError: `tokens` or `batch` is below 1.
         """
         if tokens < 1 or batch < 1:
             raise ValueError(f"tokens and batch must be at least 1, got {tokens} and {batch}")
@@ -274,19 +274,19 @@ class Budget:
         )
 
     def prepare(self) -> None:
-        """Run the model as often as it takes, at a time when all processes do."""
+        """Run the model on the short text now, when all processes do so."""
         self._footprint()
 
     def choose(
         self, mode: str, tokens: int, batch: int = 1, *, padded: bool = False, fixed: bool = False
     ) -> str:
-        """The mode, or of "auto" the one that fits.
+        """The mode itself, or for "auto" the mode that fits.
 
-        With `fixed`, nothing but shorter texts is suggested.
+        With `fixed`, an error suggests nothing but shorter texts.
 
         Raises:
-            TooLittleMemoryError: It does not fit.
-            UnsupportedArchitectureError: There is nothing to stream from.
+            TooLittleMemoryError: The trace does not fit.
+            UnsupportedArchitectureError: The model gives no access to queries and keys.
         """
         if batch * tokens**2 <= SMALL:
             return "dense" if mode == "auto" else mode
@@ -332,7 +332,7 @@ def _refusal(
 
 
 def _fitting(estimate: MemoryEstimate, mode: str, parts: Footprint, *, fixed: bool) -> list[str]:
-    """Settings that would fit, the least painful first."""
+    """Settings that would fit, those that change the least first."""
     room, batch, tokens = int(SPARE * estimate.free), estimate.batch, estimate.tokens
 
     def fits(parts: Footprint, tokens: int, batch: int) -> bool:
@@ -359,7 +359,7 @@ def _least(parts: Footprint, mode: str, tokens: int, batch: int) -> int:
 
 
 def longest(room: int, size: Callable[[int], int]) -> int:
-    """The most tokens whose size fits in `room`; 0 if not even one does."""
+    """The largest number of tokens whose `size` fits in `room`; 0 if one token does not."""
     low, high = 0, 1
     while size(high) <= room:
         low, high = high, 2 * high

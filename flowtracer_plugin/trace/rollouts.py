@@ -1,4 +1,4 @@
-"""The flow of padded rollouts, as a trainer holds them."""
+"""The flow of padded rollouts, in the form in which trainers hold them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from flowtracer_plugin.text.spans import answer_mask, knows_ids, question_mask, 
 class FlowBatch:
     """The flow of padded rollouts, on the device of the model.
 
-    Rows without an answer are 0, and so are those whose question does not reach it, or in which an
-    id was sampled that the tokenizer does not have.
+    A row is 0 if it has no answer, if its question does not reach the answer, or if it contains an
+    id that the tokenizer does not have.
 
     Attributes:
-        prompt_length: Columns before the completions.
-        throughput: Flow through every token, prompt and completion.
+        prompt_length: Number of columns before the completions.
+        throughput: Flow through every token of prompt and completion.
         reach: Influence of every token on the answer.
-        target: Where flow ends.
-        reasoning_share: Share of each row's flow that enters the completion at a token other than
-            the answer.
-        answers: What was found in each row.
+        target: True on the tokens where flow ends.
+        reasoning_share: Share of each row's flow that enters the completion at another token than
+            the target.
+        answers: The answer that was found in each row, or None.
     """
 
     prompt_length: int
@@ -45,31 +45,31 @@ class FlowBatch:
 
     @property
     def completion_throughput(self) -> Float[Tensor, "batch completion"]:
-        """Throughput of the completion tokens."""
+        """The throughput of the completion tokens."""
         return self.throughput[:, self.prompt_length :]
 
     @property
     def reasoning(self) -> Bool[Tensor, "batch token"]:
-        """Completion tokens before the target or between its tokens: none without an answer."""
+        """True on completion tokens before or between the target's; nowhere without an answer."""
         still = self.target.flip(-1).int().cumsum(-1).flip(-1) > 0
         still[:, : self.prompt_length] = False
         return still & ~self.target
 
     @property
     def found(self) -> Bool[Tensor, " batch"]:
-        """Rows with an answer that the question reaches."""
+        """True for rows with an answer that the question reaches."""
         return self.reach.sum(-1) > 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class RolloutMasks:
-    """Where flow enters and leaves each row; both empty in rows without an answer.
+    """Where flow enters and leaves each row; nowhere in rows without an answer.
 
     Attributes:
-        question: Where flow is injected.
-        target: Where it ends.
-        answer: The answers' own tokens.
-        answers: What was found in each row.
+        question: True on the tokens where flow is injected.
+        target: True on the tokens where flow ends.
+        answer: True on the tokens of the answer.
+        answers: The answer that was found in each row, or None.
     """
 
     question: Bool[Tensor, "batch token"]
@@ -78,7 +78,7 @@ class RolloutMasks:
     answers: tuple[FoundAnswer | None, ...]
 
     def rows(self, rows: slice) -> RolloutMasks:
-        """Those of some rows."""
+        """The masks of some rows."""
         return RolloutMasks(
             question=self.question[rows],
             target=self.target[rows],
@@ -90,7 +90,7 @@ class RolloutMasks:
 def check_rollouts(
     prompt_ids: Tensor, completion_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor
 ) -> None:
-    """Refuse ids and masks that are not those of one batch.
+    """Refuse ids and masks that do not belong to one batch.
 
     Raises:
         ValueError: Shapes differ, there are no rows, or prompts are padded on the right.
@@ -123,14 +123,14 @@ def rollout_masks(
     options: FlowOptions,
     finder: AnswerFinder,
 ) -> RolloutMasks:
-    """Find the answers; only token ids and masks are copied to the host for it."""
+    """The masks of rollouts, whose answers are found; only ids and masks are copied to the host."""
     rows, visible = ids.cpu().numpy(), mask.cpu().numpy()
     question, answer = np.zeros_like(visible), np.zeros_like(visible)
     answers: list[FoundAnswer | None] = []
     for row, seen in enumerate(visible):
         asked, said = np.flatnonzero(seen[:prompt_length]), np.flatnonzero(seen[prompt_length:])
         sampled = rows[row, prompt_length:][said].tolist()
-        # Without a prompt, or with an id that only a padded embedding has, there is no answer.
+        # A row without a prompt, or with an id that the tokenizer lacks, has no answer.
         readable = len(asked) > 0 and knows_ids(tokenizer, sampled)
         found = answer_mask(tokenizer, sampled, finder) if readable else None
         answers.append(None if found is None else found[1])
@@ -154,20 +154,18 @@ def solve_rollouts(
     prompt_length: int,
     options: FlowOptions,
 ) -> FlowBatch:
-    """Solve the rows whose question reaches an answer; the others come back as 0."""
+    """The flow of all rows; 0 in rows whose question reaches no answer."""
     throughput, reach = attention.new_zeros(2, *attention.shape[:2])
     share = attention.new_zeros(len(attention))
     rows = masks.target.any(-1).nonzero().squeeze(-1)
     if len(rows):
         target = masks.target[rows]
         flow = solve_flow(
-            attention
-            if len(rows) == len(attention)
-            else attention[rows],  # no copy where none is due
+            # Not a copy if all rows are solved.
+            attention if len(rows) == len(attention) else attention[rows],
             masks.question[rows],
             target,
-            question_weights=options.question_weights,
-            boundary=options.boundary,
+            **options.solving,
             unreached="zero",
         )
         reached = torch.as_tensor(flow.question_reached)[:, None] > 0
@@ -194,9 +192,9 @@ def stream_rollouts(
     prompt_length: int,
     options: FlowOptions,
 ) -> FlowBatch:
-    """`solve_rollouts` for attention by rows, in which all padding stands behind the text.
+    """`solve_rollouts` for attention by rows, with all padding behind the text.
 
-    `ordered` says which tokens of that are text, `visible` which are where they belong.
+    `ordered` marks the text in these rows, `visible` in the original ones.
     """
 
     def moved(values: Tensor) -> Tensor:
@@ -215,8 +213,7 @@ def stream_rollouts(
         moved(masks.question),
         moved(masks.target),
         moved(prompt.expand_as(visible)),
-        question_weights=options.question_weights,
-        boundary=options.boundary,
+        **options.solving,
     )
     reached = torch.as_tensor(nodes.question_reached)[:, None] > 0
     return FlowBatch(
@@ -230,7 +227,7 @@ def stream_rollouts(
 
 
 def join_batches(parts: Sequence[FlowBatch]) -> FlowBatch:
-    """The rows of several batches below each other."""
+    """One batch of the rows of several."""
     return FlowBatch(
         prompt_length=parts[0].prompt_length,
         throughput=torch.cat([part.throughput for part in parts]),
@@ -244,7 +241,7 @@ def join_batches(parts: Sequence[FlowBatch]) -> FlowBatch:
 def drop_first_token(
     attention: Float[Tensor, "batch query key"], mask: Bool[Tensor, "batch key"]
 ) -> Float[Tensor, "batch query key"]:
-    """What is paid to the first unpadded token goes to the others; rows keep their sum."""
+    """The attention without the first visible token; the others share its part of each row."""
     first = mask.int().argmax(-1)
     column = torch.zeros_like(mask).scatter_(1, first[:, None], value=True)[:, None, :]
     kept = attention.masked_fill(column, 0.0)

@@ -1,4 +1,4 @@
-"""From token ids to flow, by either mode: dense, or streamed."""
+"""From token ids to flow, in dense or in streamed mode."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ HeadPairs = tuple[tuple[int, int], ...]
 
 
 class Solver:
-    """Reads a model and solves the flow, in the mode that fits.
+    """Reads the attention of a model and solves the flow, in the mode that fits.
 
     Args:
-        reader: How the model is read.
-        layers: Numbers of the layers that are averaged.
-        options: How the flow is solved.
+        reader: Reads the model.
+        layers: Numbers of the layers to average.
+        options: Options of the flow.
         mode: `"auto"`, `"dense"` or `"streamed"`.
     """
 
@@ -58,17 +58,17 @@ class Solver:
         attention_mask: Int[Tensor, "batch key"] | Bool[Tensor, "batch key"] | None,
         others: dict[str, Any],
     ) -> Float[Tensor, "batch query key"]:
-        """The mean attention of all heads; `others` is what else the model is given."""
+        """The mean attention of all heads; `others` are further inputs of the model."""
         if self.mode == "streamed":
             raise ValueError(
                 "attention() returns the attention between all pairs of tokens, which "
-                "mode='streamed' is there to avoid; wrap(..., mode='dense')"
+                "mode='streamed' avoids; wrap(..., mode='dense')"
             )
         cache = others.get("past_key_values")
         cached = 0 if cache is None else int(cache.get_seq_length())
         mask = check_input(self.reader.model, input_ids, attention_mask, cached=cached)
         if attention_mask is None and "position_ids" in others:
-            others["attention_mask"] = None  # with one, transformers does not look for packing
+            others["attention_mask"] = None  # transformers detects packing only without a mask
         check_packing(attention_mask, others.get("position_ids"))
         self.reader.verify()
         self.budget.prepare()
@@ -85,9 +85,8 @@ class Solver:
         *,
         progress: bool,
     ) -> dict[str, Any]:
-        """Those fields of a trace that come of the attention of its text."""
+        """The fields of a trace that follow from the attention of its text."""
         mask = torch.ones_like(ids, dtype=torch.bool)
-        weights, boundary = self.options.question_weights, self.options.boundary
         target, response, answer = (
             torch.from_numpy(part)[None].to(ids.device)
             for part in (spans.target, spans.response, spans.answer)
@@ -96,13 +95,8 @@ class Solver:
         if self._ready(ids, mask) == "dense":
             edges, heads = self._edges(ids, mask, choice, progress=progress)
             attention = edges[0].cpu().numpy()
-            flow = solve_flow(
-                attention,
-                spans.question,
-                spans.target,
-                question_weights=weights,
-                boundary=boundary,
-            )
+            solving = self.options.solving
+            flow = solve_flow(attention, spans.question, spans.target, **solving)
             found = {"reach": flow.reach, "throughput": flow.throughput}
             return {"attention": attention, "heads": heads, **found}
         rows, _, heads = self._rows(ids, mask, choice, progress=progress)
@@ -119,14 +113,13 @@ class Solver:
                 torch.from_numpy(spans.question).to(ids.device),
                 target[0],
                 outline(pieces, spans.prompt_length),
-                question_weights=weights,
-                boundary=boundary,
+                **self.options.solving,
             )
         found = {"reach": nodes.reach, "throughput": nodes.throughput}
         return {"attention": None, "heads": heads, "streamed": backbone, **found}
 
     def rollouts(self, ids: Ids, mask: Mask, masks: RolloutMasks, prompt_length: int) -> FlowBatch:
-        """The flow of padded rollouts that run through the model at once."""
+        """The flow of padded rollouts in one forward pass."""
         response = completions(mask.to(masks.answer.device), prompt_length)
         choice = edge_choice(self.options, masks.target, response, masks.answer)
         if self._ready(ids, mask) == "dense":
@@ -137,7 +130,7 @@ class Solver:
         return stream_rollouts(rows, ordered, visible, masks, prompt_length, self.options)
 
     def _ready(self, ids: Ids, mask: Mask) -> str:
-        """The mode, once all that could be wrong is known not to be."""
+        """The mode, after all checks of the input, the adapter and the memory."""
         check_input(self.reader.model, ids, mask)
         self.reader.verify()
         self.budget.prepare()
@@ -147,7 +140,7 @@ class Solver:
     def _edges(
         self, ids: Ids, mask: Mask, choice: EdgeChoice | None, *, progress: bool = False
     ) -> tuple[Float[Tensor, "batch query key"], HeadPairs]:
-        """All edges, and the heads that were chosen for the first text."""
+        """All edges, and the heads chosen for the first text."""
         heads: HeadPairs = ()
         if choice is None:
             attention = self.reader.read(ids, mask, self.layers, progress=progress)
@@ -163,7 +156,7 @@ class Solver:
     def _rows(
         self, ids: Ids, mask: Mask, choice: EdgeChoice | None, *, progress: bool = False
     ) -> tuple[Rows, Bool[Tensor, "batch most"], HeadPairs]:
-        """The edges by rows, with padding behind the text, the mask of that, and the heads."""
+        """The edges by rows with padding behind the text, their mask, and the chosen heads."""
         rows, ordered = self.reader.read_rows(
             ids, mask, self.layers, choice=choice, progress=progress
         )
@@ -176,7 +169,7 @@ class Solver:
         return without_first, ordered, self._pairs(rows)
 
     def _pairs(self, rows: AttentionRows) -> HeadPairs:
-        """Layer and head of those that were chosen for the first text; none if all were."""
+        """Layer and number of each head chosen for the first text; empty if all heads count."""
         if rows.heads is None:
             return ()
         numbers = [site.layer for site in self.reader.sites if site.layer in set(self.layers)]

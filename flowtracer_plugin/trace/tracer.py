@@ -1,4 +1,4 @@
-"""Wrap a model, and trace what carried its answers."""
+"""`wrap` and the tracer that it returns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowtracer_plugin.versions import check_versions
 
 check_versions()
 
-# ruff: noqa: E402 (of other versions, imports may fail in their own words)
+# ruff: noqa: E402 (with unsupported versions, the imports below can fail with other messages)
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,38 +60,43 @@ def wrap(
     mode: str = "auto",
     verify: bool = True,
 ) -> FlowTracer:
-    """A tracer for any Hugging Face causal language model. The model is not changed.
+    """A tracer for a Hugging Face causal language model, which stays unchanged.
 
-    Options that shape the trace are explained at `FlowOptions`.
+    `FlowOptions` explains the options that shape the trace.
 
     Args:
-        model: A transformers model, also with LoRA. Wrappers are taken off.
-        tokenizer: The model's; needed for everything that involves text.
-        preset: `"paper"`, `"decision"` or `"sharp"`: for options below that are None.
-        layers: Which attention layers are averaged: a name, or numbers.
-        question: Which prompt tokens flow is injected at.
-        answer: Finder of the answer: a name (`"auto"`, `"boxed"`, …), a compiled pattern with one
-            group, or a function from text to a span.
+        model: A transformers model, possibly with LoRA. Wrappers such as `torch.compile`'s are
+            removed.
+        tokenizer: The model's tokenizer; needed for everything that involves text.
+        preset: `"paper"`, `"decision"` or `"sharp"`: sets the options below that are None.
+        layers: The attention layers to average: a name, or numbers.
+        question: The prompt tokens at which flow is injected.
+        answer: The answer finder: a name (`"auto"`, `"boxed"`, …), a compiled pattern with one
+            group, or a function from the text to a span.
         target: `"answer"` or `"decision"`.
         question_weights: `"uniform"` or `"reach"`.
         boundary: `"literal"` or `"absorbing"`.
         first_token: `"keep"` or `"drop"`.
         heads: `"all"`, a share such as 0.3, or (layer, head) pairs.
         edges: `"attention"` or `"value"`.
-        adapter: How to read this architecture, if the built-in adapters cannot.
-        backend: `"nnsight"` reads any model; `"interface"`, for models of transformers' attention
-            interface, also with tensor parallelism, several threads, and without source code.
-        block: Query rows that are computed at a time: memory against speed.
+        adapter: An adapter for this architecture, if the built-in ones cannot read it.
+        backend: `"nnsight"` reads any model. `"interface"` reads models that use transformers'
+            attention interface, also with tensor parallelism, in several threads, or without
+            source code.
+        block: Number of query rows that are computed at a time: more take more memory.
         mode: `"dense"` holds the attention of all pairs of tokens; `"streamed"` computes it twice,
-            in blocks and linear memory; `"auto"` is dense where that fits with ease.
-        verify: Check that the tokenizer fits, and that what is read is what the model computes.
+            in blocks and linear memory; `"auto"` is dense if that takes at most half of the free
+            memory.
+        verify: Check that the tokenizer belongs to the model, and that the attention that is read
+            is the attention that the model computes.
 
     Raises:
-        UnsupportedArchitectureError, NoAttentionError: No adapter knows it, or it has no attention.
-        ValueError: An option has no such choice, there is no such layer, or the tokenizer does not
-            belong to the model.
+        UnsupportedArchitectureError: No adapter can read the model.
+        NoAttentionError: The model has no attention.
+        ValueError: An option or a layer does not exist, or the tokenizer does not belong to the
+            model.
         TypeError: `model` is no transformers model.
-        UnsupportedVersionError: A library is installed in a version that was not tested.
+        UnsupportedVersionError: A library is installed in an untested version.
     """
     check_versions()
     if question == "mask":
@@ -130,7 +135,7 @@ def _rebuilt(
     block: int,
     verified: bool,
 ) -> FlowTracer:
-    """The tracer that was pickled."""
+    """The tracer, made again after pickling."""
     reader = AttentionReader(model, adapter, backend=backend, block=block)
     reader.verified = verified
     return FlowTracer(reader, tokenizer, options, answer, mode)
@@ -141,11 +146,11 @@ class FlowTracer:
 
     Attributes:
         model: The model, without wrappers.
-        tokenizer: Its tokenizer, if there is one.
-        options: What `wrap` was told.
-        layers: Numbers of the layers that are averaged.
-        answer: How answers are found.
-        reader: How the model is read.
+        tokenizer: The tokenizer, or None.
+        options: The options of the flow.
+        layers: Numbers of the averaged layers.
+        answer: The answer finder.
+        reader: Reads the model's attention.
         mode: `"auto"`, `"dense"` or `"streamed"`.
     """
 
@@ -173,7 +178,7 @@ class FlowTracer:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without the lock and nnsight's handles on the model, which are made anew.
+        # The lock and nnsight's handles cannot be pickled; unpickling makes new ones.
         reader = self.reader
         parts = self.model, self.tokenizer, self.options, self.answer, self.mode
         return _rebuilt, (
@@ -185,9 +190,9 @@ class FlowTracer:
         )
 
     def estimate(self, tokens: int, *, batch: int = 1) -> MemoryEstimate:
-        """What tracing texts of so many tokens would take beside the model, and what is free.
+        """The memory that tracing `batch` texts of `tokens` tokens would take, and the free memory.
 
-        `print(tracer.estimate(32_768))` says it in words. The figures are derived from the model's
+        `print(tracer.estimate(32_768))` shows it in words. The figures follow from the model's
         sizes and a run on 17 tokens, not from a trace of that length.
 
         Raises:
@@ -202,20 +207,20 @@ class FlowTracer:
         *,
         model_inputs: Mapping[str, Any] | None = None,
     ) -> Float[Tensor, "batch query key"]:
-        """Mean over the selected layers and all heads, float32, padding rows and columns 0.
+        """The mean attention over the selected layers and all heads, float32, 0 at padding.
 
         Args:
-            input_ids: Tokens.
+            input_ids: Token ids.
             attention_mask: 0 on padding.
-            model_inputs: What else the model takes, such as images. `position_ids` that restart
-                mean packed texts, and go without a mask; with `past_key_values` the keys are the
-                cached tokens and the input, the mask covers both, and the cache stays as it is.
+            model_inputs: Further inputs of the model, such as images. `position_ids` that restart
+                mean packed texts, which take no mask. With `past_key_values` the keys are the
+                cached tokens and the input, the mask covers both, and the cache stays unchanged.
 
         Raises:
             TypeError: Ids or mask are no tensors of whole numbers.
             ValueError: Shapes differ, a token is outside the vocabulary, the input is longer than
                 the model's context, or packed texts come with a mask.
-            AdapterMismatchError: On first use, if what is read is not what the model computes.
+            AdapterMismatchError: On first use, if the attention that is read is not the model's.
         """
         return self._solver.attention(input_ids, attention_mask, dict(model_inputs or {}))
 
@@ -228,22 +233,21 @@ class FlowTracer:
         question: str | Sequence[bool] | TokenMask | None = None,
         progress: bool = False,
     ) -> FlowTrace:
-        """What carried the answer of `response` to `prompt`.
+        """The trace of the answer in `response` to `prompt`.
 
-        A text is used as it is, chat messages go through the tokenizer's chat template. The
-        response is tokenized as a continuation of the prompt; use `trace_tokens` for ids that were
-        sampled.
+        A text is used unchanged; chat messages go through the tokenizer's chat template. The
+        response is tokenized as a continuation of the prompt; use `trace_tokens` for sampled ids.
 
         Args:
             prompt: Text or chat messages.
-            response: What the model answered.
-            answer: How to find the answer, instead of the tracer's own finder.
-            question: A mask over the prompt's tokens or another rule, instead of the tracer's.
-            progress: Show a bar while a long text is read.
+            response: The model's response.
+            answer: An answer finder to use instead of the tracer's.
+            question: A mask over the prompt's tokens, or a rule to use instead of the tracer's.
+            progress: Show a progress bar.
 
         Raises:
-            AnswerNotFoundError: There is no answer in the response.
-            TooLittleMemoryError: It would not fit in the memory that is free.
+            AnswerNotFoundError: The response has no answer.
+            TooLittleMemoryError: The trace would not fit in the free memory.
             ValueError: Prompt or response is empty or too long, or no question token reaches the
                 answer.
         """
@@ -261,7 +265,11 @@ class FlowTracer:
         question: str | Sequence[bool] | TokenMask | None = None,
         progress: bool = False,
     ) -> FlowTrace:
-        """`trace` for token ids, such as sampled ones; `question="user"` raises, it needs text."""
+        """The trace of given token ids, such as sampled ones.
+
+        Raises:
+            ValueError: As for `trace`; or `question="user"`, which needs the text.
+        """
         rule = self.options.question if question is None else question
         if isinstance(rule, str) and rule == "user":
             raise ValueError(
@@ -280,13 +288,13 @@ class FlowTracer:
         answer: AnswerFinder | None = None,
         progress: bool = False,
     ) -> FlowTrace:
-        """Let the model answer `prompt`, then trace its answer; greedy unless `do_sample`.
+        """The trace of the model's own answer to `prompt`, greedy unless `do_sample`.
 
-        The answer ends at the model's end token, after `max_new_tokens`, or where the context ends.
-        Sampling uses the model's own generation config, unless `temperature` is given.
+        The response ends at the model's end token, after `max_new_tokens`, or at the end of the
+        context. Sampling uses the model's generation config, unless `temperature` is given.
 
         Raises:
-            AnswerNotFoundError: There is no answer in what the model said; the message quotes it.
+            AnswerNotFoundError: The response has no answer; the message quotes it.
             ValueError: As for `trace`.
         """
         tokenizer = self.require_tokenizer()
@@ -314,19 +322,19 @@ class FlowTracer:
         batch_size: int | None = None,
         answer: AnswerFinder | None = None,
     ) -> FlowBatch:
-        """The flow of padded rollouts, as a trainer holds them.
+        """The flow of padded rollouts, in the form in which trainers hold them.
 
-        Prompts are padded left, completions right. Nothing leaves the device but the token ids, for
-        finding the answers. Rows without an answer, or without a visible completion, come back as 0
-        and are `None` in `answers`.
+        Prompts are padded on the left, completions on the right. Only ids and masks are copied from
+        the device, to find the answers. Rows without an answer or without a visible completion are
+        0, and None in `answers`.
 
         Args:
             prompt_ids: Prompts.
-            completion_ids: Completions that were sampled.
+            completion_ids: Sampled completions.
             prompt_mask: 0 on padding.
             completion_mask: 0 on padding.
-            batch_size: Rows in one forward pass; all by default.
-            answer: How to find the answers, instead of the tracer's own finder.
+            batch_size: Number of rows in one forward pass; all by default.
+            answer: An answer finder to use instead of the tracer's.
 
         Raises:
             ValueError: Ids and masks do not fit, prompts are padded on the right, there are no
@@ -347,7 +355,7 @@ class FlowTracer:
         parts = []
         for start in range(0, len(ids), size := batch_size or len(ids)):
             rows = slice(start, start + size)
-            # Rows without an answer run through the model too: every process of a distributed run
+            # Rows without an answer run through the model, too: all processes of a distributed run
             # must make the same forward passes.
             masks = rollout_masks(tokenizer, ids[rows], mask[rows], length, self.options, finder)
             parts.append(self._solver.rollouts(ids[rows], mask[rows], masks, length))
@@ -393,7 +401,7 @@ class FlowTracer:
         """The tokenizer.
 
         Raises:
-            ValueError: There is none.
+            ValueError: The tracer has none.
         """
         if self.tokenizer is None:
             raise ValueError("this tracer has no tokenizer; make it with wrap(model, tokenizer)")

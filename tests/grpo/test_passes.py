@@ -320,14 +320,14 @@ def test_before_its_step_training_is_plain_grpo(policy, tmp_path):
     "options", [{}, {"num_iterations": 2}, {"flow_pass": "extra"}], ids=name_of
 )
 def test_a_failure_can_cost_one_batch_only(policy, tmp_path, monkeypatch, where, options):
-    from flowtracer_plugin.credit import scorers
+    from flowtracer_plugin.credit import read_rollouts, scorers
     from flowtracer_plugin.grpo import scoring
     from flowtracer_plugin.reading import one_pass as reading
 
     place = {
         "finding": (scoring, "rollout_masks"),
         "reading": (reading, "add_head_mean"),
-        "solving": (scoring, "solve_rollouts"),
+        "solving": (read_rollouts, "solve_rollouts"),
         "choosing": (scorers, "top_tokens"),
     }[where]
     real, calls = getattr(*place), []

@@ -22,6 +22,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.attention import NoAttentionError
+from flowtracer_plugin.credit import read_rollouts
 from flowtracer_plugin.grpo import (
     CreditOptions,
     FlowCreditMixin,
@@ -31,7 +32,6 @@ from flowtracer_plugin.grpo import (
     UnsupportedTrainerError,
     attach_flow_credit,
     checks,
-    scoring,
     trl_version,
 )
 from tests.credit import reference_scorers as slow_scorers
@@ -480,14 +480,14 @@ def test_advantages_that_are_per_token_already_are_multiplied(policy, tmp_path):
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_flow_that_is_not_finite_never_becomes_credit(policy, tmp_path, monkeypatch, wrong):
     trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
-    solve = scoring.solve_rollouts
+    solve = read_rollouts.solve_rollouts
 
     def broken(*arguments, **options):
         batch = solve(*arguments, **options)
         batch.throughput[1, batch.prompt_length] = wrong
         return batch
 
-    monkeypatch.setattr(scoring, "solve_rollouts", broken)
+    monkeypatch.setattr(read_rollouts, "solve_rollouts", broken)
     with pytest.raises(ValueError, match="throughput must be finite"):
         score(trainer)
 

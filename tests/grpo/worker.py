@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig, FlowGRPOTrainer, scoring
+from flowtracer_plugin.credit import read_rollouts
+from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig, FlowGRPOTrainer
 from tests.families import tiny_model
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789", "so", "then", "plus", "is", "apples", "####"]
@@ -164,13 +165,13 @@ def sharded_by_deepspeed(model):
 
 def fail_once():
     """The next flow to be solved is not."""
-    solve = scoring.solve_rollouts
+    solve = read_rollouts.solve_rollouts
 
     def failing(*args):
-        scoring.solve_rollouts = solve
+        read_rollouts.solve_rollouts = solve
         raise ArithmeticError("no flow on this rank")
 
-    scoring.solve_rollouts = failing
+    read_rollouts.solve_rollouts = failing
 
 
 def run(policy, folder, *, flow, sharded, fails=False, **options):
