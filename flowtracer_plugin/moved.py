@@ -47,7 +47,7 @@ MOVED = {
     "tracer": ("trace.tracer",),
     "training": ("grpo.script",),
 }
-"""The new modules of each old module's names."""
+"""For each old module, the new modules that hold its names."""
 
 
 class MovedModules(MetaPathFinder, Loader):

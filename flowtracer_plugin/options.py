@@ -31,7 +31,7 @@ whose top tokens answers depend most.
 
 
 class Solving(TypedDict):
-    """The options of `solve_flow`, under its own names."""
+    """The options of `solve_flow` that `FlowOptions` also has."""
 
     question_weights: str
     boundary: str
@@ -87,7 +87,7 @@ class FlowOptions:
 
     @property
     def solving(self) -> Solving:
-        """The options of `solve_flow`, to be passed on with `**`."""
+        """The options of `solve_flow`, as keyword arguments."""
         return {"question_weights": self.question_weights, "boundary": self.boundary}
 
     @property

@@ -32,7 +32,7 @@ class NoAttentionError(ValueError):
 
 
 class AdapterMismatchError(RuntimeError):
-    """The attention that an adapter read is not the attention that the model computed."""
+    """The attention that an adapter read differs from the attention that the model computed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,9 +44,9 @@ class AttentionSite:
         module: Dotted path of the attention module below the model.
         function: The function that the module's `forward` calls to attend, as written there. A
             slash leads into a method that it calls: `"self._attn/torch.matmul"`.
-        occurrence: The number of the call among several calls of that function, in the order
-            written; -1 is the last.
-        visit: The number of the run among several runs of the module in one forward pass, from 0.
+        occurrence: Which call, if `forward` calls the function several times; the calls are counted
+            from 0 in the order written, and -1 is the last.
+        visit: Which run, if the module runs several times in one forward pass; counted from 0.
     """
 
     layer: int

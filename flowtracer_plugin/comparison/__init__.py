@@ -1,4 +1,4 @@
-"""Comparisons of right with wrong texts, and the part of chance in their differences."""
+"""Comparisons of right and wrong texts, and tests of whether chance explains differences."""
 
 import lazy_loader
 

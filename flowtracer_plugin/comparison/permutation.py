@@ -1,4 +1,4 @@
-"""How numbers differ between two groups of texts: means, and a permutation test of chance."""
+"""How numbers differ between two groups of texts: means and a permutation test."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Sides:
 
     @property
     def lowest_chance(self) -> float:
-        """The lowest possible chance: at least the actual sides, and their mirror image, count."""
+        """The lowest possible chance: the actual sides count, as does an equal mirror image."""
         mirrored = self.tried == self.deals and len(self.first) == len(self.second)
         return (2 if mirrored else 1) / self.tried
 

@@ -14,7 +14,7 @@ STEP_END = re.compile(
     r"\n\s*|(?<=[.!?])(?<!^\d\.)(?<!^\d\d\.)\s+|(?<=[。！？])\s*",  # noqa: RUF001
     re.MULTILINE,
 )
-"""A step ends with a line or a sentence. The full stop after a list item's number ends none."""
+"""The end of a step: of a line or a sentence, but not of a list item's number."""
 
 KEPT_EDGES = 8
 """How many edges into, and out of, each token a backbone keeps."""

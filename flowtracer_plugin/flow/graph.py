@@ -45,14 +45,14 @@ class FlowGraph:
 
     @classmethod
     def from_attention(cls, attention: Any, question: Any, answer: Any) -> FlowGraph:
-        """The graph of some attention, after attention and masks have been checked.
+        """The graph of this attention; attention and masks are checked.
 
         Args:
             attention: `[query, key]` or `[batch, query, key]`, non-negative and lower triangular;
                 rows need not sum to one. Half precision becomes float32, integers become float64.
                 A batch of sparse graphs is a list.
             question: Booleans, or 0 and 1, of shape `[token]` or `[batch, token]`.
-            answer: The same.
+            answer: The same for the answer.
 
         Raises:
             TypeError: Attention or masks are of a kind or dtype that cannot be read.

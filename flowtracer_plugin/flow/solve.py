@@ -1,4 +1,4 @@
-"""Reach, throughput and edge flow: where one unit goes that is injected over the question.
+"""Reach, throughput and edge flow of one unit that is injected over the question.
 
 Let `L[k, i]` be the attention that the later token k pays to the earlier token i. The reach
 `h = 1[answer] + L.T h` is the influence of a token on the answer, and the throughput is `f = h g`

@@ -47,7 +47,7 @@ def solve(
 
 
 def exact(beside: Tensor) -> torch.autocast:
-    """A context without autocast, under which a caller's forward pass may run."""
+    """A context without autocast, which a caller may have switched on."""
     return torch.autocast(beside.device.type, enabled=False)
 
 
