@@ -1,4 +1,4 @@
-"""What is said where a package of an extra is missing."""
+"""The error for a missing package that comes with an extra."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def comes_with(extra: str, wish: str) -> Iterator[None]:
-    """Name the extra that holds a package, if an import inside does not find it.
+    """A context whose ModuleNotFoundError names the extra that installs the missing package.
 
-    Raises:
-        ModuleNotFoundError: `wish` needs a package that is not installed.
+    `wish` names the feature that needs the package.
     """
     try:
         yield

@@ -1,6 +1,6 @@
-"""Results on disk as JSON lines: settings in the first, then one record in each, as they come.
+"""Result files in JSON lines: first the settings, then one record per line.
 
-A run that was interrupted goes on where it stopped, with the same settings and no others.
+An interrupted run can continue its file, but only with the same settings.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a crash leaves the old file or the new one, never half.
+    """Write `content` to `path` so that a crash leaves either the old file or the new one.
 
-    A link is followed, an existing file keeps its permissions, and a device or pipe is written to.
+    Links are followed, and an existing file keeps its permissions. `path` may also be a device or a
+    pipe, which is not replaced.
 
     Raises:
         IsADirectoryError: `path` is a directory.
@@ -29,7 +30,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         path.write_bytes(content)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are for their owner alone, and a result is as readable as any other.
+    # Not tempfile, whose files only their owner can read.
     temporary = path.parent / f".{token_hex(8)}.part"
     try:
         with temporary.open("xb") as file:
@@ -42,21 +43,21 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 class RecordFile:
-    """A file of records, or none, if there is no path: then nothing is kept.
+    """A file of records; without a path, records are not kept.
 
-    A last line that was cut off, as by a crash, is dropped.
+    An incomplete last line, as a crash leaves it, is dropped.
 
     Args:
         path: A new file, or one that an earlier run with the same settings wrote.
-        kind: What the file holds.
-        version: Of its format.
-        settings: What the results depend on, plain values.
+        kind: The name of the file's format.
+        version: The version of this format.
+        settings: All settings on which the results depend, as plain values.
 
     Attributes:
-        records: What the file held already.
+        records: The records that the file already held.
 
     Raises:
-        ValueError: The file is something else, or holds other settings.
+        ValueError: The file has another format or version, or holds other settings.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class RecordFile:
         _check_settings(path, held, json.loads(json.dumps(settings)))
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Write one more record; it is on disk when this returns."""
+        """Append one record, which is in the file when this returns."""
         if self._path is not None:
             with self._path.open("ab") as file:
                 file.write(_line(record))

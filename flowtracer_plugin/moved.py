@@ -1,4 +1,4 @@
-"""Import paths from before the package had rooms: they still work, and warn where to go."""
+"""The old import paths of modules: they still work, and warn with the new path."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ MOVED = {
     "tracer": ("trace.tracer",),
     "training": ("grpo.script",),
 }
-"""By the old path of each module, where its names are now."""
+"""For each old module, the new modules that hold its names."""
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Finds a module by its old path: it holds what the modules at the new paths hold."""
+    """Imports an old path as a module with the names of the modules at the new paths."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module of an old path; none for any other."""
+        """The spec of an old path; None for any other path."""
         return ModuleSpec(fullname, self) if _old_path(fullname) in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Point to the new paths."""
+        """Fill the module with a lookup in the new modules."""
         homes = [f"{PACKAGE}.{home}" for home in MOVED[_old_path(module.__name__)]]
         warn(module.__name__, homes[0], level=3)
 
@@ -74,9 +74,9 @@ class MovedModules(MetaPathFinder, Loader):
 
 
 def warn(old: str, new: str, level: int) -> None:
-    """Say where something has moved to."""
-    said = f"{old} has moved to {new}; the old path will not work in the next release"
-    warnings.warn(said, DeprecationWarning, stacklevel=level)
+    """Warn that `old` has moved to `new`."""
+    message = f"{old} has moved to {new}; the old path will not work in the next release"
+    warnings.warn(message, DeprecationWarning, stacklevel=level)
 
 
 def _old_path(name: str) -> str:

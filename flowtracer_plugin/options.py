@@ -1,4 +1,4 @@
-"""How a trace is made: the choices that the paper leaves open, alone and as presets."""
+"""The options of a trace: choices that the paper leaves open, and presets of them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-"""What each preset sets, the rest being as in the paper.
+"""The options that each preset sets; all others are as in the paper.
 
-Flow to the rows whose logits choose the answer, injected where it can arrive ("decision"), and this
-along the edges of the heads with which these rows look at the reasoning, weighed by what they move
-("sharp"): of the configurations that were measured, the one whose top tokens an answer hung on
-most.
+In "decision", flow ends at the rows whose logits choose the answer, and is injected in proportion
+to reach. "sharp" also chooses the heads that attend most from these rows to the reasoning, and
+weights edges by the length of the moved values: of all measured configurations, it is the one on
+whose top tokens answers depend most.
 """
 
 
 class Solving(TypedDict):
-    """The options of `solve_flow`, under its own names."""
+    """The options of `solve_flow` that `FlowOptions` also has."""
 
     question_weights: str
     boundary: str
@@ -39,25 +39,25 @@ class Solving(TypedDict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlowOptions:
-    """How a trace is made. The defaults are the paper's.
+    """The options of a trace. The defaults are the paper's.
 
     Attributes:
         layers: `"middle"` third of the attention layers, `"early"`, `"late"`, `"all"`, five evenly
             spaced ones as `"middle:5"`, or layer numbers.
         question: `"prompt"` (without special tokens and never the first), `"all"`, or `"user"`;
-            `"mask"` says that `trace` was given one.
-        answer: How the answer is found in the response.
-        target: Rows of the answer tokens, or `"decision"`: of the tokens before them, whose logits
-            choose them.
-        question_weights: Flow is injected in equal parts, or in proportion to `"reach"`.
+            `"mask"` says that `trace` was given a mask.
+        answer: The name of the answer finder, or its pattern.
+        target: `"answer"`, the rows of the answer tokens, or `"decision"`, the rows of the tokens
+            before them, whose logits choose them.
+        question_weights: `"uniform"` injects flow in equal parts, `"reach"` in proportion to reach.
         boundary: `"literal"`, or `"absorbing"`: flow ends at the first answer token it meets.
-        first_token: `"keep"`, or `"drop"`: what is paid to the first token, a common attention
-            sink, goes to the others in proportion.
-        heads: `"all"`, the share of the layers' heads with the most attention from the target's
-            rows to the response up to five tokens before the answer, such as 0.3, or (layer, head)
-            pairs.
-        edges: `"attention"`, or `"value"`: each head's attention times the length of what it moves,
-            `‖W_O v‖`; rows of the mean keep their sum.
+        first_token: `"keep"`, or `"drop"`: the attention to the first token, a common attention
+            sink, is divided among the other tokens in proportion.
+        heads: `"all"`; (layer, head) pairs; or a share such as 0.3 of the layers' heads, namely
+            those with the most attention from the target's rows to the response up to five tokens
+            before the answer.
+        edges: `"attention"`, or `"value"`: each head's attention times the length `‖W_O v‖` of the
+            moved value; rows of the mean keep their sum.
     """
 
     layers: str | tuple[int, ...] = "middle"
@@ -71,7 +71,7 @@ class FlowOptions:
     edges: str = "attention"
 
     def __post_init__(self) -> None:
-        """Refuse values that no option has.
+        """Check the options.
 
         Raises:
             ValueError: A value is not among the choices.
@@ -81,13 +81,13 @@ class FlowOptions:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if not _is_heads(self.heads):
             raise ValueError(
-                "heads must be 'all', a share of them above 0 and up to 1, or (layer, head) pairs, "
+                "heads must be 'all', a share above 0 and up to 1, or (layer, head) pairs, "
                 f"got {self.heads!r}"
             )
 
     @property
     def solving(self) -> Solving:
-        """The options of `solve_flow`, to be passed on with `**`."""
+        """The options of `solve_flow`, as keyword arguments."""
         return {"question_weights": self.question_weights, "boundary": self.boundary}
 
     @property
@@ -106,11 +106,11 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "edges": ("attention", "value"),
     }
 )
-"""Of the options that have a few names for values."""
+"""The values of the options that have a fixed set of them."""
 
 
 def flow_options(preset: str = "paper", **chosen: Any) -> FlowOptions:
-    """The options of a preset, with those in their place that are not None.
+    """The options of a preset, replaced by those of `chosen` that are not None.
 
     Raises:
         ValueError: There is no such preset, or a value is not among the choices.
@@ -126,7 +126,7 @@ def flow_options(preset: str = "paper", **chosen: Any) -> FlowOptions:
 
 
 def head_pairs(heads: str | float | Iterable[Iterable[int]]) -> Heads:
-    """The option `heads`, with pairs as tuples; other things come back as they are."""
+    """The option `heads`, with pairs as sorted tuples; names and shares are unchanged."""
     if isinstance(heads, str | int | float):
         return heads
     return tuple(sorted({(int(layer), int(head)) for layer, head in heads}))

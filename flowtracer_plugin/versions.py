@@ -1,4 +1,4 @@
-"""Which versions of the libraries underneath work, asked before anything of them is used."""
+"""The supported versions of the libraries, and their check before first use."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ WINDOW: Mapping[str, str] = {
     "torch": ">=2.6,<2.16",
     "transformers": ">=5.21,<5.25",
 }
-"""What the tests have passed with, from the lowest to the highest: `docs/versions.md`."""
+"""The versions with which the tests have passed: see `docs/versions.md`."""
 
 ANY_VERSION = "FLOWTRACER_ANY_VERSION"
-"""The environment variable that lets other versions pass, with a warning, if it is 1."""
+"""If this environment variable is 1, other versions cause a warning and not an error."""
 
 
 class UnsupportedVersionError(RuntimeError):
-    """A library is installed in a version that this package was not tested with."""
+    """The installed version of a library was not tested with this package."""
 
 
 def fits(found: str, wanted: str) -> bool:
-    """Whether a version is in a window.
+    """Whether the version `found` is among those that `wanted` allows.
 
-    Builds such as `2.13.0+cpu` count as their release. A development build counts as what it leads
-    to: one of 5.24.1 fits below 5.25, one of 5.25.0 does not.
+    A build such as `2.13.0+cpu` counts as its release, and a development build as the release that
+    it precedes: below 5.25, one of 5.24.1 is allowed and one of 5.25.0 is not.
     """
     try:
         return SpecifierSet(wanted).contains(Version(found), prereleases=True)
@@ -40,10 +40,10 @@ def fits(found: str, wanted: str) -> bool:
 
 @cache
 def check_versions() -> None:
-    """Raise unless every library is in its window. Asked once per process.
+    """Check the versions of all libraries, once per process.
 
     Raises:
-        UnsupportedVersionError: One is not, and the environment variable is not set.
+        UnsupportedVersionError: A version is not supported, and the environment variable is not 1.
     """
     found = {name: _installed(name) for name in WINDOW}
     outside = [name for name, have in found.items() if not have or not fits(have, WINDOW[name])]

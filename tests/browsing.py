@@ -1,4 +1,4 @@
-"""Pages in a real browser: Playwright drives the Chromium that FLOWTRACER_CHROMIUM names."""
+"""Pages in a real browser: Playwright controls the Chromium that FLOWTRACER_CHROMIUM names."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TROUBLES = ("serious", "critical")
 
 @dataclass
 class Visits:
-    """Opens pages, and keeps what went wrong in any of them.
+    """Opens pages, and collects their console messages, errors and requests.
 
     Attributes:
-        browser: Playwright's.
-        folder: Where pages are written.
-        said: What consoles said, and errors that no script caught.
-        requested: Addresses of everything that pages asked for, other than themselves.
+        browser: The browser of Playwright.
+        folder: The folder for the files of the pages.
+        said: Console messages, and errors that no script caught.
+        requested: The addresses that pages requested, other than their own.
     """
 
     browser: Any
@@ -29,14 +29,12 @@ class Visits:
     requested: list[str] = field(default_factory=list)
     count: int = 0
 
-    def open(
-        self, html: str, *, width: int = 1280, height: int = 900, fragment: str = "", **options: Any
-    ) -> Any:
-        """A page with this content; `options` are those of a browser context, as `color_scheme`."""
+    def open(self, html: str, **options: Any) -> Any:
+        """A page with this content; `options` are those of `visit`."""
         self.count += 1
         path = self.folder / f"page-{self.count}.html"
         path.write_text(html, "utf-8")
-        return self.visit(path, width=width, height=height, fragment=fragment, **options)
+        return self.visit(path, **options)
 
     def visit(
         self,
@@ -47,7 +45,7 @@ class Visits:
         fragment: str = "",
         **options: Any,
     ) -> Any:
-        """The page of a file."""
+        """The page of a file; `options`, such as `color_scheme`, go to the browser context."""
         context = self.browser.new_context(
             viewport={"width": width, "height": height}, reduced_motion="reduce", **options
         )
@@ -77,7 +75,7 @@ def open_chromium() -> Iterator[Any]:
 
 
 def violations(page: Any) -> list[str]:
-    """What axe-core calls serious, or worse, in the page as it is now."""
+    """The problems in the current page that axe-core calls serious or critical."""
     from axe_playwright_python.sync_playwright import Axe
 
     found = Axe().run(page).response["violations"]

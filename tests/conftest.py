@@ -1,4 +1,4 @@
-"""What the whole suite shares: threads, and what a machine must have for some of the tests."""
+"""Settings of the whole suite, shared fixtures, and skips for what a machine does not have."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import beartype  # noqa: F401 - before nnsight, which hangs a method on `object` that it cannot take
+import beartype  # noqa: F401 - before nnsight, which adds a method to `object` that it cannot take
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)  # the models are tiny, and test machines share their cores
+hypothesis.settings.register_profile("suite", deadline=None)  # no test asserts a time
+hypothesis.settings.load_profile("suite")
 
 
 def _folder(variable: str) -> bool:
@@ -27,11 +30,11 @@ MISSING = {
     "deepspeed": None if _folder("FLOWTRACER_DEEPSPEED") else "no FLOWTRACER_DEEPSPEED",
     "browser": None if _folder("FLOWTRACER_CHROMIUM") else "FLOWTRACER_CHROMIUM names no file",
 }
-"""Why tests with this marker cannot run here."""
+"""For each marker, why its tests cannot run here; None if they can."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what cannot run here, or fail it if FLOWTRACER_REQUIRE lists its marker."""
+    """Skip tests that cannot run here, or fail them if FLOWTRACER_REQUIRE lists their marker."""
     required = os.environ.get("FLOWTRACER_REQUIRE", "").split()
     for marker, reason in MISSING.items():
         if reason and item.get_closest_marker(marker):
@@ -55,7 +58,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def plain_model(chat_model: Path) -> Path:
-    """The same model without one."""
+    """The folder of the same model without a chat template."""
     from tests.tiny import tiny_tokenizer
 
     folder = chat_model.parent / "plain"
@@ -67,7 +70,7 @@ def plain_model(chat_model: Path) -> Path:
 
 @pytest.fixture
 def flowtracer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """The command `flowtracer` in this process."""
+    """A function that runs the command `flowtracer` in this process."""
     from tests.cli.command_line import run_here
 
     return partial(run_here, monkeypatch, capsys)
@@ -75,7 +78,7 @@ def flowtracer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """One browser for the tests of a module; not for all, since its event loop stays."""
+    """One browser per module; a browser for all tests would leave its event loop running."""
     from tests.browsing import open_chromium
 
     with open_chromium() as browser:
@@ -84,7 +87,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def visits(chromium: Any, tmp_path: Path) -> Iterator[Any]:
-    """Opens pages. None may say anything to its console, or ask for anything but itself."""
+    """Opens pages; the test fails if one writes to its console or requests another address."""
     from tests.browsing import Visits
 
     visits = Visits(chromium, tmp_path)

@@ -1,4 +1,4 @@
-"""Tiny random models, one per family, whose attention is as peaked as a trained model's."""
+"""Tiny random models, one per family, with attention as peaked as in a trained model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _MULTI_HEAD: dict[str, Any] = {
 }
 _GROUPED: dict[str, Any] = {**_MULTI_HEAD, "num_key_value_heads": 2, "head_dim": 16}
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
-# Three layers in four of these look back WINDOW tokens at most, or all of them do (mistral).
+# Three of four layers, or all layers (mistral), see at most WINDOW earlier tokens.
 _SLIDING: dict[str, Any] = {"sliding_window": WINDOW}
 _ROPE_YARN: dict[str, Any] = {
     "rope_type": "yarn",
@@ -92,10 +92,10 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
 def redrawn(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
     """A model of this configuration with weights so large that attention has peaks.
 
-    The usual initialisation attends almost evenly, and then every wrong reading looks right.
+    With the usual initialisation, attention is almost uniform, and wrong readings look right.
     """
     with quiet_transformers():
-        # Models write the attention implementation that they chose into their configuration.
+        # A copy, because models write their attention implementation into the configuration.
         model = AutoModelForCausalLM.from_config(deepcopy(config)).eval()
     drawn = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def redrawn(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the remarks that transformers makes about unusual configurations."""
+    """A context without the warnings of transformers about unusual configurations."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -330,7 +330,7 @@ def test_an_adapter_that_fails_in_matches_stands_in_nobodys_way(environment, mis
     ran = environment.flowtracer("adapters", "check", "fox")
     assert ran.returncode == 1
     assert "Skipped fox from fox-lm 0.1.0: its matches() fails (AttributeError: " in ran.stderr
-    assert "mend, update or uninstall fox-lm" in ran.stderr
+    assert "fix, update or uninstall fox-lm" in ran.stderr
     model = os.fspath(ROOT / "examples" / "reasoner" / "model")
     assert environment.flowtracer("adapters", "check", model).returncode == 0
 

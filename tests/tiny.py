@@ -36,7 +36,7 @@ def _backend() -> str:
 
 
 def tiny_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
-    """All bytes, and the words of `PROMPT` and `RESPONSE`; with a chat template if `chat`."""
+    """All bytes and the words of `PROMPT` and `RESPONSE`; `chat` adds a chat template."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_backend()),
         pad_token="<pad>",
@@ -57,7 +57,7 @@ def tiny_llama(**overrides: object) -> PreTrainedModel:
 def eager_attention(
     model: PreTrainedModel, ids: list[int], layers: tuple[int, ...]
 ) -> torch.Tensor:
-    """Head mean of the layers, [query, key] in float64, by `output_attentions` alone."""
+    """The mean over layers and heads of `output_attentions`: [query, key] in float64."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:

@@ -1,4 +1,4 @@
-"""Traces of made-up attention, for tests of what is shown and written of a trace."""
+"""Traces with random attention, for the tests of pages, figures and files."""
 
 from dataclasses import replace
 
@@ -11,30 +11,39 @@ from flowtracer_plugin.trace.flow_trace import FlowTrace
 from tests.pages import HOSTILE
 
 
-def make_trace(tokens, *, prompt=3, answer=(-2,), attention=None, **changes):
-    """A trace with smooth made-up attention, solved for real."""
+def make_trace(tokens, *, prompt=3, answer=(-2,), target=None, attention=None, **changes):
+    """A trace whose flow is solved on random attention."""
     length = len(tokens)
     if attention is None:
         rows = np.random.default_rng(0).random((length, length)) ** 3 + 1e-3
         attention = np.tril(rows) / np.tril(rows).sum(1, keepdims=True)
-    question, found = np.zeros(length, bool), np.zeros(length, bool)
+    question, found, ends = np.zeros((3, length), bool)
     question[1:prompt] = True
     found[list(answer)] = True
-    flow = solve_flow(attention, question, found)
-    spans = {"rule": "boxed", "answer_text": tokens[answer[0]], **changes.pop("spans", {})}
+    ends[list(answer if target is None else target)] = True
+    flow = solve_flow(attention, question, ends)
+    masks = {"question": question, "answer": found, "target": ends}
+    said = "".join(tokens[at] for at in np.flatnonzero(found))
+    spans = {"rule": "boxed", "answer_text": said, **changes.pop("spans", {})}
+    fields = {
+        "token_ids": np.arange(length),
+        "model": "tiny",
+        "options": FlowOptions(),
+        "layers": (2, 3, 4),
+        **changes,
+    }
     return FlowTrace(
-        token_ids=np.arange(length),
         tokens=tuple(tokens),
-        spans=Spans(prompt_length=prompt, question=question, answer=found, target=found, **spans),
+        spans=Spans(prompt_length=prompt, **masks, **spans),
         attention=attention,
         reach=flow.reach,
         throughput=flow.throughput,
-        **{"model": "tiny", "options": FlowOptions(), "layers": (2, 3, 4), **changes},
+        **fields,
     )
 
 
 def hostile_trace():
-    """Texts that break out of HTML, XML, terminals and encodings, wherever a trace holds a text."""
+    """A trace all of whose texts try to break out of HTML, XML, terminals or encodings."""
     return make_trace(
         ("<s>", "a", "b", *HOSTILE, "c", "7", "."),
         model=HOSTILE[0],
@@ -44,5 +53,5 @@ def hostile_trace():
 
 
 def as_streamed(trace):
-    """What streaming leaves of a trace."""
+    """The trace as streaming would make it."""
     return replace(trace, attention=None, streamed=trace.backbone)

@@ -1,4 +1,4 @@
-"""One attention call: what an adapter promises about it, and its numbers."""
+"""One attention call: how an adapter describes it, and the probabilities computed from it."""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
 """The contract between the tracer and an architecture: where a model attends, and how to read it.
 
-An adapter describes; it never runs the model. `reader` runs it and hands the arguments of each
-attention call to the adapter, and `head_mean` turns what comes back into numbers.
+An adapter describes a model and never runs it. `reading.reader` runs the model and passes the
+arguments of each attention call to the adapter, and `head_mean` computes the probabilities.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 ENTRY_POINT_GROUP = "flowtracer.adapters"
-"""Distributions offer adapters under this group: each entry point names a sequence of them."""
+"""The entry point group of adapters; each entry point names a sequence of them."""
 
 DISTRIBUTION = "flowtracer-plugin"
-"""This one. Its adapters give way to those of others, which somebody chose to install."""
+"""The name of this distribution, whose adapters come after those of all other distributions."""
 
 
 class UnsupportedArchitectureError(LookupError):
-    """No adapter can say where this model attends."""
+    """No adapter knows where this model attends."""
 
 
 class NoAttentionError(ValueError):
@@ -32,7 +32,7 @@ class NoAttentionError(ValueError):
 
 
 class AdapterMismatchError(RuntimeError):
-    """What an adapter read is not the attention that the model computed."""
+    """The attention that an adapter read differs from the attention that the model computed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,10 +42,11 @@ class AttentionSite:
     Attributes:
         layer: The decoder layer's number, counted from 0 as the model counts it.
         module: Dotted path of the attention module below the model.
-        function: What the module's `forward` calls to attend, as written there. A slash goes into
-            a method that it calls: `"self._attn/torch.matmul"`.
-        occurrence: Which of several calls of that function, in the order written; -1 is the last.
-        visit: Which of several runs of the module in one forward pass, counted from 0.
+        function: The function that the module's `forward` calls to attend, as written there. A
+            slash leads into a method that it calls: `"self._attn/torch.matmul"`.
+        occurrence: Which call, if `forward` calls the function several times; the calls are counted
+            from 0 in the order written, and -1 is the last.
+        visit: Which run, if the module runs several times in one forward pass; counted from 0.
     """
 
     layer: int
@@ -57,26 +58,26 @@ class AttentionSite:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionCall:
-    """The inputs of one attention call, enough to compute its probabilities again.
+    """The inputs of one attention call, from which its probabilities can be computed again.
 
     The probabilities are `softmax([softcap(q kᵀ · scaling) + bias + mask | sinks])` without the
-    sink column, so the rows of a model with sinks sum to less than 1.
+    column of the sinks, so the rows of a model with sinks sum to less than 1.
 
     Attributes:
         query: After positional rotation; `head` counts query heads.
         key: `group` divides `head`: consecutive query heads share a key head.
-        value: Like `key`; read by the adapter's self-check, and by value-weighted edges.
-        mask: `True` where a query may look, or numbers that are added to the scores. `None` means
-            causal if `causal`, else that every query sees every key.
-        scaling: Factor on the scores.
-        softcap: Scores are squashed to `softcap · tanh(score / softcap)`.
-        bias: Added to the scores, such as relative position biases.
+        value: Like `key`; needed for the adapter's self-check and for value-weighted edges.
+        mask: `True` where a query sees a key, or numbers that are added to the scores. If `None`,
+            queries see the keys up to their own position if `causal`, and all keys otherwise.
+        scaling: Factor of the scores.
+        softcap: If given, scores become `softcap · tanh(score / softcap)`.
+        bias: Numbers that are added to the scores, such as relative position biases.
         sinks: A learned score per head, or per head and query, that takes part in the softmax and
             is then dropped.
-        causal: Whether a missing mask means "each query sees the keys up to its own position".
-        key_tokens: For keys that are not the tokens themselves: the share of each token in each
-            key. A key that stands for several tokens divides its probability among them.
-        normalized: Whether the share of the sinks is given back to the keys, so that rows sum to 1.
+        causal: Whether a missing mask means that queries see the keys up to their own position.
+        key_tokens: If keys are not single tokens, the share of each token in each key. A key that
+            stands for several tokens divides its probability among them.
+        normalized: Whether the keys get the share of the sinks, so that rows sum to 1.
     """
 
     query: Float[Tensor, "batch head query width"]
@@ -98,11 +99,11 @@ class AttentionCall:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionWeights:
-    """Probabilities that the model computed itself, for architectures that always do.
+    """The probabilities of one call, for architectures whose models always compute them.
 
     Attributes:
-        weights: After the softmax, as the model multiplies them with the values.
-        value: What they are multiplied with; read by the adapter's self-check.
+        weights: The probabilities after the softmax, as the model multiplies them with the values.
+        value: The values; needed for the adapter's self-check.
     """
 
     weights: Float[Tensor, "batch head query key"]
@@ -110,16 +111,16 @@ class AttentionWeights:
 
 
 class AttentionAdapter(ABC):
-    """Says where a kind of model attends, and how to read one of its attention calls.
+    """A description of where one kind of model attends, and of how to read its attention calls.
 
     Subclasses are final and have no state. The guide is `adapters/README.md`.
 
     Attributes:
-        name: Shown to users, and the name under which it is found.
-        generic: Whether it discovers its sites by looking, and so gives way to adapters that know
-            an architecture.
-        interface: Whether its sites are calls of transformers' attention interface, which start
-            with the module. The backend of that name can read these only.
+        name: The adapter's unique name, which is also shown to users.
+        generic: Whether it searches a model for its sites. Such adapters come after those that
+            know an architecture.
+        interface: Whether its sites are calls of transformers' attention interface, whose first
+            argument is the module. The backend "interface" reads only such sites.
     """
 
     name: ClassVar[str]
@@ -132,7 +133,7 @@ class AttentionAdapter(ABC):
 
     @abstractmethod
     def sites(self, model: nn.Module) -> tuple[AttentionSite, ...]:
-        """Every place where `model` attends from token to token, in the order of execution.
+        """All places where `model` attends from token to token, in the order of execution.
 
         Raises:
             NoAttentionError: The model is known to have none.
@@ -144,21 +145,21 @@ class AttentionAdapter(ABC):
     ) -> AttentionCall | AttentionWeights:
         """The attention call that `module` is about to make with these arguments.
 
-        Queries and keys behind the end of the text, with which some models pad it, are left out.
+        Some models pad the text at its end; these queries and keys must be left out.
         """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterEntry:
-    """An adapter that somebody offers, and where it comes from.
+    """An adapter that is registered or installed, and where it comes from.
 
     Attributes:
-        name: The adapter's, or the entry point's where there is no adapter.
-        adapter: `None` if what is offered is none.
-        distribution: What was installed; `None` for an adapter that this process made itself.
-        version: Of the distribution.
-        entry_point: What the distribution names, such as `"package.module:ADAPTERS"`.
-        skipped: Why no model is shown to it, and what to do; `None` for an adapter in use.
+        name: The adapter's name, or the entry point's name if there is no adapter.
+        adapter: The adapter; `None` if the entry point names something else.
+        distribution: The installed distribution; `None` for an adapter made in this process.
+        version: The distribution's version.
+        entry_point: The value of the entry point, such as `"package.module:ADAPTERS"`.
+        skipped: Why the adapter is not used, and what to do; `None` for an adapter in use.
     """
 
     name: str
@@ -170,7 +171,7 @@ class AdapterEntry:
 
     @property
     def source(self) -> str:
-        """Where it comes from, in words."""
+        """The distribution with its version, or "this process"."""
         if self.distribution is None:
             return "this process"
         return " ".join(filter(None, (self.distribution, self.version)))
@@ -180,38 +181,37 @@ _registered: list[AttentionAdapter] = []
 
 
 def register_adapter(adapter: AttentionAdapter) -> None:
-    """Make `adapter` known to this process, ahead of every installed one.
+    """Make `adapter` known to this process, before all installed adapters.
 
-    Registering another adapter of the same name replaces the first.
+    It replaces a registered adapter of the same name.
 
     Raises:
-        TypeError: It is no adapter, or the class of one.
+        TypeError: It is not an adapter, or it is the class of one.
     """
-    _given(adapter)
+    _made_here(adapter)
     _registered[:] = [adapter, *(known for known in _registered if known.name != adapter.name)]
 
 
 def adapter_entries() -> tuple[AdapterEntry, ...]:
-    """Every adapter that is registered or installed, in the order in which models are shown to it.
+    """All registered and installed adapters, in the order in which `find_adapter` tries them.
 
-    Registered ones come first, then those of other distributions by their names, then those that
-    come with FlowTracer; generic ones come last, in the same order. Of several adapters of one
-    name the first counts, and hides the others. What a distribution offers in vain is listed with
-    the reason, and does no harm.
+    Registered adapters come first, then those of other distributions by the distribution's name,
+    then those of FlowTracer; generic ones come last, in the same order. If several adapters share
+    a name, only the first is used. Entries that cannot be used are listed with the reason.
     """
     points = sorted(entry_points(group=ENTRY_POINT_GROUP), key=_place)
-    offered = chain(map(_given, _registered), *map(_offered, points))
+    offered = chain(map(_made_here, _registered), *map(_offered, points))
     first: dict[str, AdapterEntry] = {}
     found = []
     for entry in sorted(offered, key=lambda entry: bool(entry.adapter and entry.adapter.generic)):
         winner = first.setdefault(entry.name, entry) if entry.adapter else entry
-        hidden = f"the one of this name from {winner.source} goes before it; rename one of them"
+        hidden = f"an adapter of this name from {winner.source} comes first; rename one of them"
         found.append(entry if winner is entry else replace(entry, skipped=hidden))
     return tuple(found)
 
 
 def known_adapters() -> tuple[AttentionAdapter, ...]:
-    """The adapters in use: registered ones, then installed ones, then the generic ones."""
+    """The adapters in use, in the order in which `find_adapter` tries them."""
     return tuple(e.adapter for e in adapter_entries() if e.adapter and not e.skipped)
 
 
@@ -221,23 +221,30 @@ def find_adapter(
     """The first adapter that matches `model`.
 
     Raises:
-        TypeError: What was passed is no adapter, or the class of one.
-        UnsupportedArchitectureError: None does.
+        TypeError: One of `adapters` is not an adapter, or it is the class of one.
+        UnsupportedArchitectureError: No adapter matches.
     """
-    entries = adapter_entries() if adapters is None else tuple(map(_given, adapters))
-    skipped = [entry for entry in entries if entry.skipped]
+    entries = adapter_entries() if adapters is None else tuple(map(_made_here, adapters))
+    failed = []
     for entry in entries:
         try:
             if entry.adapter and not entry.skipped and entry.adapter.matches(model):
                 return entry.adapter
-        except Exception as error:  # somebody else's adapter must not stand in every model's way
+        except Exception as error:  # an installed adapter that fails must not affect other models
             if entry.distribution in {None, DISTRIBUTION} or isinstance(error, NoAttentionError):
                 raise
             reason = f"its matches() fails ({_in_words(error)}); {_remedy(entry)}"
-            skipped.append(replace(entry, skipped=reason))
+            failed.append(replace(entry, skipped=reason))
+    raise _unsupported(model, entries, failed)
+
+
+def _unsupported(
+    model: nn.Module, entries: Sequence[AdapterEntry], failed: Sequence[AdapterEntry]
+) -> UnsupportedArchitectureError:
     tried = ", ".join(entry.name for entry in entries if not entry.skipped) or "none"
+    skipped = (entry for entry in (*entries, *failed) if entry.skipped)
     reasons = "".join(f"Skipped {e.name} from {e.source}: {e.skipped}. " for e in skipped)
-    raise UnsupportedArchitectureError(
+    return UnsupportedArchitectureError(
         f"no adapter knows where {type(model).__name__} attends; tried: {tried}. {reasons}"
         "To add one, follow adapters/README.md and pass it as wrap(model, adapter=...)"
     )
@@ -248,19 +255,15 @@ def _place(point: EntryPoint) -> tuple[bool, str, str]:
     return name == DISTRIBUTION, name.lower(), point.name
 
 
-def _given(adapter: Any) -> AdapterEntry:
-    """The entry of an adapter that this process made itself.
-
-    Raises:
-        TypeError: It is none.
-    """
+def _made_here(adapter: Any) -> AdapterEntry:
+    """The entry of an adapter that was made in this process."""
     if fault := _fault(adapter):
         raise TypeError(f"wanted an AttentionAdapter, found {fault}")
     return AdapterEntry(name=adapter.name, adapter=adapter)
 
 
 def _offered(point: EntryPoint) -> Iterator[AdapterEntry]:
-    """The adapters that an entry point names, or why there are none."""
+    """The adapters that an entry point names, or one entry that says why there are none."""
     entry = AdapterEntry(
         name=point.name,
         distribution=point.dist.name if point.dist else "an unknown distribution",
@@ -269,7 +272,7 @@ def _offered(point: EntryPoint) -> Iterator[AdapterEntry]:
     )
     try:
         offered = point.load()
-    except Exception as error:  # noqa: BLE001 - somebody else's import, which can fail in any way
+    except Exception as error:  # noqa: BLE001 - a foreign import can fail in any way
         reason = f"{point.value} cannot be loaded ({_in_words(error)}); {_remedy(entry)}"
         yield replace(entry, skipped=reason)
         return
@@ -286,7 +289,7 @@ def _offered(point: EntryPoint) -> Iterator[AdapterEntry]:
 
 
 def _fault(adapter: object) -> str | None:
-    """What a thing is that is no adapter."""
+    """A description of something that is not an adapter; None for an adapter."""
     if isinstance(adapter, type):
         return f"the class {adapter.__name__}, which must be called: {adapter.__name__}()"
     if not isinstance(adapter, AttentionAdapter):
@@ -296,9 +299,9 @@ def _fault(adapter: object) -> str | None:
 
 
 def _remedy(entry: AdapterEntry) -> str:
-    return f"mend, update or uninstall {entry.distribution}"
+    return f"fix, update or uninstall {entry.distribution}"
 
 
 def _in_words(error: Exception) -> str:
-    """Kind and first line of an error."""
+    """The type and the first line of an error."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Which heads are averaged: those with which the answer's rows look at the reasoning."""
+"""The choice of the heads to average: those that attend most from the answer to the reasoning."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
-from flowtracer_plugin.attention.head_mean import given_by, token_probabilities
+from flowtracer_plugin.attention.head_mean import query_tensor, token_probabilities
 
 Chosen = tuple[tuple[Int[Tensor, " _"], ...], ...]
-"""For each text, the heads of each call."""
+"""The chosen heads of each call, for each text."""
 
 _BLOCK = 64
 
@@ -23,11 +23,11 @@ def attention_to(
     target: Bool[Tensor, "batch token"],
     reasoning: Bool[Tensor, "batch token"],
 ) -> Float[Tensor, "batch head"]:
-    """What each head pays from the target's rows to earlier tokens of the reasoning."""
-    device = given_by(call).device
+    """The attention that each head pays from the target's rows to earlier reasoning tokens."""
+    device = query_tensor(call).device
     target, reasoning = target.to(device), reasoning.to(device)
     batch, tokens = target.shape
-    paid = torch.zeros(batch, given_by(call).shape[1], device=device)
+    paid = torch.zeros(batch, query_tensor(call).shape[1], device=device)
     wanted = target.any(0).tolist()
     with torch.autocast(device.type, enabled=False):
         for start in range(0, tokens, _BLOCK):
@@ -40,9 +40,9 @@ def attention_to(
 
 
 def most_attentive(paid: Sequence[Float[Tensor, "batch _"]], share: float) -> Chosen:
-    """The `⌈share · n⌉` of all `n` heads of the calls that pay most, of equal ones the earlier.
+    """The `⌈share · n⌉` of all `n` heads that pay most; of equal heads, the earlier ones.
 
-    All heads of a text in which none pays anything: there is nothing to choose by.
+    A text in which no head pays anything keeps all of its heads.
     """
     counts = [one.shape[1] for one in paid]
     among = torch.cat([one.cpu() for one in paid], dim=1)
@@ -55,7 +55,7 @@ def most_attentive(paid: Sequence[Float[Tensor, "batch _"]], share: float) -> Ch
 def named_heads(
     pairs: Iterable[tuple[int, int]], layers: Sequence[int], counts: Sequence[int], texts: int
 ) -> Chosen:
-    """The heads that are named by layer and head, the same for every text.
+    """The heads that `pairs` name by layer and head, the same for every text.
 
     Raises:
         ValueError: A layer is not among `layers`, or has no such head.
@@ -65,12 +65,12 @@ def named_heads(
         here = [place for place, number in enumerate(layers) if number == layer]
         if not here:
             raise ValueError(
-                f"heads names ({layer}, {head}), and layer {layer} is not among the layers that "
-                f"are averaged, {sorted(set(layers))}; choose layers= that hold it"
+                f"heads names ({layer}, {head}), but layer {layer} is not among the layers "
+                f"{sorted(set(layers))} that are averaged; choose layers= with this layer"
             )
         if not 0 <= head < counts[here[0]]:
             raise ValueError(
-                f"heads names ({layer}, {head}), and layer {layer} has the heads 0 to "
+                f"heads names ({layer}, {head}), but layer {layer} has the heads 0 to "
                 f"{counts[here[0]] - 1}"
             )
         for place in here:

@@ -1,7 +1,7 @@
 """Head-averaged attention probabilities of one attention call, a block of query rows at a time.
 
-No tensor of shape [head, query, key] ever exists: that is what makes reading attention as light
-as the forward pass itself.
+No tensor of shape [head, query, key] ever exists, so reading attention stays as light as the
+forward pass itself.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ def add_head_mean(
 ) -> None:
     """Add `weight` times the mean of the call's probabilities over its heads to `total`, in place.
 
-    `heads` restricts the mean to some query heads. Rows of queries that see no key stay as they
-    are. Computed in float32, also under autocast.
+    `heads` restricts the mean to some query heads. Rows of queries that see no key are unchanged.
+    Computed in float32, also under autocast.
     """
-    # A cache of a sliding window holds the last keys only; a static one has room for more.
+    # The cache of a sliding window holds only the last keys; a static cache has spare room.
     first = max(0, total.shape[2] - tokens_of(call))
-    queries = min(
-        given_by(call).shape[2], total.shape[1]
-    )  # some models pad the text behind its end
+    # Some models pad the text at its end.
+    queries = min(query_tensor(call).shape[2], total.shape[1])
     for start in range(0, queries, block):
         rows = slice(start, min(start + block, queries))
         mean = mean_of_rows(call, rows, heads=heads)
@@ -53,11 +52,11 @@ def mean_of_rows(
 ) -> Float[Tensor, "batch rows seen"]:
     """The mean over heads for the query rows `rows`, in float32, also under autocast.
 
-    Over the keys that they can see at most; with `keys`, over the first so many, of a call that is
-    known not to look at others.
+    Keys that none of these rows can see may be left out. `keys` says that the call sees only the
+    first `keys` keys.
     """
     call = _normalized(call)
-    with torch.autocast(given_by(call).device.type, enabled=False):
+    with torch.autocast(query_tensor(call).device.type, enabled=False):
         return _to_tokens(call, row_probabilities(call, rows, heads, keys))
 
 
@@ -70,9 +69,9 @@ def weighed_mean_of_rows(
     heads: Int[Tensor, " chosen"] | None = None,
     keys: int | None = None,
 ) -> tuple[Float[Tensor, "batch rows seen"], Float[Tensor, "batch rows"]]:
-    """The same of each head's attention times `lengths`, and the sums of the rows without these."""
+    """The same for each head's attention times `lengths`, and the rows' sums without `lengths`."""
     call = _normalized(call)
-    with torch.autocast(given_by(call).device.type, enabled=False):
+    with torch.autocast(query_tensor(call).device.type, enabled=False):
         probabilities = row_probabilities(call, rows, heads, keys)
         sums = reduce(probabilities, "batch head query key -> batch query", "sum")
         sums /= probabilities.shape[1]
@@ -84,7 +83,7 @@ def weighed_mean_of_rows(
 def _to_tokens(
     call: AttentionCall | AttentionWeights, probabilities: Float[Tensor, "batch head rows key"]
 ) -> Float[Tensor, "batch rows seen"]:
-    """The mean over heads, of tokens where keys are others."""
+    """The mean over heads, with the probabilities of keys divided among their tokens."""
     mean = reduce(probabilities, "batch head query key -> batch query key", "mean")
     if isinstance(call, AttentionCall) and call.key_tokens is not None:
         mean = mean @ call.key_tokens[:, : mean.shape[-1]].float()
@@ -97,8 +96,8 @@ def attention_output(
 ) -> Float[Tensor, "batch query head value_width"]:
     """Probabilities times values, as the model mixes them, in float32."""
     assert call.value is not None
-    with torch.autocast(given_by(call).device.type, enabled=False):
-        probabilities = row_probabilities(call, slice(0, given_by(call).shape[2]))
+    with torch.autocast(query_tensor(call).device.type, enabled=False):
+        probabilities = row_probabilities(call, slice(0, query_tensor(call).shape[2]))
         value = call.value[:, :, : probabilities.shape[-1]].detach().float()
         folded = rearrange(
             probabilities, "b (group each) q k -> b group (each q) k", group=value.shape[1]
@@ -122,18 +121,18 @@ def one_text(call: AttentionCall | AttentionWeights, text: int) -> AttentionCall
     return replace(call, **parts)
 
 
-def given_by(call: AttentionCall | AttentionWeights) -> Tensor:
-    """What says how many texts, heads and queries there are, and where they are."""
+def query_tensor(call: AttentionCall | AttentionWeights) -> Tensor:
+    """The queries or, in their place, the weights: a tensor `[batch, head, query, …]`."""
     return call.weights if isinstance(call, AttentionWeights) else call.query
 
 
 def token_probabilities(
     call: AttentionCall | AttentionWeights, rows: slice, tokens: int
 ) -> Float[Tensor, "batch head rows seen"]:
-    """What each head pays from the query rows `rows` to the first `tokens` tokens.
+    """The attention of each head from the query rows `rows` to the first `tokens` tokens.
 
-    As `add_head_mean` averages it, for calls whose keys begin with the text. Only tokens that the
-    rows can see are there: there may be fewer than `tokens`.
+    `add_head_mean` averages the same numbers. The first key must be the text's first token. Tokens
+    that the rows cannot see may be left out.
     """
     with torch.no_grad():
         probabilities = row_probabilities(_normalized(call), rows)
@@ -144,14 +143,14 @@ def token_probabilities(
 
 
 def _normalized(call: AttentionCall | AttentionWeights) -> AttentionCall | AttentionWeights:
-    """The call without its sinks if their share is given back to the keys."""
+    """The call without its sinks if the keys get their share."""
     if isinstance(call, AttentionCall) and call.normalized:
         return replace(call, sinks=None)
     return call
 
 
 def tokens_of(call: AttentionCall | AttentionWeights) -> int:
-    """How many tokens the keys are, or stand for."""
+    """The number of tokens that the keys stand for."""
     if isinstance(call, AttentionWeights):
         return call.weights.shape[3]
     return call.key.shape[2] if call.key_tokens is None else call.key_tokens.shape[2]
@@ -163,9 +162,10 @@ def row_probabilities(
     heads: Int[Tensor, " chosen"] | None = None,
     keys: int | None = None,
 ) -> Float[Tensor, "batch head rows seen"]:
-    """Probabilities of the query rows `rows`, over the keys that they can see at most.
+    """The probabilities of the query rows `rows`, in float32.
 
-    Over the first `keys` keys, if the call is known not to look at others.
+    Keys that none of these rows can see may be left out. `keys` says that the call sees only the
+    first `keys` keys.
     """
     if isinstance(call, AttentionWeights):
         every = slice(None) if heads is None else heads
@@ -174,7 +174,7 @@ def row_probabilities(
     seen = rows.stop if causal else _seen(call, rows, keys)
     scores = _scores(call, rows, seen, heads)
     sinks = _sink_column(call, rows, heads)
-    if causal:  # only the square at the diagonal is masked in part, and every query sees itself
+    if causal:  # only the square on the diagonal needs a mask, and every query sees itself
         square = scores[..., rows.start :]
         square.masked_fill_(_later(square), -torch.inf)
         return _softmax(scores, sinks)
@@ -186,10 +186,10 @@ def row_probabilities(
 
 
 def _seen(call: AttentionCall, rows: slice, keys: int | None) -> int:
-    """How many keys the rows may look at: not those after their end, if the mask forbids these.
+    """The number of keys to compute: those after the rows' end are left out if the mask hides them.
 
-    To find that out costs a fraction of computing scores for nothing; but not on an accelerator,
-    which would have to be waited for.
+    This check costs a fraction of the scores that it saves. On an accelerator it is not made,
+    because the host would have to wait for the device.
     """
     every = call.key.shape[2]
     if keys is not None:
@@ -201,7 +201,7 @@ def _seen(call: AttentionCall, rows: slice, keys: int | None) -> int:
 
 
 def _later(square: Float[Tensor, "*batch row row"]) -> Bool[Tensor, "row row"]:
-    """Above the diagonal."""
+    """The places above the diagonal."""
     size = square.shape[-2:]
     return torch.ones(size, dtype=torch.bool, device=square.device).triu_(1)
 
@@ -213,7 +213,7 @@ def _scores(
     if heads is not None:
         key = key[:, heads // (query.shape[1] // key.shape[1])]
         query = query[:, heads]
-    # Query heads are folded onto the key head they share, so that no key is repeated.
+    # Query heads are folded into the key head that they share, so that no key is repeated.
     groups = key.shape[1]
     folded = rearrange(
         query, "batch (group each) query width -> batch group (each query) width", group=groups
@@ -229,10 +229,10 @@ def _scores(
 
 
 def _blocked(mask: Float[Tensor, "..."] | Bool[Tensor, "..."]) -> Bool[Tensor, "..."]:
-    """Where a mask forbids a query to look."""
+    """The places that a mask hides from a query."""
     if mask.dtype == torch.bool:
         return ~mask
-    # Additive masks forbid with the most negative number of their dtype, or close to it.
+    # Additive masks hide a key with the most negative number of their dtype, or close to it.
     return mask <= torch.finfo(mask.dtype).min / 2
 
 
@@ -245,7 +245,7 @@ def _block(
     """The part of a mask or bias that belongs to these rows and heads; axes of one broadcast."""
     if heads is not None and added.shape[1] > 1:
         added = added[:, heads]
-    # A static cache's mask may be longer than the keys: attention cuts it to them.
+    # The mask of a static cache may be longer than the keys, and the model cuts it to them.
     return added[:, :, rows if added.shape[2] > 1 else slice(None), :seen]
 
 

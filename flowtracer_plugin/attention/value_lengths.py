@@ -1,7 +1,7 @@
 """How far each head's values move the residual stream: `‖W_O v‖`, by head and key.
 
-A head that looks at a token moves nothing if what it fetches there is short (Kobayashi et al. 2020,
-arXiv 2004.10102): attention times this length is what is added to the stream.
+A head adds attention times this length to the stream, so attention to a token with a short value
+moves little (Kobayashi et al. 2020, arXiv 2004.10102).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flowtracer_plugin.attention.head_mean import attention_output
 from flowtracer_plugin.attention.rounding import difference, rounding
 
 Projections = Mapping[AttentionSite, nn.Module]
-"""The linear map that each site's attention output goes through, all heads side by side."""
+"""For each site, the linear map of its attention output, all heads side by side."""
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def value_lengths(
     """`‖W_O v‖` of every query head and key, float32; query heads share the values of their group.
 
     Raises:
-        UnsupportedArchitectureError: The projection's weights lie in other processes.
+        UnsupportedArchitectureError: The projection's weights are in other processes.
     """
     value = call.value
     assert value is not None, "find_projections refuses calls without values"
@@ -48,7 +48,7 @@ def value_lengths(
             group=value.shape[1],
             width=value.shape[3],
         )
-        # `v G v` with the Gram matrix, so that nothing of the stream's width is made for each key.
+        # `v G v` with the Gram matrix, so that no vector of the stream's width is made per key.
         gram = einsum(each, each, "group each width out, group each v out -> group each width v")
         moved = einsum(
             value.detach().float(),
@@ -60,7 +60,7 @@ def value_lengths(
 
 
 def _matrix(projection: nn.Module, value: Tensor, heads: int) -> Float[Tensor, "inputs out"]:
-    """The matrix of a linear map, float32: its weights, or what it does to each unit vector."""
+    """The matrix of a linear map, float32: its weights, or its outputs for the unit vectors."""
     weight: Any = getattr(projection, "weight", None)
     if hasattr(weight, "ds_id"):
         raise UnsupportedArchitectureError(
@@ -70,7 +70,7 @@ def _matrix(projection: nn.Module, value: Tensor, heads: int) -> Float[Tensor, "
     plain = type(projection) in (nn.Linear, Conv1D) and type(weight) in (nn.Parameter, Tensor)
     if plain and not weight.is_meta and not vars(projection).get("_hf_hook"):
         return (weight.T if isinstance(projection, nn.Linear) else weight).detach().float()
-    # Of quantized, adapted or offloaded weights only the module itself knows what they are.
+    # Quantized, adapted or offloaded weights can be used only through the module.
     inputs = heads * value.shape[3]
     basis = torch.eye(inputs, dtype=value.dtype, device=value.device)
     with _without_dropout(projection):
@@ -80,7 +80,7 @@ def _matrix(projection: nn.Module, value: Tensor, heads: int) -> Float[Tensor, "
 
 @contextmanager
 def _without_dropout(projection: nn.Module) -> Iterator[None]:
-    """The map in evaluation mode, also in the middle of a forward pass that trains."""
+    """The map in evaluation mode, also during a forward pass in training mode."""
     training = [module for module in projection.modules() if module.training]
     for module in training:
         module.training = False
@@ -97,13 +97,13 @@ def find_projections(
     model: nn.Module,
     sites: Sequence[AttentionSite],
 ) -> Projections:
-    """The linear maps that take the attention output as it is, found by looking at one run.
+    """The linear maps whose input is the unchanged attention output, found in one run of the model.
 
     Args:
-        run: Runs the model on a short text, without padding, and passes each site's call on.
+        run: Runs the model on a short text without padding, and calls its argument at each site.
         read: The call of a site from the arguments.
-        model: Whose sites they are.
-        sites: Where it attends.
+        model: The model.
+        sites: The places where it attends.
 
     Raises:
         UnsupportedArchitectureError: A site's output is gated, normalised or mixed first, or its
@@ -133,7 +133,7 @@ def find_projections(
         if site not in found:
             raise UnsupportedArchitectureError(
                 f"edges='value' needs the projection of the heads' values, and in {site.module} no "
-                "linear layer takes the attention output as it is: it is gated, normalised or "
+                "linear layer takes the unchanged attention output: it is gated, normalised or "
                 "mixed before; use edges='attention'"
             )
     return found
@@ -141,7 +141,7 @@ def find_projections(
 
 @contextmanager
 def _watched(model: nn.Module, look: Callable[[nn.Module, Any], None]) -> Iterator[None]:
-    """The model with `look` before each of its linear layers."""
+    """A context in which `look` is called before each linear layer of the model."""
     with ExitStack() as hooks:
         for module in model.modules():
             if hasattr(module, "in_features") or isinstance(module, Conv1D):

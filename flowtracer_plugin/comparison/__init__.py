@@ -1,4 +1,4 @@
-"""What right and wrong texts do differently, and how far chance alone goes."""
+"""Comparisons of right and wrong texts, and tests of whether chance explains differences."""
 
 import lazy_loader
 

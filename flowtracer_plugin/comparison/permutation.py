@@ -1,4 +1,4 @@
-"""How two groups of texts differ in numbers: means, and how far chance alone goes."""
+"""How numbers differ between two groups of texts: means and a permutation test."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy as np
 from jaxtyping import Float
 
 MOST_DEALS = 20_000
-"""Ways of dealing out the sides up to which all are tried; of more, half as many at random."""
+"""Up to this many assignments of texts to sides, all are tried; else half as many at random."""
 
 _BLOCK = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sides:
-    """Which texts are compared with which.
+    """Two groups of texts that are compared with each other.
 
     Attributes:
-        names: What the two sides are called.
-        first: Numbers of the texts of one side.
-        second: Numbers of those of the other.
+        names: The names of the two sides.
+        first: Numbers of the texts of the first side.
+        second: Numbers of the texts of the second side.
     """
 
     names: tuple[str, str]
@@ -33,33 +33,33 @@ class Sides:
 
     @property
     def members(self) -> tuple[int, ...]:
-        """The texts of both sides, the first one's first."""
+        """The texts of the first side, then those of the second."""
         return self.first + self.second
 
     @property
     def deals(self) -> int:
-        """In how many ways the texts can be dealt out to sides of these sizes."""
+        """The number of ways to assign the texts to sides of these sizes."""
         return math.comb(len(self.members), len(self.first))
 
     @property
     def tried(self) -> int:
-        """How many of these ways a chance is told from."""
+        """The number of these ways from which a chance is computed."""
         return self.deals if self.deals <= MOST_DEALS else MOST_DEALS // 2
 
     @property
     def lowest_chance(self) -> float:
-        """What no chance can be below: as they are is one of the ways, as is its mirror image."""
+        """The lowest possible chance: the actual sides count, as does an equal mirror image."""
         mirrored = self.tried == self.deals and len(self.first) == len(self.second)
         return (2 if mirrored else 1) / self.tried
 
 
-def first_equals(
+def first_identical(
     texts: Sequence[Hashable], flows: Sequence[Float[np.ndarray, " _"]]
 ) -> tuple[int, ...]:
-    """For each text the number of the first one that is the same and has the same flow.
+    """For each text the number of the first text that is identical and has the same flow.
 
-    Whoever samples gets some texts several times. They say nothing new, and could not be dealt out
-    to both sides, so that counting them would make chance look smaller than it is.
+    Sampling returns some texts several times. Copies always fall on the same side, so counting them
+    would make the chance smaller than it is.
     """
     known: dict[Hashable, list[int]] = {}
     found = []
@@ -72,12 +72,12 @@ def first_equals(
     return tuple(found)
 
 
-def two_sides(
+def sides_by_truth(
     names: tuple[str, str], truths: Sequence[bool | None], same: Sequence[int]
 ) -> Sides | None:
-    """The true texts and the false ones, each text once; None unless there are both.
+    """The true texts and the false ones, without copies; None unless there are both.
 
-    `same` is what `first_equals` gives.
+    `same` is the result of `first_identical`.
     """
     first, second = (
         tuple(at for at, truth in enumerate(truths) if truth is side and same[at] == at)
@@ -88,14 +88,15 @@ def two_sides(
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Contrast:
-    """How several things differ between the sides.
+    """The differences of several things between the sides.
 
     Attributes:
-        first: Mean over the texts of the first side; without sides the highest of all.
-        second: Mean over those of the second side; without sides the lowest of all.
-        chance: In which share of all ways to deal out the sides the thing differs at least as much
-            as it does; None without sides, and for two texts, where there is no telling.
-        chance_of_any: In which share of them at least one of the things does.
+        first: Mean over the texts of the first side; without sides, the highest value.
+        second: Mean over the texts of the second side; without sides, the lowest value.
+        chance: The share of all assignments of texts to sides in which the thing differs at least
+            as much as in the actual one; None without sides, and for two texts.
+        chance_of_any: The share of assignments in which at least one of the things differs at least
+            as much as this one does.
     """
 
     first: Float[np.ndarray, " thing"]
@@ -118,11 +119,11 @@ class Contrast:
         return [dict(zip(names, numbers, strict=True)) for numbers in zip(*known, strict=True)]
 
 
-def contrast(values: Float[np.ndarray, "text thing"], sides: Sides | None) -> Contrast:
-    """How `values` differ; the chances are those of an exact permutation test, without direction.
+def compare_sides(values: Float[np.ndarray, "text thing"], sides: Sides | None) -> Contrast:
+    """The differences of `values`, with the chances of an exact, two-sided permutation test.
 
-    Where there are more than `MOST_DEALS` ways to deal out the sides, a fixed sample of them
-    stands for all (Phipson and Smyth 2010: the sample holds the sides as they are).
+    If there are more than `MOST_DEALS` assignments, a fixed sample of them is used, which includes
+    the actual one (Phipson and Smyth 2010).
     """
     if sides is None:
         return Contrast(first=values.max(0), second=values.min(0), chance=None, chance_of_any=None)
@@ -140,7 +141,7 @@ def _chances(
     values: Float[np.ndarray, "text thing"], count: int
 ) -> tuple[Float[np.ndarray, " thing"], Float[np.ndarray, " thing"]]:
     deals = _deals(len(values), count)
-    # Sums in another order round differently: a deal that is the same must not be missed.
+    # Sums in another order round differently, and an equal difference must not be missed.
     least = np.abs(deals[0] @ values) - 1e-9 * np.abs(values).max(0)
     hits, largest = np.zeros(values.shape[1]), []
     for start in range(0, len(deals), _BLOCK):
@@ -152,7 +153,7 @@ def _chances(
 
 
 def _deals(texts: int, count: int) -> Float[np.ndarray, "deal text"]:
-    """What each text's value is multiplied with to give a difference; as they are comes first."""
+    """The factors of the texts in the difference, by assignment; the actual one is first."""
     if math.comb(texts, count) <= MOST_DEALS:
         chosen = np.array(list(combinations(range(texts), count)))
     else:

@@ -1,4 +1,4 @@
-"""How two groups of texts differ in what their flow passes: token by token, then word by word."""
+"""How the flow differs between two groups of texts, token by token and word by word."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from flowtracer_plugin.comparison.permutation import Contrast, Sides, contrast
+from flowtracer_plugin.comparison.permutation import Contrast, Sides, compare_sides
 
 _SPELLED = 12  # tokens of a continuation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Continuation:
-    """How some of the texts go on where not all do alike.
+    """The text that follows the shared beginning in some of the texts.
 
     Attributes:
-        text: What they say next, as far as they agree; empty where they end.
-        texts: Their numbers.
+        text: The next text, as far as these texts agree; empty if they end.
+        texts: The numbers of these texts.
     """
 
     text: str
@@ -28,12 +28,13 @@ class Continuation:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Beginning:
-    """What all texts begin with.
+    """The shared beginning of all texts.
 
     Attributes:
-        length: In tokens.
-        contrast: Of the flow through each of these tokens.
-        continuations: How they go on, the way of most first; empty if all are the same to the end.
+        length: Its length in tokens.
+        contrast: The differences of the flow through each of its tokens.
+        continuations: The different continuations, the most frequent first; empty if all texts are
+            identical.
     """
 
     length: int
@@ -41,30 +42,30 @@ class Beginning:
     continuations: tuple[Continuation, ...]
 
 
-def contrast_beginning(
+def compare_beginnings(
     ids: Sequence[Sequence[Hashable]],
     pieces: Sequence[Sequence[str]],
     flows: Sequence[Float[np.ndarray, " _"]],
     sides: Sides | None,
 ) -> Beginning:
-    """The tokens that all texts begin with: how the flow through them differs, and what follows.
+    """The shared beginning of all texts: how the flow through it differs, and what follows it.
 
     Args:
-        ids: What tells tokens apart, by text.
-        pieces: The texts, cut into tokens.
-        flows: Flow through each token.
-        sides: What is compared with what.
+        ids: For each text, its tokens as values that can be compared.
+        pieces: For each text, the text of its tokens.
+        flows: For each text, the flow through its tokens.
+        sides: The groups that are compared.
     """
     length = shared_length(ids)
     return Beginning(
         length=length,
-        contrast=contrast(np.array([flow[:length] for flow in flows]), sides),
+        contrast=compare_sides(np.array([flow[:length] for flow in flows]), sides),
         continuations=_continuations(ids, pieces, length),
     )
 
 
 def shared_length(ids: Sequence[Sequence[Hashable]]) -> int:
-    """How many tokens all texts begin with."""
+    """The number of tokens with which all texts begin."""
     columns = enumerate(zip(*ids, strict=False))
     differing = (place for place, column in columns if len(set(column)) > 1)
     return next(differing, min(map(len, ids)))
@@ -88,16 +89,16 @@ def _continuations(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Word:
-    """Tokens that spell the same, without the blanks around them.
+    """All tokens with the same text, apart from whitespace around it.
 
     Attributes:
-        text: What they spell; blanks alone are kept.
+        text: Their text; a token of only whitespace keeps it.
         first: Mean share of the flow through a text's tokens that passes these, as in `Contrast`.
-        second: The same of the other side.
+        second: The same for the second side.
         chance: As in `Contrast`.
-        chance_of_any: As in `Contrast`, among the words that are listed.
-        texts: How many texts have it, by side; of all, where there are no sides.
-        tokens: How many tokens they have of it, likewise.
+        chance_of_any: As in `Contrast`, among the listed words.
+        texts: The number of texts with such a token, by side; without sides, of all texts.
+        tokens: The number of such tokens, in the same form.
     """
 
     text: str
@@ -115,35 +116,35 @@ class Word:
 
 
 def least_texts(compared: int) -> int:
-    """In how many of the texts that are compared a word must be to be listed.
+    """The number of compared texts that must have a word for it to be listed.
 
-    What one of many says is mostly a matter of chance, and there is very much of it.
+    If there are many texts, there are very many words of only one, mostly by chance.
     """
     return 2 if compared > 2 else 1
 
 
-def contrast_words(
+def compare_words(
     pieces: Sequence[Sequence[str]],
     flows: Sequence[Float[np.ndarray, " _"]],
     counted: Sequence[Bool[np.ndarray, " _"]],
     sides: Sides | None,
 ) -> tuple[Word, ...]:
-    """The words that are in `least_texts` of those compared, the one that differs most first.
+    """The words that are in at least `least_texts` texts, by falling difference.
 
     Args:
-        pieces: The texts, cut into tokens.
-        flows: Flow through each token.
-        counted: Which tokens count.
-        sides: What is compared with what.
+        pieces: For each text, the text of its tokens.
+        flows: For each text, the flow through its tokens.
+        counted: For each text, the tokens that count.
+        sides: The groups that are compared.
     """
     groups = [range(len(pieces))] if sides is None else [sides.first, sides.second]
     compared = {text for group in groups for text in group}
-    # Texts that are on no side neither count nor bring words.
+    # Texts on neither side do not count, and their words are not listed.
     rows = [list(_words(*text)) for text in zip(pieces, flows, counted, strict=True)]
     names, shares, tokens = _tables([row * (at in compared) for at, row in enumerate(rows)])
     kept = (tokens > 0).sum(0) >= least_texts(len(compared))
     names, tokens = [name for name, keep in zip(names, kept, strict=True) if keep], tokens[:, kept]
-    columns = contrast(shares[:, kept], sides).columns()
+    columns = compare_sides(shares[:, kept], sides).columns()
     counts = [tokens[list(group)] for group in groups]
     words = (
         Word(
@@ -160,7 +161,7 @@ def contrast_words(
 def _tables(
     rows: Sequence[Sequence[tuple[str, float]]],
 ) -> tuple[list[str], Float[np.ndarray, "text word"], Int[np.ndarray, "text word"]]:
-    """The different words, the share of a text's flow that each has, and its number of tokens."""
+    """All words, the share of each text's flow through each word, and the number of its tokens."""
     place: dict[str, int] = {}
     for word, _ in (entry for row in rows for entry in row):
         place.setdefault(word, len(place))
@@ -179,7 +180,7 @@ def _words(
     flows: Float[np.ndarray, " token"],
     counted: Bool[np.ndarray, " token"],
 ) -> Iterator[tuple[str, float]]:
-    """Word and flow of each token; one without text belongs to the character it is part of."""
+    """Word and flow of each token; a token without text counts with the token that completes it."""
     kept = np.flatnonzero(counted)
     ends = np.array([place for place, token in enumerate(kept.tolist()) if pieces[token]], np.int64)
     starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)[: len(ends)]

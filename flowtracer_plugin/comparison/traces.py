@@ -1,4 +1,4 @@
-"""Traces side by side: where do right and wrong answers draw from, and what do they pass?"""
+"""Traces compared: from where right and wrong answers draw flow, and through which words."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from jaxtyping import Bool
 from flowtracer_plugin.comparison.permutation import (
     Contrast,
     Sides,
-    contrast,
-    first_equals,
-    two_sides,
+    compare_sides,
+    first_identical,
+    sides_by_truth,
 )
-from flowtracer_plugin.comparison.texts import Beginning, Word, contrast_beginning, contrast_words
+from flowtracer_plugin.comparison.texts import Beginning, Word, compare_beginnings, compare_words
 from flowtracer_plugin.result.trace_data import TraceData
 
 JSON_SCHEMA_VERSION = 1
 
 RIGHT_AND_WRONG = ("right", "wrong")
 HIGHEST_AND_LOWEST = ("highest", "lowest")
-"""What is compared where no two sides are known."""
+"""The names of the two values that are compared if there are no sides."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origins:
-    """From where flow enters the line of the answer, as shares that sum to 1.
+    """The parts of the text from which flow enters the answer's line, as shares that sum to 1.
 
     Attributes:
-        prompt: From the prompt.
-        early: From the first third of the response's tokens before that line.
-        middle: From the second third.
-        late: From the last one.
+        prompt: The share from the prompt.
+        early: The share from the first third of the response's tokens before that line.
+        middle: The share from the second third.
+        late: The share from the last third.
     """
 
     prompt: float
@@ -49,17 +49,17 @@ class ComparedTrace:
     """One trace in numbers.
 
     Attributes:
-        label: What it is called.
+        label: Its name in the comparison.
         right: Whether its answer is right; None if that is unknown.
         answer: Text of the answer.
         model: Name of the model.
         prompt_tokens: Length of the prompt.
         response_tokens: Length of the response.
         reasoning_share: See `TraceData.reasoning_share`.
-        stops: How many of the response's tokens before and around the answer a unit of flow passes
-            on its way, on average.
-        origins: From where flow enters the line of the answer.
-        same_as: Number of the first trace that says, and routes, the same; None if this is it.
+        stops: The number of the response's tokens, without the answer, through which the unit of
+            flow passes on average.
+        origins: The parts of the text from which flow enters the answer's line.
+        same_as: Number of the first trace with the same text and flow; None if this is the first.
             Such traces count once.
     """
 
@@ -76,21 +76,21 @@ class ComparedTrace:
 
 
 MEASURES = ("reasoning_share", "prompt", "early", "middle", "late", "stops", "response_tokens")
-"""What is known of each trace as a whole, in the order of `Comparison.measures`."""
+"""The measures of a whole trace, in the order of `Comparison.measures`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Comparison:
-    """What traces do differently.
+    """The differences between traces.
 
     Attributes:
-        traces: The traces in numbers, in the order in which they came.
-        sides: What is compared with what: right with wrong, or of two traces the one with the
-            other; None if there are no two sides.
-        beginning: What all of them begin with.
-        words: Which words the flow passes in the responses, without the answers' tokens.
-        measures: How the traces as a whole differ, in the order of `MEASURES`.
-        tokens: The tokens that all begin with.
+        traces: The traces in numbers, in the given order.
+        sides: The groups that are compared: right and wrong traces, or two single traces; None if
+            there are no two groups.
+        beginning: The shared beginning of all traces.
+        words: The words that flow passes in the responses, without the answers' tokens.
+        measures: The differences of whole traces, in the order of `MEASURES`.
+        tokens: The tokens of the shared beginning.
     """
 
     traces: tuple[ComparedTrace, ...]
@@ -102,11 +102,11 @@ class Comparison:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What `first` and `second` stand for in all contrasts."""
+        """The names of `first` and `second` in all contrasts."""
         return HIGHEST_AND_LOWEST if self.sides is None else self.sides.names
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain Python values."""
+        """The comparison as plain Python values."""
         sides, beginning = self.sides, self.beginning
         return {
             "schema": JSON_SCHEMA_VERSION,
@@ -131,14 +131,14 @@ def compare(
     labels: Sequence[str] | None = None,
     right: Sequence[bool | None] | None = None,
 ) -> Comparison:
-    """What the traces do differently, those with right answers against those with wrong ones.
+    """The differences between traces with right and with wrong answers.
 
-    Where `right` does not name both right and wrong ones, two traces are compared with each other;
-    of more, the highest and the lowest value is told.
+    Without both right and wrong answers in `right`, two traces are compared with each other, and
+    for more traces the highest and the lowest values are reported.
 
     Args:
-        traces: Of one tokenizer; usually of one prompt.
-        labels: What they are called; letters by default.
+        traces: Traces of one tokenizer, usually of one prompt.
+        labels: Their names; letters by default.
         right: Whether each answer is right; None for unknown.
 
     Raises:
@@ -146,23 +146,23 @@ def compare(
             traces, or the traces come from different tokenizers.
     """
     labels, truths = _checked(traces, labels, right)
-    same = first_equals(
+    same = first_identical(
         [(truth, *trace.token_ids.tolist()) for trace, truth in zip(traces, truths, strict=True)],
         [trace.throughput for trace in traces],
     )
-    sides = two_sides(RIGHT_AND_WRONG, truths, same)
+    sides = sides_by_truth(RIGHT_AND_WRONG, truths, same)
     if sides is None and len(traces) == 2:
         sides = Sides(names=(labels[0], labels[1]), first=(0,), second=(1,))
     compared = tuple(map(_in_numbers, traces, labels, truths, same, range(len(traces))))
     ids = [trace.token_ids.tolist() for trace in traces]
     pieces, flows = [trace.tokens for trace in traces], [trace.throughput for trace in traces]
-    beginning = contrast_beginning(ids, pieces, flows, sides)
+    beginning = compare_beginnings(ids, pieces, flows, sides)
     return Comparison(
         traces=compared,
         sides=sides,
         beginning=beginning,
-        words=contrast_words(pieces, flows, list(map(_reasoning, traces)), sides),
-        measures=contrast(np.array([_measures(trace) for trace in compared]), sides),
+        words=compare_words(pieces, flows, list(map(_reasoning, traces)), sides),
+        measures=compare_sides(np.array([_measures(trace) for trace in compared]), sides),
         tokens=traces[0].tokens[: beginning.length],
     )
 
@@ -190,11 +190,11 @@ def _in_numbers(
 
 
 def origins(trace: TraceData) -> Origins:
-    """From where flow enters the line (or sentence) of the answer: the last hop into it."""
+    """The parts of the text from which flow enters the answer's line or sentence, in one hop."""
     bounds = np.array(trace.outline.bounds)
     starts, stops = bounds.T
     line = int(np.searchsorted(stops, trace.spans.target.argmax(), side="right"))
-    # Lines follow each other, so that flow enters this one, or those from it on, exactly once.
+    # All of the flow enters this line or a later one exactly once.
     entering = trace.backbone.steps[line:, :line].sum(0, dtype=float)
     prompt = trace.spans.prompt_length
     length = max(int(starts[line]) - prompt, 1)
@@ -227,7 +227,7 @@ def _checked(
         few = count <= len(string.ascii_uppercase)
         labels = [string.ascii_uppercase[at] if few else str(at + 1) for at in range(count)]
     _check_tokenizers(traces, labels)
-    # Comparing numbers gives numpy's own truths, which are not `True`.
+    # Numpy's booleans are not `True`.
     truths = (
         [None] * count if right is None else [one if one is None else bool(one) for one in right]
     )
@@ -239,7 +239,7 @@ def _check_tokenizers(traces: Sequence[TraceData], labels: Sequence[str]) -> Non
     for trace, label in zip(traces, labels, strict=True):
         for token, piece in zip(trace.token_ids.tolist(), trace.tokens, strict=True):
             text = piece.strip()
-            # Tokens that hold parts of characters read differently from text to text.
+            # The text of tokens with parts of characters depends on their neighbours.
             if not text or not text.isascii():
                 continue
             before, other = known.setdefault(token, (text, label))

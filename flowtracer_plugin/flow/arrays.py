@@ -1,7 +1,7 @@
-"""The few operations in which the kinds of array differ that can hold a graph.
+"""The few operations that differ between the kinds of array that can hold a graph.
 
-Everything else is written once, for numpy and torch alike: `xp` is whichever of the two modules
-owns the array, and only functions that both spell the same way are called on it.
+Everything else is written once for numpy and torch: `xp` is the module that owns the array, and
+only functions that both modules spell the same way are called on it.
 """
 
 from __future__ import annotations
@@ -12,27 +12,23 @@ from typing import Any, NamedTuple
 
 
 class Backend(NamedTuple):
-    """What one kind of array needs.
+    """The operations of one kind of array.
 
-    Dense arrays have no `entries`, `assemble`, `solve` and `product`: `substitution` solves them
-    and multiplies with them where they lie.
-
-    `L` is what a matrix holds below its diagonal; of sparse ones, that is all there is.
+    A dense backend has no `entries` and no `assemble`.
 
     Attributes:
-        xp: numpy or torch, the library of the masks and of everything that is one number per token.
-        read: a matrix as float32 or float64, off the autograd tape, in its library's normal form.
-        extremes: the smallest and the largest number of a dense array that is not empty.
-        mask: a list or array as an array of `xp`, where the given matrix lies.
-        small: `(I + S) x = rhs` for a dense strictly lower S, or with `S.T`.
-        exact: a context in which products beside an array are not rounded, as autocast does.
-        entries: the query, the key and the value of every stored number; the values are no copy.
-        assemble: a matrix like the given one, from queries, keys and values in row order.
-        solve: `x = rhs + L x`, or with `L.T` if `transposed`, restricted to some queries and keys.
-        product: `L x`.
-        sparsify: the sparse form of one dense graph.
-        densify: the dense form of one sparse graph.
-        crossover: the density from which it pays to make a sparse graph dense before it is solved,
+        xp: The module, numpy or torch, of the masks and of everything with one number per token.
+        read: A matrix as float32 or float64, off the autograd tape, in the module's normal form.
+        extremes: The smallest and the largest number of a dense array that is not empty.
+        mask: A list or array as an array of `xp`, on the device of the given matrix.
+        solve: The solution of `(I + S) x = rhs` for a strictly lower `S` of this kind, or with
+            `S.T` if `transposed`.
+        exact: A context in which products are not rounded to the precision of autocast.
+        entries: Query, key and value of every stored number; the values are not a copy.
+        assemble: A matrix like the given one, from queries, keys and values in row order.
+        sparsify: The sparse form of one dense graph.
+        densify: The dense form of one sparse graph.
+        crossover: The density from which a sparse graph is solved faster after conversion to dense,
             conversion included, as `benchmarks/README.md` shows.
     """
 
@@ -40,27 +36,25 @@ class Backend(NamedTuple):
     read: Callable[[Any], Any]
     extremes: Callable[[Any], tuple[Any, Any]]
     mask: Callable[[Any, Any], Any]
-    small: Callable[..., Any]
+    solve: Callable[..., Any]
     exact: Callable[[Any], AbstractContextManager[Any]]
     entries: Callable[[Any], tuple[Any, Any, Any]] | None = None
     assemble: Callable[[Any, Any, Any, Any], Any] | None = None
-    solve: Callable[..., Any] | None = None
-    product: Callable[[Any, Any], Any] | None = None
     sparsify: Callable[[Any], Any] | None = None
     densify: Callable[[Any], Any] | None = None
     crossover: float = 0.0
 
 
 def dtype_name(array: Any) -> str:
-    """The name that numpy and torch share for a dtype, such as "float32"."""
+    """The name of the array's dtype, spelled alike for numpy and torch, such as "float32"."""
     return getattr(array.dtype, "name", str(array.dtype).removeprefix("torch."))
 
 
 def working_dtype(array: Any) -> str:
-    """The precision to compute in: half becomes single, whole numbers become double.
+    """The name of the dtype to compute in: half becomes single, integers become double precision.
 
     Raises:
-        TypeError: for complex and extended precision, and for anything that is not a number.
+        TypeError: The dtype is complex, of extended precision, or not a number.
     """
     name = dtype_name(array)
     if name in ("float32", "float64"):
@@ -70,14 +64,3 @@ def working_dtype(array: Any) -> str:
     if name.startswith(("bool", "int", "uint")):
         return "float64"
     raise TypeError(f"attention must hold real numbers of at most 64 bits, got dtype {name}")
-
-
-def restricted(edges: Any, entries: Callable[[Any], Any], queries: Any, keys: Any) -> Any:
-    """The negated copy of one sparse graph, without what other queries pay, or other keys get."""
-    system = -edges
-    query, key, values = entries(system)
-    if queries is not None:
-        values *= queries[query]
-    if keys is not None:
-        values *= keys[key]
-    return system

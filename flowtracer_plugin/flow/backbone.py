@@ -1,4 +1,4 @@
-"""What stands out in a flow: hubs, checkpoints, likely paths, and the graph of reasoning steps."""
+"""The backbone of a flow: hubs, checkpoints, likely paths, and the graph of reasoning steps."""
 
 from __future__ import annotations
 
@@ -14,30 +14,29 @@ STEP_END = re.compile(
     r"\n\s*|(?<=[.!?])(?<!^\d\.)(?<!^\d\d\.)\s+|(?<=[。！？])\s*",  # noqa: RUF001
     re.MULTILINE,
 )
-"""A step is a line, or a sentence within one; the number of a list's item is no sentence."""
-
+"""The end of a step: of a line or a sentence, but not of a list item's number."""
 
 KEPT_EDGES = 8
-"""Edges into, and out of, each token that a backbone keeps."""
+"""How many edges into, and out of, each token a backbone keeps."""
 
 KEPT_PATHS = 10
-"""Of the likeliest ones."""
+"""How many of the likeliest paths a backbone keeps."""
 
 MAX_STEPS = 4096
-"""Of a longer text, neighbouring steps are taken together."""
+"""The most steps of a text; in longer texts, neighbouring steps are merged."""
 
 BINS = 100
-"""Parts of equal length between which a backbone knows the flow."""
+"""The number of parts of equal length between which a backbone holds the flow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlowPath:
-    """One way from the question to the answer.
+    """One path from the question to the answer.
 
     Attributes:
-        tokens: Indices of its tokens in order: the first is a question token, the last one of the
-            target's.
-        probability: Chance that one unit of flow takes exactly this way.
+        tokens: Indices of its tokens in order: the first is a question token, the last a target
+            token.
+        probability: The share of the flow that takes exactly this path.
     """
 
     tokens: tuple[int, ...]
@@ -49,7 +48,7 @@ class Step:
     """A line or sentence: the tokens `start` up to `stop`.
 
     Attributes:
-        inflow: Flow that enters it from other steps or from the source.
+        inflow: Flow that enters it from other steps, or is injected in it.
     """
 
     start: int
@@ -64,7 +63,7 @@ class StepGraph:
     """The flow between steps.
 
     Attributes:
-        steps: In reading order.
+        steps: The steps in reading order.
         edges: `edges[later, earlier]` is the flow from one step to another; the diagonal is 0.
         sink: Flow from each step into the answer's sink; sums to 1.
     """
@@ -76,7 +75,7 @@ class StepGraph:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Outline:
-    """What a backbone must know of the text.
+    """The parts of a text for which a backbone sums the flow.
 
     Attributes:
         prompt_length: Tokens before the response.
@@ -92,8 +91,8 @@ class StrongEdges:
     """The strongest edges of each token, by flow.
 
     Attributes:
-        token: The other end; the token itself where there are fewer edges.
-        flow: What travels on it; 0 where there are fewer edges.
+        token: The token at the other end; the token itself where it has fewer edges.
+        flow: Flow on the edge; 0 where the token has fewer edges.
     """
 
     token: Int[np.ndarray, "token kept"]
@@ -102,21 +101,21 @@ class StrongEdges:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Backbone:
-    """What stands out in a flow: a few numbers a token, however long the text.
+    """The main features of a flow: a few numbers per token, however long the text.
 
     Attributes:
         question_reached: How many question tokens share the unit.
-        source: What is injected at each token.
+        source: The share of the unit that is injected at each token.
         sink: Flow from each token into the sink.
-        hubs: Throughput × effective number of outgoing edges: high where many later tokens draw on
-            one. The effective number is the exponential of the entropy of the edges' flow shares,
-            in edges; the edge into the sink counts as one.
-        checkpoints: Throughput × effective number of incoming edges: high where one token gathers
-            from many. What is injected at a question token counts as one edge.
+        hubs: Throughput × effective number of outgoing edges: high for a token on which many later
+            ones draw. The effective number is the exponential of the entropy of the edges' flow
+            shares; the edge into the sink counts as one edge.
+        checkpoints: Throughput × effective number of incoming edges: high for a token that gathers
+            from many. The injection at a question token counts as one edge.
         prompt_inflow: Flow that enters each token from the prompt.
         sources: The strongest edges into each token.
         targets: The strongest edges out of each token.
-        paths: The most probable ways from the question to the answer, the likeliest first.
+        paths: The likeliest paths from the question to the answer, the likeliest first.
         steps: `steps[later, earlier]` is the flow from one step to another; the diagonal is 0.
         bins: The same between the bins that begin at `bin_starts`.
     """
@@ -139,9 +138,8 @@ class StrongFlows:
     """The strongest flows between steps.
 
     Attributes:
-        flows: The earlier step, the later one, and what travels from one to the other; the
-            strongest first.
-        share: What they hold of all flow between steps.
+        flows: Earlier step, later step, and the flow between them, the strongest flow first.
+        share: Their share of all flow between steps.
     """
 
     flows: tuple[tuple[int, int, float], ...]
@@ -149,12 +147,12 @@ class StrongFlows:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The steps at their ends, in reading order."""
+        """The steps at the ends of these flows, in reading order."""
         return tuple(sorted({end for earlier, later, _ in self.flows for end in (earlier, later)}))
 
 
 def strongest_edges(backbone: Backbone, minimum: float = 0.0) -> list[tuple[int, int, float]]:
-    """The earlier token, the later one, and the flow of each edge that is kept, each edge once."""
+    """Earlier token, later token and flow of every kept edge above `minimum`, each edge once."""
     found: dict[tuple[int, int], float] = {}
     for edges, swapped in ((backbone.sources, False), (backbone.targets, True)):
         for token, place in np.argwhere(edges.flow > minimum).tolist():
@@ -167,10 +165,10 @@ def strongest_edges(backbone: Backbone, minimum: float = 0.0) -> list[tuple[int,
 def strongest_flows(
     graph: StepGraph, *, share: float = 0.8, max_steps: int = 60, max_flows: int = 150
 ) -> StrongFlows:
-    """The smallest set of flows between steps that holds `share` of all, within the limits.
+    """The smallest set of flows between steps that holds `share` of their sum, within the limits.
 
-    Flows are taken from the strongest on. One that needs more than `max_steps` steps is passed
-    over.
+    Flows are added from the strongest to the weakest, except those that would need more than
+    `max_steps` steps.
 
     Raises:
         ValueError: `share` is not between 0 and 1, or a limit is below 2 steps or 1 flow.
@@ -182,7 +180,7 @@ def strongest_flows(
         )
     total, held = float(graph.edges.sum()), 0.0
     flows: list[tuple[int, int, float]] = []
-    for earlier, later, flow in _among_few(graph.edges, max_steps):
+    for earlier, later, flow in _descending_flows(graph.edges, max_steps):
         if held >= share * total or len(flows) == max_flows:
             break
         flows.append((earlier, later, flow))
@@ -190,19 +188,19 @@ def strongest_flows(
     return StrongFlows(flows=tuple(flows), share=held / total if total else 0.0)
 
 
-def _among_few(
-    edges: Float[np.ndarray, "step step"], most: int
+def _descending_flows(
+    edges: Float[np.ndarray, "step step"], max_steps: int
 ) -> Iterator[tuple[int, int, float]]:
-    """The flows between at most so many steps, the strongest first; others are passed over."""
+    """The flows from the strongest to the weakest, except those that need too many steps."""
     order = np.argsort(-edges, axis=None, kind="stable")[: np.count_nonzero(edges > 0)]
     known: set[int] = set()
-    while len(order) and len(known) < most:
+    while len(order) and len(known) < max_steps:
         later, earlier = divmod(int(order[0]), len(edges))
         order = order[1:]
-        if len(known | {later, earlier}) <= most:
+        if len(known | {later, earlier}) <= max_steps:
             known |= {later, earlier}
             yield earlier, later, float(edges[later, earlier])
-    # Of a long text, millions are left that need another step.
+    # In a long text, millions of the other flows need another step: they are filtered at once.
     inside = np.isin(np.unravel_index(order, edges.shape), list(known)).all(0)
     for place in order[inside].tolist():
         later, earlier = divmod(place, len(edges))
@@ -210,21 +208,21 @@ def _among_few(
 
 
 def bin_starts(length: int, prompt_length: int) -> Int[np.ndarray, " bin"]:
-    """The first token of each of about `BINS` equal parts of a text; the response begins one."""
+    """The first token of each of about `BINS` equal parts of a text; the response starts a part."""
     equal = np.arange(BINS, dtype=np.int64) * length // BINS
     return np.union1d(equal, [min(prompt_length, length - 1)])
 
 
 def outline(pieces: Sequence[str], prompt_length: int) -> Outline:
-    """Of a text whose tokens decode to these pieces."""
+    """The outline of a text whose tokens decode to these pieces."""
     return Outline(prompt_length=prompt_length, bounds=step_bounds(pieces, prompt_length))
 
 
 def step_bounds(pieces: Sequence[str], prompt_length: int) -> tuple[tuple[int, int], ...]:
-    """First and last-plus-one token of every step; prompt and response never share one.
+    """First and last-plus-one token of every step; prompt and response never share a step.
 
-    Where there are more than `MAX_STEPS`, as many neighbours as necessary are taken together: the
-    flow between all pairs of steps has to fit in memory.
+    In a text with more than `MAX_STEPS`, neighbours are merged, because the flow between all pairs
+    of steps has to fit in memory.
     """
     first, second = _bounds(pieces[:prompt_length]), _bounds(pieces[prompt_length:])
     together = max(1, -(-(len(first) + len(second)) // MAX_STEPS))
@@ -239,11 +237,11 @@ def _joined(bounds: list[tuple[int, int]], together: int) -> list[tuple[int, int
 
 def _bounds(pieces: Sequence[str]) -> list[tuple[int, int]]:
     text = "".join(pieces)
-    # Blank space around the text is no step of its own.
+    # Whitespace around the text is not a step.
     found = STEP_END.finditer(text, len(text) - len(text.lstrip()))
     last = len(text.rstrip())
     ends = np.array([match.end() for match in found if match.end() < last], dtype=np.int64)
-    # A token that begins with a space belongs to the word after it, not to the step before.
+    # A token that begins with a space belongs to the word after the space.
     indents = [len(piece) - len(piece.lstrip()) if piece.strip() else 0 for piece in pieces]
     starts = np.cumsum([0, *map(len, pieces)])[:-1] + indents
     step = np.searchsorted(ends, starts, side="right")
@@ -260,7 +258,7 @@ def step_graph(
 ) -> StepGraph:
     """The flow between steps, with their texts.
 
-    `regions` names the region of every token; a step has that of its last one.
+    `regions` names the region of every token; a step has the region of its last token.
     """
     starts = [start for start, _ in bounds]
     inflow = backbone.steps.sum(1) + np.add.reduceat(backbone.source, starts)

@@ -1,4 +1,4 @@
-"""Which kind of array a graph is held in."""
+"""The backend for each kind of array that can hold a graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowtracer_plugin.flow.arrays import Backend
 
 
 def backend_of(array: Any) -> Backend:
-    """The backend for this array; no library is imported that the caller has not imported."""
+    """The backend for this array. It imports no library that the caller has not imported."""
     if isinstance(array, np.ndarray):
         from flowtracer_plugin.flow.numpy_arrays import NUMPY
 
@@ -38,7 +38,7 @@ def _refuse(found: str) -> Backend:
 
 
 def scale(edges: Any, factors: Any, *, of: Literal["query", "key"]) -> Any:
-    """Multiply, in place, every row (query) or every column (key) by the factor of its token."""
+    """The edges, each row (query) or column (key) multiplied in place by its token's factor."""
     if isinstance(edges, tuple):
         return tuple(scale(one, each, of=of) for one, each in zip(edges, factors, strict=True))
     backend = backend_of(edges)

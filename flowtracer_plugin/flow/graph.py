@@ -1,4 +1,4 @@
-"""The attention graph: strictly causal, checked once, pruned on request."""
+"""Attention as a strictly causal graph, which is checked when it is made and can be pruned."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class FlowGraph:
     """Attention as a directed acyclic graph over the tokens of one sequence, or of a batch.
 
     An edge runs from an earlier token (the key) to a later one (the query) and carries the
-    attention that the later pays to the earlier. Make one with `from_attention`, which checks
-    everything; the constructor trusts.
+    attention that the later token pays to the earlier. Make a graph with `from_attention`, which
+    checks everything; the constructor checks nothing.
 
     Attributes:
         matrix: `[query, key]` or `[batch, query, key]`, float32 or float64: a numpy array, a torch
             tensor (dense or sparse CSR), a scipy csr_array, or a tuple of sparse ones, one per
             batch row. A dense one is the attention that was passed, not a copy (do not change it
-            while the graph is in use), and what it holds on the diagonal does not count.
-        question: the tokens into which one unit of flow is injected.
-        answer: the tokens that are connected to the sink.
-        dropped: share of the off-diagonal attention that pruning removed, in [0, 1]; a float, or
+            while the graph is in use), and its diagonal does not count.
+        question: The tokens into which one unit of flow is injected.
+        answer: The tokens that are connected to the sink.
+        dropped: Share of the off-diagonal attention that pruning removed, in [0, 1]; a float, or
             one number per batch row.
     """
 
@@ -37,7 +37,7 @@ class FlowGraph:
 
     @property
     def edges(self) -> Any:
-        """The matrix, strictly lower triangular; of a dense one, a copy is made every time."""
+        """The matrix, strictly lower triangular; each call copies a dense matrix."""
         backend = None if isinstance(self.matrix, tuple) else backend_of(self.matrix)
         if backend is None or backend.entries is not None:
             return self.matrix
@@ -45,18 +45,18 @@ class FlowGraph:
 
     @classmethod
     def from_attention(cls, attention: Any, question: Any, answer: Any) -> FlowGraph:
-        """Check attention and masks.
+        """The graph of this attention; attention and masks are checked.
 
         Args:
             attention: `[query, key]` or `[batch, query, key]`, non-negative and lower triangular;
-                rows need not sum to one. Half precision is computed in float32, whole numbers in
-                float64. A batch of sparse graphs is a list.
-            question: booleans, or 0 and 1, of shape `[token]` or `[batch, token]`.
-            answer: the same.
+                rows need not sum to one. Half precision becomes float32, integers become float64.
+                A batch of sparse graphs is a list.
+            question: Booleans, or 0 and 1, of shape `[token]` or `[batch, token]`.
+            answer: The same for the answer.
 
         Raises:
-            TypeError: attention or masks are of a kind or dtype that cannot be read.
-            ValueError: their shapes, devices or numbers are wrong; the message says where.
+            TypeError: Attention or masks are of a kind or dtype that cannot be read.
+            ValueError: Their shapes, devices or numbers are wrong; the message says where.
 
         >>> import numpy as np
         >>> FlowGraph.from_attention(np.tril(np.ones((3, 3))), [1, 0, 0], [0, 0, 1]).edges
@@ -80,18 +80,16 @@ class FlowGraph:
         return cls(matrix=matrix, question=question, answer=answer, dropped=nothing)
 
     def prune(self, *, top_k: int | None = None, mass: float | None = None) -> FlowGraph:
-        """Keep only the strongest edges into each token, by exactly one of two rules.
+        """The graph with only the strongest edges into each token, by exactly one of two rules.
+
+        Its `dropped` counts from the attention of the original graph, however often it is pruned.
 
         Args:
-            top_k: keep this many edges per query row; of equal ones, those of earlier keys.
-            mass: keep the fewest edges per query row that hold this share of the row's attention.
-
-        Returns:
-            A graph whose `dropped` counts from the attention it was first made of, however often
-            it has been pruned.
+            top_k: Keep this many edges per query row; equal edges of earlier keys come first.
+            mass: Keep the fewest edges per query row that hold this share of the row's attention.
 
         Raises:
-            ValueError: none or both are given, or one is out of range.
+            ValueError: Neither or both are given, or one is out of range.
 
         >>> import numpy as np
         >>> attention = np.array([[0, 0, 0], [1, 0, 0], [0.75, 0.25, 0]])
@@ -110,14 +108,14 @@ class FlowGraph:
         else:
             kept = _strongest(edges, top_k, mass)
         before, after = _total(edges), _total(kept)
-        lost = (before - after) / (before + (before == 0))  # without attention, nothing is lost
+        lost = (before - after) / (before + (before == 0))  # 0 if there is no attention
         dropped = self.dropped + (1 - self.dropped) * lost
         return replace(self, matrix=kept, dropped=dropped if dropped.ndim else float(dropped))
 
     def to_sparse(self) -> FlowGraph:
         """The same graph with only its edges stored, as a scipy csr_array or torch sparse CSR.
 
-        A batch becomes a tuple of sparse matrices; a sparse graph comes back as it is.
+        A batch becomes a tuple of sparse matrices; a sparse graph is returned unchanged.
 
         >>> import numpy as np
         >>> graph = FlowGraph.from_attention(np.tril(np.ones((3, 3))), [1, 0, 0], [0, 0, 1])
@@ -134,7 +132,7 @@ class FlowGraph:
         )
 
     def to_dense(self) -> FlowGraph:
-        """The same graph as one array, numpy's or torch's; a dense graph comes back as it is.
+        """The same graph as one numpy or torch array; a dense graph is returned unchanged.
 
         >>> import numpy as np
         >>> graph = FlowGraph.from_attention(np.tril(np.ones((3, 3))), [1, 0, 0], [0, 0, 1])
@@ -151,7 +149,7 @@ class FlowGraph:
 
     @property
     def density(self) -> float:
-        """Stored edges among the pairs of tokens; 1 for a dense graph."""
+        """The share of the pairs of tokens that are stored as edges; 1 for a dense graph."""
         matrices = self.matrix if isinstance(self.matrix, tuple) else (self.matrix,)
         backend, tokens = backend_of(matrices[0]), matrices[0].shape[-1]
         if backend.entries is None or tokens < 2:
@@ -161,7 +159,7 @@ class FlowGraph:
 
 
 def _strictly_lower(matrix: Any) -> Any:
-    """A sparse matrix without its diagonal and without stored zeros; a dense one as it is."""
+    """A sparse matrix without its diagonal and stored zeros; a dense matrix unchanged."""
     backend = backend_of(matrix)
     if backend.entries is None or backend.assemble is None:
         return matrix
@@ -176,7 +174,7 @@ def _strongest(edges: Any, top_k: int | None, mass: float | None) -> Any:
         kept = _strongest_slots(edges.reshape(-1, edges.shape[-1]), top_k, mass)
         return edges * kept.reshape(edges.shape)
     query, key, value = backend.entries(edges)
-    # left-align the rows, as wide as the widest; a slot is a place in the row
+    # left-align the rows in a dense array; a slot is a place in the row
     slot = _place_in_row(query, backend.xp)
     width = int(slot.max()) + 1 if len(value) else 1
     rows = backend.xp.zeros((edges.shape[0], width), dtype=value.dtype, device=value.device)
@@ -186,14 +184,14 @@ def _strongest(edges: Any, top_k: int | None, mass: float | None) -> Any:
 
 
 def _place_in_row(query: Any, xp: Any) -> Any:
-    """0, 1, 2 ... from the start of each row, for sorted row numbers."""
+    """The place of each entry in its row, counted from 0, for sorted row numbers."""
     return xp.arange(len(query), device=query.device) - xp.searchsorted(query, query)
 
 
 def _strongest_slots(
     rows: Float[Any, "row slot"], top_k: int | None, mass: float | None
 ) -> Bool[Any, "row slot"]:
-    """Which values a pruning rule keeps, row by row; zeros may be among them."""
+    """The values that a pruning rule keeps in each row; zeros may be among them."""
     xp = backend_of(rows).xp
     order = xp.argsort(-rows, stable=True)
     row = xp.arange(len(rows), device=rows.device)[:, None]
@@ -202,7 +200,8 @@ def _strongest_slots(
         kept[row, order[:, :top_k]] = True
     if mass is not None:
         falling = xp.asarray(rows[row, order], dtype=xp.float64)
-        # summed from the weakest up, so that mass=1 keeps even what vanishes beside the strongest
+        # summed from the weakest up, so that mass=1 keeps even edges that round to nothing beside
+        # the strongest
         rest = xp.flip(xp.cumsum(xp.flip(falling, (1,)), 1), (1,))
         kept[row, order] = rest > (1 - mass) * rest[:, :1]
         kept[row, order[:, :1]] |= falling[:, :1] > 0  # 1 - mass may round to 1
@@ -210,7 +209,7 @@ def _strongest_slots(
 
 
 def _total(edges: Any) -> Any:
-    """All attention of each graph, summed in double precision."""
+    """The sum of each graph's attention, in double precision."""
     if isinstance(edges, tuple):
         return backend_of(edges[0]).xp.stack([_total(one) for one in edges])
     backend = backend_of(edges)

@@ -20,19 +20,19 @@ def read(attention: np.ndarray) -> Float[np.ndarray, "..."]:
 
 
 def extremes(values: np.ndarray) -> tuple[Any, Any]:
-    """The smallest and the largest number, by parts that stay in cache from one to the other."""
+    """The smallest and the largest number, by parts that are still in cache for the second."""
     rows = np.atleast_2d(values)
     parts = [rows[..., start : start + 32, :] for start in range(0, rows.shape[-2], 32)]
     found = np.array([(part.min(), part.max()) for part in parts])
     return found[:, 0].min(), found[:, 1].max()
 
 
-def mask(values: Any, like: Any) -> np.ndarray:
-    """The mask as a numpy array, whatever it holds."""
+def mask(values: Any, _: Any) -> np.ndarray:
+    """The mask as a numpy array."""
     return np.asarray(values)
 
 
-def small(
+def solve(
     system: Float[np.ndarray, "*batch token token"],
     rhs: Float[np.ndarray, "*batch token"],
     *,
@@ -41,7 +41,7 @@ def small(
     """Substitution, one graph after the other."""
     if system.ndim == 3:
         rows = zip(system, rhs, strict=True)
-        return np.stack([small(one, b, transposed=transposed) for one, b in rows])
+        return np.stack([solve(one, b, transposed=transposed) for one, b in rows])
     return solve_triangular(
         system,
         rhs,
@@ -53,7 +53,7 @@ def small(
 
 
 def exact(_: Any) -> AbstractContextManager[None]:
-    """Numpy rounds nothing."""
+    """Nothing to do: numpy has no autocast."""
     return nullcontext()
 
 
@@ -69,7 +69,7 @@ NUMPY = Backend(
     read=read,
     extremes=extremes,
     mask=mask,
-    small=small,
+    solve=solve,
     exact=exact,
     sparsify=sparsify,
 )

@@ -1,4 +1,4 @@
-"""The flow across every cut of the text: one unit, wherever one cuts."""
+"""The flow across cuts of the text, which is one unit at every cut."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ RESPONSE_BANDS = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class River:
-    """What crosses each cut between two tokens, by where it comes from.
+    """The flow across each cut between two tokens, by the part of the text it comes from.
 
-    At every cut, `waiting + flow.sum(1) + arrived` is 1 to within rounding: nothing is lost, and
-    nothing is made.
+    At every cut, `waiting + flow.sum(1) + arrived` is 1 to within rounding: flow is conserved.
 
     Attributes:
         cuts: The token that follows each cut, ascending, from 0 to the number of tokens.
         bands: Names of the parts of the text that flow comes from, in reading order.
         band_starts: The first token of each part.
-        flow: What crosses a cut, by the part in which its edge begins.
-        waiting: What starts after the cut.
-        arrived: What has reached the answer's sink before it.
-        passing: For the stretch from each cut to the next, what passes over it without touching
-            any of its tokens. Where this is narrow, nearly all flow goes through few tokens.
+        flow: Flow on edges across each cut, by the part in which the edge begins.
+        waiting: Flow that is injected after the cut.
+        arrived: Flow that enters the answer's sink before the cut.
+        passing: Flow from before one cut to after the next that touches no token in between. Where
+            it is small, nearly all flow goes through few tokens.
     """
 
     cuts: Int[np.ndarray, " cut"]
@@ -44,7 +43,7 @@ def river(backbone: Backbone, prompt_length: int) -> River:
     length = len(backbone.source)
     starts = bin_starts(length, prompt_length)
     count = len(starts)
-    # crossing[cut, bin]: from a bin before the cut to any after it.
+    # crossing[cut, bin]: the flow from a bin before the cut to all bins after it.
     below = np.cumsum(backbone.bins[::-1].astype(np.float64), axis=0)[::-1]
     crossing = np.tril(np.concatenate([below, np.zeros((1, count))]), -1)
     passing = np.tril(crossing[1:], -1).sum(1)
@@ -63,14 +62,14 @@ def river(backbone: Backbone, prompt_length: int) -> River:
 def _before(
     values: Float[np.ndarray, " token"], starts: Int[np.ndarray, " bin"]
 ) -> Float[np.ndarray, " cut"]:
-    """Sum before each cut, the last of which lies after all."""
+    """The sum before each cut; the last cut is the end of the text."""
     return np.append(0, np.cumsum(np.add.reduceat(values.astype(np.float64), starts)))
 
 
 def _bands(
     starts: Int[np.ndarray, " bin"], prompt_length: int, length: int
 ) -> tuple[tuple[str, ...], list[int]]:
-    """Prompt and equal parts of the response: their names, and the first bin of each."""
+    """The names and first bins of the prompt and of equal parts of the response."""
     names, firsts = (["prompt"], [0]) if prompt_length else ([], [])
     for part in range(RESPONSE_BANDS):
         begin = prompt_length + part * (length - prompt_length) // RESPONSE_BANDS

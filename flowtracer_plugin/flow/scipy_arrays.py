@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import spsolve_triangular
 
-from flowtracer_plugin.flow.arrays import Backend, restricted, working_dtype
-from flowtracer_plugin.flow.numpy_arrays import exact, extremes, mask, small
+from flowtracer_plugin.flow.arrays import working_dtype
+from flowtracer_plugin.flow.numpy_arrays import NUMPY
 
 Entries = tuple[Int[np.ndarray, " edge"], Int[np.ndarray, " edge"], Float[np.ndarray, " edge"]]
 
 
 def read(attention: Any) -> csr_array:
-    """The attention as floats in CSR; what is stored twice counts as its sum once assembled."""
+    """The attention as floats in CSR; duplicate entries are summed when it is assembled."""
     return csr_array(attention, dtype=working_dtype(attention))
 
 
@@ -32,35 +32,19 @@ def assemble(like: csr_array, query: Any, key: Any, value: Any) -> csr_array:
 
 
 def solve(
-    edges: csr_array,
-    rhs: Float[np.ndarray, " token"],
-    *,
-    transposed: bool,
-    queries: Bool[np.ndarray, " token"] | None = None,
-    keys: Bool[np.ndarray, " token"] | None = None,
+    system: csr_array, rhs: Float[np.ndarray, " token"], *, transposed: bool
 ) -> Float[np.ndarray, " token"]:
-    """Substitution along the stored edges; the transpose is a view in CSC, which is as good."""
-    system = restricted(edges, entries, queries, keys)
+    """Substitution along the stored edges; the transpose is a view in CSC, which is as fast."""
     matrix = system.T if transposed else system
     return spsolve_triangular(matrix, rhs, lower=not transposed, unit_diagonal=True)
 
 
-def product(edges: csr_array, vector: Float[np.ndarray, " token"]) -> Float[np.ndarray, " token"]:
-    """The matrix times a vector."""
-    return edges @ vector
-
-
-SCIPY = Backend(
-    xp=np,
+SCIPY = NUMPY._replace(
     read=read,
-    extremes=extremes,
-    mask=mask,
-    small=small,
-    exact=exact,
     entries=entries,
     assemble=assemble,
     solve=solve,
-    product=product,
+    sparsify=None,
     densify=csr_array.toarray,
     crossover=0.03,
 )

@@ -1,10 +1,10 @@
-"""Reach, throughput and edge flow: how much of one unit, injected over the question, passes where.
+"""Reach, throughput and edge flow of one unit that is injected over the question.
 
-With `L[k, i]` the attention that the later token k pays to the earlier token i, the reach
+Let `L[k, i]` be the attention that the later token k pays to the earlier token i. The reach
 `h = 1[answer] + L.T h` is the influence of a token on the answer, and the throughput is `f = h g`
-with `g = mu / h + L g`: two substitutions with one triangular matrix, all of whose terms are
-non-negative, so that nothing cancels. The answer-conditioned matrix of the paper (section 3) is
-never built. The same algebra runs on numpy and torch, dense and sparse.
+with `g = mu / h + L g`. These are two substitutions with one triangular matrix; all terms are
+non-negative, so nothing cancels. The answer-conditioned matrix of the paper (section 3) is never
+built. The same algebra runs on numpy and torch, dense and sparse.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ UNREACHED = ("raise", "zero")
 BACKENDS = ("auto", "dense", "sparse")
 
 LARGEST_MADE_DENSE = 2**26
-"""Entries, 256 MB in float32, of a sparse graph that is made dense unasked. No dense graph is made
-sparse unasked: to look for the edges takes longer than to solve the flow along all of them."""
+"""The most entries (256 MB in float32) that `backend="auto"` makes dense. It makes no dense graph
+sparse: finding the edges takes longer than solving the flow along all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Flow:
-    """One unit of flow from the question to the answer; arrays are of the graph's kind and device.
+    """One unit of flow from the question to the answer, in arrays of the graph's kind and device.
 
     Attributes:
-        graph: the graph that was solved; a dense one holds the attention that was passed, not a
-            copy, so `edge_flow` is right as long as that stays as it is.
+        graph: The graph that was solved. A dense one holds the attention that was passed, not a
+            copy; `edge_flow` is wrong once that attention has been changed.
         reach: `h`, the influence of each token on the answer: the expected number of visits of a
             walk that starts at every answer token and steps back along attention. At most the
             number of answer tokens if the attention of each token sums to at most one.
         throughput: `f`, the share of the unit that passes through each token, in [0, 1]. Exactly 0
-            where the answer is out of reach.
-        source: `mu`, what is injected at each token; sums to 1 over the question.
-        potential: `g`, throughput per reach, up to one power of two that the whole graph shares.
-        question_reached: how many question tokens reach the answer and so share the unit; an int,
-            or one number per batch row.
+            for tokens from which no path leads to the answer.
+        source: `mu`, the share injected at each token; sums to 1 over the question.
+        potential: `g`, throughput per reach, times a power of two that the whole graph shares.
+        question_reached: How many question tokens reach the answer and share the unit; an int, or
+            one number per batch row.
         boundary: "literal" or "absorbing", as passed to `solve_graph`.
     """
 
@@ -62,11 +62,11 @@ class Flow:
     boundary: str
 
     def edge_flow(self) -> Any:
-        """The share of the unit that travels on each edge, laid out and stored like the edges.
+        """The share of the unit that travels on each edge, in an array like the edges.
 
-        `phi[k, i] = f(i) P[i, k]`, which is `h(k) L[k, i] g(i)`: what enters a token, injected
-        or along edges, equals its throughput, and so does what leaves it, along edges or into the
-        sink.
+        `phi[k, i] = f(i) P[i, k]`, which is `h(k) L[k, i] g(i)`. The flow into a token (injected or
+        along edges) equals its throughput, and so does the flow out of it (along edges or into the
+        sink).
 
         >>> attention = np.array([[0, 0, 0], [1, 0, 0], [0.75, 0.25, 0]])
         >>> solve_flow(attention, [1, 0, 0], [0, 0, 1]).edge_flow()
@@ -76,14 +76,14 @@ class Flow:
         """
         arriving, leaving = self._ends()
         edges = self.graph.edges
-        if edges is self.graph.matrix:  # sparse, and so no copy yet
+        if edges is self.graph.matrix:  # sparse edges, which are not a copy yet
             edges = tuple(one * 1 for one in edges) if isinstance(edges, tuple) else edges * 1
         return scale(scale(edges, arriving, of="query"), leaving, of="key")
 
     def inflow(self, tokens: Bool[Any, "*batch token"]) -> Float[Any, "*batch token"]:
         """The share of the unit that enters each token along edges from `tokens`.
 
-        These are sums of rows of `edge_flow`, without another matrix of its size.
+        These are sums of rows of `edge_flow`, computed without a matrix of its size.
 
         >>> attention = np.array([[0, 0, 0], [1, 0, 0], [0.75, 0.25, 0]])
         >>> flow = solve_flow(attention, [1, 0, 0], [0, 0, 1])
@@ -94,12 +94,12 @@ class Flow:
         return arriving * product(self.graph.matrix, leaving * tokens)
 
     def _ends(self) -> tuple[Float[Any, "*batch token"], Float[Any, "*batch token"]]:
-        """What an edge's attention is multiplied with at its later and its earlier token."""
+        """The factors of an edge's attention: that of its later and that of its earlier token."""
         leaving = self.potential
         if self.boundary == "absorbing":
             leaving = leaving * ~self.graph.answer
-        # f / g is the reach in the scale of g: it keeps its precision where the reach itself,
-        # as reported, has underflowed
+        # f / g is the reach in the scale of g, which is precise even where the reported reach
+        # has underflowed
         return self.throughput / (self.potential + (self.potential == 0)), leaving
 
     def sink_flow(self) -> Float[Any, "*batch token"]:
@@ -121,30 +121,30 @@ def solve_flow(
     unreached: str = "raise",
     backend: str = "auto",
 ) -> Flow:
-    """Trace how one unit, injected over the question, flows along attention into the answer.
+    """The flow of one unit that is injected over the question and runs along attention.
 
     Args:
         attention: `[query, key]` or `[batch, query, key]`, lower triangular; a numpy array, a
             torch tensor (dense or sparse CSR), a scipy sparse array, or a list of sparse ones.
-            Dense attention is not copied: what comes back refers to it.
-        question: where the unit is injected: booleans, or 0 and 1, of shape `[token]` or
-            `[batch, token]`.
-        answer: the tokens that are connected to the sink, likewise.
+            Dense attention is not copied: the result refers to it.
+        question: The tokens at which the unit is injected: booleans, or 0 and 1, of shape
+            `[token]` or `[batch, token]`.
+        answer: The tokens that are connected to the sink, in the same form.
         question_weights: "uniform" injects the same at every question token that reaches the
-            answer; "reach" injects in proportion to its influence.
+            answer; "reach" injects in proportion to the token's influence.
         boundary: "literal" lets influence pass through answer tokens to later ones; "absorbing"
-            ends it at the first answer token that it meets.
-        unreached: "raise" if no question token reaches the answer, or "zero": such a graph, or row
-            of a batch, carries no flow and has 0 in `question_reached`.
-        backend: "dense" or "sparse": how the edges are stored while the flow is solved, whatever
-            they came as. "auto" takes them as they are, but makes sparse graphs dense that have
-            more than 3 % (scipy) or 5 % (torch) of all edges and at most 8,192 tokens, since that
-            is faster.
+            ends it at the first answer token.
+        unreached: "raise" raises an error if no question token reaches the answer. With "zero", a
+            graph or batch row without such a token carries no flow and has `question_reached` 0.
+        backend: "dense" or "sparse" is how the edges are stored while the flow is solved. "auto"
+            keeps their form, except that sparse graphs become dense, because that is faster, if
+            they have more than 3 % of all edges and at most 8,192 tokens.
 
     Raises:
-        TypeError, ValueError: as `FlowGraph.from_attention`; and ValueError if no question token
-            reaches the answer, unless `unreached` is "zero".
-        FloatingPointError: the numbers do not fit the precision of the attention.
+        TypeError: As for `FlowGraph.from_attention`.
+        ValueError: As for `FlowGraph.from_attention`, or no question token reaches the answer and
+            `unreached` is "raise".
+        FloatingPointError: The numbers do not fit the precision of the attention.
 
     >>> flow = solve_flow(np.tril(np.ones((4, 4))), [1, 0, 0, 0], [0, 0, 0, 1])
     >>> flow.throughput
@@ -170,7 +170,7 @@ def solve_graph(
     unreached: str = "raise",
     backend: str = "auto",
 ) -> Flow:
-    """`solve_flow` for a graph that has been made, and perhaps pruned, before.
+    """The same as `solve_flow` for a graph that exists already and may have been pruned.
 
     >>> graph = FlowGraph.from_attention(np.tril(np.ones((4, 4))), [1, 0, 0, 0], [0, 0, 0, 1])
     >>> solve_graph(graph.prune(top_k=1)).throughput
@@ -186,9 +186,9 @@ def solve_graph(
         partial(solve, matrix),
         question,
         answer,
+        passing_tokens(answer, boundary),
         dtype=dtype,
         question_weights=question_weights,
-        boundary=boundary,
         zero=unreached == "zero",
     )
     return Flow(graph=graph, boundary=boundary, **nodes._asdict())
@@ -204,7 +204,7 @@ def _stored(graph: FlowGraph, backend: str) -> FlowGraph:
 
 
 class Nodes(NamedTuple):
-    """What a flow says of its tokens; see `Flow`."""
+    """The numbers of a flow that belong to its tokens; see `Flow`."""
 
     reach: Float[Any, "*batch token"]
     throughput: Float[Any, "*batch token"]
@@ -213,25 +213,31 @@ class Nodes(NamedTuple):
     question_reached: int | Int[Any, " batch"]
 
 
+def passing_tokens(
+    answer: Bool[Any, "*batch token"], boundary: str
+) -> Bool[Any, "*batch token"] | None:
+    """The tokens through which influence passes to later ones; None for all tokens."""
+    return ~answer if boundary == "absorbing" else None
+
+
 def solve_nodes(
     solve: Callable[..., Any],
     question: Bool[Any, "*batch token"],
     answer: Bool[Any, "*batch token"],
+    passing: Bool[Any, "*batch token"] | None,
     *,
     dtype: Any,
     question_weights: str,
-    boundary: str,
     zero: bool,
 ) -> Nodes:
-    """Reach from the end, then potential from the beginning, by any way of substitution.
+    """Reach, solved from the end of the text, then potential, solved from its beginning.
 
-    `solve` is called as `Backend.solve`, without the matrix. With `zero`, graphs whose question
-    does not reach the answer carry no flow; else that raises.
+    `solve` is called like `substitution.solve`, without the matrix. If no question token reaches
+    the answer, the graph carries no flow with `zero`, and an error is raised without.
     """
     xp = backend_of(answer).xp
     unit = unit_of(xp.finfo(dtype))
-    passing = ~answer if boundary == "absorbing" else None
-    with np.errstate(all="ignore"):  # _check_flow finds what does not fit
+    with np.errstate(all="ignore"):  # _check_flow finds numbers that do not fit
         scaled = _reach(solve, xp.asarray(answer, dtype=dtype) * unit, passing)
         source = _source(question & (scaled > 0), scaled, question_weights)
         potential = _potential(solve, scaled, source, passing)
@@ -254,11 +260,10 @@ def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def unit_of(finfo: Any) -> float:
-    """What the sink holds while we compute: the square root of the largest power of two.
+    """The reach of the sink during the computation: the square root of the largest power of two.
 
-    Throughput does not change when reach is scaled. With the sink in the middle of the upper half
-    of the exponents, reach may shrink to 1e-57 of it in float32 (1e-461 in float64) on its way,
-    and `1 / reach` fits as well.
+    Throughput does not change when reach is scaled. With this scale, reach may shrink to 1e-57 of
+    the sink's in float32 (1e-461 in float64), and `1 / reach` still fits.
     """
     return 2.0 ** (math.frexp(float(finfo.max))[1] // 2)
 
@@ -268,16 +273,16 @@ def _reach(
     sink: Float[Any, "*batch token"],
     passing: Bool[Any, "*batch token"] | None,
 ) -> Float[Any, "*batch token"]:
-    """`h`, in the unit of the sink."""
+    """`h`, in the scale of the sink."""
     reach = solve(sink, transposed=True, keys=passing)
-    # a subnormal number has lost the digits that 1 / h needs: it counts as out of reach
+    # a subnormal number has lost the digits that 1 / h needs, so it counts as no reach
     return reach * (reach >= backend_of(reach).xp.finfo(reach.dtype).smallest_normal)
 
 
 def _source(
     reached: Bool[Any, "*batch token"], reach: Float[Any, "*batch token"], weights: str
 ) -> Float[Any, "*batch token"]:
-    """`mu`: one unit over the question tokens that are reached; 0 where there is none."""
+    """`mu`: one unit over the reached question tokens; all 0 if there are none."""
     share = reached * (reach if weights == "reach" else backend_of(reach).xp.ones_like(reach))
     total = share.sum(-1, keepdims=True)
     return share / (total + (total == 0))
@@ -291,8 +296,8 @@ def _potential(
 ) -> Float[Any, "*batch token"]:
     """`g`, which is 0 at tokens without reach.
 
-    Flow never enters these tokens. Left in, a dead end whose potential overflows would turn what
-    it is not even connected to into nan (0 times infinity).
+    Flow never enters these tokens. If they took part, one whose potential overflows would turn
+    tokens that are not even connected to it into nan (0 times infinity).
     """
     injected = source / (reach + (reach == 0))
     return solve(injected, transposed=False, queries=reach > 0, keys=passing)
@@ -303,14 +308,14 @@ def into_sink(
     reach: Float[Any, "*batch token"],
     throughput: Float[Any, "*batch token"],
 ) -> Float[Any, "*batch token"]:
-    """`f(a) / h(a)`: the sink has reach 1, and so has the edge from each answer token to it."""
+    """`f(a) / h(a)`: the sink has reach 1, and each answer token's edge to it has weight 1."""
     return answer * throughput / backend_of(reach).xp.where(answer, reach, 1)
 
 
 def _check_flow(reached: Any, reach: Any, sunk: Any, *, zero: bool) -> None:
-    """Raise if numbers did not fit, for the unit gets lost then, or a row has no source.
+    """Raise if the unit did not arrive because numbers overflowed, or if a row has no source.
 
-    With `zero` a row may have none.
+    With `zero`, a row may have no source.
     """
     connected = (reached > 0) | ~backend_of(reach).xp.isfinite(reach).all(-1)
     # nan or infinity at any token makes the sum nan, which fails the comparison

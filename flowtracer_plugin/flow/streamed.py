@@ -1,13 +1,14 @@
-"""The flow of one text and what stands out in it, from attention that comes in blocks of rows.
+"""The flow of one text and its backbone, from attention that comes in blocks of rows.
 
-Two passes see each block once: from the end for reach and the likeliest paths, from the beginning
-for throughput and the edges. A block has served when it has been seen, so that no matrix of all
-pairs of tokens exists, unless it is what the blocks are cut from.
+Two passes see each block once: the first runs from the end for reach and the likeliest paths, the
+second from the beginning for throughput and the edges. No block is needed after that, so no matrix
+of all pairs of tokens exists unless the blocks are cut from one.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from flowtracer_plugin.flow.backbone import (
     bin_starts,
 )
 from flowtracer_plugin.flow.likely_paths import LikelyPaths
-from flowtracer_plugin.flow.solve import Nodes, into_sink, solve_nodes, unit_of
+from flowtracer_plugin.flow.solve import Nodes, into_sink, passing_tokens, solve_nodes, unit_of
 from flowtracer_plugin.flow.substitution import BLOCK, Rows, Visit, stored, substitute
 
 
@@ -41,42 +42,56 @@ def stream_flow(
     paths: int = KEPT_PATHS,
     edges: int = KEPT_EDGES,
 ) -> tuple[Nodes, Backbone]:
-    """Reach, throughput and backbone, in numpy; `rows` are trusted to be attention.
+    """Reach, throughput and backbone, as numpy arrays; nothing checks that `rows` are attention.
 
     Args:
         rows: Blocks of the attention, on the device of the masks; each is asked for twice.
         question: Where the unit is injected.
         target: Where it ends.
-        outline: What else the backbone says is about.
-        dtype: Of the rows.
+        outline: The parts of the text for which the backbone sums the flow.
+        dtype: Dtype of the rows.
         question_weights: As for `solve_flow`.
         boundary: As for `solve_flow`.
-        block: Rows that are there at a time.
+        block: Rows that are in memory at a time.
         paths: How many of the likeliest paths are kept.
         edges: How many edges into, and out of, each token are kept.
 
     Raises:
         ValueError: No question token reaches the target.
-        FloatingPointError: As `solve_flow`.
+        FloatingPointError: As for `solve_flow`.
     """
-    # After the last target there is no flow, so these rows are never asked for.
+    # No flow passes the last target, so these rows are never asked for.
     length = int(target.nonzero().max()) + 1
     total, question, target = len(target), question[:length], target[:length]
-    passes = _Passes(rows, target, outline, dtype, block, paths, edges, boundary, total)
+    passing = passing_tokens(target, boundary)
+    likely = LikelyPaths(target, passing, paths, dtype)
+    sums = _EdgeSums(torch.zeros_like(target, dtype=dtype), passing, outline, edges, total)
+
+    def forwards(reach: Float[Tensor, " token"]) -> Visit:
+        sums.reach = reach
+        return sums.visit
+
     nodes = solve_nodes(
-        passes.solve,
+        _two_passes(rows, block, likely.visit, forwards),
         question,
         target,
+        passing,
         dtype=dtype,
         question_weights=question_weights,
-        boundary=boundary,
         zero=False,
     )
-    backbone = passes.backbone(nodes)
+    sink = into_sink(target, nodes.reach, nodes.throughput)
     padded = {
         name: _padded(getattr(nodes, name), total)
         for name in ("reach", "throughput", "source", "potential")
     }
+    backbone = Backbone(
+        question_reached=int(nodes.question_reached),
+        source=padded["source"],
+        sink=_padded(sink, total),
+        paths=likely.likeliest(nodes.source, sums.reach, unit_of(torch.finfo(dtype))),
+        **sums.found(nodes, sink),
+    )
     return nodes._replace(**padded), backbone
 
 
@@ -87,7 +102,7 @@ def stream_stored(
     outline: Outline,
     **options: Any,
 ) -> Backbone:
-    """The backbone of attention that lies in memory."""
+    """The backbone of attention that is in memory; `options` are those of `stream_flow`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor written to
         matrix, inject, end = map(torch.from_numpy, (attention, question, target))
@@ -106,123 +121,83 @@ def stream_batch(
 ) -> tuple[Nodes, Float[Tensor, "batch token"]]:
     """Reach and throughput of several texts, and the flow that enters each token from the prompt.
 
-    Texts without target, or whose question does not reach it, carry no flow.
+    A text without a target, or whose question does not reach it, carries no flow.
     """
-    entered, reach = torch.zeros_like(target, dtype=torch.float32), torch.zeros(0)
-    passing = ~target if boundary == "absorbing" else torch.ones_like(target)
+    entered = torch.zeros_like(target, dtype=torch.float32)
+    passing = passing_tokens(target, boundary)
+    sending = prompt if passing is None else prompt & passing
 
-    def visit(start: int, stop: int, part: Tensor, potential: Tensor) -> None:
-        leaving = potential[:, :stop].where(passing[:, :stop] & prompt[:, :stop], 0)
-        arriving = reach[:, start:stop].where(potential[:, start:stop] > 0, 0)
-        paid = (leaving[:, None] @ part.tril(start - 1).mT)[:, 0]
-        entered[:, start:stop] = arriving * paid
+    def forwards(reach: Float[Tensor, "batch token"]) -> Visit:
+        def visit(start: int, stop: int, part: Tensor, potential: Tensor) -> None:
+            leaving = potential[:, :stop].where(sending[:, :stop], 0)
+            arriving = reach[:, start:stop].where(potential[:, start:stop] > 0, 0)
+            paid = (leaving[:, None] @ part.tril(start - 1).mT)[:, 0]
+            entered[:, start:stop] = arriving * paid
 
-    def solve(rhs: Tensor, *, transposed: bool, **masks: Any) -> Tensor:
-        nonlocal reach
-        if not transposed:
-            reach = reach.where(masks["queries"], 0)
-        solution = substitute(
-            rows,
-            rhs,
-            transposed=transposed,
-            block=block,
-            visit=None if transposed else visit,
-            **masks,
-        )
-        if transposed:
-            reach = solution
-        return solution
+        return visit
 
     nodes = solve_nodes(
-        solve,
+        _two_passes(rows, block, None, forwards),
         question,
         target,
+        passing,
         dtype=torch.float32,
         question_weights=question_weights,
-        boundary=boundary,
         zero=True,
     )
     return nodes, entered
 
 
+def _two_passes(
+    rows: Rows, block: int, backwards: Visit | None, forwards: Callable[[Tensor], Visit]
+) -> Callable[..., Tensor]:
+    """The `solve` of `solve_nodes`, which lets `backwards` and then `forwards` see the blocks.
+
+    `forwards` is called with the reach that the first pass has found.
+    """
+    reach = torch.zeros(0)
+
+    def solve(rhs: Tensor, *, transposed: bool, **masks: Any) -> Tensor:
+        nonlocal reach
+        visit = backwards if transposed else forwards(reach.where(masks["queries"], 0))
+        solution: Tensor = substitute(
+            rows, rhs, transposed=transposed, block=block, visit=visit, **masks
+        )
+        if transposed:
+            reach = solution
+        return solution
+
+    return solve
+
+
 def _padded(values: Tensor, length: int) -> Float[np.ndarray, " token"]:
-    """With zeros for the tokens after the last target."""
+    """The values as a numpy array, with zeros for the tokens after the last target."""
     return np.pad(values.cpu().numpy(), (0, length - len(values)))
 
 
-class _Passes:
-    """The two substitutions of one flow, and what they gather on their way."""
-
-    def __init__(
-        self,
-        rows: Rows,
-        target: Bool[Tensor, " token"],
-        outline: Outline,
-        dtype: torch.dtype,
-        block: int,
-        paths: int,
-        edges: int,
-        boundary: str,
-        total: int,
-    ) -> None:
-        self._rows, self._block, self._total = rows, block, total
-        self._target, self._outline, self._edges = target, outline, edges
-        self._passing = ~target if boundary == "absorbing" else None
-        self._paths = LikelyPaths(target, self._passing, paths, dtype)
-        self._reach = torch.zeros_like(target, dtype=dtype)
-        self._sums: _EdgeSums | None = None
-
-    def solve(self, rhs: Float[Tensor, " token"], *, transposed: bool, **masks: Any) -> Tensor:
-        """As `solve_nodes` wants it: first from the end, then from the beginning."""
-        visit: Visit = self._paths.visit
-        if not transposed:
-            self._reach = reach = self._reach.where(masks["queries"], 0)
-            self._sums = _EdgeSums(
-                reach, self._passing, self._outline, min(self._edges, len(reach)), self._total
-            )
-            visit = self._sums.visit
-        solution = substitute(
-            self._rows, rhs, transposed=transposed, block=self._block, visit=visit, **masks
-        )
-        if transposed:
-            self._reach = solution
-        return solution
-
-    def backbone(self, nodes: Nodes) -> Backbone:
-        assert self._sums is not None, "solve_nodes solves twice"
-        sink = into_sink(self._target, nodes.reach, nodes.throughput)
-        unit = unit_of(torch.finfo(self._reach.dtype))
-        return Backbone(
-            question_reached=int(nodes.question_reached),
-            source=_padded(nodes.source, self._total),
-            sink=_padded(sink, self._total),
-            paths=self._paths.likeliest(nodes.source, self._reach, unit),
-            **self._sums.found(nodes, sink),
-        )
-
-
 class _EdgeSums:
-    """What is known of the edges when each has been seen once, in the forward pass."""
+    """Sums over the edges, each of which is seen once, in the pass from the beginning."""
 
     def __init__(
         self,
-        reach: Float[Tensor, " token"],
+        like: Float[Tensor, " token"],
         passing: Bool[Tensor, " token"] | None,
         outline: Outline,
         kept: int,
         total: int,
     ) -> None:
-        length, like = len(reach), reach
-        self._reach, self._passing, self._total, self._kept = reach, passing, total, kept
+        length, kept = len(like), min(kept, len(like))
+        self.reach, self._passing, self._total, self._kept = like, passing, total, kept
         self._prompt = outline.prompt_length
         self._entering = torch.zeros_like(like)  # entropy of the shares
         self._leaving = torch.zeros_like(like)
         self._from_prompt = torch.zeros_like(like)
-        self._sources = like.new_zeros(length, kept), _themselves(length, kept, like.device)
-        self._targets = like.new_zeros(length, kept), _themselves(length, kept, like.device)
+        own = torch.arange(length, device=like.device)[:, None].repeat(1, kept)
+        self._sources = like.new_zeros(length, kept), own
+        self._targets = like.new_zeros(length, kept), own.clone()
         self._steps = _PartSums([start for start, _ in outline.bounds], total, like)
         self._bins = _PartSums(bin_starts(total, self._prompt).tolist(), total, like)
-        # Summing over tokens takes long, so it is done once, for parts of both.
+        # Summing over tokens takes long, so it is done once, between all starts of both.
         cuts = sorted({*self._steps.starts, *self._bins.starts})
         self._part = _numbers(cuts, total, like.device)
         self._parts = torch.tensor(cuts, device=like.device)
@@ -232,8 +207,8 @@ class _EdgeSums:
     ) -> None:
         """Take a block of rows, whose potential has just become known."""
         potential = potential[:stop]
-        through = self._reach[:stop] * potential
-        arriving = self._reach[start:stop].where(potential[start:] > 0, 0)
+        through = self.reach[:stop] * potential
+        arriving = self.reach[start:stop].where(potential[start:] > 0, 0)
         leaving = potential if self._passing is None else potential.where(self._passing[:stop], 0)
         flow = (part * arriving[:, None]).mul_(leaving).tril_(start - 1)
         self._from_prompt[start:stop] = flow[:, : self._prompt].sum(1)
@@ -251,7 +226,7 @@ class _EdgeSums:
         self._store(self._sources, slice(start, stop), kept, token)
 
     def _keep_targets(self, start: int, stop: int, flow: Float[Tensor, "row key"]) -> None:
-        """The strongest of those that were kept of earlier blocks, and of this one."""
+        """Keep the strongest edges of the earlier blocks and this one."""
         new, row = flow.topk(min(self._kept, len(flow)), dim=0)
         flows, tokens = self._targets
         flows, tokens = (
@@ -269,7 +244,7 @@ class _EdgeSums:
         edges[1][where, : flow.shape[1]] = token.where(flow > 0, own)
 
     def found(self, nodes: Nodes, sink: Float[Tensor, " token"]) -> dict[str, Any]:
-        """The sums as fields of a backbone."""
+        """The sums, by the names of a backbone's fields."""
         through = nodes.throughput
         leaving = self._leaving + _entropy(sink[None], through, 0)
         entering = self._entering + _entropy(nodes.source[None], through, 0)
@@ -307,27 +282,23 @@ class _PartSums:
         columns: Float[Tensor, "row smaller"],
         smaller: Int[Tensor, " smaller"],
     ) -> None:
-        """Take the rows of tokens `start` to `stop`, summed over parts that begin at `smaller`."""
+        """Add the rows of the tokens `start` to `stop`, summed over the parts from `smaller`."""
         rows = columns.new_zeros(len(columns), len(self._sums))
         rows.index_add_(1, self._number[smaller], columns)
         self._sums.index_add_(0, self._number[start:stop], rows)
 
     def between(self) -> Float[np.ndarray, "part part"]:
-        """Without what stays inside a part."""
+        """The flow from each part to each other one, without the flow inside a part."""
         return self._sums.fill_diagonal_(0).cpu().numpy()
 
 
 def _numbers(starts: list[int], total: int, device: torch.device) -> Int[Tensor, " token"]:
-    """Which of the parts that begin at `starts` each token lies in."""
+    """The number of the part in which each token lies; the parts begin at `starts`."""
     sizes = torch.tensor([*starts, total], device=device).diff()
     return torch.arange(len(starts), device=device).repeat_interleave(sizes)
 
 
-def _themselves(length: int, count: int, device: torch.device) -> Int[Tensor, "token count"]:
-    return torch.arange(length, device=device)[:, None].repeat(1, count)
-
-
 def _entropy(flow: Tensor, whole: Tensor, over: int) -> Tensor:
-    """Of the shares that flows have in a whole."""
+    """The entropy of the flows' shares in a whole, summed along the axis `over`."""
     shares = flow / whole.where(whole > 0, 1)
     return torch.special.entr(shares).sum(over)

@@ -1,7 +1,7 @@
-"""Substitution below the diagonal of a matrix that comes in blocks of rows, for numpy and torch.
+"""Substitution with the part of a matrix below its diagonal, for every kind of array.
 
-Blocks are read where they lie. Of a stored matrix only the squares on its diagonal are copied, and
-what stands on the diagonal or above it does not count.
+A dense matrix comes in blocks of rows, which are read in place: only the squares on the diagonal
+are copied. Values on the diagonal or above it do not count.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ BLOCK = 256
 """Rows of a stored matrix that are substituted at once. From 64 to 512 it makes no difference."""
 
 Rows = Callable[[int, int], Any]
-"""`rows(start, stop)` are these rows, `[*batch, row, column]`, up to the column `stop`. They may be
-the matrix itself, so they are not written to."""
+"""`rows(start, stop)` returns these rows, `[*batch, row, column]`, up to column `stop`. They can be
+a view of the matrix, so nothing writes to them."""
 
 Visit = Callable[[int, int, Any, Any], None]
-"""Takes the ends of a block, its rows, and the solution as far as it is known."""
+"""Called for each block with its start, its stop, its rows, and the solution known so far."""
 
 
 def stored(matrix: Float[Any, "*batch token token"]) -> Rows:
-    """The rows of a matrix that lies in memory."""
+    """The rows of a matrix that is in memory."""
     return lambda start, stop: matrix[..., start:stop, :stop]
 
 
@@ -39,9 +39,9 @@ def substitute(
     block: int = BLOCK,
     visit: Visit | None = None,
 ) -> Float[Any, "*batch token"]:
-    """Solve `x = rhs + L x`, or with `L.T` if `transposed`, by blocks from one end to the other.
+    """The solution of `x = rhs + L x`, or with `L.T` if `transposed`, found block by block.
 
-    `L` is what `rows` hold below the diagonal, at the `queries` and `keys` that are chosen.
+    `L` holds the values of `rows` below the diagonal, at the chosen `queries` and `keys`.
     """
     step = _backwards if transposed else _forwards
     xp, length = backend_of(rhs).xp, rhs.shape[-1]
@@ -60,21 +60,21 @@ def substitute(
 
 
 def _backwards(part: Any, x: Any, start: int, stop: int, queries: Any, keys: Any) -> None:
-    """Solve a block, then push it on to all earlier tokens."""
+    """Solve a block, then add its part to all earlier tokens."""
     inside = slice(start, stop)
     x[..., inside] = _solve_square(part, x, start, stop, queries, keys, transposed=True)
     if start:
-        leaving = _only(queries[..., inside], x[..., inside])
-        x[..., :start] += _only(keys[..., :start], _times(leaving, part[..., :start]))
+        leaving = _masked(queries[..., inside], x[..., inside])
+        x[..., :start] += _masked(keys[..., :start], _vecmat(leaving, part[..., :start]))
 
 
 def _forwards(part: Any, x: Any, start: int, stop: int, queries: Any, keys: Any) -> None:
-    """Gather what comes from all earlier tokens, then solve the block."""
+    """Add the parts of all earlier tokens, then solve the block."""
     inside = slice(start, stop)
     if start:
-        leaving = _only(keys[..., :start], x[..., :start])
-        arriving = _times(leaving, part[..., :start].mT)
-        x[..., inside] += _only(queries[..., inside], arriving)
+        leaving = _masked(keys[..., :start], x[..., :start])
+        arriving = _vecmat(leaving, part[..., :start].mT)
+        x[..., inside] += _masked(queries[..., inside], arriving)
     x[..., inside] = _solve_square(part, x, start, stop, queries, keys, transposed=False)
 
 
@@ -85,37 +85,37 @@ def _solve_square(
     square = backend.xp.tril(part[..., start:stop], -1)
     square *= queries[..., inside, None]
     square *= keys[..., None, inside]
-    return backend.small(-square, x[..., inside], transposed=transposed)
+    return backend.solve(-square, x[..., inside], transposed=transposed)
 
 
-def _only(mask: Any, values: Any) -> Any:
-    """The values where the mask is set, 0 elsewhere, even for those that have overflowed."""
+def _masked(mask: Any, values: Any) -> Any:
+    """The values where the mask is set, and 0 elsewhere, even in place of nan or infinity."""
     return backend_of(values).xp.where(mask, values, 0)
 
 
-def _times(vector: Any, matrix: Any) -> Any:
-    """From the left: torch multiplies batches with a vector on the right twenty times slower."""
+def _vecmat(vector: Any, matrix: Any) -> Any:
+    """Vector times matrix: for batches, torch is twenty times slower at matrix times vector."""
     return (vector[..., None, :] @ matrix)[..., 0, :]
 
 
-def below(rows: Rows, vector: Float[Any, "*batch token"], block: int = BLOCK) -> Any:
-    """What is below the diagonal, times a vector."""
+def lower_product(rows: Rows, vector: Float[Any, "*batch token"], block: int = BLOCK) -> Any:
+    """The part of a matrix below its diagonal, times a vector."""
     xp, length = backend_of(vector).xp, vector.shape[-1]
     product = xp.zeros_like(vector)
     for start in range(0, length, block):
         stop = min(start + block, length)
         part, inside = rows(start, stop), slice(start, stop)
         square = xp.tril(part[..., start:stop], -1)
-        product[..., inside] = _times(vector[..., inside], square.mT)
+        product[..., inside] = _vecmat(vector[..., inside], square.mT)
         if start:
-            product[..., inside] += _times(vector[..., :start], part[..., :start].mT)
+            product[..., inside] += _vecmat(vector[..., :start], part[..., :start].mT)
     return product
 
 
-def above(matrix: Float[Any, "*batch token token"], block: int = BLOCK) -> Any:
-    """The sum of what is above the diagonal.
+def upper_sum(matrix: Float[Any, "*batch token token"], block: int = BLOCK) -> Any:
+    """The sum of the values above the diagonal.
 
-    Products with ones: BLAS reads what is strided much faster than a reduction does.
+    It multiplies with ones, since BLAS reads strided memory much faster than a reduction does.
     """
     xp, length = backend_of(matrix).xp, matrix.shape[-1]
     ones = xp.ones_like(matrix[..., 0])
@@ -125,46 +125,41 @@ def above(matrix: Float[Any, "*batch token token"], block: int = BLOCK) -> Any:
         part = matrix[..., start:stop, start:]
         total = total + xp.triu(part[..., : stop - start], 1).sum((-2, -1))
         with backend_of(matrix).exact(matrix):
-            total = total + _times(ones[..., start:stop], part[..., stop - start :]).sum(-1)
+            total = total + _vecmat(ones[..., start:stop], part[..., stop - start :]).sum(-1)
     return total.sum()
 
 
 def solve(
     edges: Any, rhs: Any, *, transposed: bool = False, queries: Any = None, keys: Any = None
 ) -> Any:
-    """Solve `x = rhs + L x`, or with `L.T` if `transposed`, at the chosen queries and keys.
+    """The solution of `x = rhs + L x`, or with `L.T`, at the chosen queries and keys.
 
-    `edges` are a graph, a batch, or a tuple of sparse graphs and a row of `rhs` each.
+    `edges` are a graph, a batch, or a tuple of sparse graphs with one row of `rhs` each.
     """
-    if not isinstance(edges, tuple):
-        solve_one = backend_of(edges).solve or _solve_dense
-        return solve_one(edges, rhs, transposed=transposed, queries=queries, keys=keys)
-    nothing = [None] * len(edges)
-    rows = zip(
-        edges,
-        rhs,
-        nothing if queries is None else queries,
-        nothing if keys is None else keys,
-        strict=True,
-    )
-    return backend_of(rhs).xp.stack(
-        [solve(one, b, transposed=transposed, queries=q, keys=k) for one, b, q, k in rows]
-    )
+    if isinstance(edges, tuple):
+        nothing = [None] * len(edges)
+        masks = (nothing if mask is None else mask for mask in (queries, keys))
+        rows = zip(edges, rhs, *masks, strict=True)
+        return backend_of(rhs).xp.stack(
+            [solve(one, b, transposed=transposed, queries=q, keys=k) for one, b, q, k in rows]
+        )
+    backend = backend_of(edges)
+    if backend.entries is None:
+        return substitute(stored(edges), rhs, transposed=transposed, queries=queries, keys=keys)
+    system = -edges
+    query, key, values = backend.entries(system)
+    if queries is not None:
+        values *= queries[query]
+    if keys is not None:
+        values *= keys[key]
+    return backend.solve(system, rhs, transposed=transposed)
 
 
 def product(edges: Any, vector: Any) -> Any:
     """`L x` for a graph, a batch, or a tuple of sparse graphs."""
-    if not isinstance(edges, tuple):
-        backend = backend_of(edges)
-        with backend.exact(vector):
-            return (backend.product or _dense_product)(edges, vector)
-    pairs = zip(edges, vector, strict=True)
-    return backend_of(vector).xp.stack([product(one, each) for one, each in pairs])
-
-
-def _solve_dense(edges: Any, rhs: Any, **how: Any) -> Any:
-    return substitute(stored(edges), rhs, **how)
-
-
-def _dense_product(edges: Any, vector: Any) -> Any:
-    return below(stored(edges), vector)
+    if isinstance(edges, tuple):
+        pairs = zip(edges, vector, strict=True)
+        return backend_of(vector).xp.stack([product(one, each) for one, each in pairs])
+    backend = backend_of(edges)
+    with backend.exact(vector):
+        return lower_product(stored(edges), vector) if backend.entries is None else edges @ vector

@@ -6,13 +6,13 @@ import warnings
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowtracer_plugin.flow.arrays import Backend, restricted, working_dtype
+from flowtracer_plugin.flow.arrays import Backend, working_dtype
 
 BLOCK = 256
-"""Rows that are substituted at once in a sparse graph: one dense solve of 256 x 256 is cheaper than
+"""Rows of a sparse graph that are substituted at once: one dense solve of 256 x 256 is cheaper than
 256 launches, and its 256 KiB stay in cache."""
 
 
@@ -28,11 +28,11 @@ def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask(values: Any, like: Tensor) -> Tensor:
-    """The mask as a tensor beside the attention, whatever it holds."""
+    """The mask as a tensor on the device of the attention."""
     return values if isinstance(values, Tensor) else torch.tensor(values, device=like.device)
 
 
-def small(
+def solve(
     system: Float[Tensor, "*batch token token"],
     rhs: Float[Tensor, "*batch token"],
     *,
@@ -47,7 +47,7 @@ def small(
 
 
 def exact(beside: Tensor) -> torch.autocast:
-    """Flow may be solved in the middle of somebody else's forward pass, under autocast."""
+    """A context without autocast, which a caller may have switched on."""
     return torch.autocast(beside.device.type, enabled=False)
 
 
@@ -77,7 +77,7 @@ def entries(edges: Tensor) -> tuple[Int[Tensor, " edge"], Int[Tensor, " edge"], 
     counts = edges.crow_indices().diff()
     token = torch.arange(edges.shape[0], device=edges.device)
     key, value = edges.col_indices(), edges.values()
-    # without the size, repeat_interleave would ask the device for it
+    # without the size, repeat_interleave would wait for the device to tell it
     return token.repeat_interleave(counts, output_size=len(value)), key, value
 
 
@@ -91,18 +91,12 @@ def assemble(like: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def solve_csr(
-    edges: Tensor,
-    rhs: Float[Tensor, " token"],
-    *,
-    transposed: bool,
-    queries: Bool[Tensor, " token"] | None = None,
-    keys: Bool[Tensor, " token"] | None = None,
+    system: Tensor, rhs: Float[Tensor, " token"], *, transposed: bool
 ) -> Float[Tensor, " token"]:
     """Block substitution with ordinary operations, the same on every device.
 
     torch.triangular_solve on sparse tensors is deprecated and needs MKL or cuSPARSE.
     """
-    system = restricted(edges, entries, queries, keys)
     query, key, value = entries(system)
     row_start = system.crow_indices().tolist()
     rest, solution = rhs.clone(), torch.zeros_like(rhs)
@@ -111,11 +105,11 @@ def solve_csr(
         stop = min(start + BLOCK, len(rhs))
         slab = slice(row_start[start], row_start[stop])
         q, k, v = query[slab], key[slab], value[slab]
-        if not transposed:  # edges inside the block still meet a solution of zero
+        if not transposed:  # the solution is still zero inside the block
             rest.index_add_(0, q, v * solution[k], alpha=-1)
         block = _diagonal_block(q - start, k - start, v, stop - start)
-        solution[start:stop] = small(block, rest[start:stop], transposed=transposed)
-        if transposed:  # what lands inside the block has been read already
+        solution[start:stop] = solve(block, rest[start:stop], transposed=transposed)
+        if transposed:  # sums inside the block are not read again
             rest.index_add_(0, k, v * solution[q], alpha=-1)
     return solution
 
@@ -123,15 +117,15 @@ def solve_csr(
 def _diagonal_block(
     row: Int[Tensor, " edge"], column: Int[Tensor, " edge"], value: Tensor, size: int
 ) -> Float[Tensor, "size size"]:
-    """The dense diagonal block of a slab; columns left of it are negative here."""
+    """The dense diagonal block of some rows; edges to its left have negative columns."""
     block = value.new_zeros(size, size + 1)
-    # selecting the inner edges would wait for the device; the spare column takes the others
+    # selecting the edges inside would wait for the device, so the others go to a spare column
     block[row, torch.where(column < 0, size, column)] = value
     return block[:, :size]
 
 
 def densify(edges: Tensor) -> Tensor:
-    """The graph as a dense tensor; on the host by scipy, six times as fast as torch's own way."""
+    """The graph as a dense tensor; on the host by scipy, six times as fast as by torch."""
     if edges.device.type != "cpu":
         return edges.to_dense()
     from scipy.sparse import csr_array
@@ -142,31 +136,21 @@ def densify(edges: Tensor) -> Tensor:
     return torch.from_numpy(matrix.toarray())
 
 
-def product_csr(edges: Tensor, vector: Float[Tensor, " token"]) -> Float[Tensor, " token"]:
-    """The matrix times a vector."""
-    return edges @ vector
-
-
 TORCH = Backend(
     xp=torch,
     read=read,
     extremes=extremes,
     mask=mask,
-    small=small,
+    solve=solve,
     exact=exact,
     sparsify=sparsify,
 )
-TORCH_CSR = Backend(
-    xp=torch,
+TORCH_CSR = TORCH._replace(
     read=read_csr,
-    extremes=extremes,
-    mask=mask,
-    small=small,
-    exact=exact,
     entries=entries,
     assemble=assemble,
     solve=solve_csr,
-    product=product_csr,
+    sparsify=None,
     densify=densify,
     crossover=0.03,
 )

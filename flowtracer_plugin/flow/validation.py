@@ -1,7 +1,7 @@
-"""What is asked of attention and masks, and the messages for what is wrong with them.
+"""The checks of attention and masks, and the messages of their errors.
 
-The good path looks at every number on its own device and waits for that device once; where
-something is wrong is searched for only when something is.
+Every number is checked on its own device, and the host waits for that device once. Only if a check
+fails does a second search find the number that is wrong.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 
 from flowtracer_plugin.flow.arrays import dtype_name
 from flowtracer_plugin.flow.backends import backend_of
-from flowtracer_plugin.flow.substitution import above
+from flowtracer_plugin.flow.substitution import upper_sum
 
 
 def read_matrices(attention: Any) -> list[Any]:
-    """The attention as a list of matrices to compute with: one, or those of a sparse batch."""
+    """The attention as a list of matrices: one, or all those of a sparse batch."""
     if not isinstance(attention, list | tuple):
         return [_read(attention)]
     if not attention:
@@ -49,7 +49,7 @@ def _read(attention: Any) -> Any:
 
 
 def read_mask(name: str, mask: Any, beside: Any, shape: tuple[int, ...]) -> Any:
-    """The mask in the library and on the device of the matrix, its values not yet looked at."""
+    """The mask in the library and on the device of the matrix; its values are not checked yet."""
     device = str(getattr(beside, "device", "cpu"))
     on_host = isinstance(mask, list | tuple | np.ndarray)
     if not on_host and str(getattr(mask, "device", "unknown")) != device:
@@ -73,7 +73,7 @@ def read_mask(name: str, mask: Any, beside: Any, shape: tuple[int, ...]) -> Any:
 
 
 def check(matrices: Sequence[Any], masks: Mapping[str, Any], *, listed: bool) -> None:
-    """Raise ValueError at the first wrong number; `listed` if the matrices are a sparse batch."""
+    """Raise ValueError for the first wrong number; `listed` if the matrices are a sparse batch."""
     xp = backend_of(matrices[0]).xp
     sound = [_is_sound(one) for one in matrices] + [_is_mask(mask) for mask in masks.values()]
     if bool(xp.stack(sound).all()):
@@ -89,19 +89,19 @@ def check(matrices: Sequence[Any], masks: Mapping[str, Any], *, listed: bool) ->
 def _is_sound(matrix: Any) -> Any:
     backend = backend_of(matrix)
     if backend.entries is None:
-        values, looks_ahead = matrix, above(matrix) != 0
+        values, any_ahead = matrix, upper_sum(matrix) != 0
     else:
         values, ahead = _parts(matrix)
-        looks_ahead = ahead.any()
+        any_ahead = ahead.any()
     if 0 in values.shape:  # a sparse matrix without an edge has no smallest value
-        return ~looks_ahead
+        return ~any_ahead
     # nan fails both comparisons
     smallest, largest = backend.extremes(values)
-    return ~looks_ahead & (smallest >= 0) & (largest < math.inf)
+    return ~any_ahead & (smallest >= 0) & (largest < math.inf)
 
 
 def _parts(matrix: Any) -> tuple[Any, Any]:
-    """The stored values, and which of them look ahead: a key later than its query."""
+    """The stored values, and which of them look ahead, from a query to a later key."""
     backend = backend_of(matrix)
     if backend.entries is None:
         return matrix, backend.xp.triu(matrix != 0, 1)
@@ -145,7 +145,7 @@ def _explain_mask(name: str, mask: Any) -> NoReturn:
 
 
 def rows_without(found: Any) -> str:
-    """The batch rows for which a boolean per row is false, as words; "" for a single graph."""
+    """The batch rows whose boolean is false, in words for a message; "" for a single graph."""
     if not found.ndim:
         return ""
     return f" in batch rows {[row for row, good in enumerate(found.tolist()) if not good]}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
 from flowtracer_plugin.attention.head_choice import attention_to, most_attentive, named_heads
-from flowtracer_plugin.attention.head_mean import given_by
+from flowtracer_plugin.attention.head_mean import query_tensor
 from flowtracer_plugin.options import FlowOptions, Heads
 from flowtracer_plugin.reading.rows import AttentionRows
 
@@ -108,7 +108,7 @@ def chosen_rows(
     """
     heads = None
     if isinstance(choice.heads, tuple):
-        counts = [given_by(call).shape[1] for call in calls]
+        counts = [query_tensor(call).shape[1] for call in calls]
         heads = named_heads(choice.heads, layers, counts, len(visible))
     elif not isinstance(choice.heads, str):
         paid = [attention_to(call, choice.target, choice.reasoning) for call in calls]

@@ -22,9 +22,9 @@ from flowtracer_plugin.attention.adapter import (
 )
 from flowtracer_plugin.attention.head_choice import Chosen
 from flowtracer_plugin.attention.head_mean import (
-    given_by,
     mean_of_rows,
     one_text,
+    query_tensor,
     weighed_mean_of_rows,
 )
 from flowtracer_plugin.attention.value_lengths import Projections, value_lengths
@@ -194,7 +194,7 @@ def _of_text(
     return tuple(
         _Part(
             one_text(part.call, text),
-            heads.to(given_by(part.call).device),
+            heads.to(query_tensor(part.call).device),
             None if part.lengths is None else part.lengths[text : text + 1],
         )
         for part, heads in zip(parts, chosen, strict=True)

@@ -1,4 +1,4 @@
-"""Texts: how they become tokens, and which tokens are question, reasoning and answer."""
+"""Texts: how they become tokens, and which tokens are question and answer."""
 
 import lazy_loader
 

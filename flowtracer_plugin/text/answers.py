@@ -1,4 +1,4 @@
-"""Where the answer stands in a text."""
+"""Finders of the answer in a text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AnswerFinder = str | re.Pattern[str] | Finder
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundAnswer:
-    """Where the answer stands: characters `[start, end)` of the response text, never empty.
+    """The place of the answer: characters `[start, end)` of the response text, never empty.
 
     `rule` names the finder that matched: a key of `FINDERS`, "regex", or the name of a callable.
     """
@@ -70,11 +70,11 @@ _WORD = re.compile(r"\S+")
 _OPENING = "\"'“‘*_`"  # noqa: RUF001
 _CLOSING = _OPENING + "”’.,;:!?…。！？"  # noqa: RUF001
 
-# Every pattern stops before its own next match, which keeps it linear and lets the last match win.
+# Every pattern stops before its own next match, so it takes linear time and the last match wins.
 _ANSWER_TAG = r"<answer>((?:(?!</?answer>)[\s\S])*+)</answer>"
 _HASH = r"#{4,}((?:(?!####)[^\n])*+)"
 _CUE = r"(?:\b(?:the|my|our|final|correct)\s+answer\s+is\b|\banswer[\s*]*:)"
-# a full stop ends the sentence only before a space or a closing mark: "3.5" goes on
+# A full stop ends the sentence only before a space or a closing mark: in "3.5" it does not.
 _STOP = r"(?:\n|[。！？]|(?<![.!?])[.!?]++(?=[\s*$\"')\]]|\Z))"  # noqa: RUF001
 _PHRASE = rf"{_CUE}[\s:=*$]*+((?:(?!{_CUE}|{_STOP})[\s\S])*+)"
 _UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?"
@@ -91,24 +91,24 @@ FINDERS: Mapping[str, Finder] = MappingProxyType(
         "last_word": _last_word,
     }
 )
-"""The built-in finders, in the order in which "auto" tries them. Each takes the last match.
+"""The built-in finders, in the order in which "auto" tries them. Each returns its last match.
 
-"auto" leaves out "last_word", which finds something in nearly every text.
+"auto" does not try "last_word", which finds something in nearly every text.
 """
 
 
 def find_answer(text: str, finder: AnswerFinder = "auto") -> FoundAnswer | None:
-    r"""Where the answer stands in `text`, or None where the finder finds none.
+    r"""The place of the answer in `text`, or None if the finder finds no answer.
 
     Args:
-        text: What the model answered.
+        text: The model's response.
         finder: A key of `FINDERS`; "auto" for the first of them that matches; a compiled regex
             whose only group is the answer (the last match counts); or a function from the text to
             the answer's span `(start, end)` or None.
 
     Raises:
-        ValueError: No finder has that name, the regex has not exactly one group, or the function's
-            span is empty or not in the text.
+        ValueError: No finder has that name, the regex does not have exactly one group, or the
+            function's span is empty or not in the text.
         TypeError: The function returned neither None nor a tuple of two integers.
 
     Example:
@@ -121,7 +121,7 @@ def find_answer(text: str, finder: AnswerFinder = "auto") -> FoundAnswer | None:
 
 
 def same_answer(one: str | None, other: str | None) -> bool:
-    """Whether two answers say the same, but for spaces, case, commas and the signs around them.
+    """Whether two answers are equal apart from spaces, case, commas, and the signs around them.
 
     Example:
         >>> same_answer("$1,000.", "1000"), same_answer(None, "0")
@@ -137,7 +137,7 @@ def _plain(answer: str | None) -> str | None:
 
 
 def finder_name(finder: AnswerFinder) -> str:
-    """What a finder is called in messages: its name, its pattern, or its function's name."""
+    """The name of a finder in messages: its own name, its pattern, or its function's name."""
     if isinstance(finder, re.Pattern):
         return str(finder.pattern)
     return finder if isinstance(finder, str) else getattr(finder, "__name__", repr(finder))
@@ -182,10 +182,10 @@ def _checked_span(text: str, span: object, name: str) -> Span | None:
 
 
 def check_finder(finder: AnswerFinder) -> None:
-    """Refuse an unknown finder now, not after a long generation.
+    """Raise for an unknown finder at once, and not only after a long generation.
 
     Raises:
-        ValueError: There is no finder of that name, or the pattern has not one group.
+        ValueError: No finder has that name, or the regex does not have exactly one group.
     """
     if isinstance(finder, str | re.Pattern):
         find_answer("", finder)

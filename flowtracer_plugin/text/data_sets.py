@@ -1,4 +1,4 @@
-"""Data for a training script: rows of a file or of a data set on the hub, and their prompts."""
+"""Rows of a local file or of a data set on the hub, and their prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 KINDS: Mapping[str, str] = MappingProxyType(
     {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 )
-"""Files that are read, and how `datasets` calls their kind."""
+"""The suffixes of files that can be read, and the names that `datasets` has for their formats."""
 
 TEMPLATES: Mapping[str, str] = MappingProxyType(
     {
@@ -19,18 +19,18 @@ TEMPLATES: Mapping[str, str] = MappingProxyType(
         "boxed": "{prompt}\nThink step by step. Put the final answer into \\boxed{}.",
     }
 )
-"""Prompt templates by name: they ask for an answer where the finders look for it."""
+"""Prompt templates by name. They ask for the answer in a form that the finders find."""
 
 _SLOT = "{prompt}"
 
 
 def load_rows(name: str, split: str, *, config: str | None = None, streaming: bool = False) -> Any:
-    """Rows of a local file, or of a data set by its folder or its name on the hub.
+    """The rows of a local file, of a data set in a folder, or of a data set on the hub.
 
-    A split may be a slice, such as `train[:95%]`; all of a local file is `train`.
+    A split may be a slice, such as `train[:95%]`; the only split of a local file is `train`.
 
     Raises:
-        ValueError: There is no such file, data set or split, it is empty, or it cannot be read.
+        ValueError: The file, data set or split does not exist, is empty, or cannot be read.
         ModuleNotFoundError: The package datasets is missing; it comes with the extra `trl`.
     """
     from datasets import load_dataset
@@ -47,8 +47,8 @@ def load_rows(name: str, split: str, *, config: str | None = None, streaming: bo
         cause = str(error.__cause__ or error).partition("\n")[0].rstrip(" .")
         raise ValueError(
             f"cannot load split {split!r} of {name!r}: {cause}; wanted a .jsonl, .csv or .parquet "
-            "file, a folder of such, or a data set on the hub, and a split of it or a slice such "
-            "as train[:95%]"
+            "file, a folder of such files, or a data set on the hub, and a split of it or a slice "
+            "such as train[:95%]"
         ) from error
 
 
@@ -61,19 +61,21 @@ def with_prompts(
     system: str | None = None,
     chat: bool = False,
 ) -> Any:
-    """The rows with the columns `prompt` and, if it is named, `answer`; the others stay as well.
+    """The rows with a column `prompt` and, if `answer_column` is given, a column `answer`.
+
+    All other columns stay.
 
     Args:
-        rows: From `load_rows`.
-        prompt_column: Texts, or lists of chat messages.
-        answer_column: What becomes `answer`.
-        template: A key of `TEMPLATES`, or a text with `{prompt}` in it.
-        system: What a first message of the system says; for texts that become messages.
-        chat: Whether texts become messages of a user.
+        rows: Rows from `load_rows`.
+        prompt_column: The column with the prompts: texts, or lists of chat messages.
+        answer_column: The column that becomes `answer`.
+        template: A key of `TEMPLATES`, or a text with `{prompt}` in it; for prompts that are texts.
+        system: A system message before the prompt; needs `chat`.
+        chat: Whether a text becomes a chat message of the user.
 
     Raises:
-        ValueError: There is no such column or template, or a template or system message for prompts
-            that cannot have one.
+        ValueError: There is no such column or template, or the prompts cannot have a template or a
+            system message.
     """
     names = columns(rows)
     for option, name in (("prompt_column", prompt_column), ("answer_column", answer_column)):
@@ -104,39 +106,35 @@ def with_prompts(
 
 
 def columns(rows: Any) -> list[str]:
-    """The names of the columns; a stream says them with its first row."""
+    """The names of the columns; those of a stream are read from its first row."""
     return list(rows.column_names or next(iter(rows)))
 
 
 def _row(
-    row: Mapping[str, Any],
-    prompt_column: str,
-    answer_column: str | None,
-    template: str | None,
-    system: str | None,
-    chat: bool,
+    row: Mapping[str, Any], prompt_column: str, answer_column: str | None, **options: Any
 ) -> dict[str, Any]:
-    made = {} if answer_column is None else {"answer": row[answer_column]}
-    return made | {"prompt": as_prompt(row[prompt_column], template, system, chat)}
+    answer = {} if answer_column is None else {"answer": row[answer_column]}
+    return answer | {"prompt": as_prompt(row[prompt_column], **options)}
 
 
-def as_prompt(asked: Any, template: str | None, system: str | None, chat: bool) -> Any:
-    """A prompt out of a column's value: as it is, in a template, or as messages if `chat`.
+def as_prompt(value: Any, template: str | None, system: str | None, chat: bool) -> Any:
+    """The prompt for a column's value: unchanged, in a template, or as chat messages if `chat`.
 
     Raises:
-        ValueError: It is no text and no list of messages, or messages with a template.
+        ValueError: The value is neither a text nor a list of messages, or it is a list of messages
+            and there is a template or system message.
     """
-    if not isinstance(asked, str):
-        if template is not None or system is not None or not isinstance(asked, list):
+    if not isinstance(value, str):
+        if template is not None or system is not None or not isinstance(value, list):
             raise ValueError(
                 "--prompt_template and --system_prompt are for prompts that are texts, and one is "
-                f"{asked!r}; leave them out for chat messages, and name another --prompt_column "
+                f"{value!r}; leave them out for chat messages, and name another --prompt_column "
                 "for anything else"
             )
-        return asked
-    # Not str.format, which would read the braces of \boxed{}.
-    text = asked if template is None else template.replace(_SLOT, asked)
+        return value
+    # Not str.format, which would interpret the braces of \boxed{}.
+    text = value if template is None else template.replace(_SLOT, value)
     if not chat:
         return text
-    said = [] if system is None else [{"role": "system", "content": system}]
-    return [*said, {"role": "user", "content": text}]
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": text}]

@@ -1,4 +1,4 @@
-"""Prompts and responses into token ids."""
+"""The token ids of prompts and responses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 Prompt = str | Sequence[Mapping[str, Any]]
-"""A text, or chat messages with `role` and `content`, which is text or a list of parts of text."""
+"""A text, or chat messages whose `content` is a text or a list of text parts."""
 
 
 def encode_prompt(
@@ -16,9 +16,9 @@ def encode_prompt(
     prompt: Prompt,
     template_options: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], str]:
-    """Token ids of a prompt, and the text that they stand for.
+    """The token ids of a prompt, and the text that they encode.
 
-    `template_options` go to the chat template, such as `tools` or `enable_thinking`.
+    `template_options`, such as `tools` or `enable_thinking`, are passed to the chat template.
 
     Raises:
         ValueError: The prompt is empty, a message has no role or content, or the tokenizer has no
@@ -37,7 +37,7 @@ def encode_prompt(
     for message in messages:
         if "role" not in message or "content" not in message:
             raise ValueError(f"a chat message needs 'role' and 'content', got {message!r}")
-        if is_text(message["content"]):  # few chat templates take parts
+        if is_text(message["content"]):  # few chat templates accept text parts
             message["content"] = content_text(message["content"])
     text = str(
         tokenizer.apply_chat_template(
@@ -48,10 +48,10 @@ def encode_prompt(
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:
-    """Token ids of a response as it continues the prompt.
+    """The token ids of a response that continues the prompt.
 
-    Some tokenizers put a space before a text that stands alone, so the two are encoded together
-    where that leaves the prompt's tokens as they are.
+    Some tokenizers add a space before the first word of a text. So prompt and response are encoded
+    together, unless that changes the prompt's tokens.
     """
 
     def encode(text: str) -> list[int]:
@@ -64,7 +64,7 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str, response: s
 
 
 def user_text(prompt: Prompt) -> str | None:
-    """What the user said last."""
+    """The text of the user's last message; None if there is none."""
     if isinstance(prompt, str):
         return prompt
     said = (m["content"] for m in reversed(prompt) if m["role"] == "user")
@@ -72,7 +72,7 @@ def user_text(prompt: Prompt) -> str | None:
 
 
 def is_text(content: Any) -> bool:
-    """Whether the content of a chat message is text, or a list of parts that all are."""
+    """Whether the content of a chat message is a text, or a list of only text parts."""
     return isinstance(content, str) or (
         isinstance(content, list)
         and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content)
@@ -80,5 +80,5 @@ def is_text(content: Any) -> bool:
 
 
 def content_text(content: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of a chat message whose content `is_text`."""
+    """The text of a message content for which `is_text` is true."""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)

@@ -1,4 +1,4 @@
-"""Tokens of a response that somebody points at: by a pattern, or by a function of its text."""
+"""The tokens of a response that a pattern, or a function of its text, selects."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def matched_mask(
     response_ids: Sequence[int],
     finder: SpanFinder,
 ) -> Bool[np.ndarray, " token"]:
-    r"""The tokens that touch what a finder of spans finds in the response; special ones are none.
+    r"""The tokens that touch a span that `finder` finds in the response, without special tokens.
 
-    A pattern means all of its matches, or of each the groups that took part, if it has groups; a
-    function gets the text, as `answer_mask` shows it, and returns where spans begin and end.
+    A pattern selects all of its matches, or the groups of each match if it has groups. A function
+    receives the text that `answer_mask` also shows to finders, and returns spans `(start, end)`.
 
     Raises:
-        ValueError: A span is not within the text.
+        ValueError: A span does not lie within the text.
 
     Example:
         >>> matched_mask(tokenizer, tokenizer.encode("x=10"), r"=(\d+)")
@@ -53,7 +53,7 @@ def _found_spans(text: str, finder: SpanFinder) -> Iterable[tuple[int, int]]:
         return finder(text)
     matches = re.finditer(finder, text)
     return (
-        match.span(group)  # empty, if the group took no part
+        match.span(group)  # empty if the group took no part in the match
         for match in matches
         for group in (range(1, match.re.groups + 1) if match.re.groups else (0,))
     )

@@ -1,7 +1,7 @@
-"""Responses cut where their answer has to be computed: at the result of an equation.
+"""Responses cut after the equation that computes their answer.
 
-A solution usually ends by repeating its answer, and then the model only copies it from the line
-before. Cut before the result, "9 · 2 = " leaves the model to compute what has not been written.
+A solution usually ends by repeating its answer, which the model only copies from an earlier line.
+At the result of the first equation, as in "9 · 2 = 18", the model has to compute the answer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from decimal import Decimal
 
 _NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
-# Not an operand, as 18 is in "x = 18 * 2", and no part of a longer number.
+# Neither an operand, such as 18 in "x = 18 * 2", nor a part of a longer number.
 _RESULT = re.compile(
     rf"=\s*(?:\\boxed\{{|[*_$€£\\]+)?\s*(-?{_NUMBER})(?!\d|[.,]\d|[ \t]*[-+*/×÷^]+[ \t]*\d)"
 )
@@ -18,17 +18,15 @@ _WRITTEN = re.compile(rf"(?<![\w.]){_NUMBER}")
 
 
 class NotComputedError(ValueError):
-    """A response has no place at which its answer is computed, and not before."""
+    """No equation of a response computes its answer, or the answer is written earlier."""
 
 
 def cut_at_result(response: str, answer: str) -> str:
-    r"""The response up to the first result of an equation that is the answer, and including it.
-
-    Only if that number stands nowhere before in the response, in whatever form: else it could be
-    copied. The prompt is not looked at.
+    r"""The response up to and including the first result of an equation that is the answer.
 
     Raises:
-        NotComputedError: There is no such equation.
+        NotComputedError: There is no such equation, or the response holds the number earlier, in
+            any form, from where it could be copied. The prompt is not searched.
 
     Examples:
         >>> cut_at_result("He has 9 * 2 = $18 left.\nThe answer is 18", "18")
@@ -42,10 +40,10 @@ def cut_at_result(response: str, answer: str) -> str:
         raise NotComputedError(f"no equation in the response has the result {answer!r}")
     start, end = found.span(1)
     if any(_size(one) == wanted for one in _WRITTEN.findall(response[:start])):
-        raise NotComputedError(f"{answer!r} stands in the response before it is computed")
+        raise NotComputedError(f"{answer!r} is in the response before it is computed")
     return response[:end]
 
 
 def _size(number: str) -> Decimal:
-    """Without its sign, which may also be a minus."""
+    """The number without its sign, since a minus may also be an operator."""
     return abs(Decimal(number.replace(",", "")))

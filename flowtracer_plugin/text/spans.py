@@ -1,8 +1,7 @@
 """Which tokens are question and answer.
 
-Finders look for the answer in the text (`answers.py`), and `decode_tokens` says which of the
-sampled tokens hold each character of it: tokenising the text again would give other ids than those
-that were sampled.
+Finders search the text for the answer (`answers.py`), and `decode_tokens` says which of the sampled
+tokens hold each character: tokenising the text again could give other ids than the sampled ones.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class DecodedTokens:
 
     A token that holds only some bytes of a character touches it, so neighbours can overlap; a token
     without text has `starts == ends`. Neither array ever decreases; every character is touched.
-    `pieces` cuts the text: a split character is in the piece of the token that completes it.
+    `pieces` divides the text: a split character is in the piece of the token that completes it.
     """
 
     text: str
@@ -44,8 +43,8 @@ def decode_tokens(
 ) -> DecodedTokens:
     """The text of `ids`, special tokens included, and the characters that each token touches.
 
-    The text is `tokenizer.decode(ids)`, except where bytes are not UTF-8: each stray byte is one
-    U+FFFD here, while decoders differ in how many they make of a run.
+    The text is `tokenizer.decode(ids)`, except for bytes that are not UTF-8: each of them becomes
+    one U+FFFD, while tokenizers differ in how many they write for a run of such bytes.
 
     Raises:
         ValueError: An id is not in the tokenizer's vocabulary.
@@ -71,7 +70,7 @@ def decode_tokens(
 
 
 def knows_ids(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
-    """Whether every id is one of the tokenizer's; a padded embedding has more."""
+    """Whether the tokenizer knows every id; a padded embedding has ids that it does not know."""
     return all(_knows(tokenizer, int(token)) for token in set(ids))
 
 
@@ -86,29 +85,29 @@ def _checked_ids(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[
 
 
 def _knows(tokenizer: transformers.PreTrainedTokenizerBase, token: int) -> bool:
-    # the size alone does not tell: ids may have gaps, and then lie beyond it
+    # not by the size alone: where ids have gaps, some are larger than the size
     if tokenizer.is_fast:
         return token >= 0 and tokenizer.convert_ids_to_tokens(token) is not None
     return 0 <= token < len(tokenizer) or token in tokenizer.added_tokens_decoder
 
 
-# Not tokenizers' DecodeStream: it is silent until the bytes are valid UTF-8 (in the garbage of an
-# untrained model it decodes an ever longer tail, and keeps it at the end), does not tell which
-# token holds which byte, and knows only fast tokenizers.
+# Not tokenizers' DecodeStream: it returns nothing until the bytes are valid UTF-8 (in the output of
+# an untrained model it decodes an ever longer tail, and keeps it at the end), does not say which
+# token holds which byte, and supports only fast tokenizers.
 def _token_bytes(tokenizer: transformers.PreTrainedTokenizerBase, ids: list[int]) -> list[bytes]:
     def decode(start: int, end: int) -> str:
         keep = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         return str(tokenizer.decode(ids[start:end], **keep))
 
     names, whole = tokenizer.convert_ids_to_tokens(ids), decode(0, len(ids))
-    # Decoding token by token takes fifty times as long: only where names do not spell the text.
+    # Decoding token by token takes fifty times as long, so it is done only if no spelling fits.
     for spelled in _spellings(names):
         if b"".join(spelled).decode(errors="replace") == whole:
             return spelled
 
     def chunk(place: int, name: str) -> bytes:
         alone, context = decode(place, place + 1), max(0, place - _CONTEXT)
-        # decoders strip the space that a text begins with, even one that is written as a byte
+        # decoders strip the first space of a text, even if it is written as a byte
         stored = _stored_bytes(name, alone) if place or _UNKNOWN in alone else None
         if stored is not None:
             return stored
@@ -119,13 +118,13 @@ def _token_bytes(tokenizer: transformers.PreTrainedTokenizerBase, ids: list[int]
 
 
 def _spellings(names: Sequence[str]) -> Iterator[list[bytes]]:
-    """Bytes that the names may stand for: in GPT-2's alphabet, as they are, as sentencepiece's."""
+    """The bytes of the names, read in GPT-2's alphabet, as plain text, and as sentencepiece's."""
     if all(char in _BYTE_LEVEL for name in names for char in name):
         yield [bytes(_BYTE_LEVEL[char] for char in name) for name in names]
     yield [name.encode(errors="replace") for name in names]
     pieces = [_sentencepiece(name) for name in names]
     yield pieces
-    # decoders strip the space that a text begins with
+    # decoders strip the first space of a text
     yield [pieces[0].removeprefix(b" "), *pieces[1:]]
 
 
@@ -135,7 +134,7 @@ def _sentencepiece(name: str) -> bytes:
 
 
 def _stored_bytes(name: str, alone: str) -> bytes | None:
-    """The bytes behind a token's name, if it may hold parts of characters."""
+    """The bytes that a token's name stands for, if they may be parts of characters."""
     byte = _BYTE_NAME.fullmatch(name)
     if byte and alone != name:
         return bytes.fromhex(byte[1])
@@ -144,9 +143,9 @@ def _stored_bytes(name: str, alone: str) -> bytes | None:
     return None
 
 
-_CONTEXT = 8  # tokens decoded ahead of one, whose space shows only in the middle of a text
+_CONTEXT = 8  # tokens decoded before a token, because decoders strip the first space of a text
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-_STRAY_BYTE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of one
+_STRAY_BYTE = re.compile("[\udc80-\udcff]")  # as "surrogateescape" decodes it
 _BYTE_NAME = re.compile("<0x([0-9A-Fa-f]{2})>")  # sentencepiece's byte fallback
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = sorted(set(range(256)).difference(_PRINTABLE))
@@ -156,7 +155,7 @@ _BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {
 
 
 def tokens_in_span(decoded: DecodedTokens, start: int, end: int) -> Bool[np.ndarray, " token"]:
-    """Every token that touches the characters `[start, end)`, even if it begins before them.
+    """The tokens that touch the characters `[start, end)`, even if they begin before `start`.
 
     Raises:
         ValueError: The span is not in the text.
@@ -180,31 +179,25 @@ def answer_mask(
     response_ids: Sequence[int],
     finder: AnswerFinder = "auto",
 ) -> tuple[Bool[np.ndarray, " token"], FoundAnswer] | None:
-    r"""The tokens that touch the answer, and its place in `decode_tokens(...).text`; None without.
+    r"""The tokens that touch the answer, and its place in `decode_tokens(...).text`.
 
-    Special tokens are no part of an answer. The finder does not see those around the response, and
-    sees line breaks instead of those inside, so that "5<|end|>6" is not 56; but it sees `<think>`,
-    `<answer>` and their closing tags even if the tokenizer calls them special.
+    None if there is no answer. Special tokens are not part of an answer. The finder does not see
+    those around the response, and sees line breaks in place of those inside, so that "5<|end|>6" is
+    not 56. It does see `<think>`, `<answer>` and their closing tags, even if they are special.
 
     Raises:
-        ValueError: As `find_answer` and `decode_tokens` do.
-        TypeError: As `find_answer` does.
+        ValueError: As for `find_answer` and `decode_tokens`.
+        TypeError: As for `find_answer`.
 
     Example:
         >>> answer_mask(tokenizer, tokenizer.encode("x=10"))
         (array([False, False,  True,  True]), FoundAnswer(start=2, end=4, rule='last_number'))
     """
-    shown = shown_text(tokenizer, response_ids)
-    found = find_answer(shown.text, finder)
-    if found is None:
-        return None
-    found = replace(found, start=found.start + shown.first, end=found.end + shown.first)
-    mask = tokens_in_span(shown.decoded, found.start, found.end) & ~shown.hidden
-    return (mask, found) if mask.any() else None
+    return _located_answer(shown_text(tokenizer, response_ids), finder)
 
 
 class ShownText(NamedTuple):
-    """A response as finders see it: `text` begins at character `first` of all that was decoded."""
+    """A response as finders see it: `text` begins at the character `first` of `decoded.text`."""
 
     decoded: DecodedTokens
     hidden: Bool[np.ndarray, " token"]
@@ -215,7 +208,7 @@ class ShownText(NamedTuple):
 def shown_text(
     tokenizer: transformers.PreTrainedTokenizerBase, response_ids: Sequence[int]
 ) -> ShownText:
-    """What finders see of a response; raises as `decode_tokens`."""
+    """The response as finders see it; raises ValueError as `decode_tokens` does."""
     decoded, special = decode_tokens(tokenizer, response_ids), special_ids(tokenizer)
     tokens = list(zip(response_ids, decoded.pieces, strict=True))
     hidden = np.array([i in special and not _MARKER.fullmatch(piece) for i, piece in tokens], bool)
@@ -229,8 +222,19 @@ def shown_text(
 _MARKER = re.compile(r"\s*</?(?:think|answer)>\s*", re.IGNORECASE)
 
 
+def _located_answer(
+    shown: ShownText, finder: AnswerFinder
+) -> tuple[Bool[np.ndarray, " token"], FoundAnswer] | None:
+    found = find_answer(shown.text, finder)
+    if found is None:
+        return None
+    found = replace(found, start=found.start + shown.first, end=found.end + shown.first)
+    mask = tokens_in_span(shown.decoded, found.start, found.end) & ~shown.hidden
+    return (mask, found) if mask.any() else None
+
+
 def special_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that stand for no text: begin, end, padding, roles."""
+    """The ids of tokens that are not text, such as those for begin, end, padding and roles."""
     added = tokenizer.added_tokens_decoder.items()
     return {*tokenizer.all_special_ids, *(token for token, kind in added if kind.special)}
 
@@ -241,17 +245,17 @@ def question_mask(
     question: str | Sequence[bool] | Shaped[np.ndarray, "..."] = "prompt",
     user_text: str | None = None,
 ) -> Bool[np.ndarray, " token"]:
-    """The prompt tokens over which the flow enters, at least one.
+    """The prompt tokens at which flow is injected, at least one.
 
     Args:
-        tokenizer: The one that the ids come from.
+        tokenizer: The tokenizer of the ids.
         prompt_ids: The prompt, as the model read it.
-        question: "prompt" for all but the special tokens and the first one (an attention sink);
+        question: "prompt" for all tokens except special ones and the first (an attention sink);
             "all"; "user" for the tokens that touch the last `user_text`; or a boolean mask.
         user_text: The user's words; whitespace around them does not count.
 
     Raises:
-        ValueError: The prompt or the mask would be empty, `question` is no known name and no
+        ValueError: The prompt or the mask is empty, `question` is neither a known name nor a
             boolean mask of the prompt's length, or `user_text` is missing or not in the prompt.
 
     Example:
@@ -289,23 +293,23 @@ def question_mask(
 def target_mask(
     answer: Bool[np.ndarray, "*batch token"], target: str
 ) -> Bool[np.ndarray, "*batch token"]:
-    """Where flow ends: the answer's rows, or the "decision" rows, whose logits choose them."""
+    """The tokens at which flow ends: the answer, or those whose logits choose it ("decision")."""
     return answer if target == "answer" else np.roll(answer, -1, axis=-1)
 
 
 class AnswerNotFoundError(ValueError):
-    """The response holds nothing that the answer finder takes for an answer."""
+    """The answer finder finds no answer in the response."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spans:
-    """Which tokens are what. All masks cover prompt and response.
+    """The parts of a text. All masks cover prompt and response.
 
     Attributes:
         prompt_length: Tokens before the response.
-        question: Where flow is injected.
+        question: The tokens at which flow is injected.
         answer: The answer's tokens.
-        target: Where flow ends: the answer's tokens, or the ones that decide them.
+        target: The tokens at which flow ends: the answer's, or those whose logits choose them.
         rule: Name of the finder that found the answer.
         answer_text: The answer as the finder saw it.
     """
@@ -319,7 +323,7 @@ class Spans:
 
     @property
     def response(self) -> Bool[np.ndarray, " token"]:
-        """The response's tokens, the answer among them."""
+        """The response's tokens, including the answer."""
         return np.arange(len(self.question)) >= self.prompt_length
 
     @property
@@ -344,16 +348,16 @@ def find_spans(
 
     Raises:
         AnswerNotFoundError: The finder finds no answer; the message quotes the response.
-        ValueError: The response is empty, or as `question_mask` and `answer_mask` do.
+        ValueError: The response is empty, or as for `question_mask` and `answer_mask`.
     """
     if not len(response_ids):
         raise ValueError("the response is empty, so there is no answer to trace")
-    found = answer_mask(tokenizer, response_ids, finder)
-    text = decode_tokens(tokenizer, response_ids).text
+    shown = shown_text(tokenizer, response_ids)
+    found, text = _located_answer(shown, finder), shown.decoded.text
     if found is None:
-        shown = text if len(text) <= _QUOTED else f"…{text[-_QUOTED:]}"
+        quoted = text if len(text) <= _QUOTED else f"…{text[-_QUOTED:]}"
         raise AnswerNotFoundError(
-            f"no answer found by {finder_name(finder)!r} in the response {shown!r}; say how to "
+            f"no answer found by {finder_name(finder)!r} in the response {quoted!r}; say how to "
             "find it with answer=: a finder's name, re.compile(...) with one group, or a function "
             "from text to (start, end)"
         )
@@ -369,7 +373,7 @@ def find_spans(
     )
 
 
-_QUOTED = 160  # characters of a response in an error
+_QUOTED = 160  # characters of a response that an error quotes
 
 
 def _user_mask(

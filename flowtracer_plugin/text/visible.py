@@ -1,4 +1,4 @@
-"""Text with the characters that nobody can see spelled out."""
+"""Text in which invisible characters are spelled out."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp"})
 
 
 def visible(text: str) -> str:
-    """`text` with every character that cannot be seen, or that reorders others, spelled out.
+    """`text` with every character spelled out that is invisible or reorders others.
 
-    Line breaks and tabs stay. The result can be written as UTF-8.
+    Line breaks and tabs stay. The result can be encoded as UTF-8.
     """
     if text.isascii() and text.isprintable():
         return text

@@ -1,4 +1,4 @@
-"""Slow definitions that the fast reading of attention is compared with."""
+"""Slow definitions of attention and of its mean over heads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowtracer_plugin.attention import AttentionCall
 
 
 def loop_head_mean(call: AttentionCall, heads: Sequence[int] | None = None) -> np.ndarray:
-    """`AttentionCall`'s definition, one score at a time: [batch, query, key]."""
+    """The head mean [batch, query, key] by the definition of `AttentionCall`, score by score."""
     query, key = (tensor.double().numpy() for tensor in (call.query, call.key))
     batches, every, queries, _ = query.shape
     chosen = range(every) if heads is None else heads
@@ -39,7 +39,7 @@ def loop_head_mean(call: AttentionCall, heads: Sequence[int] | None = None) -> n
 def _score(
     call: AttentionCall, b: int, h: int, q: int, k: int, query: np.ndarray, key: np.ndarray
 ) -> float | None:
-    """The score of one query and key, or `None` if the query may not look there."""
+    """The score of one query and key, or `None` if the query does not see the key."""
     score = float(query @ key) * call.scaling
     if call.softcap is not None:
         score = call.softcap * math.tanh(score / call.softcap)
@@ -60,7 +60,7 @@ def _entry(tensor: Tensor, *index: int) -> float:
 
 
 def eager_attentions(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """What the model itself reports, a tensor [batch, head, query, key] for each layer."""
+    """The attention that the model itself returns: [batch, head, query, key] for each layer."""
     assert model.config._attn_implementation == "eager"
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
@@ -75,7 +75,7 @@ def eager_head_mean(
     layers: Sequence[int],
     heads: Mapping[int, Sequence[int]] | None = None,
 ) -> Tensor:
-    """Mean of the reported attention over layers and heads, padding rows and columns zero."""
+    """The mean of the returned attention over layers and heads, with padding set to zero."""
     reported = eager_attentions(model, ids, mask)
     maps = [reported[layer].double() for layer in layers]
     if heads is not None:

@@ -1,4 +1,4 @@
-"""Which adapter reads a model, what it takes for attention, and what it says when it cannot."""
+"""Which adapter reads a model, which calls it reads, and what it says if it cannot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from flowtracer_plugin.attention import (
     AttentionCall,
     NoAttentionError,
     UnsupportedArchitectureError,
-    adapter as attention,
     find_adapter,
     known_adapters,
 )
@@ -32,14 +31,6 @@ from flowtracer_plugin.reading.reader import AttentionReader
 from tests.families import FAMILIES, LAYERS, redrawn, tiny_model
 
 GUIDE = Path(__file__).parents[2] / "adapters" / "README.md"
-
-
-@pytest.fixture(autouse=True)
-def nothing_registered(monkeypatch):
-    monkeypatch.setattr(attention, "_registered", [])
-
-
-# --- what an adapter is ---
 
 
 @pytest.mark.parametrize("adapter", known_adapters(), ids=lambda adapter: adapter.name)
@@ -67,22 +58,15 @@ def test_every_family_is_read_by_the_interface_adapter_at_every_layer(family):
         assert model.get_submodule(site.module).layer_idx == site.layer
 
 
-# --- models that cannot be read ---
-
-
-class Unheard(nn.Module):
-    """Like no model that an adapter knows."""
-
-
-def test_an_unknown_architecture_is_named_with_what_was_tried():
+def test_an_unknown_architecture_is_refused_with_the_adapters_tried():
     known = ", ".join(adapter.name for adapter in known_adapters())
-    wanted = f"no adapter knows where Unheard attends; tried: {known}. To add one, follow"
+    wanted = f"no adapter knows where Identity attends; tried: {known}. To add one, follow"
     with pytest.raises(UnsupportedArchitectureError, match=re.escape(wanted)):
-        find_adapter(Unheard())
+        find_adapter(nn.Identity())
     with pytest.raises(UnsupportedArchitectureError, match="tried: none"):
-        find_adapter(Unheard(), [])
+        find_adapter(nn.Identity(), [])
     with pytest.raises(UnsupportedArchitectureError, match=r"adapters/README\.md and pass it as"):
-        find_adapter(Unheard(), [])
+        find_adapter(nn.Identity(), [])
     assert GUIDE.is_file()
 
 
@@ -102,14 +86,14 @@ class Outer(nn.Module):
 
 @pytest.mark.parametrize("wrapper", [nn.Module.eval, Outer], ids=["bare", "wrapped"])
 @pytest.mark.parametrize("build", [tiny_mamba, tiny_rwkv])
-def test_recurrent_models_are_told_that_they_do_not_attend(build, wrapper):
+def test_recurrent_models_are_refused(build, wrapper):
     model = wrapper(build())
     assert isinstance(find_adapter(model), RecurrentAdapter)
     with pytest.raises(NoAttentionError, match="choose a model with attention layers"):
         AttentionReader(model)
 
 
-def test_the_recurrent_adapter_reads_nothing():
+def test_the_recurrent_adapter_refuses_to_read():
     with pytest.raises(NoAttentionError, match="Linear does not attend"):
         RecurrentAdapter().read(nn.Linear(1, 1), (), {})
 
@@ -135,8 +119,6 @@ def test_an_adapter_that_finds_no_site_is_refused():
         AttentionReader(tiny_model("llama"), Blind())
 
 
-# --- what is not attention between the tokens ---
-
 TOKENS = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -154,7 +136,7 @@ def gpt2_with_cross_attention() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("build", [bart_decoder, gpt2_with_cross_attention])
-def test_cross_attention_is_no_site(build):
+def test_cross_attention_is_not_a_site(build):
     reader = AttentionReader(build())
     assert [site.layer for site in reader.sites] == [0, 1]
     assert not any("cross" in site.module or "encoder_attn" in site.module for site in reader.sites)
@@ -172,9 +154,6 @@ def test_a_module_without_readable_source_is_found_by_its_compiled_code(monkeypa
     assert InterfaceAdapter().sites(model) == wanted
 
 
-# --- what the interface adapter takes from a call ---
-
-
 def interface_call(module: nn.Module | None = None, **options: Any) -> AttentionCall:
     query, key = torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 3, 16)
     return InterfaceAdapter().read(module or nn.Identity(), (None, query, key, key), options)
@@ -186,12 +165,12 @@ def test_a_call_without_options_is_causal_and_scaled_by_the_width():
     assert (call.softcap, call.bias, call.sinks) == (None, None, None)
 
 
-def test_a_mask_may_be_given_by_name():
+def test_the_mask_may_be_a_keyword_argument():
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
     assert interface_call(attention_mask=mask).mask is mask
 
 
-def test_what_the_call_states_goes_before_what_the_module_says():
+def test_arguments_of_the_call_override_attributes_of_the_module():
     module = nn.Identity()
     module.is_causal, module.sinks = False, torch.zeros(4)
     assert not interface_call(module).causal

@@ -1,4 +1,4 @@
-"""The adapters that are known: where they come from, which go first, and those that are broken."""
+"""Known adapters: where they come from, their order, and broken ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from flowtracer_plugin.attention import (
     ENTRY_POINT_GROUP,
     AttentionAdapter,
     UnsupportedArchitectureError,
-    adapter as attention,
     adapter_entries,
     find_adapter,
     known_adapters,
@@ -51,18 +50,6 @@ class Generic(Named):
     generic: ClassVar[bool] = True
 
 
-class Unheard(nn.Module):
-    """Like no model that an adapter knows."""
-
-
-@pytest.fixture(autouse=True)
-def nothing_registered(monkeypatch):
-    monkeypatch.setattr(attention, "_registered", [])
-
-
-# --- the order of looking ---
-
-
 def test_the_built_in_adapters_are_found_through_the_entry_point():
     (builtin,) = entry_points(group=ENTRY_POINT_GROUP, name="builtin")
     assert builtin.load() is ADAPTERS
@@ -94,11 +81,8 @@ def test_registering_a_name_again_replaces_its_adapter():
     assert known[0] is newer
 
 
-# --- what distributions offer ---
-
-
 def install(folder, distribution: str, code: str, target: str = "ADAPTERS") -> None:
-    """What pip leaves of a distribution: a module, and an entry point that names part of it."""
+    """Write the files of an installed distribution: a module, and an entry point into it."""
     module = distribution.replace("-", "_")
     (folder / f"{module}.py").write_text(textwrap.dedent(code))
     metadata = folder / f"{module}-0.3.dist-info"
@@ -153,7 +137,7 @@ def test_an_adapter_is_known_with_its_distribution(packages):
     assert {e.distribution for e in adapter_entries()[2:]} == {"flowtracer-plugin"}
 
 
-def test_adapters_of_others_come_before_the_built_in_ones_by_the_name_of_their_distribution(
+def test_adapters_of_other_distributions_come_first_by_name(
     packages,
 ):
     install(packages, "zebra", offers("zebra"))
@@ -164,12 +148,12 @@ def test_adapters_of_others_come_before_the_built_in_ones_by_the_name_of_their_d
     assert names.index("a_generic") + 1 == names.index("interface")
 
 
-def test_of_two_adapters_of_one_name_the_first_counts_and_the_other_says_so(packages):
+def test_the_second_of_two_adapters_of_one_name_is_skipped(packages):
     install(packages, "zebra", offers())
     install(packages, "bear", offers())
     first, second = (entry for entry in adapter_entries() if entry.name == "acme")
     assert (first.distribution, first.skipped) == ("bear", None)
-    assert second.skipped == "the one of this name from bear 0.3 goes before it; rename one of them"
+    assert second.skipped == "an adapter of this name from bear 0.3 comes first; rename one of them"
     assert [adapter.name for adapter in known_adapters()].count("acme") == 1
     assert find_adapter(tiny_model("llama")) is first.adapter
 
@@ -178,7 +162,7 @@ def test_an_installed_adapter_may_replace_a_built_in_one(packages):
     install(packages, "mine", offers("falcon"))
     mine, built_in = (entry for entry in adapter_entries() if entry.name == "falcon")
     assert (mine.distribution, mine.skipped) == ("mine", None)
-    assert "from mine 0.3 goes before it" in built_in.skipped
+    assert "from mine 0.3 comes first" in built_in.skipped
 
 
 BROKEN = {
@@ -199,7 +183,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_an_entry_point_in_vain_is_listed_with_the_reason_and_harms_nobody(packages, kind):
+def test_a_broken_entry_point_is_skipped_with_the_reason(packages, kind):
     code, target, reason = BROKEN[kind]
     install(
         packages, "acme-x", code.replace("{name!r}", "'a'").format(generic=0, matches=1), target
@@ -207,12 +191,12 @@ def test_an_entry_point_in_vain_is_listed_with_the_reason_and_harms_nobody(packa
     (entry,) = (entry for entry in adapter_entries() if entry.skipped)
     assert (entry.name, entry.adapter, entry.source) == ("acme", None, "acme-x 0.3")
     assert reason in entry.skipped
-    assert entry.skipped.endswith("; mend, update or uninstall acme-x")
+    assert entry.skipped.endswith("; fix, update or uninstall acme-x")
     assert find_adapter(tiny_model("llama")).name == "interface"
     with pytest.raises(
         UnsupportedArchitectureError, match=r"Skipped acme from acme-x 0\.3: "
     ) as told:
-        find_adapter(Unheard())
+        find_adapter(nn.Identity())
     assert entry.skipped in str(told.value)
 
 
@@ -223,18 +207,18 @@ def test_good_adapters_beside_a_broken_one_are_used(packages):
     assert find_adapter(tiny_model("llama")).name == "acme"
 
 
-def test_matches_that_fails_harms_nobody_unless_one_asked_for_it(packages):
+def test_an_adapter_whose_matches_fails_is_skipped_unless_it_was_passed(packages):
     install(packages, "acme-x", offers(matches="model.config.feathers"))
     assert find_adapter(tiny_model("llama")).name == "interface"
     with pytest.raises(
         UnsupportedArchitectureError, match=r"its matches\(\) fails \(AttributeError"
     ):
-        find_adapter(Unheard())
+        find_adapter(nn.Identity())
     with pytest.raises(AttributeError, match="feathers"):
         find_adapter(tiny_model("llama"), [known_adapters()[0]])
 
 
 @pytest.mark.parametrize("take", [register_adapter, find_adapter])
-def test_a_class_is_no_adapter(take):
+def test_the_class_of_an_adapter_is_refused(take):
     with pytest.raises(TypeError, match=r"class Other, which must be called: Other\(\)"):
-        inspect.unwrap(take)(*([Other] if take is register_adapter else [Unheard(), [Other]]))
+        inspect.unwrap(take)(*([Other] if take is register_adapter else [nn.Identity(), [Other]]))

@@ -1,4 +1,4 @@
-"""Slow definitions of what two sides do differently, in exact fractions."""
+"""Slow definitions of the differences between two sides, in exact fractions."""
 
 from collections import Counter
 from fractions import Fraction
@@ -15,7 +15,7 @@ def difference(rows, first, second, thing):
 
 
 def chances(values, first, second):
-    """Chance of each thing, and of any: over all orders of the texts, not ways to choose a side."""
+    """The chance of each thing, and of any thing, counted over all orders of the texts."""
     rows, things = exact(values), range(len(values[0]))
     seen = [abs(difference(rows, first, second, thing)) for thing in things]
     alone, of_any, orders = Counter(), Counter(), 0
@@ -32,13 +32,13 @@ def chances(values, first, second):
 
 
 def shared(texts):
-    """Of all lengths that fit, the largest at which all texts begin alike."""
+    """The largest length at which all texts begin alike."""
     fitting = range(min(map(len, texts)) + 1)
     return max(size for size in fitting if all(text[:size] == texts[0][:size] for text in texts))
 
 
 def word_shares(pieces, flows, counted):
-    """Share of each word in the flow of a text: for every token the word that completes it."""
+    """The share of each word in a text's flow; a token counts with the token that completes it."""
     tokens = zip(pieces, flows, counted, strict=True)
     own = [(piece, Fraction(flow)) for piece, flow, kept in tokens if kept]
     spelled = [place for place, (piece, _) in enumerate(own) if piece]
@@ -53,9 +53,9 @@ def word_shares(pieces, flows, counted):
 
 
 def entering(edges, source, bounds, prompt, target):
-    """From where flow enters the lines from that of the first target on: prompt, and three thirds.
+    """Flow into the line of the first target and later lines: from the prompt, and in three thirds.
 
-    `edges[later][earlier]` is the flow on an edge, `source` what is injected.
+    `edges[later][earlier]` is the flow on an edge, `source` the injected flow.
     """
     start = next(first for first, stop in bounds if first <= min(target) < stop)
     line_of = {token: line for line in bounds for token in range(*line)}

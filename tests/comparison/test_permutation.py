@@ -1,4 +1,4 @@
-"""What two sides do differently: means, chances, the shared beginning, words."""
+"""Differences between two sides: means, chances, the shared beginning, words."""
 
 from itertools import combinations
 from math import comb
@@ -10,13 +10,13 @@ from hypothesis import given, strategies as st
 from flowtracer_plugin.comparison.permutation import (
     MOST_DEALS,
     Sides,
-    contrast,
-    first_equals,
-    two_sides,
+    compare_sides,
+    first_identical,
+    sides_by_truth,
 )
 from flowtracer_plugin.comparison.texts import (
-    contrast_beginning,
-    contrast_words,
+    compare_beginnings,
+    compare_words,
     least_texts,
     shared_length,
 )
@@ -31,7 +31,7 @@ def make_sides(first, second):
 
 @st.composite
 def dealt(draw):
-    """A few texts with a few values, in quarters so that ties are common, and their sides."""
+    """Values of a few texts and two sides; values are in quarters, so that ties are common."""
     count, things = draw(st.integers(3, 5)), draw(st.integers(1, 3))
     values = draw(
         st.lists(
@@ -45,13 +45,10 @@ def dealt(draw):
     return values, order[:left], order[left:right]
 
 
-# Chance
-
-
 @given(dealt())
 def test_chances_are_those_of_all_orders_in_exact_fractions(case):
     values, sides = np.array(case[0]), make_sides(*case[1:])
-    found = contrast(values, sides)
+    found = compare_sides(values, sides)
     rows = slow.exact(values)
     expected = [
         float(slow.difference(rows, sides.first, sides.second, thing))
@@ -67,15 +64,15 @@ def test_chances_are_those_of_all_orders_in_exact_fractions(case):
 
 
 def test_a_hand_counted_case():
-    # 1 and 2 against 0, 0 and 0: of ten pairs only these two make a mean of 1.5.
-    found = contrast(np.array([[1.0], [0], [2], [0], [0]]), make_sides((0, 2), (1, 3, 4)))
+    # 1 and 2 against 0, 0 and 0: only one of the ten pairs has a mean of 1.5.
+    found = compare_sides(np.array([[1.0], [0], [2], [0], [0]]), make_sides((0, 2), (1, 3, 4)))
     assert (found.first.tolist(), found.second.tolist()) == ([1.5], [0.0])
     assert (found.chance.tolist(), found.chance_of_any.tolist()) == ([0.1], [0.1])
 
 
-def test_values_that_no_side_owns_do_not_count():
+def test_texts_on_neither_side_do_not_count():
     values = np.array([[1.0], [99], [2], [0], [0], [0]])
-    alone = contrast(values, make_sides((0, 2), (3, 4, 5)))
+    alone = compare_sides(values, make_sides((0, 2), (3, 4, 5)))
     assert alone.first.tolist() == [1.5]
     assert alone.chance.tolist() == [0.1]
 
@@ -85,16 +82,16 @@ def test_no_chance_is_below_the_lowest_and_one_case_attains_it(first, second):
     sides = make_sides(range(first), range(first, first + second))
     assert sides.deals == comb(first + second, first) == sides.tried
     values = np.array([[1.0]] * first + [[0.0]] * second)
-    assert contrast(values, sides).chance.tolist() == [pytest.approx(sides.lowest_chance)]
+    assert compare_sides(values, sides).chance.tolist() == [pytest.approx(sides.lowest_chance)]
 
 
-def test_many_texts_are_dealt_out_by_a_sample_that_is_near_the_whole():
+def test_a_sample_of_assignments_is_close_to_all_of_them():
     rng = np.random.default_rng(3)
     values = rng.random((18, 3)) + np.array([0.0, 0.2, 5.0]) * (np.arange(18) < 9)[:, None]
     sides = make_sides(range(9), range(9, 18))
     assert sides.deals > MOST_DEALS
     assert sides.tried == MOST_DEALS // 2
-    found = contrast(values, sides)
+    found = compare_sides(values, sides)
     chosen = np.array(list(combinations(range(18), 9)))
     weights = np.full((len(chosen), 18), -1 / 9)
     np.put_along_axis(weights, chosen, 1 / 9, 1)
@@ -102,25 +99,25 @@ def test_many_texts_are_dealt_out_by_a_sample_that_is_near_the_whole():
     np.testing.assert_allclose(found.chance, whole, atol=0.02)
     assert 1e-4 == sides.lowest_chance <= found.chance[2] <= found.chance_of_any[2] <= 3e-4
     assert (found.chance <= found.chance_of_any).all()
-    assert contrast(values, sides).chance.tolist() == found.chance.tolist()
+    assert compare_sides(values, sides).chance.tolist() == found.chance.tolist()
 
 
-def test_chance_keeps_its_promise_where_there_is_nothing_to_find():
-    """Of sides dealt out at random, at most a share p has a chance, or any of many, up to p."""
+def test_low_chances_are_rare_if_there_is_no_difference():
+    """If sides are random, at most a share p of them has a chance (or a chance of any) up to p."""
     rng, sides = np.random.default_rng(5), make_sides(range(4), range(4, 8))
-    lowest = [contrast(rng.random((8, 12)) ** 3, sides) for _ in range(300)]
+    lowest = [compare_sides(rng.random((8, 12)) ** 3, sides) for _ in range(300)]
     alone = np.array([one.chance[0] for one in lowest])
     of_any = np.array([one.chance_of_any.min() for one in lowest])
     for level in (0.1, 0.3, 0.6):
         bound = level + 3 * (level * (1 - level) / 300) ** 0.5
         assert (alone <= level).mean() <= bound
         assert (of_any <= level).mean() <= bound
-    # Looked at one by one, most tables hold something "rare".
+    # The lowest of twelve single chances is often low.
     assert (np.array([one.chance.min() for one in lowest]) <= 0.1).mean() > 0.5
 
 
-def test_without_sides_the_highest_and_the_lowest_are_told():
-    found = contrast(np.array([[1.0, 5], [4, 5], [2, 5]]), None)
+def test_without_sides_the_highest_and_the_lowest_are_reported():
+    found = compare_sides(np.array([[1.0, 5], [4, 5], [2, 5]]), None)
     assert found.columns() == [
         {"first": 4.0, "second": 1.0, "chance": None, "chance_of_any": None},
         {"first": 5.0, "second": 5.0, "chance": None, "chance_of_any": None},
@@ -128,19 +125,13 @@ def test_without_sides_the_highest_and_the_lowest_are_told():
     assert found.difference.tolist() == [3, 0]
 
 
-# Sides
-
-
-def test_equal_texts_count_once_if_they_are_routed_alike():
+def test_identical_texts_with_the_same_flow_count_once():
     flow = np.array([0.5, 0.25])
     texts, flows = ["a", "b", "a", "a", "b"], [flow, flow, flow + 1e-8, 2 * flow, flow]
-    assert first_equals(texts, flows) == (0, 1, 0, 3, 1)
-    sides = two_sides(NAMES, [True, False, True, None, False], first_equals(texts, flows))
+    assert first_identical(texts, flows) == (0, 1, 0, 3, 1)
+    sides = sides_by_truth(NAMES, [True, False, True, None, False], first_identical(texts, flows))
     assert sides == make_sides([0], [1])
-    assert two_sides(NAMES, [True, None, True], (0, 1, 2)) is None
-
-
-# The beginning
+    assert sides_by_truth(NAMES, [True, None, True], (0, 1, 2)) is None
 
 
 TEXTS = st.lists(st.lists(st.integers(0, 1), max_size=6), min_size=1, max_size=4)
@@ -152,10 +143,10 @@ def test_the_shared_length_is_the_largest_that_fits(texts):
 
 
 @given(TEXTS)
-def test_continuations_hold_every_text_once_and_what_its_group_says(texts):
+def test_continuations_hold_every_text_once(texts):
     flows = [np.arange(len(text), dtype=float) for text in texts]
     pieces = [[f"<{token}>" for token in text] for text in texts]
-    found = contrast_beginning(texts, pieces, flows, None)
+    found = compare_beginnings(texts, pieces, flows, None)
     length = slow.shared(texts)
     assert found.length == length
     assert found.contrast.first.tolist() == list(range(length))
@@ -176,11 +167,8 @@ def test_continuations_hold_every_text_once_and_what_its_group_says(texts):
 def test_a_long_continuation_is_cut():
     texts = [[0, *range(1, 40)], [0, 90]]
     pieces = [[str(token) for token in text] for text in texts]
-    ways = contrast_beginning(texts, pieces, [np.ones(40), np.ones(2)], None).continuations
+    ways = compare_beginnings(texts, pieces, [np.ones(40), np.ones(2)], None).continuations
     assert [way.text for way in ways] == ["123456789101112", "90"]
-
-
-# Words
 
 
 PIECES = st.sampled_from(["", "a", " a", "b", "\n", " ", "B", "é"])
@@ -205,7 +193,7 @@ def test_words_are_shares_of_each_texts_flow(data):
     names = {word for own in shares for word in own}
     least = 2 if count > 2 else 1
     expected = {w for w in names if sum(w in own for own in shares) >= least}
-    found = contrast_words(pieces, flows, counted, sides)
+    found = compare_words(pieces, flows, counted, sides)
     assert {word.text for word in found} == expected
     for word in found:
         values = [float(own.get(word.text, 0)) for own in shares]
@@ -220,11 +208,11 @@ def test_words_are_shares_of_each_texts_flow(data):
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_words_of_a_hand_made_case():
+def test_a_hand_counted_case_of_words():
     pieces = [[" The", " 4", "", "€", "4", "\n"], ["The", "4"], ["x", "4"], ["y"]]
     flows = [np.array([1, 2, 3, 1, 2, 1.0]), np.array([3, 1.0]), np.array([0, 1.0]), np.ones(1)]
     counted = [np.array([True] * 5 + [False]), *(np.ones(n, bool) for n in (2, 2, 1))]
-    found = contrast_words(pieces, flows, counted, make_sides([0, 1], [2]))
+    found = compare_words(pieces, flows, counted, make_sides([0, 1], [2]))
     shown = [(word.text, word.first, word.second, word.texts, word.tokens) for word in found]
     assert (
         shown
@@ -236,16 +224,16 @@ def test_words_of_a_hand_made_case():
     assert [least_texts(texts) for texts in (2, 3, 8)] == [1, 2, 2]
 
 
-def test_texts_on_no_side_bring_no_words():
+def test_words_of_texts_on_neither_side_are_not_listed():
     pieces, flows, counted = [["a"], ["a"], ["b"]], [np.ones(1)] * 3, [np.ones(1, bool)] * 3
-    (word,) = contrast_words(pieces, flows, counted, make_sides([0], [1]))
+    (word,) = compare_words(pieces, flows, counted, make_sides([0], [1]))
     assert (word.text, word.texts) == ("a", (1, 1))
 
 
 def test_a_text_without_flow_has_no_shares():
-    found = contrast_words([["a"], ["a"]], [np.zeros(1), np.ones(1)], [np.ones(1, bool)] * 2, None)
+    found = compare_words([["a"], ["a"]], [np.zeros(1), np.ones(1)], [np.ones(1, bool)] * 2, None)
     assert (found[0].first, found[0].second) == (1.0, 0.0)
-    nothing = contrast_words(
+    nothing = compare_words(
         [[], [""]], [np.zeros(0), np.ones(1)], [np.ones(n, bool) for n in (0, 1)], None
     )
     assert nothing == ()

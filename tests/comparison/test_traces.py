@@ -1,4 +1,4 @@
-"""Traces side by side in numbers."""
+"""Comparisons of traces."""
 
 import json
 
@@ -13,10 +13,8 @@ from tests.comparison import reference_contrast as slow
 from tests.comparison.compared import GROUP, OTHER, PROMPT_TOKENS, RIGHT, TRUTHS, WRONG, make_trace
 from tests.tiny import PROMPT, tiny_llama, tiny_tokenizer
 
-# What is compared
 
-
-def test_right_ones_are_compared_with_wrong_ones_and_equal_ones_count_once():
+def test_right_traces_are_compared_with_wrong_ones_and_copies_count_once():
     found = compare(GROUP, right=TRUTHS)
     assert (found.names, found.sides.first, found.sides.second) == (
         ("right", "wrong"),
@@ -42,7 +40,7 @@ def test_two_traces_are_compared_with_each_other(right):
 
 
 @pytest.mark.parametrize("right", [None, [True] * 5, [None, True, None, True, None]])
-def test_of_more_the_highest_and_lowest_are_told(right):
+def test_more_than_two_traces_without_sides_report_highest_and_lowest(right):
     found = compare(GROUP, right=right)
     assert (found.sides, found.names) == (None, ("highest", "lowest"))
     shares = [trace.reasoning_share for trace in GROUP]
@@ -51,12 +49,12 @@ def test_of_more_the_highest_and_lowest_are_told(right):
     )
 
 
-def test_numpys_truths_are_truths(monkeypatch):
+def test_numpy_booleans_are_accepted(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it refuses them
     assert compare(GROUP, right=np.array(TRUTHS)).sides == compare(GROUP, right=TRUTHS).sides
 
 
-def test_unknown_traces_are_listed_and_do_not_count():
+def test_traces_that_are_neither_right_nor_wrong_do_not_count():
     truths = [True, False, None, False, True]
     found, without = (
         compare(GROUP, right=truths),
@@ -68,10 +66,7 @@ def test_unknown_traces_are_listed_and_do_not_count():
     assert found.traces[2].right is None
 
 
-# What all begin with
-
-
-def test_the_beginning_is_told_apart_token_by_token():
+def test_the_shared_beginning_is_compared_token_by_token():
     found = compare(GROUP, right=TRUTHS)
     length = len(PROMPT_TOKENS) + 2
     assert found.tokens == (*PROMPT_TOKENS, "3", " +")
@@ -88,7 +83,7 @@ def test_the_beginning_is_told_apart_token_by_token():
     assert found.beginning.length == length
 
 
-def test_equal_texts_of_two_models_are_shared_to_the_end():
+def test_the_shared_beginning_of_equal_texts_is_the_whole_text():
     trained = make_trace(RIGHT.tokens[len(PROMPT_TOKENS) :], seed=9, model="trained")
     found = compare([RIGHT, trained])
     assert found.beginning.length == len(RIGHT.tokens)
@@ -99,17 +94,14 @@ def test_equal_texts_of_two_models_are_shared_to_the_end():
     assert found.traces[1].same_as is None
 
 
-# Where the answer draws from
-
-
 TEXTS = st.lists(
     st.sampled_from(["a", " b", ".", "\n", " c.", "!\n", " d"]), min_size=1, max_size=14
 )
 
 
-@settings(deadline=None)
+@settings(max_examples=40)
 @given(TEXTS, st.integers(0, 3), st.data())
-def test_flow_enters_the_answers_line_from_where_its_edges_say(response, seed, data):
+def test_origins_equal_their_slow_definition(response, seed, data):
     places = st.integers(0, len(response) - 1)
     answer = data.draw(st.sets(places, min_size=1, max_size=2))
     border = len(PROMPT_TOKENS)
@@ -134,26 +126,23 @@ def test_a_target_in_the_prompt_draws_from_the_prompt():
     assert origins(trace).prompt == 1
 
 
-def test_it_is_the_line_of_the_target_that_counts():
+def test_origins_are_those_of_the_line_of_the_target():
     trace = make_trace(("a", "\n", "7"), target=(len(PROMPT_TOKENS) + 1,))
     assert origins(trace).prompt == 1
 
 
-def test_one_line_before_the_answer_is_the_middle_and_two_are_its_ends():
+def test_one_line_is_the_middle_third_and_two_are_early_and_late():
     one = origins(make_trace(("a", "\n", "7")))
     two = origins(make_trace(("a", "\n", "b", "\n", "7")))
     assert one.early == one.late == two.middle == 0
     assert min(one.middle, two.early, two.late) > 0
 
 
-def test_stops_are_the_mean_number_of_tokens_on_the_way():
+def test_stops_are_the_mean_number_of_tokens_on_a_path():
     trace = make_trace(("a", " b", " c", "\n", "7"))
     border, edges = len(PROMPT_TOKENS), trace.flow.edge_flow()
     inflow = edges[border:-1].sum()
     assert compare([trace, WRONG]).traces[0].stops == pytest.approx(inflow)
-
-
-# Streamed, and as a document
 
 
 def test_streamed_traces_give_the_same_numbers():
@@ -186,9 +175,6 @@ def test_many_traces_are_numbered():
     assert [found.traces[at].label for at in (0, 26)] == ["1", "27"]
 
 
-# What is refused
-
-
 @pytest.mark.parametrize(
     ("traces", "options", "message"),
     [
@@ -198,17 +184,17 @@ def test_many_traces_are_numbered():
         ([RIGHT, WRONG], {"right": [True] * 3}, "one of right for each of the 2 traces, found 3"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(traces, options, message):
+def test_impossible_comparisons_are_refused(traces, options, message):
     with pytest.raises(ValueError, match=message):
         compare(traces, **options)
 
 
-def test_other_tokenizers_are_refused_and_characters_in_parts_are_not():
+def test_traces_of_different_tokenizers_are_refused():
     changed = make_trace(("3", " +", " 4"))
     object.__setattr__(changed, "tokens", (*changed.tokens[:-1], " four"))
     with pytest.raises(ValueError, match=r"token \d+ is '4' in A and 'four' in B; compare traces"):
         compare([RIGHT, changed])
-    # The same bytes end "é" here and "ã" there; a text's first token may have lost its blank.
+    # The same bytes can end "é" or "ã", and a text's first token may have lost its space.
     object.__setattr__(changed, "tokens", ("<s>", *changed.tokens[1:-1], "é"))
     other = make_trace(("3", " +", " 4"))
     object.__setattr__(other, "tokens", ("<s>", "What ", *other.tokens[2:-1], "ã"))

@@ -1,4 +1,4 @@
-"""Slow definitions, straight from the table in DESIGN section 2: loops in float64, one graph."""
+"""Slow definitions of the method, step by step: loops in float64, for one graph."""
 
 from itertools import combinations
 
@@ -62,9 +62,10 @@ def flow(attention, question, answer, question_weights="uniform", boundary="lite
 
 
 def throughput_by_paths(attention, question, answer):
-    """Throughput by listing every path: those of one question token share its part of the unit.
+    """Throughput from a list of all paths.
 
-    A path may pass through answer tokens and ends at one; its share is its product of attention.
+    The paths of one question token share its part of the unit in proportion to their products of
+    attention. A path may pass through answer tokens, and ends at one.
     """
     size = len(attention)
     f = np.zeros(size)
@@ -85,7 +86,7 @@ def throughput_by_paths(attention, question, answer):
 
 
 def pruned(attention, top_k=None, mass=None):
-    """Off-diagonal attention with only the strongest edges of each row, one at a time."""
+    """Off-diagonal attention with only the strongest edges of each row."""
     kept = np.zeros(np.shape(attention))
     for k, row in enumerate(np.asarray(attention, dtype=np.float64)):
         total, held = sum(row[:k]), 0.0

@@ -1,4 +1,4 @@
-"""Slow definitions of what a trace derives from its flow: every path, one after the other."""
+"""Slow definitions of a backbone and of a trace's reasoning share."""
 
 from itertools import combinations
 
@@ -8,7 +8,7 @@ from tests.flow import reference
 
 
 def all_paths(attention, question, answer, question_weights="uniform", boundary="literal"):
-    """Every way from the question into the sink, with its probability."""
+    """All paths from the question into the sink, with their probabilities."""
     weight = np.triu(np.asarray(attention, dtype=np.float64).T, 1)
     shares = reference.conditioned(weight, answer, boundary)
     mu = reference.source(weight, question, answer, question_weights, boundary)
@@ -28,7 +28,7 @@ def all_paths(attention, question, answer, question_weights="uniform", boundary=
 
 
 def reasoning_share(paths, prompt_length, target):
-    """Chance that the first response token of a way is no target."""
+    """The probability that the first response token of a path is not a target."""
     share = 0.0
     for path, probability in paths.items():
         entered = [token for token in path if token >= prompt_length]
@@ -38,14 +38,14 @@ def reasoning_share(paths, prompt_length, target):
 
 
 def effective_number(parts):
-    """Exponential of the entropy of the parts' shares: how many equal parts they are worth."""
+    """The exponential of the entropy of the parts' shares."""
     total = sum(parts)
     shares = [part / total for part in parts if part > 0]
     return np.prod([share**-share for share in shares]) if shares else 1.0
 
 
 def hub_and_checkpoint_scores(flow):
-    """From the dictionary that `reference.flow` makes."""
+    """The hub and checkpoint scores, from the result of `reference.flow`."""
     hubs, checkpoints = [], []
     for token, through in enumerate(flow["throughput"]):
         leaving = [*flow["edge_flow"][:, token], flow["sink_flow"][token]]
@@ -56,7 +56,7 @@ def hub_and_checkpoint_scores(flow):
 
 
 def step_sums(flow, bounds):
-    """Edges between steps, inflow and flow into the sink, summed edge by edge."""
+    """Flow between steps, inflow and flow into the sink, summed edge by edge."""
     step_of = {token: s for s, (start, stop) in enumerate(bounds) for token in range(start, stop)}
     edges, inflow, sink = np.zeros((len(bounds),) * 2), np.zeros(len(bounds)), np.zeros(len(bounds))
     for later, row in enumerate(flow["edge_flow"]):
@@ -71,7 +71,7 @@ def step_sums(flow, bounds):
 
 
 def drop_first(attention, first=0):
-    """Without what is paid to the first token; each row keeps its sum if anything is left."""
+    """Attention without that to the first token; rows keep their sum if anything is left."""
     dropped = np.array(attention, dtype=np.float64)
     for row in dropped:
         before, row[first] = row.sum(), 0.0
@@ -81,7 +81,7 @@ def drop_first(attention, first=0):
 
 
 def reasoning_share_by_walk(flow, prompt_length, target):
-    """The same for long texts: what has not entered the response yet, carried on token by token."""
+    """`reasoning_share` for long texts: flow moves on through the prompt token by token."""
     size, share = len(flow["throughput"]), 0.0
     waiting = np.array(flow["source"])
     for earlier in range(prompt_length):
@@ -95,10 +95,8 @@ def reasoning_share_by_walk(flow, prompt_length, target):
 
 
 def crossing(flow, cut):
-    """What a cut before the token `cut` meets: edges by where they begin, and what is on no edge.
-
-    Returned are the flow of every earlier token across it, what starts after it, and what has
-    arrived in the sink.
+    """Flow of each earlier token across a cut before the token `cut`, flow injected after the cut,
+    and flow that has arrived in the sink before it.
     """
     size = len(flow["throughput"])
     edges = [
@@ -109,7 +107,7 @@ def crossing(flow, cut):
 
 
 def passing_over(flow, start, stop):
-    """What edges carry from before the tokens `start` to `stop` to after them."""
+    """Flow on edges from before the tokens `start` to `stop` to after them."""
     size = len(flow["throughput"])
     return sum(
         flow["edge_flow"][later, earlier] for earlier in range(start) for later in range(stop, size)
@@ -117,7 +115,7 @@ def passing_over(flow, start, stop):
 
 
 def smallest_flow_set(edges, share):
-    """The least number of flows that hold a share of all, by trying every subset."""
+    """The least number of flows that hold a share of their sum, by trying every subset."""
     flows = [flow for flow in np.ravel(edges) if flow > 0]
     for count in range(len(flows) + 1):
         best = max((sum(part) for part in combinations(flows, count)), default=0)

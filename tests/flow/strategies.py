@@ -28,10 +28,10 @@ class Problem:
 
 @st.composite
 def problems(draw, max_tokens=10):
-    """Causal attention of every temper, whose first question token reaches the last answer token.
+    """Causal attention of many kinds, whose first token, a question, reaches the answer.
 
-    Flat to peaked softmax rows; edges missing at random; rows of zeros; rows that sum to less than
-    one, and (rarely) to more.
+    Rows are flat or peaked softmax rows, edges are missing at random, and rows may be zero or sum
+    to less, and rarely to more, than one.
     """
     tokens = draw(st.integers(2, max_tokens))
     sharpness = draw(st.sampled_from([0.3, 3.0, 12.0]))
@@ -48,7 +48,7 @@ def problems(draw, max_tokens=10):
     question[0] = answer[-1] = True
     attention[-1] *= 0.9
     attention[-1, 0] += 0.1
-    # what float32 holds, float64 and the slow definition see as well
+    # rounded, so that float64 and the slow definition use the same numbers as float32
     attention = attention.astype(np.float32).astype(np.float64)
     return Problem(attention=attention, question=question, answer=answer)
 
@@ -62,7 +62,7 @@ def substochastic(problem):
 
 
 def padded(problem, left, right):
-    """The same graph among padding: tokens that attend to nothing and that nobody attends to."""
+    """The same graph between padding tokens, which have no attention in either direction."""
     return Problem(
         attention=np.pad(problem.attention, (left, right)),
         question=np.pad(problem.question, (left, right)),
@@ -72,7 +72,7 @@ def padded(problem, left, right):
 
 @st.composite
 def batches(draw):
-    """Graphs of several lengths, and the same padded on either side to one length."""
+    """Graphs of several lengths, and the same graphs padded on both sides to one length."""
     alone = draw(st.lists(problems(), min_size=1, max_size=4))
     length = max(len(one.question) for one in alone) + draw(st.integers(0, 2))
     spare = [length - len(one.question) for one in alone]
@@ -88,7 +88,7 @@ def batches(draw):
 
 
 def held_as(kind, array, dtype="float64"):
-    """A numpy matrix as an array of this kind; masks and batches stay dense."""
+    """A numpy array as an array of this kind; masks and batches stay dense."""
     array = np.asarray(array)
     if array.dtype != bool:
         array = array.astype(dtype)
@@ -108,18 +108,22 @@ def given_as(kind, problem, dtype="float64"):
     return tuple(held_as(kind, part, dtype) for part in problem.parts)
 
 
-def batch_as(kind, rows, dtype="float64"):
-    """Attention and masks of a batch: dense kinds are stacked, sparse ones listed."""
-    masks = [
-        held_as(kind, np.stack(part)) for part in zip(*(row.parts[1:] for row in rows), strict=True)
-    ]
+def stack_as(kind, matrices, dtype="float64"):
+    """The attention of a batch: dense kinds are stacked, sparse ones listed."""
     if kind in DENSE:
-        return held_as(kind, np.stack([row.attention for row in rows]), dtype), *masks
-    return [held_as(kind, row.attention, dtype) for row in rows], *masks
+        return held_as(kind, np.stack(matrices), dtype)
+    return [held_as(kind, matrix, dtype) for matrix in matrices]
+
+
+def batch_as(kind, rows, dtype="float64"):
+    """Attention and masks of a batch."""
+    masks = zip(*(row.parts[1:] for row in rows), strict=True)
+    attention = stack_as(kind, [row.attention for row in rows], dtype)
+    return attention, *(held_as(kind, np.stack(part)) for part in masks)
 
 
 def dense(array):
-    """A numpy array of whatever kind this is; a tuple is stacked."""
+    """Any kind of array as a numpy array; a tuple is stacked."""
     if isinstance(array, tuple):
         return np.stack([dense(one) for one in array])
     if isinstance(array, torch.Tensor):

@@ -11,12 +11,12 @@ from flowtracer_plugin.flow.backbone import Step, StepGraph, bin_starts, stronge
 from flowtracer_plugin.flow.river import river
 from tests.flow import reference, reference_backbone
 from tests.flow.strategies import problems
-from tests.flow.test_backbone import backbone_of, blocks, drawn, options
+from tests.flow.test_backbone import backbone_of, blocks, options, small_graph
 
 
-def test_drawn_example_has_this_river():
-    found = river(drawn(), 1)
-    # Before tokens 0 to 3, and after them all. The response is its own: fifths of three tokens.
+def test_river_of_the_small_graph():
+    found = river(small_graph(), 1)
+    # Cuts before each token, and after the last. The response has three tokens for five parts.
     assert found.cuts.tolist() == [0, 1, 2, 3, 4]
     assert found.waiting == pytest.approx([1, 0, 0, 0, 0])
     assert found.arrived == pytest.approx([0, 0, 0, 0, 1])
@@ -30,7 +30,7 @@ def test_drawn_example_has_this_river():
 bins = st.integers(1, 12)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=40)
 @given(problems(max_tokens=9), options, blocks, bins)
 def test_rivers_equal_their_slow_definition(problem, option, block, count):
     with patch("flowtracer_plugin.flow.backbone.BINS", count):
@@ -50,7 +50,7 @@ def test_rivers_equal_their_slow_definition(problem, option, block, count):
     np.testing.assert_allclose(found.passing, over, rtol=1e-9, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=40)
 @given(problems(max_tokens=12), options, bins)
 def test_one_unit_crosses_every_cut(problem, option, count):
     with patch("flowtracer_plugin.flow.backbone.BINS", count):
@@ -59,16 +59,13 @@ def test_one_unit_crosses_every_cut(problem, option, count):
     assert found.flow.min() >= 0
 
 
-def test_bins_are_tokens_or_parts_of_equal_length_and_the_response_begins_one():
+def test_bins_have_equal_length_and_the_response_starts_one():
     assert bin_starts(5, 2).tolist() == [0, 1, 2, 3, 4]
     starts = bin_starts(1000, 333)
     assert 333 in starts
     assert len(starts) == 101
     assert set(np.diff(starts).tolist()) <= {3, 7, 10}
     assert bin_starts(4, 4).tolist() == [0, 1, 2, 3]  # no response
-
-
-# The strongest flows
 
 
 def graph_of(edges):
@@ -84,7 +81,7 @@ def graph_of(edges):
 GRAPH = graph_of([[0, 0, 0, 0], [5, 0, 0, 0], [3, 4, 0, 0], [1, 0.5, 2, 0]])  # 15.5 in all
 
 
-def test_the_strongest_flows_come_first_and_no_more_than_needed():
+def test_strongest_flows_stop_at_the_share():
     found = strongest_flows(GRAPH, share=0.75)
     assert found.flows == ((0, 1, 5.0), (1, 2, 4.0), (0, 2, 3.0))
     assert found.share == pytest.approx(12 / 15.5)
@@ -93,14 +90,14 @@ def test_the_strongest_flows_come_first_and_no_more_than_needed():
     assert strongest_flows(GRAPH, share=0.0).flows == ()
 
 
-def test_flows_within_the_limits():
+def test_strongest_flows_obey_the_limits():
     assert len(strongest_flows(GRAPH, share=1.0, max_flows=2).flows) == 2
     few = strongest_flows(GRAPH, share=1.0, max_steps=3)
     assert few.steps == (0, 1, 2)
     assert few.share == pytest.approx(12 / 15.5)
 
 
-def test_flows_among_known_steps_follow_those_that_need_another():
+def test_flows_that_need_too_many_steps_are_left_out():
     edges = np.zeros((5, 5))
     edges[1, 0], edges[2, 0], edges[4, 3], edges[2, 1] = 9, 8, 7, 1
     found = strongest_flows(graph_of(edges), share=1.0, max_steps=3)
@@ -108,12 +105,12 @@ def test_flows_among_known_steps_follow_those_that_need_another():
     assert found.share == pytest.approx(18 / 25)
 
 
-def test_no_flow_between_steps_is_none_to_show():
+def test_a_graph_without_flow_has_no_strongest_flows():
     found = strongest_flows(graph_of([[0.0, 0.0], [0.0, 0.0]]))
     assert (found.flows, found.share, found.steps) == ((), 0.0, ())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 9), min_size=10, max_size=10), st.floats(0, 1))
 def test_no_smaller_set_holds_the_share(flows, share):
     edges = np.zeros((5, 5))
@@ -125,6 +122,6 @@ def test_no_smaller_set_holds_the_share(flows, share):
 @pytest.mark.parametrize(
     "wrong", [{"share": 1.1}, {"share": -1.0}, {"max_steps": 1}, {"max_flows": 0}]
 )
-def test_limits_that_show_nothing_are_refused(wrong):
+def test_limits_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="wanted a share from 0 to 1, at least 2 steps and 1 flow"):
         strongest_flows(GRAPH, **wrong)

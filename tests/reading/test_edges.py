@@ -239,7 +239,7 @@ def test_a_gate_after_attention_is_refused_by_value_and_read_by_attention():
     for layer in model.model.layers:
         inner = layer.self_attn.o_proj
         layer.self_attn.o_proj = nn.Sequential(nn.Softsign(), inner)
-    with pytest.raises(UnsupportedArchitectureError, match=r"takes the attention output as it is"):
+    with pytest.raises(UnsupportedArchitectureError, match="takes the unchanged attention output"):
         ft.wrap(model, tiny_tokenizer(), preset="sharp").trace("one two\n", "The answer is 5")
     trace = ft.wrap(model, tiny_tokenizer(), preset="sharp", edges="attention").trace(
         "one two\n", "The answer is 5"
@@ -278,8 +278,8 @@ def test_what_no_option_has_is_refused(wrong, said):
 @pytest.mark.parametrize(
     ("pairs", "said"),
     [
-        ([(0, 1)], r"heads names \(0, 1\), and layer 0 is not among the layers .*\[1, 2\]"),
-        ([(1, 9)], r"heads names \(1, 9\), and layer 1 has the heads 0 to 3"),
+        ([(0, 1)], r"heads names \(0, 1\), but layer 0 is not among the layers .*\[1, 2\]"),
+        ([(1, 9)], r"heads names \(1, 9\), but layer 1 has the heads 0 to 3"),
     ],
 )
 def test_heads_that_the_layers_do_not_have_are_refused(pairs, said):

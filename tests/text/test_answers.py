@@ -167,7 +167,7 @@ EVERY_RULE = r"<think>0</think> \boxed{1} <answer>2</answer>" + "\n#### 3\nThe a
         (5, "last_number", "5"),
     ],
 )
-def test_auto_takes_the_first_finder_that_matches_and_says_which(removed, rule, answer):
+def test_auto_names_the_first_finder_that_matches(removed, rule, answer):
     text = EVERY_RULE
     for cue in [r"\boxed", "<answer>", "####", "answer is", "</think>"][:removed]:
         text = text.replace(cue, " ")
@@ -179,11 +179,11 @@ def test_auto_takes_the_first_finder_that_matches_and_says_which(removed, rule, 
 
 
 @given(st.text("\\boxed{}<answer>/# theis:$*.,0123-\n", max_size=60))
-def test_every_found_span_is_filled_and_auto_agrees_with_its_rule(text):
+def test_found_spans_are_not_empty_and_auto_agrees_with_its_rule(text):
     by_name = {name: find_answer(text, name) for name in FINDERS}
     for found in filter(None, by_name.values()):
         assert text[found.start : found.end].strip() == text[found.start : found.end] != ""
-    del by_name["last_word"]  # the one that auto does not try
+    del by_name["last_word"]  # auto does not try it
     assert find_answer(text) == next(filter(None, by_name.values()), None)
 
 
@@ -203,11 +203,11 @@ def test_every_found_span_is_filled_and_auto_agrees_with_its_rule(text):
         ("...", None),
     ],
 )
-def test_last_word_is_stripped_of_what_closes_a_sentence(text, answer):
+def test_last_word_has_no_marks_around_it(text, answer):
     assert answer_text(text, "last_word") == answer
 
 
-def test_auto_never_takes_just_any_word():
+def test_auto_does_not_try_last_word():
     assert find_answer("no idea") is None
 
 
@@ -237,7 +237,7 @@ def test_auto_never_takes_just_any_word():
     ],
 )
 @pytest.mark.timeout(60)
-def test_long_adversarial_text_is_no_trap(unit):
+def test_finders_take_linear_time(unit):
     # quadratic finders take minutes on these, linear ones milliseconds
     text = (unit * (100_000 // len(unit) + 1))[:100_000]
     for name in FINDERS:
@@ -245,7 +245,7 @@ def test_long_adversarial_text_is_no_trap(unit):
         find_answer("the answer is <answer>####</think>" + text, name)
 
 
-def test_nested_boxes_without_end_are_no_trap():
+def test_thousands_of_nested_boxes():
     assert answer_text(r"\boxed{" * 10_000 + "7" + "}" * 10_000, "boxed") == "7"
 
 
@@ -264,7 +264,7 @@ def test_the_last_match_of_a_regex_wins(pattern, answer):
     assert answer_text("x=12, y=34, z=", re.compile(pattern)) == answer
 
 
-def test_a_regex_is_recorded_as_regex():
+def test_the_rule_of_a_regex_is_regex():
     found = find_answer("x=12", re.compile(r"(\d+)"))
     assert found == FoundAnswer(start=2, end=4, rule="regex")
 
@@ -292,7 +292,7 @@ def test_a_callable_finds_the_answer_under_its_name():
 
 
 @pytest.mark.parametrize("span", [(0, 4), (-1, 2), (2, 2), (2, 1)])
-def test_a_callable_must_return_a_filled_span_in_the_text(span):
+def test_a_callable_must_return_a_nonempty_span_in_the_text(span):
     def wild(text):
         return span
 
@@ -311,6 +311,6 @@ def test_a_callable_must_return_two_integers(span):
         find_answer("abc", Wild())
 
 
-def test_the_examples_in_the_docstrings_are_true():
+def test_docstring_examples():
     result = doctest.testmod(answers)
     assert (result.attempted, result.failed) == (2, 0)

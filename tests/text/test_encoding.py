@@ -28,7 +28,7 @@ def spacing():
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
 
 
-def test_a_text_is_used_as_it_is(plain):
+def test_a_text_is_encoded_unchanged(plain):
     ids, text = encode_prompt(plain, PROMPT)
     assert text == PROMPT
     assert plain.decode(ids) == PROMPT
@@ -59,7 +59,7 @@ def test_a_response_continues_the_prompt(plain):
     assert plain(PROMPT)["input_ids"] + ids == plain(PROMPT + " He had 3.")["input_ids"]
 
 
-def test_no_space_comes_between_prompt_and_response(spacing):
+def test_no_space_is_added_between_prompt_and_response(spacing):
     def names(ids):
         return spacing.convert_ids_to_tokens(ids)
 
@@ -68,7 +68,7 @@ def test_no_space_comes_between_prompt_and_response(spacing):
 
 
 def test_a_response_that_would_change_the_prompts_last_token_is_encoded_alone(plain):
-    # " apples" is one token, so a prompt that ends within the word keeps its own tokens
+    # " apples" is one token, and this prompt ends within the word
     prompt, response = "Tom had 3 app", "les."
     joint = plain(prompt + response)["input_ids"]
     assert joint[: len(plain(prompt)["input_ids"])] != plain(prompt)["input_ids"]
@@ -90,11 +90,11 @@ def test_an_empty_response_has_no_tokens(plain):
         ([{"role": "system", "content": "a"}], None),
     ],
 )
-def test_what_the_user_said_last(prompt, words):
+def test_user_text_is_the_last_message_of_the_user(prompt, words):
     assert user_text(prompt) == words
 
 
-def test_content_may_be_a_list_of_parts_of_text(chat):
+def test_content_may_be_a_list_of_text_parts(chat):
     first, second = PROMPT[:9], PROMPT[9:]
     parts = [{"type": "text", "text": first}, {"type": "text", "text": second}]
     messages = [{"role": "user", "content": parts}]
@@ -115,5 +115,5 @@ def test_content_may_be_a_list_of_parts_of_text(chat):
         (None, False),
     ],
 )
-def test_what_is_text(content, wanted):
+def test_is_text(content, wanted):
     assert is_text(content) is wanted

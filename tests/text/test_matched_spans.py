@@ -1,4 +1,4 @@
-"""Tokens that a pattern or a function points at, among those that were sampled."""
+"""The tokens that a pattern or a function selects."""
 
 import doctest
 import re
@@ -19,7 +19,7 @@ def ids_of(text):
 
 
 def chosen(text, finder):
-    """The pieces that are chosen; every one of these bytes is a token."""
+    """The selected characters; in these texts, every character is one token."""
     mask = matched_mask(BYTE_LEVEL, ids_of(text), finder)
     return [character for character, one in zip(text, mask, strict=True) if one]
 
@@ -39,13 +39,13 @@ def chosen(text, finder):
         (lambda text: iter([(1, 1)]), ""),
     ],
 )
-def test_a_finder_means_these_tokens(finder, wanted):
+def test_a_finder_selects_these_tokens(finder, wanted):
     assert "".join(chosen("a3 b1-c42.", finder)) == wanted
 
 
 @given(st.text(st.sampled_from("ab1€ 2é"), max_size=12), st.data())
 def test_a_token_is_chosen_if_it_touches_a_span(text, data):
-    """By every character of the text: also where several tokens make one, or one makes several."""
+    """Also if several tokens make one character, or one token makes several."""
     tokenizer, cuts = tiny_tokenizer(), st.integers(0, len(text))
     ids = tokenizer(text)["input_ids"]
     spans = data.draw(st.lists(st.tuples(cuts, cuts).map(sorted).map(tuple), max_size=3))
@@ -55,12 +55,12 @@ def test_a_token_is_chosen_if_it_touches_a_span(text, data):
     bounds = zip(decoded.starts.tolist(), decoded.ends.tolist(), strict=True)
     wanted = [any(place in inside for place in range(start, end)) for start, end in bounds]
     for one, other, token in zip(found, wanted, ids, strict=True):
-        # Of a character of several bytes, tokens without one of their own belong to it too.
+        # A token with only a part of a character touches it too.
         part = "\N{REPLACEMENT CHARACTER}" in tokenizer.decode([token])
         assert one == other or (one and part)
 
 
-def test_special_tokens_and_what_surrounds_them_are_not_what_a_finder_sees():
+def test_a_finder_does_not_see_special_tokens():
     end = special_id("<|im_end|>")
     ids = [end, *ids_of("a1"), end, *ids_of("2"), end]
     seen = []
@@ -77,7 +77,7 @@ def test_special_tokens_and_what_surrounds_them_are_not_what_a_finder_sees():
     assert matched_mask(BYTE_LEVEL, ids, r"\d").tolist() == [False, False, True, False, True, False]
 
 
-def test_the_tokens_that_were_sampled_are_told_apart_not_those_of_the_text():
+def test_any_tokenization_of_the_text_is_read():
     tokenizer = tiny_tokenizer()
     whole = tokenizer(RESPONSE)["input_ids"]
     single = [i for character in RESPONSE for i in tokenizer(character)["input_ids"]]
@@ -96,7 +96,7 @@ def test_a_span_beyond_the_text_is_refused(span):
         matched_mask(BYTE_LEVEL, ids_of("a1"), lambda _: [span])
 
 
-def test_nothing_was_said():
+def test_an_empty_response_has_an_empty_mask():
     assert matched_mask(BYTE_LEVEL, [], r"\d").tolist() == []
 
 

@@ -1,4 +1,4 @@
-"""Responses cut where their answer is computed."""
+"""Responses cut after the equation that computes their answer."""
 
 import re
 
@@ -32,27 +32,27 @@ def test_a_response_ends_with_the_result_that_is_the_answer(response, answer, cu
 
 
 @pytest.mark.parametrize(
-    ("response", "answer", "said"),
+    ("response", "answer", "message"),
     [
         ("The answer is 18", "18", "no equation in the response has the result '18'"),
         ("9 * 2 = 18, so 19", "19", "no equation in the response has the result '19'"),
-        ("From 18 sheep, 9 * 2 = 18 are", "18", "'18' stands in the response before"),
-        ("Take 18. 9 * 2 = 18", "18", "'18' stands in the response before"),
+        ("From 18 sheep, 9 * 2 = 18 are", "18", "'18' is in the response before"),
+        ("Take 18. 9 * 2 = 18", "18", "'18' is in the response before"),
         ("", "18", "no equation"),
-        ("x = 18 * 2 = 36, 36 / 2 = 18", "18", "'18' stands in the response before"),
-        ("half = 18/2, so 9 + 9 = 18", "18", "'18' stands in the response before"),
-        ("It is 1800 here. 900 + 900 = 1,800", "1800", "'1800' stands in the response before"),
-        ("It costs $2.50. 5 / 2 = 2.5", "2.5", "'2.5' stands in the response before"),
-        ("17,18 then 9 * 2 = 18", "18", "'18' stands in the response before"),
+        ("x = 18 * 2 = 36, 36 / 2 = 18", "18", "'18' is in the response before"),
+        ("half = 18/2, so 9 + 9 = 18", "18", "'18' is in the response before"),
+        ("It is 1800 here. 900 + 900 = 1,800", "1800", "'1800' is in the response before"),
+        ("It costs $2.50. 5 / 2 = 2.5", "2.5", "'2.5' is in the response before"),
+        ("17,18 then 9 * 2 = 18", "18", "'18' is in the response before"),
         ("9 + 9 = eighteen", "eighteen", "no equation"),
     ],
 )
-def test_an_answer_that_could_be_copied_is_refused(response, answer, said):
-    with pytest.raises(NotComputedError, match=re.escape(said)):
+def test_an_answer_that_could_be_copied_is_refused(response, answer, message):
+    with pytest.raises(NotComputedError, match=re.escape(message)):
         cut_at_result(response, answer)
 
 
-def test_texts_are_judged_where_they_compute():
+def test_the_setting_compute_cuts_responses_at_their_result():
     tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode="dense")
     worked = "She had 3 apples and buys one, so that she has 3 + 1 = 4 apples. The answer is 4"
     copied = "She has 4 apples. The answer is 4"

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from flowtracer_plugin.comparison.permutation import first_equals, two_sides
-from flowtracer_plugin.comparison.texts import contrast_beginning, contrast_words
+from flowtracer_plugin.comparison.permutation import first_identical, sides_by_truth
+from flowtracer_plugin.comparison.texts import compare_beginnings, compare_words
 from flowtracer_plugin.files import write_atomically
 from flowtracer_plugin.report.display import shorten, signed
 from flowtracer_plugin.report.pages.assets import render
@@ -142,16 +142,18 @@ def _differences(columns: Sequence[CompletionView], most: int) -> Differences | 
     views = [columns[at] for at in places]
     truths = [bool(view.advantage > 0) for view in views]
     texts, flows = [tuple(view.tokens) for view in views], [view.throughput for view in views]
-    sides = two_sides(_SIDES, truths, first_equals(list(zip(texts, truths, strict=True)), flows))
+    sides = sides_by_truth(
+        _SIDES, truths, first_identical(list(zip(texts, truths, strict=True)), flows)
+    )
     if sides is None:
         return None
-    beginning = contrast_beginning(texts, texts, flows, sides)
+    beginning = compare_beginnings(texts, texts, flows, sides)
     return show_differences(
         texts[0],
         {"Completion": (0, beginning.length)},
         ["answer" if answer else "" for answer in views[0].answer],
         beginning,
-        contrast_words(texts, flows, [~view.answer for view in views], sides),
+        compare_words(texts, flows, [~view.answer for view in views], sides),
         sides,
         names=_SIDES,
         people=[
