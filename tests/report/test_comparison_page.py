@@ -1,8 +1,6 @@
 """The page of a comparison, and the same section on the page of a group."""
 
-import base64
 import csv
-import hashlib
 import io
 import json
 import math
@@ -24,7 +22,7 @@ from flowtracer_plugin.report import (
 from flowtracer_plugin.report.pages.two_sides import MOST_WORDS, difference_levels, difference_scale
 from flowtracer_plugin.text.visible import visible
 from tests.comparison.compared import GROUP, PROMPT_TOKENS, RIGHT, TRUTHS, WRONG, make_trace
-from tests.pages import HOSTILE, Page
+from tests.pages import HOSTILE, Page, assert_loads_nothing, assert_only_text
 
 WORLD = ("שלום", " עולם", " 七", "加", "八", "\n", "é", " مرحبا", " 7")
 TRICKY = ('say "4",', "=1+1", "\n", "@x", "a\nb")
@@ -58,9 +56,7 @@ def test_hostile_text_becomes_text_and_nothing_else(hostile):
     traces, labels = hostile
     html = render_comparison(traces, labels=labels, right=[True, False, False])
     page, harmless = Page(html), Page(render_comparison(GROUP, right=TRUTHS))
-    known = {(tag, name) for tag, attrs in harmless.tags for name in (*attrs, None)}
-    assert {(tag, name) for tag, attrs in page.tags for name in (*attrs, None)} <= known
-    assert not any("hacked" in value for _, attrs in page.tags for value in attrs.values() if value)
+    assert_only_text(page, harmless)
     assert len(page.scripts) == 3
     assert page.scripts[2] == harmless.scripts[2]
     for data in page.scripts[:2]:
@@ -71,16 +67,7 @@ def test_hostile_text_becomes_text_and_nothing_else(hostile):
 
 
 def test_page_loads_nothing_and_allows_its_own_script_and_style_only():
-    html = render_comparison(GROUP, right=TRUTHS)
-    page = Page(html)
-    assert "http" not in html.replace("http-equiv", "")
-    assert not any({"src", "style"} & set(attrs) for _, attrs in page.tags)
-    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|innerHTML|\beval\b", html)
-    (policy,) = [attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs]
-    assert policy.startswith("default-src 'none'")
-    for content in (page.styles[0], page.scripts[-1]):
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        assert f"'sha256-{digest}'" in policy
+    assert_loads_nothing(render_comparison(GROUP, right=TRUTHS))
 
 
 def test_page_is_deterministic_and_written_whole(tmp_path):
@@ -149,7 +136,7 @@ def test_what_all_begin_with_is_shown_once_and_coloured_by_the_difference():
     numbers = [one["numbers"] for one in data_of(html)["differences"]["shared"]]
     for shown, known in zip(numbers, comparison.beginning.contrast.columns(), strict=True):
         assert shown == [pytest.approx(value, rel=1e-3) for value in known.values()]
-    assert html.count("<h3>Here they part</h3>") == 1
+    assert html.count("<h3>The texts part here</h3>") == 1
     assert re.findall(r"<q class=\"value\">([^<]*)</q>\s*<span><a", html) == [" 4", " 5⏎No 8"]
 
 
@@ -158,7 +145,7 @@ def test_equal_texts_are_shared_to_the_end_and_each_has_its_column():
     html = render_comparison([RIGHT, other], labels=["base", "trained"])
     assert "The texts are the same to the end" in html
     assert "base against trained" in html
-    assert "One text against one: there is no telling" in html
+    assert "One text against one: nothing can be said" in html
     assert "tiny / other" in html
     response = visible_tokens(RIGHT)[len(PROMPT_TOKENS) :]
     assert [tokens for *_, tokens in columns(html)] == [response, response]
@@ -178,9 +165,9 @@ def test_a_text_that_ends_where_others_go_on_says_so():
 
 def test_the_caution_states_the_counts():
     html = render_comparison(GROUP, right=TRUTHS)
-    assert "2 right against 2 wrong, texts that are equal counted once" in html
-    assert "in how many of the 6 ways" in html
-    assert "33.3\N{NO-BREAK SPACE}% is as low as that can get" in html
+    assert "2 right against 2 wrong, with equal texts counted once" in html
+    assert "There are 6 ways to assign these labels" in html
+    assert "it cannot be lower than 33.3\N{NO-BREAK SPACE}%" in html
     assert "There are no two sides" in render_comparison(GROUP)
 
 
@@ -270,11 +257,12 @@ def test_eight_responses_of_a_thousand_tokens_are_below_a_megabyte():
     assert len(render_comparison(traces, right=[True, False] * 4).encode()) < 1_000_000
 
 
-def test_the_middle_of_a_long_text_is_left_out():
-    long = [make_trace((first, *(f" {at}" for at in range(4_100)), "\n", "7")) for first in "ab"]
+def test_the_middle_of_a_long_text_is_left_out(monkeypatch):
+    monkeypatch.setattr("flowtracer_plugin.report.pages.comparison_page._MOST_TOKENS", 40)
+    long = [make_trace((first, *(f" {at}" for at in range(50)), "\n", "7")) for first in "ab"]
     html = render_comparison(long)
     assert html.count(" are left out</p>") == 2
-    assert [len(tokens) for *_, tokens in columns(html)] == [4_000, 4_000]
+    assert [len(tokens) for *_, tokens in columns(html)] == [40, 40]
 
 
 # The page of a group
@@ -336,17 +324,17 @@ def test_completions_without_flow_are_not_compared():
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(visits, hostile, scheme):
+def test_axe_finds_nothing_serious(visits, hostile):
     from tests.browsing import violations
 
+    compared = render_comparison(GROUP, right=TRUTHS)
+    group = show_group(make_view(RIGHT, 1.0), make_view(WRONG, -1.0))
     pages = [
-        render_comparison(GROUP, right=TRUTHS),
-        render_comparison([RIGHT, WRONG]),
-        render_comparison(hostile[0], labels=hostile[1]),
-        show_group(make_view(RIGHT, 1.0), make_view(WRONG, -1.0)),
+        *((html, scheme) for html in (compared, group) for scheme in ("light", "dark")),
+        (render_comparison([RIGHT, WRONG]), "dark"),
+        (render_comparison(hostile[0], labels=hostile[1]), "light"),
     ]
-    for html in pages:
+    for html, scheme in pages:
         page = visits.open(html, color_scheme=scheme)
         page.locator(".completion .text > span").first.hover()
         assert violations(page) == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flowtracer_plugin.report import render_notebook, render_page
-from flowtracer_plugin.report.display import read
+from flowtracer_plugin.report.display import show
 from flowtracer_plugin.text.visible import visible
 from tests.browsing import violations
 from tests.report.test_trace_page import WORDS, make_trace
@@ -458,8 +458,9 @@ def test_colours_follow_the_system_and_the_switch(visits, html):
         assert page.evaluate(paper) == own
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [375, 1280, 2560])
+@pytest.mark.parametrize(
+    ("scheme", "width"), [("dark", 375), ("light", 1280), ("dark", 1280), ("light", 2560)]
+)
 def test_nothing_serious_keeps_anyone_out(visits, html, scheme, width):
     page = visits.open(html, color_scheme=scheme, width=width)
     assert violations(page) == []
@@ -550,7 +551,7 @@ def test_scripts_of_all_directions_stay_whole(visits):
     trace = make_trace(words, prompt=6, answer=(-1,))
     page = visits.open(render_page(trace))
     assert tokens_of(page).all_text_contents() == [
-        visible(unit.text).replace("\n", "⏎") for unit in read(trace).units
+        visible(unit.text).replace("\n", "⏎") for unit in show(trace).units
     ]
     direction = "(text) => getComputedStyle(text).direction"
     assert page.locator(".prompt .text").evaluate(direction) == "ltr"

@@ -1,5 +1,5 @@
-/** Two sides: what is known of the tokens that all share. */
-const contrast = (() => {
+/** Two sides: the numbers of the tokens that all texts share. */
+const shared = (() => {
   const data = JSON.parse(document.getElementById("differences")?.textContent ?? "null");
   const places = new Map();
   document.querySelectorAll(".text.shared > span").forEach((unit, place) => places.set(unit, place));
@@ -10,7 +10,7 @@ const contrast = (() => {
     return value ? `${value < 0 ? "\u2212" : "+"}${short} points` : "0 points";
   }
 
-  /** Of a token that all share. */
+  /** The card for a token that all texts share. */
   function describe(unit) {
     const known = data.shared[places.get(unit)];
     const [first, second, chance, chanceOfAny] = known.numbers;

@@ -1,6 +1,6 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const units = [...contrast.units];
+  const units = [...shared.units];
   const places = new Map();
   document.querySelectorAll("article.completion").forEach((column, number) => {
     column.querySelectorAll(".text > span").forEach((unit, place) => {
@@ -15,7 +15,7 @@
   }
 
   function describe(unit) {
-    if (!places.has(unit)) return contrast.describe(unit);
+    if (!places.has(unit)) return shared.describe(unit);
     const { number, place } = places.get(unit);
     const column = data[number];
     const isTool = unit.classList.contains("tool");

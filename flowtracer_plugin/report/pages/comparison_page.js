@@ -2,7 +2,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const places = new Map();
   const twins = new Map();
-  const units = [...contrast.units];
+  const units = [...shared.units];
   const key = (text) => text.trim() || text;
   document.querySelectorAll("article.completion").forEach((column, number) => {
     column.querySelectorAll(".text > span").forEach((unit, place) => {
@@ -15,7 +15,7 @@
   });
 
   function describe(unit) {
-    if (!places.has(unit)) return contrast.describe(unit);
+    if (!places.has(unit)) return shared.describe(unit);
     const { number, place, word } = places.get(unit);
     const column = data[number];
     const alike = twins.get(word);
@@ -38,7 +38,7 @@
   let lit = [];
   function light(unit) {
     lit.forEach((twin) => twin.classList.remove("twin"));
-    lit = (unit && twins.get(places.get(unit)?.word ?? key(contrast.describe(unit).text))) ?? [];
+    lit = (unit && twins.get(places.get(unit)?.word ?? key(shared.describe(unit).text))) ?? [];
     lit.forEach((twin) => twin.classList.add("twin"));
   }
 
