@@ -33,7 +33,7 @@ def token_graph(trace: TraceData, *, minimum: float) -> networkx.DiGraph[int]:
 
 
 def write_graphml(trace: TraceData, path: Path, *, minimum: float) -> Path:
-    """`path`, after all tokens and their strongest edges were written to it, whole or not at all.
+    """Write all tokens and their strongest edges to `path`, whole or not at all; return `path`.
 
     XML cannot hold every character, so invisible characters are spelled out.
 

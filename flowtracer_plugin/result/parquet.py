@@ -27,7 +27,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def write_table(trace: TraceData, path: Path) -> Path:
-    """`path`, after `token_table(trace)` was written to it, whole or not at all."""
+    """Write `token_table(trace)` to `path`, whole or not at all, and return `path`."""
     content = BytesIO()
     pyarrow.parquet.write_table(token_table(trace), content)
     write_atomically(path, content.getvalue())

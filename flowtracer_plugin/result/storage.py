@@ -37,7 +37,7 @@ _BACKBONE_ARRAYS = [
 
 
 def save(trace: TraceData, path: Path) -> Path:
-    """`path`, after `trace` was written to it, whole or not at all."""
+    """Write `trace` to `path`, whole or not at all, and return `path`."""
     arrays = {name: getattr(trace, name) for name in _ARRAYS}
     arrays |= {name: getattr(trace.spans, name) for name in _MASKS}
     version = 1

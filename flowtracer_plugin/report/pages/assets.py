@@ -24,7 +24,7 @@ _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&"}
 
 
 def write_html(path: str | Path, html: str) -> Path:
-    """`path`, after `html` was written to it, whole or not at all."""
+    """Write a page to `path`, whole or not at all, and return `path`."""
     write_atomically(Path(path), html.encode())
     return Path(path)
 

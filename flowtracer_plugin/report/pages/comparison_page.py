@@ -44,7 +44,7 @@ def write_comparison(
     labels: Sequence[str] | None = None,
     right: Sequence[bool | None] | None = None,
 ) -> Path:
-    """`path`, after the page of `render_comparison` was written to it, whole or not at all.
+    """Write the page of `render_comparison` to `path`, whole or not at all, and return `path`.
 
     Raises:
         ValueError: As `render_comparison`.

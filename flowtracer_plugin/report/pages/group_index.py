@@ -48,7 +48,7 @@ class GroupSummary:
 
 
 def write_index(folder: str | Path, *, title: str = "Groups of this run") -> Path:
-    """The path of `index.html`, the list of the group pages in `folder`, after it was written.
+    """Write `index.html`, the list of the group pages in `folder`, and return its path.
 
     The newest step comes first. Files that `write_group_page` did not write are left out. The list
     is written whole or not at all.

@@ -46,7 +46,7 @@ def write_group_page(
     step: int,
     max_tokens: int = 4_000,
 ) -> Path:
-    """`path`, after the page of `group_page` was written to it, whole or not at all.
+    """Write the page of `group_page` to `path`, whole or not at all, and return `path`.
 
     Raises:
         ValueError: As `group_page`.

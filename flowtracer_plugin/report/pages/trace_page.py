@@ -50,7 +50,7 @@ def write_page(
     drops: Mapping[int, float] | None = None,
     scores: Scores | None = None,
 ) -> Path:
-    """`path`, after the page of `trace` was written to it; see `render_page`."""
+    """Write the page of `render_page` to `path`, whole or not at all, and return `path`."""
     return write_html(path, render_page(trace, drops, scores))
 
 
