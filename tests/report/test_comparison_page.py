@@ -1,4 +1,4 @@
-"""The page of a comparison, and the same section on the page of a group."""
+"""The page of a comparison, and the comparison of two sides on the page of a group."""
 
 import csv
 import io
@@ -44,7 +44,7 @@ def visible_tokens(trace):
 
 
 def data_of(html):
-    """What the page's script knows, by the id of its element."""
+    """The data for the page's script, by the id of its element."""
     found = re.findall(r'<script type="application/json" id="(\w+)">(.*?)</script>', html)
     return {name: json.loads(text) for name, text in found}
 
@@ -85,7 +85,7 @@ def test_page_is_deterministic_and_written_whole(tmp_path):
 
 
 def columns(html):
-    """Name, verdict and token texts of each column."""
+    """The name, the verdict and the token texts of each column."""
     articles = re.findall(r'<article class="completion".*?</article>', html, re.DOTALL)
     return [
         (
@@ -97,7 +97,7 @@ def columns(html):
     ]
 
 
-def test_right_ones_come_first_equal_ones_share_a_column():
+def test_right_traces_come_first_and_equal_traces_share_a_column():
     html = render_comparison(GROUP, right=TRUTHS)
     shown = columns(html)
     assert [one[:2] for one in shown] == [
@@ -109,12 +109,12 @@ def test_right_ones_come_first_equal_ones_share_a_column():
     assert '<h1 class="value">Right against wrong</h1>' in html
     assert "same as A</small>" in html
     assert "3 right, 2 wrong; 4 different" in html
-    # From the line on which not all agree; that is the response's first one.
+    # From the first line on which the texts differ; that is the first line of the response.
     for (_, _, tokens), trace in zip(shown, [GROUP[at] for at in (0, 2, 1, 3)], strict=True):
         assert tokens == visible_tokens(trace)[len(PROMPT_TOKENS) :]
 
 
-def test_what_all_begin_with_is_shown_once_and_coloured_by_the_difference():
+def test_the_shared_beginning_is_shown_once_and_coloured_by_the_difference():
     html = render_comparison(GROUP, right=TRUTHS)
     comparison = compare(GROUP, right=TRUTHS)
     parts = re.findall(r'<div class="text shared".*?</div>', html, re.DOTALL)
@@ -172,7 +172,7 @@ def test_the_caution_states_the_counts():
 
 
 def word_table(html):
-    """Headings, and for each word its text and numbers, as they can be copied."""
+    """The headings, and the text and numbers of each word."""
     table = re.search(r'<table id="words">.*?</table>', html, re.DOTALL)[0]
     rows = [
         (
@@ -201,7 +201,7 @@ def test_the_table_holds_the_words_as_they_differ():
     ("right", "last"),
     [(None, ["texts"]), ([True, False, False, False, True], ["tokens, right", "texts, wrong"])],
 )
-def test_the_table_counts_what_there_is_to_count(right, last):
+def test_the_table_counts_texts_or_tokens(right, last):
     headings, rows = word_table(render_comparison(GROUP, right=right))
     words = compare(GROUP, right=right).words
     assert headings[-len(last) :] == last
@@ -210,7 +210,7 @@ def test_the_table_counts_what_there_is_to_count(right, last):
         assert tuple(numbers[-len(last) :]) == counts
 
 
-def test_many_words_are_cut():
+def test_the_table_of_words_has_a_limit():
     said = [tuple(f" w{at}" for at in range(300)), tuple(f" w{at}" for at in range(299, -1, -1))]
     html = render_comparison([make_trace((*one, "7")) for one in said])
     assert f"The {MOST_WORDS} of 300 words that differ most" in html
@@ -297,7 +297,7 @@ def test_a_group_says_what_right_completions_do_differently():
     assert word_table(html) == word_table(render_comparison(GROUP, right=TRUTHS))
     shared = data_of(html)["differences"]["shared"]
     assert [one["text"] for one in shared] == ["3", " +"]
-    # The best come first on the page: its places, not those in the batch.
+    # The numbers are the places on the page, where the best come first.
     assert re.findall(r'href="#completion-(\d)" class="plus">✓&nbsp;\1</a>', html) == [
         "1",
         "2",
@@ -360,7 +360,7 @@ def test_browser_runs_nothing_from_the_data_and_shows_it_all(visits, hostile):
 
 
 @pytest.mark.browser
-def test_right_to_left_and_wide_letters_stay_whole(visits):
+def test_right_to_left_and_wide_letters_are_shown_whole(visits):
     traces = [make_trace((*WORLD[:-1], last)) for last in (" 7", " 8")]
     page = visits.open(render_comparison(traces))
     shown = page.locator(".shared > span").all_text_contents()
@@ -382,7 +382,7 @@ def test_keys_lead_through_all_texts_and_twins_light_up(visits):
     for _ in range(7):
         page.keyboard.press("ArrowRight")
     assert page.locator("#token").text_content() == '"3"'
-    # Every column says 3 once; the first of them is right of the shared text's last token.
+    # Every column has "3" once; the next token after the shared text is in the first column.
     assert page.locator(".twin").all_text_contents() == ["3"] * 4
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")

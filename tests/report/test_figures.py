@@ -1,4 +1,4 @@
-"""Figures for papers: that they are written, read, and show what the trace holds."""
+"""Figures for papers: their files, and that they show the numbers of the trace."""
 
 import os
 import re
@@ -201,7 +201,7 @@ def percent_in(text):
 
 
 def written(figure):
-    """What a figure says, and where."""
+    """Each visible text of a figure, and its box."""
     with figures._styled():
         renderer = FigureCanvasAgg(figure).get_renderer()
         figure.draw(renderer)
@@ -306,7 +306,7 @@ def test_settings_of_the_user_neither_matter_nor_change(trace, tmp_path):
         ("a.png", "ribbon", float("nan"), "width must be from .* got nan"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(trace, name, kind, width, message, tmp_path):
+def test_unknown_kinds_suffixes_and_widths_are_refused(trace, name, kind, width, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         trace.to_figure(tmp_path / name, kind, width=width)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The page of a training's group, and the list of a run's pages."""
+"""The page of a group of completions, and the list of a run's pages."""
 
 import re
 
@@ -58,12 +58,12 @@ def hostile():
 
 
 def columns(html):
-    """The text of each completion, from its element."""
+    """The HTML of each completion."""
     return re.findall(r'<article class="completion".*?</article>', html, re.DOTALL)
 
 
 def spans(column):
-    """Style, hub number and HTML of each token of a column."""
+    """The classes, the hub number and the HTML of each token of a column."""
     found = re.findall(
         r'<span(?: class="([^"]*)")?(?: data-hub="(\d+)")?>(.*?)</span>',
         "".join(re.findall(r'<div class="text" dir="...">.*?</div>', column, re.DOTALL)),
@@ -350,13 +350,13 @@ def test_each_bar_is_the_token_of_its_bin_with_the_most_flow(length, more, seed)
         ({"hubs": (1, 1)}, r"different tokens from 0 to 9, got \[1, 1\]"),
     ],
 )
-def test_what_cannot_be_shown_is_refused(changes, message, monkeypatch):
+def test_invalid_completions_are_refused(changes, message, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it refuses shapes first
     with pytest.raises(ValueError, match=message):
         make_view(**changes)
 
 
-def test_a_group_needs_a_completion_and_room():
+def test_empty_groups_and_limits_below_one_are_refused():
     with pytest.raises(ValueError, match="at least one completion, found none"):
         show()
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
@@ -387,7 +387,7 @@ def test_pages_are_written_whole(group, tmp_path):
 
 
 def rows(html):
-    """Link, excerpt and numbers of each row of a list."""
+    """The link, the excerpt and the numbers of each row of the list."""
     return [
         (
             *re.search(r'<a href="([^"]*)"[^>]*>([^<]*)</a>', row).groups(),
@@ -424,7 +424,7 @@ def test_list_shows_the_pages_of_a_run_newest_first(group, hostile, tmp_path):
     assert write_index(tmp_path, title=HOSTILE[0]).read_text("utf-8") == first
 
 
-def test_list_leaves_out_what_is_not_a_group(group, tmp_path):
+def test_the_list_leaves_out_other_files(group, tmp_path):
     assert "No group has been written here yet" in write_index(tmp_path / "new").read_text("utf-8")
     write_group_page(tmp_path / "a.html", "?", group, title="a", step=1)
     (tmp_path / "foreign.html").write_text("<p>hello</p>")
@@ -435,7 +435,7 @@ def test_list_leaves_out_what_is_not_a_group(group, tmp_path):
     assert [row[0] for row in rows(write_index(tmp_path).read_text("utf-8"))] == ["a.html"]
 
 
-def test_summary_lies_where_the_list_looks_for_it(tmp_path):
+def test_the_summary_is_in_the_part_that_the_list_reads(tmp_path):
     view, text = make_view(), "\ud83d" * 30_000
     write_group_page(tmp_path / "a.html", text, [view], title=text, step=1)
     assert len(rows(write_index(tmp_path).read_text("utf-8"))) == 1

@@ -192,7 +192,7 @@ def test_short_texts_have_few_marks_and_long_ones_ten():
         assert sum("data-hub" in attrs for _, attrs in page.tags) == marks + 1  # and the legend's
 
 
-def test_knocked_out_tokens_must_be_there(trace):
+def test_drops_must_name_tokens_of_the_trace(trace):
     with pytest.raises(ValueError, match=r"wanted drops of tokens 0 to 48, found \[49\]"):
         render_page(trace, {49: 0.5})
     html = render_page(trace, {40: -0.123456})
@@ -322,7 +322,7 @@ def test_other_scores_shade_by_the_top_shares_of_their_own(trace, html):
         (np.full(49, np.nan), r"needs one number"),
     ],
 )
-def test_scores_that_are_none_are_refused(trace, values, said):
+def test_invalid_scores_are_refused(trace, values, said):
     assert len(trace.tokens) == 49
     with pytest.raises(ValueError, match=said):
         render_page(trace, scores={"x": values})
