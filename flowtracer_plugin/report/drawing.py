@@ -1,4 +1,4 @@
-"""Where the lines of the drawings go: the ribbon, the steps and the river."""
+"""The coordinates of the drawings: the ribbon, the steps and the river."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from flowtracer_plugin import __version__
 from flowtracer_plugin.flow.backbone import StepGraph, strongest_edges
-from flowtracer_plugin.options import Heads
 from flowtracer_plugin.result.trace_data import TraceData
 
 JSON_SCHEMA_VERSION = 1
@@ -65,13 +64,9 @@ def about(trace: TraceData) -> dict[str, Any]:
         "schema": JSON_SCHEMA_VERSION,
         "package_version": __version__,
         "model": trace.model,
-        "layers": list(trace.layers),
-        "heads": [list(pair) for pair in trace.heads],
-        "options": {
-            **asdict(trace.options),
-            "layers": _listed(trace.options.layers),
-            "heads": _listed_pairs(trace.options.heads),
-        },
+        "layers": _listed(trace.layers),
+        "heads": _listed(trace.heads),
+        "options": {name: _listed(value) for name, value in asdict(trace.options).items()},
         "prompt_length": trace.spans.prompt_length,
         "answer": {
             "text": trace.spans.answer_text,
@@ -83,12 +78,9 @@ def about(trace: TraceData) -> dict[str, Any]:
     }
 
 
-def _listed(layers: str | tuple[int, ...]) -> str | list[int]:
-    return layers if isinstance(layers, str) else list(layers)
-
-
-def _listed_pairs(heads: Heads) -> str | float | list[list[int]]:
-    return [list(pair) for pair in heads] if isinstance(heads, tuple) else heads
+def _listed(value: Any) -> Any:
+    """The value, with lists in place of tuples."""
+    return [_listed(one) for one in value] if isinstance(value, tuple) else value
 
 
 def token_columns(trace: TraceData) -> dict[str, list[Any]]:

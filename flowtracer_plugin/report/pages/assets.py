@@ -1,4 +1,4 @@
-"""What all pages are made with: templates, styles and scripts, and the writing of a page's file.
+"""The templates, styles and scripts of all pages, and the writing of a page's file.
 
 A page is self-contained: it loads no font, no script and no image.
 """
