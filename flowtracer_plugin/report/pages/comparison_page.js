@@ -1,24 +1,25 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const places = new Map();
+  const { columns } = twoSides;
   const twins = new Map();
-  const units = [...shared.units];
-  const key = (text) => text.trim() || text;
-  document.querySelectorAll("article.completion").forEach((column, number) => {
-    column.querySelectorAll(".text > span").forEach((unit, place) => {
-      const word = key(data[number].texts[place]);
-      places.set(unit, { number, place, word });
-      if (!twins.has(word)) twins.set(word, []);
-      twins.get(word).push(unit);
-      units.push(unit);
-    });
-  });
+  for (const unit of columns.keys()) {
+    const word = wordOf(unit);
+    if (!twins.has(word)) twins.set(word, []);
+    twins.get(word).push(unit);
+  }
+
+  /** The text of a token of any text, without the blanks around it. */
+  function wordOf(unit) {
+    const at = columns.get(unit);
+    const text = at ? data[at.number].texts[at.place] : twoSides.describe(unit).text;
+    return text.trim() || text;
+  }
 
   function describe(unit) {
-    if (!places.has(unit)) return shared.describe(unit);
-    const { number, place, word } = places.get(unit);
+    if (!columns.has(unit)) return twoSides.describe(unit);
+    const { number, place } = columns.get(unit);
     const column = data[number];
-    const alike = twins.get(word);
+    const alike = twins.get(wordOf(unit));
     return {
       text: column.texts[place],
       where: [
@@ -30,7 +31,7 @@
       numbers: {
         throughput: tokens.percent(column.throughput[place]),
         rank: `${column.ranks[place]}`,
-        "in texts": `${new Set(alike.map((twin) => places.get(twin).number)).size} of ${data.length}`,
+        "in texts": `${new Set(alike.map((twin) => columns.get(twin).number)).size} of ${data.length}`,
       },
     };
   }
@@ -38,9 +39,9 @@
   let lit = [];
   function light(unit) {
     lit.forEach((twin) => twin.classList.remove("twin"));
-    lit = (unit && twins.get(places.get(unit)?.word ?? key(shared.describe(unit).text))) ?? [];
+    lit = (unit && twins.get(wordOf(unit))) ?? [];
     lit.forEach((twin) => twin.classList.add("twin"));
   }
 
-  tips.follow(units, describe, light);
+  tips.follow(twoSides.units, describe, light);
 })();
