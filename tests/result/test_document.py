@@ -94,8 +94,8 @@ def at(value, path):
     return value
 
 
-def test_every_field_is_required_and_has_a_type(trace):
-    whole = trace.to_dict()
+def test_every_field_is_required_and_has_a_type():
+    whole = make_trace(("<s>", "a", "b\n", "c", "d", "7", "."), prompt=3).to_dict()
     fields = list(places(whole))
     assert len(fields) > 70
     for path in fields:
