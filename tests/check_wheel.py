@@ -20,7 +20,13 @@ WANTED = (
     "flowtracer_plugin/result/trace.schema.json",
     *(
         f"flowtracer_plugin/report/pages/{name}"
-        for name in ("base.html.j2", "page.html.j2", "group.html.j2", "group.css", "group.js")
+        for name in (
+            "base.html.j2",
+            "trace_page.html.j2",
+            "group_page.html.j2",
+            "group_page.css",
+            "group_page.js",
+        )
     ),
     "flowtracer_plugin/reasoner/model.safetensors",
     "flowtracer_adapters/py.typed",

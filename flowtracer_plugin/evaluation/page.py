@@ -11,9 +11,8 @@ from flowtracer_plugin.evaluation.overview import Evaluation
 from flowtracer_plugin.evaluation.run import Example, Outcome
 from flowtracer_plugin.evaluation.summaries import BASELINES, Interval, ScoreSummary
 from flowtracer_plugin.evaluation.tables import bottom_of, cell, counts, ranked, tables
-from flowtracer_plugin.files import write_atomically
 from flowtracer_plugin.report.display import shorten
-from flowtracer_plugin.report.pages.assets import render
+from flowtracer_plugin.report.pages.assets import render, write_html
 from flowtracer_plugin.text.visible import visible
 
 CHART_WIDTH = 1000
@@ -32,8 +31,7 @@ def write_evaluation(evaluation: Evaluation, path: str | Path) -> Path:
     Raises:
         IsADirectoryError: `path` is a directory.
     """
-    write_atomically(Path(path), render_evaluation(evaluation).encode())
-    return Path(path)
+    return write_html(path, render_evaluation(evaluation))
 
 
 def render_evaluation(evaluation: Evaluation) -> str:
@@ -42,8 +40,8 @@ def render_evaluation(evaluation: Evaluation) -> str:
     fairest = max(gaps)
     return render(
         "evaluation.html.j2",
-        styles=("contrast.css", "evaluation.css"),
-        script="page_table.js",
+        styles=("two_sides.css", "evaluation.css"),
+        script=("tables.js",),
         title=f"{shorten(visible(evaluation.settings['model']))}: what do its answers hang on?",
         settings=evaluation.settings,
         measured=len(evaluation.measured),

@@ -1,4 +1,4 @@
-"""What people look at: pages, figures, the notebook cell, the terminal."""
+"""What people look at: pages, figures, the notebook cell and the terminal view."""
 
 from importlib import import_module
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a reader sees of the tokens: whole characters, steps of heat, marks."""
+"""A trace as readers see it: whole characters, shades by rank, and numbers in words."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float, Int
 
+from flowtracer_plugin.flow.backbone import StepGraph
+from flowtracer_plugin.flow.river import River
 from flowtracer_plugin.result.trace_data import TraceData
 from flowtracer_plugin.text.spans import Region
 from flowtracer_plugin.text.visible import visible
 
 HEAT_SHARES = (0.40, 0.25, 0.15, 0.08, 0.03)
-"""A token's heat is the number of these top shares that it belongs to, from 0 to 5; the widest one
-is the share of tokens that the paper gives more credit."""
+"""A token's heat, from 0 to 5, is the number of these top shares that it belongs to. The widest is
+the share of tokens to which the paper gives more credit."""
+
+REGION_CLASSES = {"answer": "answer", "prompt": "outside"}
+"""The CSS class of tokens in a region, on all pages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A token, or the tokens that spell one character together.
+    """A token, or several tokens that together spell one character.
 
     Attributes:
-        first: Its first token.
-        last: Its last token.
-        text: What it decodes to, made visible.
+        first: Index of its first token.
+        last: Index of its last token.
+        text: The decoded text, with invisible characters spelled out.
     """
 
     first: int
@@ -35,7 +40,7 @@ class Piece:
 
     @property
     def lines(self) -> list[str]:
-        """The text, split where it holds line breaks."""
+        """The text, split at its line breaks."""
         return self.text.split("\n")
 
     @property
@@ -46,14 +51,14 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Unit(Piece):
-    """A piece of a trace.
+    """A piece of a trace, with its place and its flow.
 
     Attributes:
         index: Its number in reading order.
-        region: Where it lies.
-        throughput: Flow that passes through it.
-        rank: Place by throughput among the prompt's or the response's units; the first is 1.
-        heat: From 0, for the most part of the text, to 5.
+        region: The part of the text that it lies in.
+        throughput: The flow through it.
+        rank: Its rank by throughput within the prompt or the response; the highest is 1.
+        heat: Its shade, from 0 (most of the text) to 5; see `HEAT_SHARES`.
     """
 
     index: int
@@ -62,15 +67,21 @@ class Unit(Piece):
     rank: int
     heat: int
 
+    @property
+    def classes(self) -> str:
+        """Its CSS classes on a page."""
+        heat = f"h{self.heat}" if self.heat else None
+        return " ".join(filter(None, (heat, REGION_CLASSES.get(self.region))))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Reading:
-    """A trace's tokens as they are shown.
+class ShownTrace:
+    """A trace in units, and what its pages and figures draw; each is computed once.
 
     Attributes:
-        trace: What is shown.
-        starts: First token of each unit.
-        prompt_units: How many of the units are the prompt's.
+        trace: The trace.
+        starts: The first token of each unit.
+        prompt_units: The number of units in the prompt.
     """
 
     trace: TraceData
@@ -79,11 +90,11 @@ class Reading:
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """In reading order."""
+        """All units in reading order."""
         throughput = self.throughput
         ranks, heats = self._ranks_and_heats(throughput)
         stops = [*self.starts[1:].tolist(), len(self.trace.tokens)]
-        regions = self.trace.spans.regions
+        regions = self.regions
         return tuple(
             Unit(
                 index=index,
@@ -100,7 +111,7 @@ class Reading:
 
     @cached_property
     def throughput(self) -> Float[np.ndarray, " unit"]:
-        """What passes through each unit: through its tokens, but for what they hand each other."""
+        """The flow through each unit: through its tokens, minus the flow between these tokens."""
         through = np.add.reduceat(self.trace.throughput, self.starts)
         if len(self.starts) == len(self.trace.tokens):
             return through
@@ -110,8 +121,23 @@ class Reading:
 
     @cached_property
     def unit_numbers(self) -> Int[np.ndarray, " token"]:
-        """The number of the unit that each token is part of."""
+        """The number of each token's unit."""
         return np.searchsorted(self.starts, np.arange(len(self.trace.tokens)), side="right") - 1
+
+    @cached_property
+    def regions(self) -> tuple[Region, ...]:
+        """The region of each token."""
+        return self.trace.spans.regions
+
+    @cached_property
+    def steps(self) -> StepGraph:
+        """The flow between lines or sentences."""
+        return self.trace.steps()
+
+    @cached_property
+    def river(self) -> River:
+        """The flow across each cut of the text."""
+        return self.trace.river()
 
     @property
     def prompt(self) -> tuple[Unit, ...]:
@@ -124,67 +150,69 @@ class Reading:
         return self.units[self.prompt_units :]
 
     def unit_of(self, token: int) -> Unit:
-        """The unit that a token is part of."""
-        return self.units[int(np.searchsorted(self.starts, token, side="right")) - 1]
+        """The unit of a token."""
+        return self.units[self.unit_numbers[token]]
 
     def units_of(self, tokens: Sequence[int]) -> tuple[Unit, ...]:
-        """The units that ascending `tokens` are part of, each once."""
+        """The units of ascending `tokens`, each once."""
         return tuple(dict.fromkeys(map(self.unit_of, tokens)))
 
     def context(self, unit: Unit, width: int = 6) -> tuple[str, str]:
-        """What is written before and after a unit, on one line."""
+        """The texts of the `width` units before and after a unit, each on one line."""
         before = self.units[max(unit.index - width, 0) : unit.index]
         after = self.units[unit.index + 1 : unit.index + 1 + width]
         return "".join(one.inline for one in before), "".join(one.inline for one in after)
 
     def heats(self, scores: Float[np.ndarray, " token"]) -> Int[np.ndarray, " unit"]:
-        """How the text is shaded by another score of its tokens; characters have their sum."""
+        """The heat of each unit by another score; a unit's score is the sum over its tokens."""
         return self._ranks_and_heats(np.add.reduceat(scores, self.starts))[1]
 
     def _ranks_and_heats(
-        self, throughput: Float[np.ndarray, " unit"]
+        self, scores: Float[np.ndarray, " unit"]
     ) -> tuple[Int[np.ndarray, " unit"], Int[np.ndarray, " unit"]]:
+        """Prompt and response are ranked separately."""
         ranks, heats = np.zeros_like(self.starts), np.zeros_like(self.starts)
         for part in (slice(self.prompt_units), slice(self.prompt_units, None)):
-            order = np.argsort(-throughput[part], kind="stable")
+            order = np.argsort(-scores[part], kind="stable")
             ranks[part][order] = np.arange(1, len(order) + 1)
-            # Rounded, as credit.top_tokens does: 0.4 · 5 must not be more than 2.
+            # Rounded, as in credit.top_tokens, so that 0.4 · 5 is not more than 2.
             limits = np.ceil(np.round(np.multiply(HEAT_SHARES, len(order)), 9))
-            heats[part] = (ranks[part][:, None] <= limits).sum(1) * (throughput[part] > 0)
+            heats[part] = (ranks[part][:, None] <= limits).sum(1) * (scores[part] > 0)
         return ranks, heats
 
 
-def read(trace: TraceData) -> Reading:
-    """The tokens of `trace` as units; prompt and response have their own."""
+def show(trace: TraceData) -> ShownTrace:
+    """The trace in units; no unit holds tokens of both prompt and response."""
     length = trace.spans.prompt_length
     prompt = piece_starts(trace.tokens[:length])
     response = piece_starts(trace.tokens[length:]) + length
-    return Reading(trace=trace, starts=np.concatenate([prompt, response]), prompt_units=len(prompt))
+    return ShownTrace(
+        trace=trace, starts=np.concatenate([prompt, response]), prompt_units=len(prompt)
+    )
 
 
 def piece_starts(tokens: Sequence[str]) -> Int[np.ndarray, " piece"]:
-    """The first token of every piece of one text.
+    """The first token of each piece of a text.
 
-    A token without text joins the next one that has some, or the one before at the end.
+    A token without text joins the next token that has some; at the end it joins the last piece.
     """
     stops = np.flatnonzero([bool(text) for text in tokens]) + 1
     return np.concatenate([[0], stops[:-1]]).astype(np.int64)[: len(tokens)]
 
 
 def standouts(
-    reading: Reading, scores: Float[np.ndarray, " token"], count: int
+    shown: ShownTrace, scores: Float[np.ndarray, " token"], count: int
 ) -> tuple[tuple[Unit, float], ...]:
-    """The `count` units of the reasoning that score highest, with their effective edges.
+    """The `count` units of the reasoning with the highest scores, and their effective edges.
 
-    `scores` are a backbone's `hubs` or `checkpoints`. Question and answer
-    are left out: all flow starts in one and ends in the other, so that they would fill the list of
-    every trace.
+    `scores` are a backbone's `hubs` or `checkpoints`. Question and answer are left out: all flow
+    starts in the question and ends in the answer, so they would top the list of every trace.
     """
     best: dict[int, tuple[Unit, float]] = {}
     for token in np.argsort(-scores, kind="stable").tolist():
-        unit = reading.unit_of(token)
+        unit = shown.unit_of(token)
         if scores[token] > 0 and unit.region == "response":
-            edges = float(scores[token] / reading.trace.throughput[token])
+            edges = float(scores[token] / shown.trace.throughput[token])
             best.setdefault(unit.index, (unit, edges))
         if len(best) == count:
             break
@@ -192,14 +220,14 @@ def standouts(
 
 
 def shown_text(tokens: Sequence[str]) -> str:
-    """What the tokens of one piece spell together, made visible."""
+    """The text of a piece's tokens, with invisible characters spelled out."""
     return visible("".join(tokens)) or "∅"
 
 
 def direction(pieces: Iterable[Piece]) -> str:
     """`rtl` if the first letter of the pieces is written from right to left, otherwise `ltr`.
 
-    Browsers do the same for `dir="auto"`, but again for every element that they add to the text.
+    Browsers do the same for `dir="auto"`, but repeat it for each element that the text gains.
     """
     for piece in pieces:
         for letter in piece.text:
@@ -210,12 +238,12 @@ def direction(pieces: Iterable[Piece]) -> str:
 
 
 def shorten(text: str, limit: int = 60) -> str:
-    """`text`, or its beginning and an ellipsis if it has more than `limit` characters."""
+    """`text`, cut to `limit` characters with an ellipsis if it is longer."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def percent(share: float) -> str:
-    """A share in per cent with three significant digits, never as an exponent."""
+    """A share in per cent with three significant digits and no exponent."""
     number = float(f"{100 * share:.3g}")
     if 0 < number < 0.001:
         return "<\N{NO-BREAK SPACE}0.001\N{NO-BREAK SPACE}%"
@@ -224,9 +252,9 @@ def percent(share: float) -> str:
 
 
 def number(value: float) -> str:
-    """A number with three significant digits, below a thousandth with an exponent."""
+    """A number with three significant digits; below a thousandth it has an exponent."""
     rounded = float(f"{abs(value):.3g}")
-    if 0 < rounded < 1e-3:  # a row of zeros would not fit beside anything
+    if 0 < rounded < 1e-3:  # a row of zeros would be too wide
         short = np.format_float_scientific(rounded, trim="-", exp_digits=1)
     else:
         short = np.format_float_positional(rounded, trim="-")
@@ -239,7 +267,7 @@ def signed(value: float) -> str:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Whole numbers in ascending order as `3–5, 8`."""
+    """Ascending whole numbers as text, such as `3–5, 8`."""
     cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
     runs = [run.tolist() for run in np.split(np.array(numbers), cuts) if len(run)]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)

@@ -1,4 +1,4 @@
-"""Where the lines of the drawings go: the ribbon, the steps and the river."""
+"""The coordinates of the drawings: the ribbon, the steps and the river."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from flowtracer_plugin.flow.backbone import Step, StepGraph, strongest_flows
+from flowtracer_plugin.flow.backbone import Step, strongest_flows
 from flowtracer_plugin.flow.river import River
-from flowtracer_plugin.report.display import Reading, Unit
+from flowtracer_plugin.report.display import ShownTrace, Unit
 from flowtracer_plugin.text.visible import visible
 
 MAX_BARS = 1200
 _FEW_STEPS = 60
-"""Steps that are listed where nothing flows between any."""
+"""The number of steps that are listed if no flow moves between steps."""
 
 RIBBON_HEIGHT = 100
 RIVER_WIDTH, RIVER_HEIGHT = 1000, 100
@@ -24,16 +24,16 @@ RIVER_WIDTH, RIVER_HEIGHT = 1000, 100
 
 @dataclass(frozen=True, kw_only=True)
 class Ribbon:
-    """The whole text as bars, the highest throughput of each bin.
+    """The whole text as bars, each as high as the highest throughput in its bin.
 
-    Heights are square roots; the highest bar before the answer is as high as the answer's, which
-    would dwarf the others.
+    Heights are square roots. The answer's bars would dwarf all others, so they are cut to the
+    height of the highest bar outside the answer.
 
     Attributes:
-        width: Number of bars.
+        width: The number of bars.
         bars: An SVG path for each region.
-        marks: Position of each hub, from 0 to `width`.
-        prompt_end: Where the response begins.
+        marks: The position of each hub, from 0 to `width`.
+        prompt_end: The position at which the response begins.
     """
 
     width: int
@@ -47,10 +47,10 @@ class Bars:
     """The whole text in at most `MAX_BARS` bins.
 
     Attributes:
-        first: First unit of each bin.
-        peak: Highest throughput in each bin.
-        prompt: Whether a bin begins in the prompt, and holds none of the answer.
-        answer: Whether the answer, or a part of it, is in a bin.
+        first: The first unit of each bin.
+        peak: The highest throughput in each bin.
+        prompt: Which bins begin in the prompt and hold no part of the answer.
+        answer: Which bins hold a part of the answer.
     """
 
     first: Int[np.ndarray, " bar"]
@@ -60,58 +60,60 @@ class Bars:
 
     @property
     def highest(self) -> float:
-        """The highest peak outside the answer, which would dwarf all others; 1 if there is none."""
+        """The highest peak outside the answer, or 1 if there is no flow outside the answer."""
         return float(self.peak[~self.answer].max(initial=0.0)) or 1.0
 
+    @property
+    def regions(self) -> dict[str, Bool[np.ndarray, " bar"]]:
+        """The bins of each region, by its name."""
+        response = ~self.prompt & ~self.answer
+        return {"prompt": self.prompt, "response": response, "answer": self.answer}
 
-def bars(reading: Reading) -> Bars:
-    """One bar per unit, or fewer where there are more than `MAX_BARS`."""
-    count = len(reading.units)
+
+def cut_into_bars(shown: ShownTrace) -> Bars:
+    """One bar per unit, or fewer for texts of more than `MAX_BARS` units."""
+    count = len(shown.units)
     first = np.arange(min(count, MAX_BARS)) * count // min(count, MAX_BARS)
-    answer = np.logical_or.reduceat([unit.region == "answer" for unit in reading.units], first)
+    answer = np.logical_or.reduceat([unit.region == "answer" for unit in shown.units], first)
     return Bars(
         first=first,
-        peak=np.maximum.reduceat(reading.throughput, first),
-        prompt=(first < reading.prompt_units) & ~answer,
+        peak=np.maximum.reduceat(shown.throughput, first),
+        prompt=(first < shown.prompt_units) & ~answer,
         answer=answer,
     )
 
 
-def draw_ribbon(reading: Reading, hubs: tuple[Unit, ...]) -> Ribbon:
-    """The bars of a text, and where its hubs are."""
-    shown = bars(reading)
-    width, count = len(shown.first), len(reading.units)
-    relative = np.sqrt(np.minimum(shown.peak / shown.highest, 1))
+def draw_ribbon(shown: ShownTrace, hubs: tuple[Unit, ...]) -> Ribbon:
+    """The bars of a text and the positions of its hubs."""
+    bars = cut_into_bars(shown)
+    width, count = len(bars.first), len(shown.units)
+    relative = np.sqrt(np.minimum(bars.peak / bars.highest, 1))
     heights = np.rint(RIBBON_HEIGHT * relative).astype(int)
     return Ribbon(
         width=width,
-        bars={
-            "prompt": bars_path(heights, shown.prompt),
-            "response": bars_path(heights, ~shown.prompt & ~shown.answer),
-            "answer": bars_path(heights, shown.answer),
-        },
+        bars={name: bars_path(heights, part) for name, part in bars.regions.items()},
         marks=tuple(round((hub.index + 0.5) * width / count, 2) for hub in hubs),
-        prompt_end=round(reading.prompt_units * width / count, 2),
+        prompt_end=round(shown.prompt_units * width / count, 2),
     )
 
 
 def bars_path(heights: Int[np.ndarray, " bar"], shown: Bool[np.ndarray, " bar"]) -> str:
-    """The bars of `shown` that have a height, as one SVG path."""
+    """An SVG path of the bars in `shown` whose height is above 0."""
     bars = np.flatnonzero(shown & (heights > 0)).tolist()
     return "".join(f"M{bar} {RIBBON_HEIGHT}v-{heights[bar]}h1V{RIBBON_HEIGHT}z" for bar in bars)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRow:
-    """A line of the list of steps.
+    """A step as a line of a list.
 
     Attributes:
-        number: Of the step in the text, from 1.
+        number: The step's number in the text, from 1.
         step: The step.
-        text: Its text, made visible, on one line.
+        text: Its text on one line, with invisible characters spelled out.
         region: prompt, question, response, or answer.
-        first: Its first unit.
-        last: Its last unit.
+        first: The index of its first unit.
+        last: The index of its last unit.
     """
 
     number: int
@@ -124,14 +126,15 @@ class StepRow:
 
 @dataclass(frozen=True, kw_only=True)
 class StepDrawing:
-    """The backbone: the strongest flows between steps, and the steps at their ends.
+    """The strongest flows between steps, and the steps at their ends.
 
     Attributes:
-        rows: The steps, in reading order.
-        flows: Row of the earlier step, row of the later one, and flow; the strongest first.
-        step_count: How many steps there are.
-        flow_count: How many flows there are.
-        total: All flow between steps.
+        rows: The steps in reading order.
+        flows: The row of the earlier step, the row of the later step, and the flow between them;
+            the strongest first.
+        step_count: The number of all steps.
+        flow_count: The number of all flows between steps.
+        total: The sum of all flow between steps.
     """
 
     rows: tuple[StepRow, ...]
@@ -141,13 +144,14 @@ class StepDrawing:
     total: float
 
 
-def draw_steps(reading: Reading, graph: StepGraph) -> StepDrawing:
-    """As many of the strongest flows as can be read, and the steps at their ends."""
+def draw_steps(shown: ShownTrace) -> StepDrawing:
+    """As many of the strongest flows as a list can show legibly, and the steps at their ends."""
+    graph = shown.steps
     strong = strongest_flows(graph, share=1.0)
-    shown = strong.steps or tuple(range(len(graph.steps)))[:_FEW_STEPS]
-    row = {step: place for place, step in enumerate(shown)}
+    listed = strong.steps or tuple(range(len(graph.steps)))[:_FEW_STEPS]
+    row = {step: place for place, step in enumerate(listed)}
     return StepDrawing(
-        rows=tuple(step_row(reading, graph.steps[index], index + 1) for index in shown),
+        rows=tuple(step_row(shown, index) for index in listed),
         flows=tuple((row[earlier], row[later], flow) for earlier, later, flow in strong.flows),
         step_count=len(graph.steps),
         flow_count=int((graph.edges > 0).sum()),
@@ -155,32 +159,35 @@ def draw_steps(reading: Reading, graph: StepGraph) -> StepDrawing:
     )
 
 
-def step_row(reading: Reading, step: Step, number: int) -> StepRow:
-    """A step as it is listed."""
-    answers = "answer" in reading.trace.spans.regions[step.start : step.stop]
+def step_row(shown: ShownTrace, index: int) -> StepRow:
+    """The step with this index, as a line of a list."""
+    step = shown.steps.steps[index]
+    answers = "answer" in shown.regions[step.start : step.stop]
     return StepRow(
-        number=number,
+        number=index + 1,
         step=step,
         text=visible(" ".join(step.text.split())) or "⏎",
         region="answer" if answers else step.region,
-        first=reading.unit_of(step.start).index,
-        last=reading.unit_of(step.stop - 1).index,
+        first=shown.unit_of(step.start).index,
+        last=shown.unit_of(step.stop - 1).index,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RiverDrawing:
     """The river as areas in a drawing `RIVER_WIDTH` wide and `RIVER_HEIGHT` high.
 
     Attributes:
-        bands: Name, tokens and area of each part that flow comes from.
-        waiting: Area of what has not started.
-        arrived: Area of what has arrived.
-        passing: Area of what passes over the text beneath it, drawn from the middle.
-        flags: Position of each checkpoint.
-        deviation: By how much the sum at a cut differs from 1 at most.
+        layers: The heights of all areas at each cut, from top to bottom; see `river_layers`.
+        bands: The name, the tokens and the area of each part of the text that flow comes from.
+        waiting: The area of the flow that has not started.
+        arrived: The area of the flow that has arrived.
+        passing: The area of the flow that passes over the text beneath it, drawn from the middle.
+        flags: The position of each checkpoint, in per cent.
+        deviation: The largest difference between 1 and the sum of the layers at a cut.
     """
 
+    layers: Float[np.ndarray, "cut layer"]
     bands: tuple[tuple[str, str, str], ...]
     waiting: str
     arrived: str
@@ -190,7 +197,7 @@ class RiverDrawing:
 
 
 def draw_river(river: River, checkpoints: Sequence[Unit]) -> RiverDrawing:
-    """What waits lies on top, then what comes from each part in reading order, then the arrived."""
+    """The areas of a river: waiting flow, then each part of the text, then arrived flow."""
     layers = river_layers(river)
     length = int(river.cuts[-1])
     places = RIVER_WIDTH * river.cuts / length
@@ -203,10 +210,11 @@ def draw_river(river: River, checkpoints: Sequence[Unit]) -> RiverDrawing:
     tokens = [
         f"tokens {start}–{stop - 1}" for start, stop in zip(river.band_starts, stops, strict=True)
     ]
-    # One value for each stretch, so each is drawn as wide as its stretch.
+    # `passing` has one value for each stretch between cuts, so both ends of a stretch get it.
     stretch = np.repeat(places, 2)[1:-1]
     half = RIVER_HEIGHT * np.repeat(river.passing, 2) / 2
     return RiverDrawing(
+        layers=layers,
         bands=tuple(zip(river.bands, tokens, areas[1:-1], strict=True)),
         waiting=areas[0],
         arrived=areas[-1],
@@ -217,7 +225,7 @@ def draw_river(river: River, checkpoints: Sequence[Unit]) -> RiverDrawing:
 
 
 def river_layers(river: River) -> Float[np.ndarray, "cut layer"]:
-    """What a river consists of at each cut, from top to bottom; each row sums to 1."""
+    """The parts of a river at each cut, from top to bottom; each row sums to 1."""
     return np.column_stack([river.waiting, river.flow, river.arrived])
 
 
@@ -226,7 +234,7 @@ def _area(
     top: Float[np.ndarray, " point"],
     bottom: Float[np.ndarray, " point"],
 ) -> str:
-    """The area between two lines as an SVG path; empty where they meet everywhere."""
+    """The area between two lines as an SVG path, or an empty path if they coincide."""
     if np.allclose(top, bottom, atol=0.05):
         return ""
     there = [f"{x:.1f} {y:.1f}" for x, y in zip(places, top, strict=True)]

@@ -1,4 +1,4 @@
-"""A trace in the terminal. Everything that colour says, plain text says too."""
+"""A trace in the terminal. Plain text says everything that colour says."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rich.text import Text
 
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
-    Reading,
+    ShownTrace,
     Unit,
     percent,
     ranges,
-    read,
+    show,
     standouts,
 )
 from flowtracer_plugin.result.trace_data import TraceData
 from flowtracer_plugin.text.visible import visible
 
-# Most terminals are dark: there the brightest is the hottest. It can be read on white ones too.
+# Most terminals are dark, so the hottest is the brightest. White terminals stay legible too.
 _HEAT = (
     "",
     "#ffffff on #1e3148",
@@ -45,28 +45,28 @@ _WIDEST = 100
 
 
 def render_trace(trace: TraceData) -> RenderableType:
-    """What `rich.print(trace)` shows, at any width, with or without colour."""
-    reading = read(trace)
-    hubs = standouts(reading, trace.backbone.hubs, _MARKS)
-    checkpoints = standouts(reading, trace.backbone.checkpoints, _MARKS)
+    """The view that `rich.print(trace)` shows, at any width, with or without colour."""
+    shown = show(trace)
+    hubs = standouts(shown, trace.backbone.hubs, _MARKS)
+    checkpoints = standouts(shown, trace.backbone.checkpoints, _MARKS)
     return Group(
-        _title(reading),
+        _title(shown),
         "",
-        _body(reading, {unit.index: place for place, (unit, _) in enumerate(hubs, start=1)}),
+        _body(shown, {unit.index: place for place, (unit, _) in enumerate(hubs, start=1)}),
         "",
         Text("throughput along the response", style="bold"),
-        Sparkline(values=reading.throughput[reading.prompt_units :]),
+        Sparkline(values=shown.throughput[shown.prompt_units :]),
         "",
-        _table(reading, "hubs", "much flow that many later tokens draw on", hubs),
+        _table(shown, "hubs", "much flow that many later tokens draw on", hubs),
         "",
-        _table(reading, "checkpoints", "much flow, gathered from many", checkpoints),
+        _table(shown, "checkpoints", "much flow, gathered from many", checkpoints),
         "",
-        _paths(reading),
+        _paths(shown),
     )
 
 
-def _title(reading: Reading) -> Text:
-    trace = reading.trace
+def _title(shown: ShownTrace) -> Text:
+    trace = shown.trace
     answer = visible(trace.spans.answer_text).replace("\n", "⏎")
     tokens = trace.spans.answer.nonzero()[0].tolist()
     spent = f"token{'s' * (len(tokens) > 1)} {ranges(tokens)}".replace("–", "-")
@@ -81,8 +81,8 @@ def _title(reading: Reading) -> Text:
     )
 
 
-def _body(reading: Reading, hubs: dict[int, int]) -> RenderableType:
-    parts = [("prompt", reading.prompt), ("response", reading.response)]
+def _body(shown: ShownTrace, hubs: dict[int, int]) -> RenderableType:
+    parts = [("prompt", shown.prompt), ("response", shown.response)]
     texts = [
         (Text(name, style="dim"), Padding(_text(units, hubs), (0, 0, 0, 2)))
         for name, units in parts
@@ -96,9 +96,9 @@ def _text(units: Sequence[Unit], hubs: dict[int, int]) -> Text:
     for before, unit, after in zip([None, *units], units, [*units[1:], None], strict=False):
         opens = unit.region == "answer" != (before and before.region)
         closes = unit.region == "answer" != (after and after.region)
-        shown = "«" * opens + _marked(unit, hubs.get(unit.index)) + "»" * closes
-        text.append(shown, style=_HEAT[unit.heat] or _COLD[unit.region])
-        text.stylize(_REGION[unit.region], len(text) - len(shown))
+        token = "«" * opens + _marked(unit, hubs.get(unit.index)) + "»" * closes
+        text.append(token, style=_HEAT[unit.heat] or _COLD[unit.region])
+        text.stylize(_REGION[unit.region], len(text) - len(token))
     return text
 
 
@@ -119,7 +119,7 @@ def _legend() -> Text:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sparkline:
-    """Bars as wide as the terminal, each the highest value of its bin; heights are square roots.
+    """Bars across the terminal, each the highest value of its bin; heights are square roots.
 
     Attributes:
         values: Throughput in reading order.
@@ -133,14 +133,14 @@ class Sparkline:
         if not width:
             return
         peaks = np.maximum.reduceat(self.values, np.arange(width) * len(self.values) // width)
-        # The answer holds all flow: scaled to it, every other bar would be flat.
+        # The answer holds all flow; relative to it, every other bar would be flat.
         highest = float(np.partition(peaks, -2)[-2]) if width > 1 else float(peaks[0])
         heights = np.sqrt(np.minimum(peaks / (highest or 1.0), 1))
         yield Text("".join(_BARS[round(7 * height)] for height in heights.tolist()))
 
 
 def _table(
-    reading: Reading, title: str, meaning: str, rows: Sequence[tuple[Unit, float]]
+    shown: ShownTrace, title: str, meaning: str, rows: Sequence[tuple[Unit, float]]
 ) -> RenderableType:
     heading = Text.assemble((title, "bold"), f"  {meaning}")
     if not rows:
@@ -154,15 +154,15 @@ def _table(
     for name, width in (("flow", 7), ("edges", 5), ("index", 5)):
         table.add_column(name, justify="right", no_wrap=True, width=width)
     for place, (unit, edges) in enumerate(rows, start=1):
-        before, after = reading.context(unit, width=4)
+        before, after = shown.context(unit, width=4)
         cells = (before, f"⟨{unit.inline}⟩", after, percent(unit.throughput), f"{edges:.1f}")
         table.add_row(str(place), *map(Text, cells), str(unit.last))
     return Group(heading, Constrain(table, _WIDEST))
 
 
-def _paths(reading: Reading) -> RenderableType:
+def _paths(shown: ShownTrace) -> RenderableType:
     lines = [Text.assemble(("likeliest paths", "bold"), "  flow spreads over very many")]
-    for path in reading.trace.paths(_PATHS):
-        tokens = " → ".join(f"⟨{unit.inline}⟩" for unit in reading.units_of(path.tokens))
+    for path in shown.trace.paths(_PATHS):
+        tokens = " → ".join(f"⟨{unit.inline}⟩" for unit in shown.units_of(path.tokens))
         lines.append(Text(f"{percent(path.probability):>9}  {tokens}"))
     return Group(*lines)

@@ -1,4 +1,4 @@
-"""What a trace found, as plain data, and the files that hold it."""
+"""The result of a trace as plain data, and the files that hold it."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""A trace as plain values, and the JSON Schema that says what each of them means."""
+"""A trace as a JSON document, and the JSON Schema that describes each of its fields."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import numpy as np
 
 from flowtracer_plugin import __version__
 from flowtracer_plugin.flow.backbone import StepGraph, strongest_edges
-from flowtracer_plugin.options import Heads
 from flowtracer_plugin.result.trace_data import TraceData
 
 JSON_SCHEMA_VERSION = 1
-"""Fields may be added to a version. Where one goes, or means something else, a new one begins."""
+"""A new field keeps the version. Removing a field or changing its meaning raises it."""
 
 ALL_STEPS = 256
-"""Steps up to which a document holds all flows between them; of more, the strongest into each."""
+"""With more steps than this, a document holds only the strongest flows into each step."""
 
 STEP_EDGES = 16
+"""The number of these strongest flows into each step."""
 
 
 def json_schema() -> dict[str, Any]:
-    """What `FlowTrace.to_dict` and `to_json` give, as a JSON Schema (draft 2020-12).
+    """The JSON Schema (draft 2020-12) of the document from `FlowTrace.to_dict` and `to_json`.
 
-    It says what every field means and in which unit, and is exact: documents of this version of
-    the package hold the fields that it names and no others.
+    It gives the meaning and the unit of every field. Documents of this version of the package hold
+    exactly the fields that it names.
 
     Example:
         >>> json_schema()["properties"]["tokens"]["items"]
@@ -40,7 +40,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def document(trace: TraceData) -> dict[str, Any]:
-    """Everything but the attention; it grows with the length of the text, not with its square."""
+    """The trace without its attention; its size grows with the length of the text."""
     return {
         **about(trace),
         "text": trace.text,
@@ -59,18 +59,14 @@ def document(trace: TraceData) -> dict[str, Any]:
 
 
 def about(trace: TraceData) -> dict[str, Any]:
-    """What a document says about the trace as a whole."""
+    """The fields of a document that describe the trace as a whole."""
     return {
         "schema": JSON_SCHEMA_VERSION,
         "package_version": __version__,
         "model": trace.model,
-        "layers": list(trace.layers),
-        "heads": [list(pair) for pair in trace.heads],
-        "options": {
-            **asdict(trace.options),
-            "layers": _listed(trace.options.layers),
-            "heads": _listed_pairs(trace.options.heads),
-        },
+        "layers": _listed(trace.layers),
+        "heads": _listed(trace.heads),
+        "options": {name: _listed(value) for name, value in asdict(trace.options).items()},
         "prompt_length": trace.spans.prompt_length,
         "answer": {
             "text": trace.spans.answer_text,
@@ -82,16 +78,13 @@ def about(trace: TraceData) -> dict[str, Any]:
     }
 
 
-def _listed(layers: str | tuple[int, ...]) -> str | list[int]:
-    return layers if isinstance(layers, str) else list(layers)
-
-
-def _listed_pairs(heads: Heads) -> str | float | list[list[int]]:
-    return [list(pair) for pair in heads] if isinstance(heads, tuple) else heads
+def _listed(value: Any) -> Any:
+    """The value, with lists in place of tuples."""
+    return [_listed(one) for one in value] if isinstance(value, tuple) else value
 
 
 def token_columns(trace: TraceData) -> dict[str, list[Any]]:
-    """What a document says about each token, by field."""
+    """The fields of all tokens: for each field, the values in reading order."""
     spans, backbone = trace.spans, trace.backbone
     bounds = trace.outline.bounds
     steps = np.repeat(np.arange(len(bounds)), [stop - start for start, stop in bounds])
@@ -114,7 +107,7 @@ def token_columns(trace: TraceData) -> dict[str, list[Any]]:
 
 
 def token_rows(trace: TraceData) -> list[dict[str, Any]]:
-    """The same, token by token."""
+    """The fields of each token in reading order."""
     columns = token_columns(trace)
     return [
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
@@ -122,7 +115,7 @@ def token_rows(trace: TraceData) -> list[dict[str, Any]]:
 
 
 def token_fields() -> dict[str, tuple[str, str]]:
-    """JSON's type, and the description, of each of these fields."""
+    """The JSON type and the description of each field of a token."""
     parts = json_schema()["$defs"]
     return {
         name: (

@@ -1,4 +1,4 @@
-"""A trace as a graph of its tokens, in networkx and in GraphML."""
+"""A trace as a graph of its tokens, for networkx and as a GraphML file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from flowtracer_plugin.text.visible import visible
 
 
 def token_graph(trace: TraceData, *, minimum: float) -> networkx.DiGraph[int]:
-    """All tokens, and the edges above `minimum`: of a streamed trace the strongest ones only.
+    """The graph of all tokens, with the edges whose flow is above `minimum`.
+
+    A streamed trace has only the strongest edges of each token.
 
     Raises:
         ValueError: `minimum` is below 0.
@@ -33,7 +35,7 @@ def token_graph(trace: TraceData, *, minimum: float) -> networkx.DiGraph[int]:
 def write_graphml(trace: TraceData, path: Path, *, minimum: float) -> Path:
     """Write all tokens and their strongest edges to `path`, whole or not at all; return `path`.
 
-    XML cannot hold every character: texts are written as they are shown.
+    XML cannot hold every character, so invisible characters are spelled out.
 
     Raises:
         ValueError: `minimum` is below 0.
@@ -44,7 +46,7 @@ def write_graphml(trace: TraceData, path: Path, *, minimum: float) -> Path:
         node["text"] = visible(node["text"]) or "∅"
     graph.graph.update({name: _scalar(value) for name, value in about(trace).items()})
     content = BytesIO()
-    # Not write_graphml: it takes lxml where there is one, and the file would not be the same.
+    # Not write_graphml: with lxml installed, it would write a different file.
     networkx.write_graphml_xml(graph, content)
     write_atomically(path, content.getvalue())
     return path
@@ -72,7 +74,7 @@ def _edges(trace: TraceData, minimum: float) -> Iterator[tuple[int, int, float]]
 
 
 def _scalar(value: Any) -> str | int | float:
-    """GraphML holds no lists: they are written as JSON, which escapes what XML cannot hold."""
+    """A value that GraphML can hold: lists become JSON, which escapes what XML cannot hold."""
     if isinstance(value, str):
         return visible(value)
     return value if isinstance(value, int | float) else json.dumps(value)

@@ -15,7 +15,7 @@ from flowtracer_plugin.result.document import about, token_columns, token_fields
 from flowtracer_plugin.result.trace_data import TraceData
 
 METADATA = "flowtracer.trace"
-"""Under this key the file holds what its trace as a whole is, as JSON."""
+"""The key of the file's metadata that holds the fields of the whole trace, as JSON."""
 
 _TYPES = {
     "integer": pyarrow.int64(),
@@ -35,9 +35,9 @@ def write_table(trace: TraceData, path: Path) -> Path:
 
 
 def token_table(trace: TraceData) -> pyarrow.Table:
-    """One row per token: the fields of a token in `json_schema()`, with their descriptions.
+    """A table with one row per token: the fields of a token in `json_schema()`.
 
-    Arrow's strings are UTF-8, which has no halves of a surrogate pair: each is U+FFFD instead.
+    Arrow's strings are UTF-8, which cannot hold half a surrogate pair; U+FFFD replaces each half.
     """
     columns = token_columns(trace)
     columns["text"] = [_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text) for text in trace.tokens]

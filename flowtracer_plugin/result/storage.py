@@ -1,4 +1,4 @@
-"""Traces on disk: safetensors with a JSON header. Reading one never runs code."""
+"""Traces on disk, as safetensors with a JSON header. Reading a file never runs code."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Trace = TypeVar("Trace", bound=TraceData)
 
 FORMAT = "flowtracer.trace"
 VERSION = 3
-"""The newest that can be read. Traces with all their attention are written as version 1, streamed
-ones, which hold a backbone instead, as version 3; 2 was one without bins, and is not read."""
+"""The newest version that can be read. Traces with attention are written as version 1, and streamed
+traces, which have a backbone instead, as version 3. Version 2, without bins, was never released."""
 
 _ARRAYS = ("token_ids", "reach", "throughput")
 _MASKS = ("question", "answer", "target")
@@ -42,7 +42,7 @@ def save(trace: TraceData, path: Path) -> Path:
     arrays |= {name: getattr(trace.spans, name) for name in _MASKS}
     version = 1
     if trace.attention is not None:
-        # Above the diagonal there is nothing: half the file.
+        # Without the zeros above the diagonal, the file is half as large.
         arrays["attention"] = trace.attention[np.tril_indices(len(trace.attention))]
     header: dict[str, Any] = {
         "tokens": trace.tokens,
@@ -65,7 +65,7 @@ def save(trace: TraceData, path: Path) -> Path:
 
 
 def load_trace(path: Path, kind: type[Trace]) -> Trace:
-    """Read a trace that `FlowTrace.save` wrote, as a `kind`; every number comes back bit for bit.
+    """The trace that `FlowTrace.save` wrote to `path`, as a `kind`, bit for bit.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -92,11 +92,11 @@ def _read(path: Path, kind: type[Trace]) -> Trace:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise ValueError(
-                "wanted a file that FlowTrace.save() wrote, this one is something else"
+                "wanted a file that FlowTrace.save() wrote; this one is something else"
             )
         if int(metadata["version"]) > VERSION:
             raise ValueError(
-                f"it has format version {metadata['version']}, this flowtracer-plugin reads "
+                f"it has format version {metadata['version']}, but this flowtracer-plugin reads "
                 f"versions up to {VERSION}; upgrade flowtracer-plugin"
             )
         if int(metadata["version"]) == 2:

@@ -1,4 +1,4 @@
-"""The result as plain data: which tokens carried one answer, and what follows from that."""
+"""The result of a trace as plain data: which tokens carried one answer."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class RankedToken:
 
     Attributes:
         index: Its position in the trace.
-        text: What it decodes to.
-        region: Where it lies.
-        throughput: Flow through it; the question injects 1.
-        score: By what it was ranked, see `FlowTrace.hubs` and `FlowTrace.checkpoints`.
+        text: Its decoded text.
+        region: The part of the text that it lies in.
+        throughput: The flow through it; the question injects 1.
+        score: The score by which it was ranked; see `FlowTrace.hubs` and `FlowTrace.checkpoints`.
     """
 
     index: int
@@ -38,22 +38,22 @@ class RankedToken:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TraceData:
-    """What carried one answer, token by token.
+    """The flow from the question to one answer, token by token.
 
     Attributes:
-        token_ids: Prompt and response as the model saw them.
-        tokens: What each decodes to; joined, they are `text`. A token in the middle of a character
-            that several tokens spell is empty.
+        token_ids: The ids of prompt and response, as the model received them.
+        tokens: The decoded text of each token; joined, they are `text`. It is empty for a token in
+            the middle of a character that several tokens spell.
         spans: Question, response and answer.
-        attention: Mean over the heads of the selected layers, as `options` say; rows are queries.
-            None if the trace was streamed: then there is no matrix of all pairs of tokens.
-        reach: Influence of each token on the answer, `h`.
-        throughput: Flow through each token, `f`, when the question injects 1.
-        model: Name of the model.
+        attention: The mean over the heads of the selected layers, as `options` say; rows are
+            queries. None for a streamed trace, which has no matrix of all pairs of tokens.
+        reach: The influence of each token on the answer, `h`.
+        throughput: The flow through each token, `f`; the question injects 1.
+        model: The name of the model.
         options: How the trace was made.
-        layers: Numbers of the layers that were averaged.
-        heads: Layer and head of those that were averaged; none if all were.
-        streamed: What a streamed trace knows of its edges; see `backbone`.
+        layers: The numbers of the layers that were averaged.
+        heads: The layer and the number of each averaged head; empty if all heads were averaged.
+        streamed: The strongest edges of a streamed trace; see `backbone`.
     """
 
     token_ids: Int[np.ndarray, " token"]
@@ -70,12 +70,12 @@ class TraceData:
 
     @property
     def text(self) -> str:
-        """Prompt and response."""
+        """The text of prompt and response."""
         return "".join(self.tokens)
 
     @cached_property
     def flow(self) -> Flow:
-        """The solved flow, with all of its edges.
+        """The solved flow with all of its edges.
 
         Raises:
             ValueError: The trace was streamed.
@@ -90,7 +90,7 @@ class TraceData:
 
     @cached_property
     def backbone(self) -> Backbone:
-        """What stands out among the edges, and the strongest of each token."""
+        """Hubs, checkpoints, likely paths, steps, and the strongest edges of each token."""
         return self.streamed or self._backbone(KEPT_PATHS)
 
     def _backbone(self, paths: int) -> Backbone:
@@ -104,25 +104,25 @@ class TraceData:
             paths=paths,
         )
 
-    def _matrix(self, wish: str) -> Float[np.ndarray, "query key"]:
+    def _matrix(self, wanted: str) -> Float[np.ndarray, "query key"]:
         if self.attention is None:
             raise ValueError(
-                f"this trace was streamed and does not have {wish}: there was no matrix of all "
-                "pairs of its tokens. trace.backbone holds what stands out; "
+                f"this trace was streamed and does not have {wanted}: there was no matrix of all "
+                "pairs of its tokens. trace.backbone holds the strongest edges; "
                 "wrap(..., mode='dense') keeps the matrix"
             )
         return self.attention
 
     @cached_property
     def outline(self) -> Outline:
-        """Where its parts begin and end."""
+        """The bounds of the prompt and of the steps."""
         return backbone.outline(self.tokens, self.spans.prompt_length)
 
     @cached_property
     def reasoning_share(self) -> float:
-        """Share of the flow that enters the response at a token other than the target.
+        """The share of the flow that enters the response at a token other than the target's.
 
-        The rest jumps from the prompt straight to the answer's tokens, or to those that decide it.
+        The rest jumps straight from the prompt to the tokens of the target.
         """
         entered = self.spans.response & ~self.spans.target
         return float(self.backbone.prompt_inflow[entered].sum())
@@ -130,44 +130,42 @@ class TraceData:
     def hubs(self, count: int = 10, *, within: str = "reasoning") -> tuple[RankedToken, ...]:
         """Tokens with much flow that many later tokens draw on, the strongest first.
 
-        Score: throughput × effective number of outgoing edges, in edges. Ranked are the response's
-        tokens before and around the answer where flow does not end, or with `within="all"` every
-        token.
+        The score is throughput × effective number of outgoing edges, in edges. Only tokens of the
+        response outside answer and target are ranked; `within="all"` ranks all tokens.
         """
         return self._ranked(self.backbone.hubs, count, within)
 
     def checkpoints(self, count: int = 10, *, within: str = "reasoning") -> tuple[RankedToken, ...]:
-        """Tokens with much flow that gather it from many, the strongest first.
+        """Tokens with much flow that gather it from many earlier tokens, the strongest first.
 
-        Score: throughput × effective number of incoming edges, in edges. Ranked as in `hubs`.
+        The score is throughput × effective number of incoming edges, in edges. The same tokens are
+        ranked as in `hubs`.
         """
         return self._ranked(self.backbone.checkpoints, count, within)
 
     def paths(self, count: int = 5) -> tuple[FlowPath, ...]:
-        """The most probable ways from the question to the answer, the likeliest first.
+        """The most probable paths from the question to the answer, the likeliest first.
 
         Raises:
             ValueError: `count` is below 1, or above 10 and the trace was streamed.
         """
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count!r}")
+        _check_count(count)
         return (self.backbone if count <= KEPT_PATHS else self._backbone(count)).paths[:count]
 
     def steps(self) -> StepGraph:
-        """Lines or sentences, and the flow between them."""
+        """The lines or sentences, and the flow between them."""
         return backbone.step_graph(
             self.backbone, self.tokens, self.outline.bounds, self.spans.regions
         )
 
     def river(self) -> River:
-        """The flow across about a hundred cuts of the text, by where it comes from."""
+        """The flow across about a hundred cuts of the text, by its origin."""
         return river(self.backbone, self.spans.prompt_length)
 
     def _ranked(
         self, scores: Float[np.ndarray, " token"], count: int, within: str
     ) -> tuple[RankedToken, ...]:
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count!r}")
+        _check_count(count)
         if within not in ("reasoning", "all"):
             raise ValueError(f"within must be 'reasoning' or 'all', got {within!r}")
         regions = self.spans.regions
@@ -190,3 +188,8 @@ class TraceData:
             f"{type(self).__name__}({len(self.tokens)} tokens, answer {self.spans.answer_text!r} "
             f"by {self.spans.rule!r}, layers {list(self.layers)} of {self.model})"
         )
+
+
+def _check_count(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count!r}")

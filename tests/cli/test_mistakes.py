@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_written_is_named(flowtracer, saved, tmp_path, mon
     def refuse(path, content):
         raise PermissionError(13, "Permission denied", ".0123.part")
 
-    monkeypatch.setattr("flowtracer_plugin.report.pages.trace_page.write_atomically", refuse)
+    monkeypatch.setattr("flowtracer_plugin.report.pages.assets.write_atomically", refuse)
     ran = flowtracer("report", saved, "--html", page)
     assert_failed(ran, 1, f"cannot write '{page}': Permission denied; name a file in a folder")
     assert storage.load(saved)

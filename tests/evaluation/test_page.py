@@ -143,8 +143,8 @@ def test_one_share_has_no_lines_over_shares():
         for effect in one.measured["knock_out"]["effects"]:
             for name in ("drop", "flipped", "divergence"):
                 effect[name] = effect[name][:1]
-    assert "By how much is knocked out" not in render_evaluation(made)
-    assert "By how much is knocked out" in render_evaluation(evaluation())
+    assert "Drop by share of tokens knocked out" not in render_evaluation(made)
+    assert "Drop by share of tokens knocked out" in render_evaluation(evaluation())
 
 
 def test_cells_say_means_and_intervals():

@@ -1,8 +1,6 @@
-"""The page of a comparison, and the same section on the page of a group."""
+"""The page of a comparison, and the comparison of two sides on the page of a group."""
 
-import base64
 import csv
-import hashlib
 import io
 import json
 import math
@@ -24,7 +22,7 @@ from flowtracer_plugin.report import (
 from flowtracer_plugin.report.pages.two_sides import MOST_WORDS, difference_levels, difference_scale
 from flowtracer_plugin.text.visible import visible
 from tests.comparison.compared import GROUP, PROMPT_TOKENS, RIGHT, TRUTHS, WRONG, make_trace
-from tests.pages import HOSTILE, Page
+from tests.pages import HOSTILE, Page, assert_loads_nothing, assert_only_text
 
 WORLD = ("שלום", " עולם", " 七", "加", "八", "\n", "é", " مرحبا", " 7")
 TRICKY = ('say "4",', "=1+1", "\n", "@x", "a\nb")
@@ -46,7 +44,7 @@ def visible_tokens(trace):
 
 
 def data_of(html):
-    """What the page's script knows, by the id of its element."""
+    """The data for the page's script, by the id of its element."""
     found = re.findall(r'<script type="application/json" id="(\w+)">(.*?)</script>', html)
     return {name: json.loads(text) for name, text in found}
 
@@ -58,9 +56,7 @@ def test_hostile_text_becomes_text_and_nothing_else(hostile):
     traces, labels = hostile
     html = render_comparison(traces, labels=labels, right=[True, False, False])
     page, harmless = Page(html), Page(render_comparison(GROUP, right=TRUTHS))
-    known = {(tag, name) for tag, attrs in harmless.tags for name in (*attrs, None)}
-    assert {(tag, name) for tag, attrs in page.tags for name in (*attrs, None)} <= known
-    assert not any("hacked" in value for _, attrs in page.tags for value in attrs.values() if value)
+    assert_only_text(page, harmless)
     assert len(page.scripts) == 3
     assert page.scripts[2] == harmless.scripts[2]
     for data in page.scripts[:2]:
@@ -71,16 +67,7 @@ def test_hostile_text_becomes_text_and_nothing_else(hostile):
 
 
 def test_page_loads_nothing_and_allows_its_own_script_and_style_only():
-    html = render_comparison(GROUP, right=TRUTHS)
-    page = Page(html)
-    assert "http" not in html.replace("http-equiv", "")
-    assert not any({"src", "style"} & set(attrs) for _, attrs in page.tags)
-    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|innerHTML|\beval\b", html)
-    (policy,) = [attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs]
-    assert policy.startswith("default-src 'none'")
-    for content in (page.styles[0], page.scripts[-1]):
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        assert f"'sha256-{digest}'" in policy
+    assert_loads_nothing(render_comparison(GROUP, right=TRUTHS))
 
 
 def test_page_is_deterministic_and_written_whole(tmp_path):
@@ -98,7 +85,7 @@ def test_page_is_deterministic_and_written_whole(tmp_path):
 
 
 def columns(html):
-    """Name, verdict and token texts of each column."""
+    """The name, the verdict and the token texts of each column."""
     articles = re.findall(r'<article class="completion".*?</article>', html, re.DOTALL)
     return [
         (
@@ -110,7 +97,7 @@ def columns(html):
     ]
 
 
-def test_right_ones_come_first_equal_ones_share_a_column():
+def test_right_traces_come_first_and_equal_traces_share_a_column():
     html = render_comparison(GROUP, right=TRUTHS)
     shown = columns(html)
     assert [one[:2] for one in shown] == [
@@ -122,12 +109,12 @@ def test_right_ones_come_first_equal_ones_share_a_column():
     assert '<h1 class="value">Right against wrong</h1>' in html
     assert "same as A</small>" in html
     assert "3 right, 2 wrong; 4 different" in html
-    # From the line on which not all agree; that is the response's first one.
+    # From the first line on which the texts differ; that is the first line of the response.
     for (_, _, tokens), trace in zip(shown, [GROUP[at] for at in (0, 2, 1, 3)], strict=True):
         assert tokens == visible_tokens(trace)[len(PROMPT_TOKENS) :]
 
 
-def test_what_all_begin_with_is_shown_once_and_coloured_by_the_difference():
+def test_the_shared_beginning_is_shown_once_and_coloured_by_the_difference():
     html = render_comparison(GROUP, right=TRUTHS)
     comparison = compare(GROUP, right=TRUTHS)
     parts = re.findall(r'<div class="text shared".*?</div>', html, re.DOTALL)
@@ -149,7 +136,7 @@ def test_what_all_begin_with_is_shown_once_and_coloured_by_the_difference():
     numbers = [one["numbers"] for one in data_of(html)["differences"]["shared"]]
     for shown, known in zip(numbers, comparison.beginning.contrast.columns(), strict=True):
         assert shown == [pytest.approx(value, rel=1e-3) for value in known.values()]
-    assert html.count("<h3>Here they part</h3>") == 1
+    assert html.count("<h3>The texts part here</h3>") == 1
     assert re.findall(r"<q class=\"value\">([^<]*)</q>\s*<span><a", html) == [" 4", " 5⏎No 8"]
 
 
@@ -158,7 +145,7 @@ def test_equal_texts_are_shared_to_the_end_and_each_has_its_column():
     html = render_comparison([RIGHT, other], labels=["base", "trained"])
     assert "The texts are the same to the end" in html
     assert "base against trained" in html
-    assert "One text against one: there is no telling" in html
+    assert "One text against one: nothing can be said" in html
     assert "tiny / other" in html
     response = visible_tokens(RIGHT)[len(PROMPT_TOKENS) :]
     assert [tokens for *_, tokens in columns(html)] == [response, response]
@@ -178,14 +165,14 @@ def test_a_text_that_ends_where_others_go_on_says_so():
 
 def test_the_caution_states_the_counts():
     html = render_comparison(GROUP, right=TRUTHS)
-    assert "2 right against 2 wrong, texts that are equal counted once" in html
-    assert "in how many of the 6 ways" in html
-    assert "33.3\N{NO-BREAK SPACE}% is as low as that can get" in html
+    assert "2 right against 2 wrong, with equal texts counted once" in html
+    assert "There are 6 ways to assign these labels" in html
+    assert "it cannot be lower than 33.3\N{NO-BREAK SPACE}%" in html
     assert "There are no two sides" in render_comparison(GROUP)
 
 
 def word_table(html):
-    """Headings, and for each word its text and numbers, as they can be copied."""
+    """The headings, and the text and numbers of each word."""
     table = re.search(r'<table id="words">.*?</table>', html, re.DOTALL)[0]
     rows = [
         (
@@ -214,7 +201,7 @@ def test_the_table_holds_the_words_as_they_differ():
     ("right", "last"),
     [(None, ["texts"]), ([True, False, False, False, True], ["tokens, right", "texts, wrong"])],
 )
-def test_the_table_counts_what_there_is_to_count(right, last):
+def test_the_table_counts_texts_or_tokens(right, last):
     headings, rows = word_table(render_comparison(GROUP, right=right))
     words = compare(GROUP, right=right).words
     assert headings[-len(last) :] == last
@@ -223,7 +210,7 @@ def test_the_table_counts_what_there_is_to_count(right, last):
         assert tuple(numbers[-len(last) :]) == counts
 
 
-def test_many_words_are_cut():
+def test_the_table_of_words_has_a_limit():
     said = [tuple(f" w{at}" for at in range(300)), tuple(f" w{at}" for at in range(299, -1, -1))]
     html = render_comparison([make_trace((*one, "7")) for one in said])
     assert f"The {MOST_WORDS} of 300 words that differ most" in html
@@ -270,11 +257,12 @@ def test_eight_responses_of_a_thousand_tokens_are_below_a_megabyte():
     assert len(render_comparison(traces, right=[True, False] * 4).encode()) < 1_000_000
 
 
-def test_the_middle_of_a_long_text_is_left_out():
-    long = [make_trace((first, *(f" {at}" for at in range(4_100)), "\n", "7")) for first in "ab"]
+def test_the_middle_of_a_long_text_is_left_out(monkeypatch):
+    monkeypatch.setattr("flowtracer_plugin.report.pages.comparison_page._MOST_TOKENS", 40)
+    long = [make_trace((first, *(f" {at}" for at in range(50)), "\n", "7")) for first in "ab"]
     html = render_comparison(long)
     assert html.count(" are left out</p>") == 2
-    assert [len(tokens) for *_, tokens in columns(html)] == [4_000, 4_000]
+    assert [len(tokens) for *_, tokens in columns(html)] == [40, 40]
 
 
 # The page of a group
@@ -309,7 +297,7 @@ def test_a_group_says_what_right_completions_do_differently():
     assert word_table(html) == word_table(render_comparison(GROUP, right=TRUTHS))
     shared = data_of(html)["differences"]["shared"]
     assert [one["text"] for one in shared] == ["3", " +"]
-    # The best come first on the page: its places, not those in the batch.
+    # The numbers are the places on the page, where the best come first.
     assert re.findall(r'href="#completion-(\d)" class="plus">✓&nbsp;\1</a>', html) == [
         "1",
         "2",
@@ -336,17 +324,17 @@ def test_completions_without_flow_are_not_compared():
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(visits, hostile, scheme):
+def test_axe_finds_nothing_serious(visits, hostile):
     from tests.browsing import violations
 
+    compared = render_comparison(GROUP, right=TRUTHS)
+    group = show_group(make_view(RIGHT, 1.0), make_view(WRONG, -1.0))
     pages = [
-        render_comparison(GROUP, right=TRUTHS),
-        render_comparison([RIGHT, WRONG]),
-        render_comparison(hostile[0], labels=hostile[1]),
-        show_group(make_view(RIGHT, 1.0), make_view(WRONG, -1.0)),
+        *((html, scheme) for html in (compared, group) for scheme in ("light", "dark")),
+        (render_comparison([RIGHT, WRONG]), "dark"),
+        (render_comparison(hostile[0], labels=hostile[1]), "light"),
     ]
-    for html in pages:
+    for html, scheme in pages:
         page = visits.open(html, color_scheme=scheme)
         page.locator(".completion .text > span").first.hover()
         assert violations(page) == []
@@ -372,7 +360,7 @@ def test_browser_runs_nothing_from_the_data_and_shows_it_all(visits, hostile):
 
 
 @pytest.mark.browser
-def test_right_to_left_and_wide_letters_stay_whole(visits):
+def test_right_to_left_and_wide_letters_are_shown_whole(visits):
     traces = [make_trace((*WORLD[:-1], last)) for last in (" 7", " 8")]
     page = visits.open(render_comparison(traces))
     shown = page.locator(".shared > span").all_text_contents()
@@ -394,7 +382,7 @@ def test_keys_lead_through_all_texts_and_twins_light_up(visits):
     for _ in range(7):
         page.keyboard.press("ArrowRight")
     assert page.locator("#token").text_content() == '"3"'
-    # Every column says 3 once; the first of them is right of the shared text's last token.
+    # Every column has "3" once; the next token after the shared text is in the first column.
     assert page.locator(".twin").all_text_contents() == ["3"] * 4
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")

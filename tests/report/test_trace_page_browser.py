@@ -1,4 +1,4 @@
-"""The page of a trace in a real browser: everything that can be clicked, typed or dragged."""
+"""The page of a trace in a real browser: clicks, keys and drags."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flowtracer_plugin.report import render_notebook, render_page
-from flowtracer_plugin.report.display import read
+from flowtracer_plugin.report.display import show
 from flowtracer_plugin.text.visible import visible
 from tests.browsing import violations
 from tests.report.test_trace_page import WORDS, make_trace
@@ -41,7 +41,7 @@ def classes(page):
 
 
 def numbers(page, selector):
-    """Which tokens have a class."""
+    """The numbers of the tokens that match a selector."""
     return page.evaluate(
         """(selector) => [...document.querySelectorAll("#pane .text > span")]
            .flatMap((unit, number) => (unit.matches(selector) ? [number] : []))""",
@@ -50,7 +50,7 @@ def numbers(page, selector):
 
 
 def carried(trace, token):
-    """Share of a token's flow that passed each earlier one, edge by edge."""
+    """The share of a token's flow that passed each earlier token, edge by edge."""
     edges, share = trace.flow.edge_flow(), np.zeros(len(trace.tokens))
     share[token] = 1
     for later in range(token, 0, -1):
@@ -61,7 +61,7 @@ def carried(trace, token):
 # The text
 
 
-def test_pointing_at_a_token_tells_its_numbers(page, trace):
+def test_pointing_at_a_token_shows_its_numbers(page, trace):
     tokens_of(page).nth(20).hover()
     where = page.locator("#where").inner_text()
     order = np.argsort(-trace.throughput[13:], kind="stable").tolist()
@@ -80,7 +80,7 @@ def test_pointing_at_a_token_tells_its_numbers(page, trace):
 
 
 def test_a_character_of_several_tokens_has_the_flow_that_passes_all_of_them(visits):
-    # So few that the page knows every edge.
+    # So few tokens that the page holds every edge.
     trace = make_trace(("<s>", "", "👩", "x", "", "界", "b", "7", "."), prompt=4)
     edges, unit_of = trace.flow.edge_flow(), np.array([0, 1, 1, 2, 3, 3, 4, 5, 6])
     between = np.zeros((7, 7))
@@ -108,7 +108,7 @@ def test_a_character_of_several_tokens_has_the_flow_that_passes_all_of_them(visi
             assert begins == pytest.approx(100 * started[unit] / passing, abs=0.06)
 
 
-def test_question_and_answer_tell_where_flow_starts_and_ends(page):
+def test_question_and_answer_show_where_flow_starts_and_ends(page):
     tokens_of(page).nth(5).hover()
     assert "starts here" in page.locator("#sources").inner_text()
     tokens_of(page).nth(len(TOKENS) - 2).hover()
@@ -120,14 +120,14 @@ def test_question_and_answer_tell_where_flow_starts_and_ends(page):
     assert page.locator("#detail").get_attribute("aria-live") == "polite"
 
 
-def test_a_click_keeps_what_leads_to_a_token_and_on_from_it(page, trace):
+def test_a_click_keeps_the_tokens_that_its_flow_passes(page, trace):
     tokens_of(page).nth(40).click()
     assert {"selecting", "inspecting"} <= classes(page)
     assert numbers(page, ".selected") == [40]
     above, below = numbers(page, ".upstream"), numbers(page, ".downstream")
     assert max(above) < 40 < min(below)
     share = carried(trace, 40)
-    # Weak edges are unknown to the page: it may miss tokens, but shows none that has less.
+    # The page lacks weak edges: it may miss tokens, but every token that it keeps has enough flow.
     assert all(share[token] >= 0.0095 for token in above)
     assert set(np.flatnonzero(share[:40] > 0.15)) <= set(above)
     assert page.evaluate("location.hash") == "#t40"
@@ -196,7 +196,7 @@ def test_shade_by_amount_follows_the_throughput(page, trace):
     assert [numbers(page, f".h{heat}") for heat in range(1, 6)] == by_rank
 
 
-def test_blanks_can_be_seen_and_go_again(page):
+def test_blanks_can_be_shown_and_hidden(page):
     text = page.locator(".response .text")
     before = text.text_content()
     page.locator("#blanks").click()
@@ -258,7 +258,7 @@ def test_the_ribbon_goes_to_a_token_and_can_be_dragged(visits, trace):
     assert middle == pytest.approx(0.25, abs=0.1)
 
 
-def test_the_window_is_gone_where_no_text_is_in_view(page):
+def test_the_window_disappears_when_no_text_is_in_view(page):
     assert page.locator("#window").is_visible()
     page.locator("#about").scroll_into_view_if_needed()
     page.locator("#window").wait_for(state="hidden")
@@ -305,7 +305,7 @@ def test_widths_are_square_roots_of_flows(page, trace):
         assert float(path.get_attribute("stroke-width")) == pytest.approx(width, abs=0.02)
 
 
-def test_a_step_keeps_what_leads_to_it_and_on_from_it(page):
+def test_a_click_on_a_step_keeps_the_steps_before_and_after_it(page):
     buttons = page.locator("#steplist li button")
     row = buttons.count() // 2
     buttons.nth(row).click()
@@ -327,7 +327,7 @@ def test_a_step_keeps_what_leads_to_it_and_on_from_it(page):
 # The river
 
 
-def test_the_river_tells_every_cut(page, trace):
+def test_the_river_shows_the_numbers_of_every_cut(page, trace):
     river = trace.river()
     stream = page.locator("#stream")
     box = stream.bounding_box()
@@ -458,9 +458,10 @@ def test_colours_follow_the_system_and_the_switch(visits, html):
         assert page.evaluate(paper) == own
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [375, 1280, 2560])
-def test_nothing_serious_keeps_anyone_out(visits, html, scheme, width):
+@pytest.mark.parametrize(
+    ("scheme", "width"), [("dark", 375), ("light", 1280), ("dark", 1280), ("light", 2560)]
+)
+def test_axe_finds_nothing_serious(visits, html, scheme, width):
     page = visits.open(html, color_scheme=scheme, width=width)
     assert violations(page) == []
     tokens_of(page).nth(40).click()
@@ -471,7 +472,7 @@ def test_nothing_serious_keeps_anyone_out(visits, html, scheme, width):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_it_prints_without_what_only_a_screen_has(page):
+def test_print_leaves_out_the_controls(page):
     page.emulate_media(media="print")
     for name in (".tools", "#detail", "nav", ".copy"):
         assert not page.locator(name).first.is_visible()
@@ -531,7 +532,7 @@ def test_the_address_keeps_the_selection_while_sections_are_visited(page):
     assert page.evaluate("location.hash") == "#tokens"
 
 
-def test_scripts_of_all_directions_stay_whole(visits):
+def test_all_writing_systems_are_shown_whole(visits):
     words = (
         "<s>",
         "问题",
@@ -550,7 +551,7 @@ def test_scripts_of_all_directions_stay_whole(visits):
     trace = make_trace(words, prompt=6, answer=(-1,))
     page = visits.open(render_page(trace))
     assert tokens_of(page).all_text_contents() == [
-        visible(unit.text).replace("\n", "⏎") for unit in read(trace).units
+        visible(unit.text).replace("\n", "⏎") for unit in show(trace).units
     ]
     direction = "(text) => getComputedStyle(text).direction"
     assert page.locator(".prompt .text").evaluate(direction) == "ltr"
@@ -565,7 +566,7 @@ def test_scripts_of_all_directions_stay_whole(visits):
 # The notebook cell
 
 
-def test_cells_of_a_notebook_do_not_meet(visits, trace):
+def test_notebook_cells_do_not_affect_each_other(visits, trace):
     cell = render_notebook(trace)
     page = visits.open(f"<style>span {{ color: red }}</style>{cell}{cell}")
     assert len(page.frames) == 3
@@ -577,7 +578,7 @@ def test_cells_of_a_notebook_do_not_meet(visits, trace):
 
 
 def shades(page):
-    """The classes of every token, in no order."""
+    """The set of classes of each token."""
     return [set((one.get_attribute("class") or "").split()) for one in tokens_of(page).all()]
 
 

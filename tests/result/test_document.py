@@ -64,7 +64,7 @@ def test_documents_are_as_the_schema_says(trace, name):
     VALIDATOR.validate(json.loads(made.to_json()))
 
 
-def test_the_schema_is_one_itself():
+def test_the_schema_is_valid():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert SCHEMA["$schema"] == VALIDATOR.META_SCHEMA["$id"]
     assert SCHEMA["$id"].endswith(f":{document.JSON_SCHEMA_VERSION}")
@@ -72,13 +72,13 @@ def test_the_schema_is_one_itself():
     assert ft.json_schema() == SCHEMA  # nobody can change another one's
 
 
-def test_the_wheel_brings_the_schema():
+def test_the_wheel_contains_the_schema():
     files = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
     assert "flowtracer_plugin/result/trace.schema.json" in files
 
 
 def places(value, path=()):
-    """Where each field is, and where each first item of a list is."""
+    """The path of each field, and of the first item of each list."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield (*path, name)
@@ -94,8 +94,8 @@ def at(value, path):
     return value
 
 
-def test_every_field_is_required_and_has_a_type(trace):
-    whole = trace.to_dict()
+def test_every_field_is_required_and_has_a_type():
+    whole = make_trace(("<s>", "a", "b\n", "c", "d", "7", "."), prompt=3).to_dict()
     fields = list(places(whole))
     assert len(fields) > 70
     for path in fields:
@@ -151,7 +151,7 @@ def test_the_schema_knows_the_choices_and_limits_of_the_code():
     )
 
 
-def test_what_is_said_of_tokens_is_what_the_flow_says(trace):
+def test_the_fields_of_tokens_agree_with_the_flow(trace):
     found = trace.to_dict()
     edges, tokens = trace.flow.edge_flow(), found["tokens"]
     for name in ("injected", "absorbed"):

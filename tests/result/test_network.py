@@ -97,7 +97,7 @@ def test_graphml_grows_with_the_text_and_not_with_its_square(tmp_path):
 
 
 @pytest.mark.parametrize("minimum", [-0.1, float("nan")])
-def test_the_minimum_is_no_negative_number(trace, minimum, tmp_path):
+def test_a_negative_minimum_is_refused(trace, minimum, tmp_path):
     for call in (trace.to_networkx, lambda **wish: trace.to_graphml(tmp_path / "a", **wish)):
         with pytest.raises(ValueError, match=f"minimum must be at least 0, got {minimum}"):
             call(minimum=minimum)

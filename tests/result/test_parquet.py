@@ -54,7 +54,7 @@ def test_a_table_read_back_is_the_trace(trace, change, tmp_path):
     assert frame.injected.sum() == pytest.approx(1)
 
 
-def test_columns_have_types_and_say_what_they_are(trace, tmp_path):
+def test_columns_have_types_and_descriptions(trace, tmp_path):
     schema = parquet.read_schema(trace.to_parquet(tmp_path / "a.parquet"))
     assert {field.name: str(field.type) for field in schema} == TYPES
     described = ft.json_schema()["$defs"]["token"]["properties"]
@@ -63,7 +63,7 @@ def test_columns_have_types_and_say_what_they_are(trace, tmp_path):
         assert field.metadata[b"description"].decode() == described[field.name]["description"]
 
 
-def test_the_file_says_what_its_trace_is(tmp_path):
+def test_the_metadata_describes_the_trace(tmp_path):
     trace = hostile_trace()
     path = trace.to_parquet(tmp_path / "a.parquet")
     found = json.loads(parquet.read_metadata(path).metadata[b"flowtracer.trace"])

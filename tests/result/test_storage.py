@@ -24,7 +24,7 @@ MASKS = ("question", "answer", "target")
 
 @st.composite
 def parts_of_traces(draw):
-    """Any numbers and texts at all: storage does not ask what they mean."""
+    """Arbitrary numbers and texts: storage does not depend on their meaning."""
     length = draw(st.integers(1, 6))
     dtype = draw(st.sampled_from([np.float32, np.float64]))
     floats = st.floats(width=np.dtype(dtype).itemsize * 8)
@@ -104,7 +104,7 @@ def trace():
     )
 
 
-def test_what_is_loaded_works_as_before(trace, tmp_path):
+def test_a_loaded_trace_works_like_the_saved_one(trace, tmp_path):
     loaded = load(trace.save(tmp_path / "a.flow"))
     assert loaded.to_dict() == trace.to_dict()
     assert repr(loaded) == repr(trace)
@@ -157,7 +157,7 @@ def test_half_a_file_is_refused_at_every_length(trace, tmp_path):
 
 
 def rewritten(trace, path, change=lambda metadata, header: None, without=()):
-    """The file of a trace whose header was changed, as somebody else might write it."""
+    """The file of a trace with a changed header."""
     with safe_open(trace.save(path), framework="numpy") as file:
         metadata = file.metadata()
         arrays = {name: file.get_tensor(name) for name in file.keys() if name not in without}  # noqa: SIM118
@@ -270,7 +270,7 @@ def test_links_are_followed_and_permissions_kept(tmp_path):
     assert stat.S_IMODE(real.stat().st_mode) == 0o640
 
 
-def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -282,7 +282,7 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
-def test_a_directory_is_no_file(tmp_path):
+def test_a_directory_is_refused(tmp_path):
     with pytest.raises(IsADirectoryError, match="wanted the name of a file, found the directory"):
         write_atomically(tmp_path, b"")
     assert list(tmp_path.iterdir()) == []

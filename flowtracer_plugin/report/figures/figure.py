@@ -1,4 +1,4 @@
-"""A trace as a figure of a paper: PNG, SVG or PDF, the same bytes for the same trace."""
+"""A trace as a figure for a paper, in PNG, SVG or PDF; the same trace gives the same bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.font_manager import fontManager
 
 from flowtracer_plugin import __version__
 from flowtracer_plugin.files import write_atomically
-from flowtracer_plugin.report.display import Reading, read
+from flowtracer_plugin.report.display import ShownTrace, show
 from flowtracer_plugin.report.figures.panels import INK, LINE, SIZE, SMALL, stack
 from flowtracer_plugin.report.figures.ribbon import ribbon_panels
 from flowtracer_plugin.report.figures.river import river_panels
@@ -30,7 +30,7 @@ _PANELS["overview"] = [ribbon_panels, river_panels, steps_panels]
 ONE_COLUMN, TWO_COLUMNS = 3.3, 7.0
 _NARROWEST, _WIDEST = 2.0, 20.0
 
-# Nothing of a file may depend on when or how often it was written.
+# The bytes of a file must not depend on when it was written.
 _METADATA: dict[str, dict[str, str | None]] = {
     ".png": {"Software": None},
     ".svg": {"Date": None},
@@ -39,7 +39,7 @@ _METADATA: dict[str, dict[str, str | None]] = {
 
 _FONTS = (
     *("Arial", "Liberation Sans", "DejaVu Sans"),
-    # for what these lack
+    # for characters that those lack
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans", "Microsoft YaHei"),
     *("WenQuanYi Micro Hei", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Emoji"),
 )
@@ -76,8 +76,8 @@ def write_figure(trace: TraceData, path: Path, *, kind: str, width: float | None
     """Write a figure of `trace` to `path`, whole or not at all, and return `path`.
 
     Raises:
-        ValueError: There is no such kind, the suffix is none that can be written, or the width is
-            not between 2 and 20 inches.
+        ValueError: There is no such kind, the suffix is not .png, .svg or .pdf, or the width is not
+            between 2 and 20 inches.
     """
     suffix = path.suffix.lower()
     if kind not in KINDS:
@@ -94,20 +94,20 @@ def write_figure(trace: TraceData, path: Path, *, kind: str, width: float | None
     if suffix != ".png":
         about["Creator"] = f"flowtracer-plugin {__version__}"
     with _styled():
-        _drawn(read(trace), kind, width).savefig(content, format=suffix[1:], metadata=about)
+        _draw(show(trace), kind, width).savefig(content, format=suffix[1:], metadata=about)
     write_atomically(path, content.getvalue())
     return path
 
 
-def _drawn(reading: Reading, kind: str, width: float) -> Figure:
-    return stack([panel for part in _PANELS[kind] for panel in part(reading, width)], width)
+def _draw(shown: ShownTrace, kind: str, width: float) -> Figure:
+    return stack([panel for part in _PANELS[kind] for panel in part(shown, width)], width)
 
 
 @contextmanager
 def _styled() -> Iterator[None]:
-    """Our style on top of matplotlib's own, whatever the user's is, and afterwards the user's."""
+    """Our style on top of matplotlib's default; afterwards the user's style is back."""
     fonts = [name for name in _FONTS if name in fontManager.get_font_names()]
     with style.context(["default", {**_STYLE, "font.family": fonts}]), warnings.catch_warnings():
-        # Where no font has a character there is a box in its place.
+        # A box stands for a character that no font has.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
         yield

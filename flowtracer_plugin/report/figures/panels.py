@@ -1,4 +1,4 @@
-"""What figures are made of: panels on top of each other, colours, and labels that fit."""
+"""The parts of a figure: panels on top of each other, colours, and labels that fit."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from flowtracer_plugin.report.display import shorten
 
 INK, MUTED, LINE = "#1b1f24", "#5c646e", "#a8a59d"
 FILLS = {"prompt": "#bfbbb1", "question": "#bfbbb1", "response": "#2f74b8", "answer": INK}
-"""Of each region; far apart in lightness too, for print in grey."""
+"""The colour of each region; they also differ in lightness, for print in grey."""
 
 STROKES = FILLS | {"prompt": "#a39d91", "question": "#a39d91", "answer": FILLS["response"]}
 LETTERS = FILLS | {"prompt": MUTED, "question": MUTED}
-"""The same for lines and letters, which are thinner."""
+"""The colours of lines and of letters, which are thinner than filled areas."""
 
 SIZE, SMALL = 7.0, 6.0
-"""Of letters, in points."""
+"""Sizes of letters, in points."""
 
 LEFT, RIGHT = 0.44, 0.06
-"""Of axes with numbers, in inches from the edges of the figure."""
+"""The margins of axes with numbers, in inches from the edges of the figure."""
 
 POINT = 1 / 72
 _GAP = 0.03
 _LONGEST = 500
-"""Letters that the widest figure has room for."""
+"""More letters than the widest figure has room for."""
 
 LINE_HEIGHT = 1.35 * SMALL * POINT
 
@@ -40,10 +40,10 @@ class Panel:
     """A part of a figure, as wide as the figure.
 
     Attributes:
-        height: Of its axes, in inches.
+        height: The height of its axes, in inches.
         draw: Draws it on its axes.
-        above: Inches between the axes and what is above.
-        below: Inches between the axes and what is below.
+        above: Inches above the axes.
+        below: Inches below the axes.
         left: Inches to the left of the axes.
     """
 
@@ -69,7 +69,7 @@ def stack(panels: Sequence[Panel], width: float) -> Figure:
 
 
 def key(entries: Sequence[tuple[str, str, str]], width: float, columns: int) -> Panel:
-    """Labels with their numbers, down the columns: each a number, its colour, and a text."""
+    """A panel of numbered labels in columns; an entry is a number, its colour, and a text."""
     rows = -(-len(entries) // columns)
     across = (width - 2 * RIGHT) / columns
     indent = max(text_width(number, "bold") for number, _, _ in entries) + _GAP
@@ -89,10 +89,10 @@ def key(entries: Sequence[tuple[str, str, str]], width: float, columns: int) -> 
 def show_scale(
     axes: Axes, label: str, width: float, places: Sequence[float], shares: Sequence[float]
 ) -> None:
-    """A vertical axis, in a figure `width` inches wide, with shares in per cent at `places`."""
+    """Draw a vertical axis with `shares` in per cent; the figure is `width` inches wide."""
     axes.set_yticks(places, [f"{100 * share:g}\N{NO-BREAK SPACE}%" for share in shares])
     axes.set_ylabel(label)
-    # Where labels of ticks leave room for it, however long they are.
+    # At a fixed place, so that it does not depend on the length of the ticks' labels.
     axes.yaxis.set_label_coords((0.1 - LEFT) / (width - LEFT - RIGHT), 0.5)
 
 
@@ -108,7 +108,7 @@ def write(
     weight: str = "normal",
     size: float = SMALL,
 ) -> None:
-    """Write `text` as it is: dollars and backslashes in it are no formulas."""
+    """Write `text` unchanged: dollars and backslashes in it do not start formulas."""
     axes.text(
         x,
         y,
@@ -123,13 +123,13 @@ def write(
 
 
 def text_width(text: str, weight: str = "normal") -> float:
-    """How wide a label is, in inches."""
+    """The width of a label, in inches."""
     font = FontProperties(size=SMALL, weight=weight)
     return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]) * POINT
 
 
 def fit(text: str, width: float) -> str:
-    """`text`, or as much of its beginning as has room in `width` inches."""
+    """`text`, or as much of its beginning as fits into `width` inches."""
     counts = range(2, min(len(text), _LONGEST) + 1)
     fitting = bisect_right(counts, width, key=lambda count: text_width(shorten(text, count)))
     return shorten(text, fitting + 1)

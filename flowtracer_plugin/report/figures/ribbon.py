@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
-from flowtracer_plugin.report.display import Reading, Unit, standouts
-from flowtracer_plugin.report.drawing import Bars, bars
+from flowtracer_plugin.report.display import ShownTrace, Unit, standouts
+from flowtracer_plugin.report.drawing import Bars, cut_into_bars
 from flowtracer_plugin.report.figures.panels import (
     FILLS,
     INK,
@@ -33,18 +33,18 @@ _HEIGHT, _HEADROOM, _APART = 0.95, 1.25, 0.03
 _TICKS = np.array([100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01]) / 100
 
 
-def ribbon_panels(reading: Reading, width: float) -> list[Panel]:
-    """Bars along the text, and a key to the numbers of its hubs."""
+def ribbon_panels(shown: ShownTrace, width: float) -> list[Panel]:
+    """The bars along the text, and a key to the numbers of the hubs."""
     count = 5 if width < 5 else 10
-    hubs = [unit for unit, _ in standouts(reading, reading.trace.backbone.hubs, count)]
+    hubs = [unit for unit, _ in standouts(shown, shown.trace.backbone.hubs, count)]
 
     def draw(axes: Axes) -> None:
-        shown = bars(reading)
-        edges = np.append(reading.starts[shown.first], len(reading.trace.tokens))
-        _draw_bars(axes, shown, edges)
-        along_the_text(axes, reading, width, 1 / _HEADROOM)
-        _draw_scale(axes, shown.highest, width)
-        _number(axes, reading, hubs, shown, width)
+        bars = cut_into_bars(shown)
+        edges = np.append(shown.starts[bars.first], len(shown.trace.tokens))
+        _draw_bars(axes, bars, edges)
+        along_the_text(axes, shown, width, 1 / _HEADROOM)
+        _draw_scale(axes, bars.highest, width)
+        _number(axes, shown, hubs, bars, width)
 
     panels = [Panel(height=_HEIGHT, draw=draw, above=0.17, below=0.27)]
     if hubs:
@@ -56,12 +56,12 @@ def ribbon_panels(reading: Reading, width: float) -> list[Panel]:
     return panels
 
 
-def along_the_text(axes: Axes, reading: Reading, width: float, top: float = 1.0) -> None:
-    """An axis of tokens in a figure `width` inches wide; prompt and response are named above it.
+def along_the_text(axes: Axes, shown: ShownTrace, width: float, top: float = 1.0) -> None:
+    """Draw an axis of tokens in a figure `width` inches wide, and name prompt and response above.
 
-    The line between them reaches `top`, of 1.
+    The line between prompt and response rises to `top`, a share of the height of the axes.
     """
-    length, border = len(reading.trace.tokens), reading.trace.spans.prompt_length
+    length, border = len(shown.trace.tokens), shown.trace.spans.prompt_length
     axes.set_xlim(0, length)
     inches = (width - LEFT - RIGHT) / length
     ticks = map(int, MaxNLocator(6, integer=True).tick_values(0, length))
@@ -89,24 +89,19 @@ def _name(axes: Axes, name: str, token: int, ha: Literal["left", "right"]) -> No
     )
 
 
-def _draw_bars(axes: Axes, shown: Bars, edges: Int[np.ndarray, " edge"]) -> None:
-    heights = np.sqrt(np.minimum(shown.peak, shown.highest))
-    parts = {
-        "prompt": shown.prompt,
-        "response": ~shown.prompt & ~shown.answer,
-        "answer": shown.answer,
-    }
-    for name, part in parts.items():
+def _draw_bars(axes: Axes, bars: Bars, edges: Int[np.ndarray, " edge"]) -> None:
+    heights = np.sqrt(np.minimum(bars.peak, bars.highest))
+    for name, part in bars.regions.items():
         axes.stairs(np.where(part, heights, 0), edges, fill=True, color=FILLS[name], linewidth=0)
 
 
 def _draw_scale(axes: Axes, highest: float, width: float) -> None:
-    """Heights are square roots, so that what is small can be seen."""
+    """Heights are square roots, so that small values stay visible."""
     top = np.sqrt(highest)
     axes.set_ylim(0, _HEADROOM * top)
     ticks = [0.0]
     for share in _TICKS[highest >= _TICKS].tolist():
-        # From the highest on, those that have room above 0 and below the one before.
+        # From the highest down, each tick that has room above 0 and below the previous tick.
         room = np.sqrt(ticks[-1]) if len(ticks) > 1 else np.inf
         if 0.2 * top <= np.sqrt(share) <= room - 0.2 * top:
             ticks.append(share)
@@ -114,20 +109,20 @@ def _draw_scale(axes: Axes, highest: float, width: float) -> None:
     axes.spines["left"].set_bounds(0, top)
 
 
-def _number(axes: Axes, reading: Reading, hubs: list[Unit], shown: Bars, width: float) -> None:
+def _number(axes: Axes, shown: ShownTrace, hubs: list[Unit], bars: Bars, width: float) -> None:
     """Number the hubs, and write the answer, in a row above the bars."""
     labels = [(hub, str(place), LETTERS["response"]) for place, hub in enumerate(hubs, start=1)]
-    answer = next((unit for unit in reading.units if unit.region == "answer"), None)
+    answer = next((unit for unit in shown.units if unit.region == "answer"), None)
     if answer:
-        said = visible(" ".join(reading.trace.spans.answer_text.split()))
+        said = visible(" ".join(shown.trace.spans.answer_text.split()))
         labels.append((answer, fit(said, 1.0), INK))
     labels.sort(key=lambda label: label[0].index)
-    length, top = len(reading.trace.tokens), float(np.sqrt(shown.highest))
+    length, top = len(shown.trace.tokens), float(np.sqrt(bars.highest))
     middles = np.array([(unit.first + unit.last + 1) / 2 for unit, _, _ in labels])
     widths = np.array([text_width(text, "bold") + _APART for _, text, _ in labels])
     places = spread(middles, widths * length / (width - LEFT - RIGHT), length)
     for (unit, text, colour), middle, place in zip(labels, middles, places, strict=True):
-        height = np.sqrt(min(unit.throughput, shown.highest))
+        height = np.sqrt(min(unit.throughput, bars.highest))
         line = [middle, middle, place], [height, 1.02 * top, 1.1 * top]
         axes.plot(*line, color=colour, linewidth=0.4, solid_joinstyle="round")
         write(axes, place, 1.12 * top, text, ha="center", va="bottom", color=colour, weight="bold")
@@ -136,11 +131,11 @@ def _number(axes: Axes, reading: Reading, hubs: list[Unit], shown: Bars, width: 
 def spread(
     middles: Float[np.ndarray, " label"], widths: Float[np.ndarray, " label"], length: int
 ) -> Float[np.ndarray, " label"]:
-    """Where labels, from left to right, are as near to `middles` as they can be side by side.
+    """Places for labels side by side, in order, as near to `middles` as possible.
 
-    They stay between 0 and `length` if there is room for all of them.
+    The labels stay between 0 and `length` if there is room for all of them.
     """
-    # If labels had no width, they would only have to keep their order.
+    # Without their widths, the labels only have to keep their order: an isotonic regression.
     before = np.concatenate([[0], np.cumsum((widths[1:] + widths[:-1]) / 2)])
     ordered = isotonic_regression(middles - before).x
     return np.clip(ordered, widths[0] / 2, length - widths[-1] / 2 - before[-1]) + before

@@ -8,7 +8,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.patches import Patch
 
 from flowtracer_plugin.flow.river import River
-from flowtracer_plugin.report.display import Reading
+from flowtracer_plugin.report.display import ShownTrace
 from flowtracer_plugin.report.drawing import river_layers
 from flowtracer_plugin.report.figures.panels import (
     FILLS,
@@ -26,22 +26,22 @@ _WAITING = "#f1efe9"
 _RESPONSE = LinearSegmentedColormap.from_list("response", ["#7fb2e2", "#2f74b8", "#163f6b"])
 
 
-def river_panels(reading: Reading, width: float) -> list[Panel]:
-    """All of the unit at every cut: at the top what is to start, at the bottom what has arrived."""
-    flows = reading.trace.river()
-    bands = _bands(flows)
+def river_panels(shown: ShownTrace, width: float) -> list[Panel]:
+    """The whole unit of flow at each cut: waiting flow at the top, arrived flow at the bottom."""
+    river = shown.river
+    bands = _bands(river)
     columns = _columns([name for name, _ in bands], width - 2 * RIGHT)
     rows = -(-len(bands) // columns)
 
     def draw(axes: Axes) -> None:
         axes.stackplot(
-            flows.cuts,
-            river_layers(flows).T[::-1],
+            river.cuts,
+            river_layers(river).T[::-1],
             colors=[colour for _, colour in bands][::-1],
             linewidth=0.3,
             edgecolor="white",
         )
-        along_the_text(axes, reading, width)
+        along_the_text(axes, shown, width)
         axes.set_ylim(0, 1)
         shares = [0.0, 0.5, 1.0]
         show_scale(axes, "flow", width, shares, shares)
@@ -50,17 +50,17 @@ def river_panels(reading: Reading, width: float) -> list[Panel]:
     return [Panel(height=_HEIGHT, draw=draw, above=0.17, below=0.27 + _ROW * rows)]
 
 
-def _bands(flows: River) -> list[tuple[str, str]]:
-    """Names and colours, in reading order: the later, the darker, also in grey."""
-    response = [name for name in flows.bands if name != "prompt"]
+def _bands(river: River) -> list[tuple[str, str]]:
+    """The names and colours of all areas in reading order; later parts are darker, in grey too."""
+    response = [name for name in river.bands if name != "prompt"]
     shades = _RESPONSE(np.linspace(0, 1, len(response)))
     colours = {"prompt": FILLS["prompt"]} | dict(zip(response, map(to_hex, shades), strict=True))
-    from_parts = [(f"from {name}", colours[name]) for name in flows.bands]
+    from_parts = [(f"from {name}", colours[name]) for name in river.bands]
     return [("not yet started", _WAITING), *from_parts, ("arrived", INK)]
 
 
 def _columns(names: list[str], width: float) -> int:
-    """Of a legend: all names in one row if it has room for them, else of equal widths."""
+    """The columns of the legend: as many as names if one row has room, else as many as fit."""
     widths = [text_width(name) + _SWATCH for name in names]
     return len(names) if sum(widths) <= width else max(1, int(width / max(widths)))
 

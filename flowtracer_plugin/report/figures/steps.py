@@ -1,4 +1,4 @@
-"""The steps of a figure: the backbone as arcs above a line of numbered steps."""
+"""The steps of a figure: the strongest flows as arcs above a line of numbered steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
 from flowtracer_plugin.flow.backbone import StepGraph, StrongFlows, strongest_flows
-from flowtracer_plugin.report.display import Reading, percent
+from flowtracer_plugin.report.display import ShownTrace, percent
 from flowtracer_plugin.report.drawing import StepRow, step_row
 from flowtracer_plugin.report.figures.panels import (
     FILLS,
@@ -23,20 +23,20 @@ from flowtracer_plugin.report.figures.panels import (
 
 _HEIGHT = 1.0
 _NARROWEST_STEP, _APART = 0.15, 0.04
-"""Inches that a step takes at least, and between the numbers of two."""
+"""The least width of a step, and the space between the numbers of two steps, in inches."""
 
 _NARROWEST, _WIDEST = 0.4, 3.2
 _SMALLEST, _LARGEST = 3.0, 22.0
-"""Of lines in points, and of dots in square points."""
+"""The widths of lines in points, and the areas of dots in square points."""
 
 
-def steps_panels(reading: Reading, width: float) -> list[Panel]:
+def steps_panels(shown: ShownTrace, width: float) -> list[Panel]:
     """The strongest flows between steps, and a key to the numbers of the steps."""
-    graph = reading.trace.steps()
+    graph = shown.steps
     step = max(text_width(str(len(graph.steps))) + _APART, _NARROWEST_STEP)
     strong = strongest_flows(graph, max_steps=int((width - 2 * RIGHT) / step))
-    shown = strong.steps or tuple(range(len(graph.steps)))[:2]
-    rows = [step_row(reading, graph.steps[index], index + 1) for index in shown]
+    listed = strong.steps or tuple(range(len(graph.steps)))[:2]
+    rows = [step_row(shown, index) for index in listed]
 
     def draw(axes: Axes) -> None:
         axes.set(xlim=(-0.5, len(rows) - 0.5), ylim=(-0.16, 1.05))

@@ -1,28 +1,38 @@
-"""Templates, styles and scripts of the pages. They load nothing: no font, no script, no image."""
+"""The templates, styles and scripts of all pages, and the writing of a page's file.
+
+A page is self-contained: it loads no font, no script and no image.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from flowtracer_plugin.files import write_atomically
 from flowtracer_plugin.report.display import direction, number, percent, signed
 from flowtracer_plugin.text.visible import visible
 
+_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&"}
+
+
+def write_html(path: str | Path, html: str) -> Path:
+    """Write a page to `path`, whole or not at all, and return `path`."""
+    write_atomically(Path(path), html.encode())
+    return Path(path)
+
 
 def render(
-    template: str,
-    *,
-    styles: str | tuple[str, ...],
-    script: str | tuple[str, ...] = (),
-    **context: Any,
+    template: str, *, styles: tuple[str, ...], script: tuple[str, ...] = (), **context: Any
 ) -> str:
-    """A page of `template`, with its styles and scripts after those that all pages share.
+    """The page of `template`, with its styles and scripts after those that all pages share.
 
     The same context always gives the same page.
     """
@@ -30,11 +40,18 @@ def render(
         _templates()
         .get_template(template)
         .render(
-            styles=_joined("base.css", styles),
-            script=_joined("tokens.js", script) if script else None,
+            styles=_joined("base.css", *styles),
+            script=_joined("tokens.js", *script) if script else None,
             **context,
         )
     )
+
+
+def embed(value: Any) -> Markup:
+    """`value` as ASCII JSON that is safe in a script element; parsing it restores every text."""
+    # HTML can read nothing in it once `<`, `>` and `&` are escaped.
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return Markup(text.translate(_ESCAPES))
 
 
 @cache
@@ -62,11 +79,11 @@ def _asset(name: str) -> Markup:
     return Markup(files("flowtracer_plugin.report.pages").joinpath(name).read_text("utf-8"))
 
 
-def _joined(shared: str, own: str | tuple[str, ...]) -> Markup:
-    """One style, or one script, since all of it shares a scope."""
-    return Markup("").join(map(_asset, (shared, *((own,) if isinstance(own, str) else own))))
+def _joined(*names: str) -> Markup:
+    """One style, or one script, of several files, so that the scripts share one scope."""
+    return Markup("").join(map(_asset, names))
 
 
 def _digest(content: str) -> str:
-    """What a Content-Security-Policy calls this script or style: nothing else may run."""
+    """The hash by which a Content-Security-Policy allows this script or style and no other."""
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

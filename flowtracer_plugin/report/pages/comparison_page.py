@@ -1,4 +1,4 @@
-"""One self-contained page for traces side by side: where do right and wrong answers draw from?"""
+"""The page of traces side by side: where do right and wrong answers draw from?"""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from flowtracer_plugin.comparison.traces import (
     Comparison,
     compare,
 )
-from flowtracer_plugin.files import write_atomically
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
-    Reading,
+    REGION_CLASSES,
+    ShownTrace,
     Unit,
     ranges,
-    read,
     shorten,
+    show,
     standouts,
 )
 from flowtracer_plugin.report.drawing import RIBBON_HEIGHT, bars_path
-from flowtracer_plugin.report.pages.assets import render
+from flowtracer_plugin.report.pages.assets import embed, render, write_html
 from flowtracer_plugin.report.pages.completion import Excerpt, answer_path, bar_starts, ends_of
-from flowtracer_plugin.report.pages.payload import embed
-from flowtracer_plugin.report.pages.two_sides import Differences, Person, show_differences
+from flowtracer_plugin.report.pages.two_sides import Differences, Reference, show_differences
 from flowtracer_plugin.result.trace_data import TraceData
 from flowtracer_plugin.text.visible import visible
 
@@ -45,14 +44,13 @@ def write_comparison(
     labels: Sequence[str] | None = None,
     right: Sequence[bool | None] | None = None,
 ) -> Path:
-    """Write `render_comparison` to `path`, whole or not at all, and return `path`.
+    """Write the page of `render_comparison` to `path`, whole or not at all, and return `path`.
 
     Raises:
-        ValueError: As `render_comparison` does.
+        ValueError: As `render_comparison`.
         IsADirectoryError: `path` is a directory.
     """
-    write_atomically(Path(path), render_comparison(traces, labels=labels, right=right).encode())
-    return Path(path)
+    return write_html(path, render_comparison(traces, labels=labels, right=right))
 
 
 def render_comparison(
@@ -63,19 +61,19 @@ def render_comparison(
 ) -> str:
     """The page of several traces side by side as HTML; the same traces always give the same page.
 
-    `labels` and `right` are as for `flowtracer_plugin.comparison.compare`, whose numbers it shows.
+    It shows the numbers of `flowtracer_plugin.comparison.compare`, which says what `labels` and
+    `right` mean.
 
     Raises:
-        ValueError: As `compare` does.
+        ValueError: As `compare`.
     """
     comparison = compare(traces, labels=labels, right=right)
-    readings = [read(trace) for trace in traces]
-    rows = _rows(comparison, readings)
-    columns = _columns(comparison, readings, rows)
+    rows = _rows(comparison, traces)
+    columns = _columns(comparison, traces, rows)
     return render(
-        "compare.html.j2",
-        styles=("contrast.css", "compare.css"),
-        script=("tips.js", "contrast.js", "page_table.js", "compare.js"),
+        "comparison_page.html.j2",
+        styles=("two_sides.css", "comparison_page.css"),
+        script=("tips.js", "two_sides.js", "tables.js", "comparison_page.js"),
         title=_title(comparison),
         comparison=comparison,
         shown=_differences(comparison, traces[0]),
@@ -101,10 +99,10 @@ class Row:
     """A trace in the overview.
 
     Attributes:
-        number: Its place among the traces as they came.
+        number: Its index among the given traces.
         trace: The trace in numbers.
-        width: Of the drawing of its response.
-        bars: An SVG path.
+        width: The width of the drawing of its response.
+        bars: An SVG path of the throughput along its response.
         answer: An SVG path beneath the answer.
     """
 
@@ -115,19 +113,20 @@ class Row:
     answer: str
 
 
-def _rows(comparison: Comparison, readings: Sequence[Reading]) -> list[Row]:
-    """The right ones first, then the wrong ones, then those of which nobody knows."""
+def _rows(comparison: Comparison, traces: Sequence[TraceData]) -> list[Row]:
+    """Right traces first, then wrong ones, then those for which this is unknown."""
     order = {True: 0, False: 1, None: 2}
     places = enumerate(comparison.traces)
     longest = max(trace.response_tokens for trace in comparison.traces)
-    highest = max(_highest(reading.trace) for reading in readings) or 1.0
+    highest = max(map(_highest, traces)) or 1.0
     return [
-        _row(number, trace, readings[number].trace, longest, highest)
+        _row(number, trace, traces[number], longest, highest)
         for number, trace in sorted(places, key=lambda place: order[place[1].right])
     ]
 
 
 def _highest(trace: TraceData) -> float:
+    """The highest throughput in the response outside the answer."""
     return float(trace.throughput[trace.spans.response & ~trace.spans.answer].max(initial=0.0))
 
 
@@ -148,31 +147,30 @@ def _row(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Column(Excerpt):
-    """The text of a trace, or of several that are the same, from where not all agree.
+class Column(Excerpt[Unit]):
+    """The text of one or several equal traces, from the line on which not all traces agree.
 
     Attributes:
-        rows: The traces.
-        reading: Their tokens.
-        hubs: Number of each hub, by unit.
-        fork: The first unit that not all have; None if there is none.
+        rows: The traces with this text.
+        trace: The first of them.
+        hubs: The number of each hub, by unit.
+        fork: The first unit that not all traces share; None if there is none.
     """
 
-    parts: tuple[tuple[Unit, ...], ...]
     rows: tuple[Row, ...]
-    reading: Reading
+    trace: TraceData
     hubs: dict[int, int]
     fork: int | None
 
 
 def _columns(
-    comparison: Comparison, readings: Sequence[Reading], rows: Sequence[Row]
+    comparison: Comparison, traces: Sequence[TraceData], rows: Sequence[Row]
 ) -> list[Column]:
     return [
         _column(
             comparison.beginning.length,
             bool(comparison.beginning.continuations),
-            readings[row.number],
+            show(traces[row.number]),
             tuple(other for other in rows if row.number in (other.number, other.trace.same_as)),
         )
         for row in rows
@@ -180,35 +178,34 @@ def _columns(
     ]
 
 
-def _column(length: int, parted: bool, reading: Reading, rows: tuple[Row, ...]) -> Column:
-    trace = reading.trace
+def _column(length: int, parted: bool, shown: ShownTrace, rows: tuple[Row, ...]) -> Column:
+    trace = shown.trace
     start = trace.spans.prompt_length
     if parted:
-        # The whole line: a sum that is cut in two says little.
+        # The whole line, since half of a sum says little.
         bounds = trace.outline.bounds
         last = min(length, len(trace.tokens) - 1)
         start = next(begin for begin, end in bounds if begin <= last < end)
-    units = tuple(unit for unit in reading.units if unit.last >= start)
-    hubs = standouts(reading, trace.backbone.hubs, _HUBS)
+    units = tuple(unit for unit in shown.units if unit.last >= start)
+    hubs = standouts(shown, trace.backbone.hubs, _HUBS)
     return Column(
         parts=ends_of(units, _MOST_TOKENS),
         stop=len(trace.tokens),
         rows=rows,
-        reading=reading,
+        trace=trace,
         hubs={unit.index: number for number, (unit, _) in enumerate(hubs, start=1)},
-        fork=reading.unit_of(length).index if parted and length < len(trace.tokens) else None,
+        fork=shown.unit_of(length).index if parted and length < len(trace.tokens) else None,
     )
 
 
 def _column_data(column: Column) -> dict[str, Any]:
-    """What the page's script knows of a column's units, in the order of the text."""
-    units = [unit for part in column.parts for unit in part]
-    tokens = column.reading.trace.tokens
+    """The data about a column's units for the page's script, in the order of the text."""
+    units = column.pieces
     return {
         "name": ", ".join(row.trace.label for row in column.rows),
         "first": [unit.first for unit in units],
         "last": [unit.last for unit in units],
-        "texts": ["".join(tokens[unit.first : unit.last + 1]) for unit in units],
+        "texts": column.texts(column.trace.tokens),
         "throughput": [float(f"{unit.throughput:.3g}") for unit in units],
         "ranks": [unit.rank for unit in units],
     }
@@ -217,17 +214,16 @@ def _column_data(column: Column) -> dict[str, Any]:
 def _differences(comparison: Comparison, trace: TraceData) -> Differences:
     length = comparison.beginning.length
     border = min(trace.spans.prompt_length, length)
-    styles = {"answer": "answer", "prompt": "outside"}
     return show_differences(
         trace.tokens,
         {"Prompt": (0, border), "Response": (border, length)},
-        [styles.get(region, "") for region in trace.spans.regions],
+        [REGION_CLASSES.get(region, "") for region in trace.spans.regions],
         comparison.beginning,
         comparison.words,
         comparison.sides,
         names=comparison.names,
-        people=[
-            Person(
+        references=[
+            Reference(
                 label=one.label,
                 link=f"trace-{number if one.same_as is None else one.same_as}",
                 right=one.right,
@@ -239,7 +235,7 @@ def _differences(comparison: Comparison, trace: TraceData) -> Differences:
 
 
 def _made(traces: Sequence[TraceData]) -> list[tuple[str, str]]:
-    """How the traces were made: what they were made with, each setting once."""
+    """The settings that the traces were made with; different values are joined by a slash."""
     found: dict[str, dict[str, None]] = {}
     for trace in traces:
         layers = trace.options.layers

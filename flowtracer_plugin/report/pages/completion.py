@@ -1,11 +1,11 @@
-"""One completion of a group as it is shown: its pieces with their credit, and a ribbon of it."""
+"""One completion on the page of a group: its pieces with their credit, and its ribbon."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -17,7 +17,7 @@ from flowtracer_plugin.text.visible import visible
 P = TypeVar("P", bound=Piece)
 
 LEVELS = 3
-"""Steps of colour on each side of zero."""
+"""Shades of colour on each side of zero."""
 
 MAX_BARS = 480
 _LOWEST_BAR = 12
@@ -29,19 +29,19 @@ class CompletionView:
 
     Attributes:
         tokens: The text, cut into tokens as `decode_tokens(...).pieces` does.
-        weights: By how much the advantage of each token is multiplied; 1 is plain credit.
-        throughput: Share of the flow through each token; 0 throughout where none was traced.
-        advantage: Of the completion, before weighting.
-        rewards: By reward function, None where one gave none. A trainer that weights its functions
-            hands over weighted rewards, as the page orders completions by their sum.
-        answer: The tokens of the answer.
-        competing: False on the tokens that a tool wrote: they get no credit.
-        hubs: Tokens to number: those that the most flow passes, in that order.
-        note: What else there is to say, such as "no answer found: plain credit".
+        weights: The factor by which each token's advantage is multiplied; 1 is plain credit.
+        throughput: The share of the flow through each token; all 0 if no flow was traced.
+        advantage: The advantage of the completion, before weighting.
+        rewards: The reward of each reward function, or None if a function gave none. A trainer that
+            weights its functions passes weighted rewards: the page orders completions by their sum.
+        answer: Which tokens are the answer's.
+        competing: False for tokens that a tool wrote: they get no credit.
+        hubs: The tokens that get numbers: those with the most flow, in descending order.
+        note: A remark on the completion, such as "no answer found: plain credit".
 
     Raises:
         ValueError: Lengths differ, a number is not finite, a weight or a throughput is negative, or
-            a hub is not among the tokens or stands twice.
+            a hub is not among the tokens or is listed twice.
     """
 
     tokens: Sequence[str]
@@ -55,7 +55,7 @@ class CompletionView:
     note: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be shown."""
+        """Raise ValueError if the page could not show this; see the class."""
         length = len(self.tokens)
         for name in ("weights", "throughput", "answer", "competing"):
             shape = getattr(self, name).shape
@@ -73,55 +73,58 @@ class CompletionView:
 
     @property
     def reward(self) -> float | None:
-        """Sum of the rewards; None where no function gave one."""
+        """The sum of the rewards, or None if no function gave one."""
         given = [float(one) for one in self.rewards.values() if one is not None]
         finite = [one for one in given if math.isfinite(one)]
         return math.fsum(finite) if finite else None
 
     @property
     def credit(self) -> Float[np.ndarray, " token"]:
-        """Advantage times weight, 0 on a tool's tokens."""
-        # In double precision: a step of colour must not depend on the caller's rounding.
+        """Advantage times weight for each token; 0 for a tool's tokens."""
+        # In double precision, so that the shade does not depend on the caller's rounding.
         return np.where(self.competing, float(self.advantage) * self.weights.astype(float), 0.0)
 
     @property
     def weighted(self) -> Bool[np.ndarray, " token"]:
-        """Tokens with more than plain credit."""
+        """Which tokens have more than plain credit."""
         return (self.weights > 1) & self.competing
 
     @property
     def answer_text(self) -> str:
-        """What the answer's tokens say, on one line; empty without an answer."""
+        """The text of the answer's tokens, on one line; empty if there is no answer."""
         text = "".join(self.tokens[token] for token in np.flatnonzero(self.answer).tolist())
         return shorten(visible(text.replace("\n", "⏎")), 40)
 
 
 def credit_levels(credit: Float[np.ndarray, " token"], largest: float) -> Int[np.ndarray, " token"]:
-    """Steps of colour from `-LEVELS` to `LEVELS`; 0 is no credit at all."""
+    """The shade of each credit, from `-LEVELS` to `LEVELS`; 0 means no credit.
+
+    `largest` is the absolute credit that gets the strongest shade.
+    """
     if not largest:
         return np.zeros(credit.shape, np.int64)
-    # Rounded: two thirds of the largest, plain credit beside 1.5, must not be a step too high.
+    # Rounded, so that two thirds of the largest (plain credit beside a weight of 1.5) is shade 2.
     steps = np.ceil(np.round(LEVELS * np.abs(credit) / largest, 6))
     return (np.sign(credit) * steps).astype(np.int64)
 
 
 def level_class(level: int) -> str:
-    """The style of a step: `p1` to `p3`, `n1` to `n3`, or none."""
+    """The CSS class of a shade: `p1` to `p3`, `n1` to `n3`, or none."""
     return f"{'p' if level > 0 else 'n'}{abs(level)}" if level else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CreditPiece(Piece):
-    """A piece of a completion; of several tokens the one with the most credit counts.
+    """A piece of a completion, with the largest values of its tokens.
 
     Attributes:
-        level: Step of colour.
-        weight: Weight of its credit.
-        throughput: The largest of its tokens.
+        level: Its shade.
+        weight: The weight of its credit.
+        throughput: The flow through it.
         weighted: Whether it has more than plain credit.
         answer: Whether it is part of the answer.
         tool: Whether a tool wrote it.
-        hub: Its number among the hubs; 0 for none.
+        hub: Its number among the hubs; 0 if it is none.
     """
 
     level: int
@@ -134,14 +137,14 @@ class CreditPiece(Piece):
 
     @property
     def classes(self) -> str:
-        """Its styles."""
+        """Its CSS classes."""
         marks = {"more": self.weighted, "answer": self.answer, "tool": self.tool}
         names = [level_class(self.level), *(name for name, marked in marks.items() if marked)]
         return " ".join(filter(None, names))
 
 
 def cut_pieces(view: CompletionView, largest: float) -> tuple[CreditPiece, ...]:
-    """The whole completion in pieces; `largest` is the credit that gets the strongest colour."""
+    """The whole completion in pieces; `largest` is the credit that gets the strongest shade."""
     if not view.tokens:
         return ()
     starts = piece_starts(view.tokens)
@@ -178,20 +181,20 @@ def cut_pieces(view: CompletionView, largest: float) -> tuple[CreditPiece, ...]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Excerpt:
-    """Pieces of a text from its beginning and its end.
+class Excerpt(Generic[P]):
+    """A text in pieces; a long text lacks its middle.
 
     Attributes:
-        parts: The text in pieces, in two parts where the middle is left out.
-        stop: The first token after the text.
+        parts: The pieces of the text, in two parts if the middle is left out.
+        stop: The token after the last one of the text.
     """
 
-    parts: tuple[tuple[Piece, ...], ...]
+    parts: tuple[tuple[P, ...], ...]
     stop: int
 
     @property
     def gap(self) -> tuple[int, int] | None:
-        """The first and the last token that the text leaves out."""
+        """The first and the last token that are left out; None if all are shown."""
         if len(self.parts) < 2:
             return None
         before, after = self.parts
@@ -200,12 +203,21 @@ class Excerpt:
 
     @property
     def shown(self) -> int:
-        """Tokens in the text."""
-        return sum(piece.last + 1 - piece.first for part in self.parts for piece in part)
+        """The number of tokens that are shown."""
+        return sum(piece.last + 1 - piece.first for piece in self.pieces)
+
+    @property
+    def pieces(self) -> list[P]:
+        """The pieces of both parts."""
+        return [piece for part in self.parts for piece in part]
+
+    def texts(self, tokens: Sequence[str]) -> list[str]:
+        """The exact text of each piece, given the tokens of the whole text."""
+        return ["".join(tokens[piece.first : piece.last + 1]) for piece in self.pieces]
 
 
 def ends_of(pieces: tuple[P, ...], most: int) -> tuple[tuple[P, ...], ...]:
-    """All pieces, or as many from the beginning and the end as have `most` tokens."""
+    """All pieces, or those within the first half and the last half of `most` tokens."""
     first, stop = (pieces[0].first, pieces[-1].last + 1) if pieces else (0, 0)
     if stop - first <= most:
         return (pieces,)
@@ -225,16 +237,16 @@ def _hub_numbers(view: CompletionView, starts: Int[np.ndarray, " piece"]) -> lis
 
 @dataclass(frozen=True, kw_only=True)
 class CreditRibbon:
-    """A whole completion as bars, each the token of its bin with the most flow.
+    """A whole completion as bars; each bar is the token with the most flow in its bin.
 
-    Heights are square roots, relative to the highest token before the answer. The longest
-    completion of a group fills the width, the others their share of it.
+    Heights are square roots, relative to the highest token outside the answer. The longest
+    completion of a group fills the width, and the others a proportional part of it.
 
     Attributes:
-        width: Of the drawing.
-        bars: An SVG path for each step of colour, by its style; the empty one is no credit.
+        width: The width of the drawing.
+        bars: An SVG path for each shade, by its CSS class; the empty class is no credit.
         answer: An SVG path beneath the answer.
-        hubs: Position of each hub.
+        hubs: The position of each hub.
     """
 
     width: int
@@ -244,7 +256,7 @@ class CreditRibbon:
 
 
 def draw_credit(view: CompletionView, largest: float, longest: int) -> CreditRibbon:
-    """The ribbon of a completion in a group whose longest has `longest` tokens."""
+    """The ribbon of a completion in a group whose longest completion has `longest` tokens."""
     width, length = min(longest, MAX_BARS), len(view.tokens)
     first = bar_starts(length, longest)
     count = len(first)
@@ -267,7 +279,7 @@ def draw_credit(view: CompletionView, largest: float, longest: int) -> CreditRib
 
 
 def bar_starts(length: int, longest: int) -> Int[np.ndarray, " bar"]:
-    """First token of each bar of a text, where one of `longest` tokens would fill the width."""
+    """The first token of each bar of a text, if a text of `longest` tokens fills the width."""
     count = min(length, math.ceil(length * min(longest, MAX_BARS) / max(longest, 1)))
     return np.arange(count) * length // max(count, 1)
 
@@ -277,7 +289,7 @@ def answer_path(bars: Bool[np.ndarray, " bar"]) -> str:
     return "".join(f"M{bar} 106h1v10h-1z" for bar in np.flatnonzero(bars).tolist())
 
 
-def _heights(view: CompletionView, shown: list[int]) -> Int[np.ndarray, " bar"]:
+def _heights(view: CompletionView, tokens: list[int]) -> Int[np.ndarray, " bar"]:
     highest = float(view.throughput[~view.answer].max(initial=0.0)) or 1.0
-    heights = RIBBON_HEIGHT * np.sqrt(np.minimum(view.throughput[shown] / highest, 1))
+    heights = RIBBON_HEIGHT * np.sqrt(np.minimum(view.throughput[tokens] / highest, 1))
     return np.maximum(np.rint(heights).astype(int), _LOWEST_BAR)

@@ -1,4 +1,4 @@
-"""The list of a run's group pages; each page carries its own summary, so nothing can diverge."""
+"""The list of a run's group pages, made from the summary that each page holds."""
 
 from __future__ import annotations
 
@@ -9,32 +9,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flowtracer_plugin.files import write_atomically
 from flowtracer_plugin.report.display import shorten
-from flowtracer_plugin.report.pages.assets import render
+from flowtracer_plugin.report.pages.assets import render, write_html
 from flowtracer_plugin.text.visible import visible
 
 _SUMMARY = re.compile(rb'<script type="application/json" id="summary">(.*?)</script>')
 _HEAD = 16_384
-"""The summary lies before the styles, so the beginning of a page has it."""
+"""The bytes of a page that are searched for its summary, which comes before the styles."""
 
 TREND_WIDTH, TREND_HEIGHT = 1000, 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSummary:
-    """What the list says about a page.
+    """A page in numbers, as the list shows it.
 
     Attributes:
-        step: Of the training.
-        title: Of the page.
-        prompt: Its beginning, on one line.
-        completions: How many there are.
-        answers: How many of them have an answer.
-        best: The highest reward; None where no completion has one.
+        step: The step of the training.
+        title: The title of the page.
+        prompt: The end of the prompt, on one line.
+        completions: The number of completions.
+        answers: The number of completions with an answer.
+        best: The highest reward; None if no completion has a reward.
         mean: The mean reward.
         worst: The lowest reward.
-        spread: Mean of the absolute advantages; 0 teaches nothing.
+        spread: The mean of the absolute advantages; at 0, training learns nothing from the group.
     """
 
     step: int
@@ -49,10 +48,10 @@ class GroupSummary:
 
 
 def write_index(folder: str | Path, *, title: str = "Groups of this run") -> Path:
-    """Write `index.html`, the list of the group pages in `folder`, whole or not at all.
+    """Write `index.html`, the list of the group pages in `folder`, and return its path.
 
-    The newest step comes first. Files that `write_group_page` did not write are left out. Returns
-    the path of the list.
+    The newest step comes first. Files that `write_group_page` did not write are left out. The list
+    is written whole or not at all.
 
     Raises:
         IsADirectoryError: `index.html` is a directory.
@@ -64,7 +63,7 @@ def write_index(folder: str | Path, *, title: str = "Groups of this run") -> Pat
     summaries = [summary for _, summary in pages]
     html = render(
         "group_index.html.j2",
-        styles="group_index.css",
+        styles=("group_index.css",),
         title=shorten(visible(title), 200),
         pages=pages,
         trend=_trend(summaries),
@@ -73,8 +72,7 @@ def write_index(folder: str | Path, *, title: str = "Groups of this run") -> Pat
         spread=math.fsum(one.spread for one in summaries) / max(len(summaries), 1),
         silent=sum(one.spread == 0 for one in summaries),
     )
-    write_atomically(path, html.encode())
-    return path
+    return write_html(path, html)
 
 
 def _read(path: Path) -> GroupSummary | None:
@@ -94,10 +92,10 @@ class Trend:
 
     Attributes:
         steps: The first and the last step.
-        low: The reward at the lower edge.
-        high: The reward at the upper edge.
-        band: From the worst to the best of each step.
-        line: The means.
+        low: The lowest reward.
+        high: The highest reward.
+        band: The area between the worst and the best reward of each step.
+        line: The mean reward of each step.
     """
 
     steps: tuple[int, int]
@@ -107,17 +105,17 @@ class Trend:
     line: str = ""
 
     def x(self, step: int) -> float:
-        """Where a step lies, from 0 to `TREND_WIDTH`."""
+        """The position of a step, from 0 to `TREND_WIDTH`."""
         return round(TREND_WIDTH * (step - self.steps[0]) / (self.steps[1] - self.steps[0] or 1), 1)
 
     def y(self, reward: float) -> float:
-        """Where a reward lies, from 0 for the highest to `TREND_HEIGHT`."""
+        """The position of a reward, from 0 for the highest to `TREND_HEIGHT`."""
         span = self.high - self.low
         return round(TREND_HEIGHT * ((self.high - reward) / span if span else 0.5), 1)
 
 
 def _trend(summaries: Sequence[GroupSummary]) -> Trend | None:
-    """Of all pages with rewards; None where there are none."""
+    """The rewards of all pages; None if no page has rewards."""
     steps: dict[int, list[tuple[float, float, float]]] = {}
     for one in summaries:
         if one.worst is not None and one.mean is not None and one.best is not None:

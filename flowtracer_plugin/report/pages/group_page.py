@@ -1,4 +1,4 @@
-"""One self-contained page for one prompt's completions side by side: where their credit lies."""
+"""The page of one prompt's completions side by side: where does their credit lie?"""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import numpy as np
 
 from flowtracer_plugin.comparison.permutation import first_identical, sides_by_truth
 from flowtracer_plugin.comparison.texts import compare_beginnings, compare_words
-from flowtracer_plugin.files import write_atomically
 from flowtracer_plugin.report.display import shorten, signed
-from flowtracer_plugin.report.pages.assets import render
+from flowtracer_plugin.report.pages.assets import embed, render, write_html
 from flowtracer_plugin.report.pages.completion import (
     LEVELS,
     CompletionView,
@@ -28,8 +27,7 @@ from flowtracer_plugin.report.pages.completion import (
     level_class,
 )
 from flowtracer_plugin.report.pages.group_index import GroupSummary, write_index
-from flowtracer_plugin.report.pages.payload import embed
-from flowtracer_plugin.report.pages.two_sides import Differences, Person, show_differences
+from flowtracer_plugin.report.pages.two_sides import Differences, Reference, show_differences
 from flowtracer_plugin.text.visible import visible
 
 __all__ = ["CompletionView", "group_page", "write_group_page", "write_index"]
@@ -48,15 +46,14 @@ def write_group_page(
     step: int,
     max_tokens: int = 4_000,
 ) -> Path:
-    """Write `group_page` to `path`, whole or not at all, and return `path`.
+    """Write the page of `group_page` to `path`, whole or not at all, and return `path`.
 
     Raises:
-        ValueError: As `group_page` does.
+        ValueError: As `group_page`.
         IsADirectoryError: `path` is a directory.
     """
     page = group_page(prompt, completions, title=title, step=step, max_tokens=max_tokens)
-    write_atomically(Path(path), page.encode())
-    return Path(path)
+    return write_html(path, page)
 
 
 def group_page(
@@ -67,10 +64,11 @@ def group_page(
     step: int,
     max_tokens: int = 4_000,
 ) -> str:
-    """The page of a prompt's completions, the highest reward first, as HTML.
+    """The page of a prompt's completions as HTML, the highest reward first.
 
-    Background is advantage times weight, in steps relative to the page's largest. Of a completion
-    with more than `max_tokens` the middle is left out of the text, not of its ribbon.
+    The background of a token is its advantage times its weight, in shades relative to the largest
+    on the page. The text of a completion with more than `max_tokens` lacks its middle; its ribbon
+    is whole.
 
     Raises:
         ValueError: There are no completions, or `max_tokens` is less than 1.
@@ -82,14 +80,13 @@ def group_page(
     largest = max(float(np.abs(one.credit).max(initial=0.0)) for one in completions)
     longest = max(len(one.tokens) for one in completions)
     columns = [
-        _column(sample, view, largest, longest, max_tokens)
-        for sample, view in sorted(enumerate(completions, start=1), key=_best_first)
+        _column(view, largest, longest, max_tokens) for view in sorted(completions, key=_best_first)
     ]
     summary = _summary(prompt, completions, title, step)
     return render(
-        "group.html.j2",
-        styles=("contrast.css", "group.css"),
-        script=("tips.js", "contrast.js", "page_table.js", "group.js"),
+        "group_page.html.j2",
+        styles=("two_sides.css", "group_page.css"),
+        script=("tips.js", "two_sides.js", "tables.js", "group_page.js"),
         title=shorten(visible(title), 200),
         prompt=_prompt(prompt),
         summary=summary,
@@ -102,32 +99,25 @@ def group_page(
     )
 
 
-def _best_first(numbered: tuple[int, CompletionView]) -> tuple[float, float, int]:
-    sample, view = numbered
-    return -(-math.inf if view.reward is None else view.reward), -view.advantage, sample
+def _best_first(view: CompletionView) -> tuple[float, float]:
+    return -(-math.inf if view.reward is None else view.reward), -view.advantage
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Column(Excerpt):
-    """A completion as the page shows it.
+class Column(Excerpt[CreditPiece]):
+    """A completion on the page.
 
     Attributes:
-        sample: Its number in the order in which the completions came, from 1.
         view: The completion.
-        ribbon: All of it as bars.
+        ribbon: The whole completion as bars.
     """
 
-    parts: tuple[tuple[CreditPiece, ...], ...]
-    sample: int
     view: CompletionView
     ribbon: CreditRibbon
 
 
-def _column(
-    sample: int, view: CompletionView, largest: float, longest: int, max_tokens: int
-) -> Column:
+def _column(view: CompletionView, largest: float, longest: int, max_tokens: int) -> Column:
     return Column(
-        sample=sample,
         view=view,
         stop=len(view.tokens),
         parts=ends_of(cut_pieces(view, largest), max_tokens),
@@ -136,8 +126,8 @@ def _column(
 
 
 def _differences(columns: Sequence[CompletionView], most: int) -> Differences | None:
-    """Completions with a positive advantage against those with a negative one; None without."""
-    # Where no flow was traced there is none to compare.
+    """Completions with positive advantage against those with negative; None if a side is empty."""
+    # Completions without traced flow cannot be compared.
     places = [at for at, view in enumerate(columns) if view.advantage and view.throughput.any()]
     views = [columns[at] for at in places]
     truths = [bool(view.advantage > 0) for view in views]
@@ -156,8 +146,8 @@ def _differences(columns: Sequence[CompletionView], most: int) -> Differences | 
         compare_words(texts, flows, [~view.answer for view in views], sides),
         sides,
         names=_SIDES,
-        people=[
-            Person(label=f"{at + 1}", link=f"completion-{at + 1}", right=truth)
+        references=[
+            Reference(label=f"{at + 1}", link=f"completion-{at + 1}", right=truth)
             for at, truth in zip(places, truths, strict=True)
         ],
         most=most,
@@ -165,14 +155,14 @@ def _differences(columns: Sequence[CompletionView], most: int) -> Differences | 
 
 
 def _column_data(column: Column) -> dict[str, Any]:
-    """What the page's script knows of a column's pieces, in the order of the text."""
-    pieces, tokens = [piece for part in column.parts for piece in part], column.view.tokens
+    """The data about a column's pieces for the page's script, in the order of the text."""
+    pieces = column.pieces
     plain = all(piece.first == piece.last == place for place, piece in enumerate(pieces))
     return {
         "advantage": float(column.view.advantage),
         "first": None if plain else [piece.first for piece in pieces],
         "last": None if plain else [piece.last for piece in pieces],
-        "texts": ["".join(tokens[piece.first : piece.last + 1]) for piece in pieces],
+        "texts": column.texts(column.view.tokens),
         "weights": [_rounded(piece.weight) for piece in pieces],
         "throughput": [_rounded(piece.throughput) for piece in pieces],
     }
@@ -216,7 +206,7 @@ def _facts(completions: Sequence[CompletionView]) -> dict[str, Any]:
 
 
 def _scale(largest: float) -> list[tuple[str, str]]:
-    """Style and numbers of each step of colour, from the lowest to the highest."""
+    """The CSS class and the range of each shade, from the lowest to the highest."""
     if not largest:
         return []
     bounds = [signed(largest * level / LEVELS) for level in range(-LEVELS, LEVELS + 1)]
@@ -238,5 +228,5 @@ def _prompt(text: str) -> dict[str, Any]:
 
 
 def _end_of(prompt: str, limit: int = 64) -> str:
-    """Prompts of a run begin alike, and end with what is asked."""
+    """The end of a long prompt: prompts of a run begin alike and end with the question."""
     return prompt if len(prompt) <= limit else f"…{prompt[1 - limit :]}"

@@ -1,8 +1,8 @@
-/** A small card beside the token that is pointed at or in focus; the page says what it holds. */
+/** A small card beside the token under the pointer or in focus; each page fills it. */
 const tips = (() => {
   const byId = (id) => document.getElementById(id);
 
-  /** Beneath the token, or above it where there is no room. */
+  /** Puts the card beneath the token, or above it if there is no room beneath. */
   function place(unit) {
     const tip = byId("tip");
     const [line] = unit.getClientRects();
@@ -25,7 +25,7 @@ const tips = (() => {
     byId("numbers").replaceChildren(...cells);
   }
 
-  /** `describe` gives a unit's text, where it is, and its numbers by name; `changed` is told which is shown. */
+  /** Shows the card for `units`. `describe` returns a unit's text, place and numbers by name; `changed` receives the unit that is shown, or null. */
   function follow(units, describe, changed = () => {}) {
     const known = new Set(units);
     const rover = tokens.rove(units);
@@ -47,7 +47,7 @@ const tips = (() => {
     };
     const focused = () => (known.has(document.activeElement) ? document.activeElement : null);
 
-    // Not pointerover, which a text tells as well that scrolls beneath a pointer at rest.
+    // Not pointerover, which also fires when the text scrolls beneath a resting pointer.
     document.addEventListener("pointermove", (event) => {
       const unit = unitAt(event);
       if (event.pointerType === "touch" || unit === pointed) return;
@@ -60,7 +60,7 @@ const tips = (() => {
       if (unit === null) return show(null);
       if (String(getSelection())) return;
       rover.focus(units.indexOf(unit));
-      show(unit); // a window in the background tells nobody of a new focus
+      show(unit); // a window in the background fires no focus event
     });
     document.addEventListener("keydown", (event) => {
       if (event.altKey || event.ctrlKey || event.metaKey) return;

@@ -1,7 +1,7 @@
 "use strict";
-/** What the scripts of the pages share: numbers, texts, and the way from token to token. */
+/** Shared by all scripts: numbers, texts, and moving from token to token by keyboard. */
 const tokens = (() => {
-  /** The exact text as a string literal; what cannot be seen is escaped. */
+  /** The exact text as a string literal; invisible characters are escaped. */
   function literal(text) {
     const hidden = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu;
     return JSON.stringify(text).replace(hidden, (char) => `\\u{${char.codePointAt(0).toString(16)}}`);
@@ -14,10 +14,10 @@ const tokens = (() => {
     return `${number.toFixed(Math.max(decimals, 0))}\u00a0%`;
   }
 
-  /** Token numbers as `5`, or `5–7`. */
+  /** Token numbers as `5` or `5–7`. */
   const range = (first, last) => (first === last ? `${first}` : `${first}–${last}`);
 
-  /** One token at a time can be reached with Tab; keys move on from it, see `step`. */
+  /** Makes one token at a time reachable with Tab; keys move on from it, see `step`. */
   function rove(units) {
     const marked = units.flatMap((unit, number) => (unit.dataset.hub || unit.dataset.checkpoint ? [number] : []));
     const moves = {
@@ -28,7 +28,7 @@ const tokens = (() => {
     };
     let current = 0;
 
-    /** The token that can be reached is a button; thousands of them would be noise. */
+    /** Only the reachable token is a button; thousands of buttons would overwhelm a screen reader. */
     function reach(unit) {
       units[current].removeAttribute("tabindex");
       units[current].removeAttribute("role");
@@ -43,7 +43,7 @@ const tokens = (() => {
       units[unit].focus({ preventScroll: true });
     }
 
-    /** The arrow keys lead to a token's neighbours, j and k from anywhere to marked tokens. */
+    /** The arrow keys lead to the neighbours of a token; j and k lead to marked tokens from anywhere. */
     function step(event) {
       const inText = event.target.closest?.(".text > span");
       const unit = (inText || event.key.length === 1 ? moves[event.key] : undefined)?.(current);

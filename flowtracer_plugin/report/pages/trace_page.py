@@ -1,4 +1,4 @@
-"""One self-contained page for one trace. It loads nothing: no font, no script, no image."""
+"""The page of one trace, and its smaller view in a notebook cell."""
 
 from __future__ import annotations
 
@@ -10,38 +10,36 @@ import numpy as np
 from jaxtyping import Float
 from markupsafe import escape
 
-from flowtracer_plugin.files import write_atomically
 from flowtracer_plugin.report import drawing
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
-    Reading,
+    ShownTrace,
     Unit,
     ranges,
-    read,
     shorten,
+    show,
     standouts,
 )
-from flowtracer_plugin.report.pages.assets import render
-from flowtracer_plugin.report.pages.payload import embed, page_data
-from flowtracer_plugin.report.pages.token_tables import step_rows, token_rows
+from flowtracer_plugin.report.pages.assets import embed, render, write_html
+from flowtracer_plugin.report.pages.trace_page_data import page_data
+from flowtracer_plugin.report.pages.trace_page_tables import step_rows, token_rows
 from flowtracer_plugin.result.trace_data import TraceData
 from flowtracer_plugin.text.visible import visible
 
 _MARKS, _LEAST_MARKS, _TOKENS_A_MARK = 10, 3, 6
-"""Hubs, and as many checkpoints, that are marked; fewer in a short text, which they would cover."""
+"""The limits of the number of marked hubs, and of marked checkpoints, in long and short texts."""
 
 _PATHS = 5
 _SCRIPTS = (
-    "page_data.js",
-    "page_text.js",
-    "page_search.js",
-    "page_ribbon.js",
-    "page_steps.js",
-    "page_river.js",
-    "page_table.js",
-    "page_start.js",
+    "trace_page_data.js",
+    "trace_page_text.js",
+    "trace_page_search.js",
+    "trace_page_ribbon.js",
+    "trace_page_steps.js",
+    "trace_page_river.js",
+    "tables.js",
+    "trace_page_start.js",
 )
-
 
 Scores = Mapping[str, Float[np.ndarray, " _"]]
 
@@ -52,9 +50,8 @@ def write_page(
     drops: Mapping[int, float] | None = None,
     scores: Scores | None = None,
 ) -> Path:
-    """Write the page of `trace` to `path`, whole or not at all, and return `path`."""
-    write_atomically(path, render_page(trace, drops, scores).encode())
-    return path
+    """Write the page of `render_page` to `path`, whole or not at all, and return `path`."""
+    return write_html(path, render_page(trace, drops, scores))
 
 
 def render_page(
@@ -65,38 +62,37 @@ def render_page(
     """The page of `trace` as HTML; the same trace always gives the same page.
 
     Args:
-        trace: What to show.
-        drops: By how many nats the answer's log-probability fell when a token was knocked out, by
-            the token's number: stands beside its throughput.
-        scores: Other scores of the tokens by name, by which the text can be shaded too.
+        trace: The trace to show.
+        drops: The fall of the answer's log-probability when a token is knocked out, in nats, by the
+            token's number. The page shows it beside the token's throughput.
+        scores: Other scores of the tokens by name. The page can shade the text by each of them.
 
     Raises:
-        ValueError: `drops` names a token that the trace does not have, or a score has not one
-            number for each token, none of them negative.
+        ValueError: `drops` names a token that the trace does not have, or a score does not hold one
+            number of at least 0 for each token.
     """
     for name, values in (scores or {}).items():
         _check_scores(name, values, len(trace.tokens))
     unknown = [token for token in drops or () if not 0 <= token < len(trace.tokens)]
     if unknown:
         raise ValueError(f"wanted drops of tokens 0 to {len(trace.tokens) - 1}, found {unknown}")
-    reading, graph, river = read(trace), trace.steps(), trace.river()
-    hubs, checkpoints = (_marked(reading, name) for name in ("hubs", "checkpoints"))
-    steps = drawing.draw_steps(reading, graph)
+    shown = show(trace)
+    hubs, checkpoints = (_marked(shown, name) for name in ("hubs", "checkpoints"))
+    steps, river = drawing.draw_steps(shown), drawing.draw_river(shown.river, checkpoints)
     return render(
-        "page.html.j2",
-        styles="page.css",
+        "trace_page.html.j2",
+        styles=("trace_page.css",),
         script=_SCRIPTS,
-        **_shared(reading, hubs),
+        **_shared(shown, hubs),
         marks=_marks(hubs, checkpoints),
-        token_rows=token_rows(reading, [*hubs, *checkpoints], drops),
-        step_rows=step_rows(reading, graph),
+        token_rows=token_rows(shown, [*hubs, *checkpoints], drops),
+        step_rows=step_rows(shown),
         measured=bool(drops),
         scores=list(scores or ()),
-        paths=[(reading.units_of(path.tokens), path.probability) for path in trace.paths(_PATHS)],
+        paths=[(shown.units_of(path.tokens), path.probability) for path in trace.paths(_PATHS)],
         steps=steps,
-        river=drawing.draw_river(river, checkpoints),
-        drawing=drawing,
-        data=embed(page_data(reading, steps, river, scores or {})),
+        river=river,
+        data=embed(page_data(shown, steps, river, scores or {})),
     )
 
 
@@ -111,20 +107,19 @@ def _check_scores(name: str, values: Float[np.ndarray, " _"], tokens: int) -> No
 
 
 def render_notebook(trace: TraceData) -> str:
-    """The heart of the page for a notebook cell: no script, and nothing that can clash with others.
+    """The text of the trace in HTML for a notebook cell, without scripts.
 
     It lies in a frame of its own, so that its styles and those of the notebook never meet.
     """
-    reading = read(trace)
-    hubs = _marked(reading, "hubs")
+    shown = show(trace)
+    hubs = _marked(shown, "hubs")
     page = render(
         "notebook.html.j2",
-        styles="page.css",
-        **_shared(reading, hubs),
-        drawing=drawing,
+        styles=("trace_page.css",),
+        **_shared(shown, hubs),
         marks=_marks(hubs, ()),
     )
-    # About 110 characters a line at 27 pixels, beneath a header; longer texts scroll.
+    # Below the header, a line holds about 110 characters and is 27 pixels high. Long texts scroll.
     lines = sum(1 + len(line) // 110 for line in trace.text.splitlines())
     return (
         f'<iframe sandbox="" title="FlowTracer" srcdoc="{escape(page)}" width="100%" '
@@ -132,28 +127,31 @@ def render_notebook(trace: TraceData) -> str:
     )
 
 
-def _shared(reading: Reading, hubs: tuple[Unit, ...]) -> dict[str, Any]:
-    trace = reading.trace
+def _shared(shown: ShownTrace, hubs: tuple[Unit, ...]) -> dict[str, Any]:
+    """The context of both templates."""
+    trace = shown.trace
     return {
         "trace": trace,
-        "reading": reading,
+        "shown": shown,
+        "drawing": drawing,
         "answer": shorten(visible(trace.spans.answer_text.replace("\n", "⏎"))),
         "answer_tokens": ranges(trace.spans.answer.nonzero()[0].tolist()),
         "layers": ranges(sorted(trace.layers)),
         "question_count": int(trace.spans.question.sum()),
         "heat_shares": HEAT_SHARES,
-        "ribbon": drawing.draw_ribbon(reading, hubs),
+        "ribbon": drawing.draw_ribbon(shown, hubs),
     }
 
 
-def _marked(reading: Reading, name: str) -> tuple[Unit, ...]:
-    scores = getattr(reading.trace.backbone, name)
-    count = min(_MARKS, max(_LEAST_MARKS, len(reading.response) // _TOKENS_A_MARK))
-    return tuple(unit for unit, _ in standouts(reading, scores, count))
+def _marked(shown: ShownTrace, name: str) -> tuple[Unit, ...]:
+    """The units that the page marks as `hubs` or `checkpoints`, the strongest first."""
+    scores = getattr(shown.trace.backbone, name)
+    count = min(_MARKS, max(_LEAST_MARKS, len(shown.response) // _TOKENS_A_MARK))
+    return tuple(unit for unit, _ in standouts(shown, scores, count))
 
 
 def _marks(hubs: tuple[Unit, ...], checkpoints: tuple[Unit, ...]) -> dict[int, dict[str, int]]:
-    """Number of each hub and checkpoint, by unit."""
+    """The numbers of hubs and checkpoints, by unit."""
     marks: dict[int, dict[str, int]] = {}
     for name, ranked in (("hub", hubs), ("checkpoint", checkpoints)):
         for number, unit in enumerate(ranked, start=1):

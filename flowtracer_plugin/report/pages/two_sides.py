@@ -1,4 +1,4 @@
-"""How two sides differ, as it is shown: a coloured text, its scale, and a table of words."""
+"""How two sides differ, on a page: the shared text in colour, its scale, and a table of words."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from markupsafe import Markup
 from flowtracer_plugin.comparison.permutation import Sides
 from flowtracer_plugin.comparison.texts import Beginning, Word, least_texts
 from flowtracer_plugin.report.display import Piece, number, piece_starts, shown_text
+from flowtracer_plugin.report.pages.assets import embed
 from flowtracer_plugin.report.pages.completion import LEVELS, Excerpt, ends_of, level_class
-from flowtracer_plugin.report.pages.payload import embed
 
 MOST_WORDS = 200
 
 _STEP = 3.0
-"""From one step of colour to the next: few tokens differ much, linear steps leave most blank."""
+"""The factor between shades. Few tokens differ much, so linear steps would leave most blank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedPiece(Piece):
-    """A piece of a text that all have; of several tokens the one that differs most counts.
+    """A piece of the text that all texts share, with the numbers of its token that differs most.
 
     Attributes:
-        token: The token that counts.
-        level: Step of colour; above zero where the first side has more.
-        style: Its other style.
+        token: The token that differs most.
+        level: Its shade; above zero if the first side has more flow.
+        style: Its other CSS class.
     """
 
     token: int
@@ -38,20 +38,13 @@ class SharedPiece(Piece):
 
     @property
     def classes(self) -> str:
-        """Its styles."""
+        """Its CSS classes."""
         return " ".join(filter(None, (level_class(self.level), self.style)))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SharedExcerpt(Excerpt):
-    """A part of what all texts begin with."""
-
-    parts: tuple[tuple[SharedPiece, ...], ...]
-
-
 @dataclass(frozen=True, kw_only=True)
-class Person:
-    """How a page refers to a text: what it calls it, where that leads, and whether it is right."""
+class Reference:
+    """How a page refers to a text: its label, its link, and whether it is right (None: unknown)."""
 
     label: str
     link: str
@@ -60,60 +53,55 @@ class Person:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Differences:
-    """What the pages show of two sides.
+    """The differences between two sides, as pages show them.
 
     Attributes:
-        names: What the sides are called.
-        sides: Which texts they are; None for the highest and the lowest.
-        people: All texts.
-        beginning: What all texts begin with.
-        tokens: Its tokens.
-        excerpts: Its text by part, such as prompt and response; parts without tokens are left out.
-        scale: Style and numbers of each step of colour, from the lowest to the highest.
-        words: Those that are listed.
-        word_count: How many there are.
+        names: The names of the sides.
+        sides: The texts on each side; None if the highest and the lowest values are compared.
+        references: How the page refers to each text.
+        beginning: The beginning that all texts share.
+        tokens: The tokens of one text, which starts with that beginning.
+        excerpts: The beginning by part, such as prompt and response; parts without tokens are left
+            out.
+        scale: The CSS class and the range of each shade, from the lowest to the highest.
+        words: The words that are listed.
+        word_count: The number of all words.
     """
 
     names: tuple[str, str]
     sides: Sides | None
-    people: Sequence[Person]
+    references: Sequence[Reference]
     beginning: Beginning
     tokens: Sequence[str]
-    excerpts: dict[str, SharedExcerpt]
+    excerpts: dict[str, Excerpt[SharedPiece]]
     scale: list[tuple[str, str]]
     words: tuple[Word, ...]
     word_count: int
 
     @property
     def least(self) -> int:
-        """In how many texts each word is at least."""
-        return least_texts(len(self.people if self.sides is None else self.sides.members))
+        """The least number of texts in which each word occurs."""
+        return least_texts(len(self.references if self.sides is None else self.sides.members))
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many texts are on each side."""
+        """The number of texts on each side; empty if there are no sides."""
         return () if self.sides is None else (len(self.sides.first), len(self.sides.second))
 
     @property
     def data(self) -> Markup:
-        """What the script knows of the shared text's pieces."""
-        pieces = [
-            piece for excerpt in self.excerpts.values() for part in excerpt.parts for piece in part
-        ]
+        """The names and the shared pieces, for the script of the page."""
         numbers = self.beginning.contrast.columns()
-        return embed(
+        shared = [
             {
-                "names": self.names,
-                "shared": [
-                    {
-                        "text": "".join(self.tokens[piece.first : piece.last + 1]),
-                        "tokens": [piece.first, piece.last],
-                        "numbers": [_short(value) for value in numbers[piece.token].values()],
-                    }
-                    for piece in pieces
-                ],
+                "text": "".join(self.tokens[piece.first : piece.last + 1]),
+                "tokens": [piece.first, piece.last],
+                "numbers": [_short(value) for value in numbers[piece.token].values()],
             }
-        )
+            for excerpt in self.excerpts.values()
+            for piece in excerpt.pieces
+        ]
+        return embed({"names": self.names, "shared": shared})
 
 
 def show_differences(
@@ -125,21 +113,21 @@ def show_differences(
     sides: Sides | None,
     *,
     names: tuple[str, str],
-    people: Sequence[Person],
+    references: Sequence[Reference],
     most: int,
 ) -> Differences:
-    """What is shown of `beginning` and `words`.
+    """The differences in `beginning` and `words`, as pages show them.
 
     Args:
-        tokens: A text; what all begin with is its beginning.
-        parts: First token, and the one after the last, of each part of that.
-        styles: The style of every token besides its colour.
-        beginning: How the flow through what all begin with differs.
-        words: How the flow through words differs.
-        sides: What is compared with what.
-        names: What the sides are called.
-        people: All texts.
-        most: Tokens of a part that are shown; of more, the middle is left out.
+        tokens: The tokens of one text, which starts with the shared beginning.
+        parts: The first token, and the token after the last, of each part of that beginning.
+        styles: The CSS class of each token besides its shade.
+        beginning: The difference of the flow through each token that all texts begin with.
+        words: The difference of the flow through each word.
+        sides: The texts on each side.
+        names: The names of the sides.
+        references: How the page refers to each text.
+        most: The most tokens of a part that are shown; a longer part lacks its middle.
     """
     differences = beginning.contrast.difference
     largest = float(np.abs(differences).max(initial=0.0))
@@ -147,11 +135,11 @@ def show_differences(
     return Differences(
         names=names,
         sides=sides,
-        people=people,
+        references=references,
         beginning=beginning,
         tokens=tokens,
         excerpts={
-            name: SharedExcerpt(
+            name: Excerpt(
                 parts=ends_of(_pieces(tokens, bounds, differences, levels, styles), most),
                 stop=bounds[1],
             )
@@ -167,17 +155,24 @@ def show_differences(
 def difference_levels(
     differences: Float[np.ndarray, " thing"], largest: float
 ) -> Int[np.ndarray, " thing"]:
-    """Steps of colour from `-LEVELS` to `LEVELS`, each reaching down to a third of its top."""
+    """The shade of each difference, from `-LEVELS` to `LEVELS`.
+
+    `largest` is the absolute difference at the top of the strongest shade; each shade reaches down
+    to a third of its top.
+    """
     if not largest:
         return np.zeros(differences.shape, np.int64)
     ratio = np.maximum(np.abs(differences) / largest, _STEP ** -(LEVELS + 1))
-    # Rounded: a difference that lies on a bound must not depend on the last bit.
+    # Rounded, so that the shade of a difference on a bound does not depend on its last bit.
     steps = LEVELS + np.ceil(np.round(np.log(ratio) / math.log(_STEP), 6))
     return (np.sign(differences) * np.maximum(steps, 0)).astype(np.int64)
 
 
 def difference_scale(largest: float, *, both: bool) -> list[tuple[str, str]]:
-    """Style, and percentage points, of each step of colour, from the lowest to the highest."""
+    """The CSS class, and the range in percentage points, of each shade, from the lowest up.
+
+    The shades below zero are left out unless `both` sides can have more.
+    """
     if not largest:
         return []
     bounds = [number(100 * largest / _STEP**below) for below in reversed(range(LEVELS + 1))]

@@ -1,4 +1,4 @@
-/** Colours, and the token that the address names. */
+/** The switch for colours, and the token that the address names. */
 (() => {
   const root = document.documentElement;
   const button = document.getElementById("theme");

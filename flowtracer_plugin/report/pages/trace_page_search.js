@@ -1,8 +1,8 @@
-/** Search: `/` leads to the field, Enter to the next place, Shift and Enter to the one before. */
+/** Search: `/` focuses the field, Enter goes to the next match, Shift+Enter to the previous one. */
 (() => {
   const field = document.getElementById("query");
   const says = document.getElementById("matches");
-  // Lowered unit by unit: in some scripts a lowered text is longer, which would shift what follows.
+  // Unit by unit, since some texts become longer in lower case, which would shift later matches.
   const lowered = Array.from({ length: trace.count }, (_, unit) => trace.text(unit).toLowerCase());
   const starts = [];
   let length = 0;
@@ -13,7 +13,7 @@
   const whole = lowered.join("");
   let [places, current] = [[], -1];
 
-  /** The unit that a character of the whole text lies in. */
+  /** The unit of a character of the whole text. */
   function unitAt(character) {
     let [low, high] = [0, starts.length - 1];
     while (low < high) {

@@ -1,4 +1,4 @@
-/** What the page knows of the trace, by unit: a token, or the tokens that spell one character. */
+/** The data of the trace by unit; a unit is a token, or several tokens that spell one character. */
 const trace = (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const bytes = (text) => Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
@@ -11,7 +11,7 @@ const trace = (() => {
   const firstToken = (unit) => (data.starts ? data.starts[unit] : unit);
   const endToken = (unit) => (unit + 1 < count ? firstToken(unit + 1) : data.tokens.length);
 
-  /** The unit that a token is part of. */
+  /** The unit of a token. */
   function unitOf(token) {
     let [low, high] = [0, count - 1];
     while (low < high) {
@@ -22,7 +22,7 @@ const trace = (() => {
     return low;
   }
 
-  /** The strongest edges of a unit: the unit at the other end, and its share of the throughput. */
+  /** The strongest edges of a unit: the unit at the other end, and the edge's share of the throughput. */
   function edgesOf(unit, side) {
     const { perUnit, width } = data.edges;
     const [sign, edges] = [side === "sources" ? -1 : 1, []];
@@ -35,7 +35,7 @@ const trace = (() => {
     return edges;
   }
 
-  /** For every unit on one side, which share of this one's flow passes it, as far as is known. */
+  /** For each unit on one side, the share of this unit's flow that passes it along the known edges. */
   function carried(unit, side) {
     const shares = new Float32Array(count);
     shares[unit] = 1;
@@ -47,7 +47,7 @@ const trace = (() => {
     return shares;
   }
 
-  /** Place by throughput within the prompt or the response; the first is 1. */
+  /** Rank by throughput within the prompt or the response; the highest is 1. */
   const ranks = (() => {
     const found = new Uint32Array(count);
     for (const [from, to] of [[0, data.promptUnits], [data.promptUnits, count]]) {

@@ -1,10 +1,10 @@
-/** Tables that a heading sorts, and that can be taken along as CSV. */
+/** Tables that can be sorted by their headings and copied as CSV. */
 (() => {
-  // Numbers stand in an attribute, texts do not.
+  // Numbers are in an attribute, texts are not.
   const written = (cell) => cell.dataset.value ?? (cell.querySelector("b") ?? cell).textContent;
   const numeric = (cell) => (written(cell) ? Number(written(cell)) : null);
 
-  /** Without the one that says that there are none. */
+  /** The rows, except the one that says that there are none. */
   const rowsOf = (table) => [...table.tBodies[0].rows].filter((row) => row.cells.length > 1);
 
   function sort(table, heading) {
@@ -24,7 +24,7 @@
     heading.setAttribute("aria-sort", down ? "descending" : "ascending");
   }
 
-  /** A cell; spreadsheets would run a text that looks like a formula. */
+  /** A cell; a quote keeps spreadsheets from running a text that looks like a formula. */
   function quoted(value) {
     const text = /^[=+@\t\r]|^-(?![\d.])/.test(value) ? `'${value}` : value;
     return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
@@ -37,7 +37,7 @@
     return `${lines.join("\r\n")}\r\n`;
   }
 
-  /** By the old way where the new one is not allowed, as in files of some browsers. */
+  /** Falls back to the old API where the new one is not allowed, as for local files in some browsers. */
   async function copy(content) {
     try {
       await navigator.clipboard.writeText(content);

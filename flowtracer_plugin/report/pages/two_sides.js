@@ -1,8 +1,14 @@
-/** Two sides: what is known of the tokens that all share. */
-const contrast = (() => {
+/** Texts side by side: the tokens of each column, and those of the beginning that all texts share. */
+const twoSides = (() => {
   const data = JSON.parse(document.getElementById("differences")?.textContent ?? "null");
   const places = new Map();
   document.querySelectorAll(".text.shared > span").forEach((unit, place) => places.set(unit, place));
+
+  /** Where each token of a column is: the number of the column, and the place in it. */
+  const columns = new Map();
+  document.querySelectorAll("article.completion").forEach((column, number) => {
+    column.querySelectorAll(".text > span").forEach((unit, place) => columns.set(unit, { number, place }));
+  });
 
   /** A difference of two shares, in percentage points. */
   function points(value) {
@@ -10,7 +16,7 @@ const contrast = (() => {
     return value ? `${value < 0 ? "\u2212" : "+"}${short} points` : "0 points";
   }
 
-  /** Of a token that all share. */
+  /** The card for a token that all texts share. */
   function describe(unit) {
     const known = data.shared[places.get(unit)];
     const [first, second, chance, chanceOfAny] = known.numbers;
@@ -26,5 +32,5 @@ const contrast = (() => {
     return { text: known.text, where: ["in all texts", `token ${tokens.range(...known.tokens)}`], numbers };
   }
 
-  return { describe, units: [...places.keys()] };
+  return { describe, columns, units: [...places.keys(), ...columns.keys()] };
 })();

@@ -1,4 +1,4 @@
-/** The backbone: the smallest set of flows between steps that holds the share of the slider. */
+/** The steps: the fewest flows between them that hold the slider's share of all flow. */
 (() => {
   const byId = (id) => document.getElementById(id);
   const list = byId("steplist");
@@ -10,7 +10,7 @@
   const SVG = byId("arcs").namespaceURI;
   let [shown, kept] = [[], null];
 
-  /** The strongest flows that hold the wanted share, or all that there are here. */
+  /** The strongest flows that hold the wanted share, or all flows on the page if they hold less. */
   function strongest(share) {
     let held = 0;
     const found = [];
@@ -38,8 +38,8 @@
       row.classList.toggle("gap", hidden > 0);
       row.dataset.hidden = `${hidden} more`;
     });
-    const limit = held < share - 0.005 ? ", as many as can be read here" : "";
-    says.textContent = `showing ${visible.length} of ${says.dataset.steps} steps and ${found.length} of ${says.dataset.flows} flows: ${tokens.percent(held)} of what moves between steps${limit}`;
+    const limit = held < share - 0.005 ? ", as many as fit here" : "";
+    says.textContent = `showing ${visible.length} of ${says.dataset.steps} steps and ${found.length} of ${says.dataset.flows} flows: ${tokens.percent(held)} of the flow between steps${limit}`;
     slider.setAttribute("aria-valuetext", `${slider.value} % of the flow`);
     arcs();
     mark(kept);
@@ -74,7 +74,7 @@
     return path;
   }
 
-  /** All rows that lead to one, or that it leads to, along the flows that are shown. */
+  /** All rows from which flow reaches `row`, or which it reaches, along the flows that are shown. */
   function reached(row, from, to) {
     const found = new Set([row]);
     const ordered = [...shown].sort((one, other) => (from ? one[0] - other[0] : other[1] - one[1]));

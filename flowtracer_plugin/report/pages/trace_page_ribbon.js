@@ -1,10 +1,10 @@
-/** The ribbon: where the window stands in the whole text, and a handle to move it. */
+/** The ribbon: it shows which part of the text is in view, and scrolls the text. */
 (() => {
   const ribbon = document.getElementById("ribbon");
   const view = document.getElementById("window");
   const { units } = text;
 
-  /** The first unit whose lower edge lies beneath `y`; units follow each other down the page. */
+  /** The first unit whose lower edge lies beneath `y`, by bisection. */
   function firstBelow(y) {
     let [low, high] = [0, units.length];
     while (low < high) {
@@ -59,7 +59,7 @@
   });
   ribbon.addEventListener("pointercancel", () => (start = null));
 
-  // Bars of the ribbon are as wide as its drawing says, which may hold several units.
+  // A bar of the ribbon may hold several units.
   const width = ribbon.querySelector("svg").viewBox.baseVal.width;
   const ticks = (kept, y) => {
     const bars = new Set(kept.map((unit) => Math.floor((unit * width) / units.length)));

@@ -1,13 +1,5 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const units = [...contrast.units];
-  const places = new Map();
-  document.querySelectorAll("article.completion").forEach((column, number) => {
-    column.querySelectorAll(".text > span").forEach((unit, place) => {
-      places.set(unit, { number, place });
-      units.push(unit);
-    });
-  });
 
   function signed(value) {
     const short = String(Number(Math.abs(value).toPrecision(3)));
@@ -15,8 +7,8 @@
   }
 
   function describe(unit) {
-    if (!places.has(unit)) return contrast.describe(unit);
-    const { number, place } = places.get(unit);
+    if (!twoSides.columns.has(unit)) return twoSides.describe(unit);
+    const { number, place } = twoSides.columns.get(unit);
     const column = data[number];
     const isTool = unit.classList.contains("tool");
     return {
@@ -36,5 +28,5 @@
     };
   }
 
-  tips.follow(units, describe);
+  tips.follow(twoSides.units, describe);
 })();

@@ -1,4 +1,4 @@
-/** The river: what crosses the text at one cut, in numbers. */
+/** The river: the numbers of the flow across one cut of the text. */
 (() => {
   const byId = (id) => document.getElementById(id);
   const stream = byId("stream");

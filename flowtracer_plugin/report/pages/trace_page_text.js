@@ -1,4 +1,4 @@
-/** The text: one token in detail, or one that is kept with all that leads to it and on from it. */
+/** The text: one token in detail, or one selected token with the tokens that its flow passes. */
 const text = (() => {
   const byId = (id) => document.getElementById(id);
   const root = document.documentElement;
@@ -93,7 +93,7 @@ const text = (() => {
       for (const side of ["sources", "targets"]) kept[side] = keep(unit, side);
       units[unit].classList.add("selected");
       const [above, below] = [kept.sources.length, kept.targets.length];
-      byId("kept").textContent = ` · kept: ${above} before it and ${below} after it that 1\u00a0% of this and more passes`;
+      byId("kept").textContent = ` · kept: ${above} before it and ${below} after it that at least 1\u00a0% of this flow passes`;
     }
     history.replaceState(null, "", unit === null ? location.pathname + location.search : `#t${trace.firstToken(unit)}`);
     atSelection.forEach((listen) => listen(kept));
@@ -124,11 +124,11 @@ const text = (() => {
   const unitAt = (event) => numberOf.get(event.target.closest?.(".text > span")) ?? null;
   const isTouch = (event) => event.pointerType === "touch";
 
-  // Not pointerover, which a text tells as well that scrolls beneath a pointer at rest.
+  // Not pointerover, which also fires when the text scrolls beneath a resting pointer.
   pane.addEventListener("pointermove", (event) => {
     const unit = unitAt(event);
     if (unit === null || isTouch(event) || units[unit].classList.contains("shown")) return;
-    byId("detail").setAttribute("aria-live", "off"); // a pointer that passes is not to be read out
+    byId("detail").setAttribute("aria-live", "off"); // a passing pointer must not be read out
     show(unit);
   });
   pane.addEventListener("pointerleave", (event) => {
@@ -147,7 +147,7 @@ const text = (() => {
     select(unit === selected ? null : unit);
   });
   byId("reset").addEventListener("click", () => {
-    rover.focus(selected); // the button will be gone
+    rover.focus(selected); // before the button disappears
     select(null);
   });
   document.addEventListener("click", (event) => {
@@ -165,7 +165,7 @@ const text = (() => {
     rover.step(event);
   });
 
-  // How it is shown
+  // Shades and blanks
 
   const HEATS = [1, 2, 3, 4, 5].map((heat) => `h${heat}`);
   const byRank = units.map((unit) => HEATS.find((heat) => unit.classList.contains(heat)));
@@ -173,7 +173,7 @@ const text = (() => {
   const isAnswer = (unit) => trace.region(unit) === "answer";
   const highest = trace.throughput.reduce((most, flow, unit) => (isAnswer(unit) ? most : Math.max(most, flow)), 0);
 
-  /** At least half of the highest is 5, a quarter 4, and so on. */
+  /** From half of the highest throughput on, the heat is 5; from a quarter on, 4; and so on. */
   function byAmount(unit) {
     const heat = 6 + Math.floor(Math.log2(trace.throughput[unit] / (highest || 1)));
     return heat >= 1 ? HEATS[Math.min(heat, 5) - 1] : undefined;
@@ -192,7 +192,7 @@ const text = (() => {
   byId("by-rank").addEventListener("click", () => shade(false));
   byId("by-amount").addEventListener("click", () => shade(true));
 
-  /** Other scores are known by their ranks alone: one of them takes the place of the flow's. */
+  /** The page knows only the ranks of other scores: the chosen score replaces the ranks of the flow. */
   byId("score")?.addEventListener("change", ({ target }) => {
     const shades = target.value === "" ? null : trace.scores[Number(target.value)];
     byId("by-amount").disabled = shades !== null;
@@ -221,7 +221,7 @@ const text = (() => {
   }
   byId("blanks").addEventListener("click", () => showBlanks(!root.classList.contains("blanks")));
 
-  /** Lets some tokens light up, for the eye to find them. */
+  /** Lights up some tokens, so that readers find them. */
   function flash(first, last) {
     units.slice(first, last + 1).forEach((unit) => {
       unit.classList.add("flash");
