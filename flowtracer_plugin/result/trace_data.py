@@ -84,8 +84,7 @@ class TraceData:
             self._matrix("all of its edges"),
             self.spans.question,
             self.spans.target,
-            question_weights=self.options.question_weights,
-            boundary=self.options.boundary,
+            **self.options.solving,
         )
 
     @cached_property
@@ -99,8 +98,7 @@ class TraceData:
             self.spans.question,
             self.spans.target,
             self.outline,
-            question_weights=self.options.question_weights,
-            boundary=self.options.boundary,
+            **self.options.solving,
             paths=paths,
         )
 
