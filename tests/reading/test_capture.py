@@ -129,15 +129,6 @@ def test_the_block_size_does_not_matter(family, block):
     assert_close(found, eager_head_mean(eager_twin(family), ids, mask, SOME_LAYERS))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])
-def test_chosen_heads_give_the_mean_over_those_heads(family):
-    ids, mask = prompt("right")
-    heads = {1: [0], 2: [3, 1], 4: [0, 1, 2, 3]}
-    chosen = {layer: torch.tensor(these) for layer, these in heads.items()}
-    found = AttentionReader(tiny_model(family)).read(ids, mask, SOME_LAYERS, heads=chosen)
-    assert_close(found, eager_head_mean(eager_twin(family), ids, mask, SOME_LAYERS, heads))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_sum_to_one_unless_sinks_take_their_share(family):
     ids, mask = prompt("left")
