@@ -9,7 +9,7 @@ FLASHTRACE := .venv-flashtrace
 LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
 # What depends on the versions of torch, transformers and nnsight: the families of models, read.
-LOWEST_TESTS := $(addprefix tests/,test_versions.py attention/test_adapter.py reading/test_capture.py attention/test_head_mean.py trace/test_tracer.py)
+LOWEST_TESTS := $(addprefix tests/,test_versions.py attention/test_adapter.py reading/test_reader.py reading/test_self_check.py reading/test_model_unchanged.py attention/test_head_mean.py trace/test_tracer.py)
 
 .PHONY: demo test test-lowest deepspeed flashtrace bench ablation conformance docs lint types package \
 	reasoner clean

@@ -1,4 +1,4 @@
-"""The adapter guide, carried out: its package is built, installed and used in an environment."""
+"""The adapter guide works: its package is built, installed and used in an environment."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def write_package(folder: Path) -> Path:
 
 
 class Environment:
-    """A virtual environment of its own, on top of the packages of the running one."""
+    """A virtual environment that also sees the packages of the running one."""
 
     def __init__(self, folder: Path) -> None:
         venv.create(folder)
@@ -225,7 +225,7 @@ def test_the_guide_shows_what_the_check_says_of_a_mistake(environment, mistaken)
 
 @pytest.fixture(scope="module")
 def fox(environment) -> Iterator[None]:
-    """The architecture, in this process."""
+    """Register the guide's architecture in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(environment.folder.parent / "package")
         importlib.import_module("fox_lm")

@@ -82,7 +82,7 @@ class _Watch:
         return next((site for site, times in self._waiting.items() if times > 0), None)
 
 
-_watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
+_current: ContextVar[_Watch | None] = ContextVar("watch", default=None)
 """The watch of this thread."""
 
 
@@ -107,7 +107,7 @@ class InterfaceBackend(Backend):
         """As `Backend.run`."""
         watch = _Watch(self._modules, sites, receive, whole=whole, stops=not whole)
         try:
-            return self._watched(lambda: self._model(**inputs), watch)
+            return self._call(lambda: self._model(**inputs), watch)
         except _Done:
             return None
 
@@ -115,17 +115,17 @@ class InterfaceBackend(Backend):
         self, call: Callable[[], Result], sites: Sites, receive: Receive, *, runs: int
     ) -> Result:
         """As `Backend.listen`."""
-        return self._watched(call, _Watch(self._modules, sites, receive, runs=runs))
+        return self._call(call, _Watch(self._modules, sites, receive, runs=runs))
 
-    def _watched(self, call: Callable[[], Result], watch: _Watch) -> Result:
-        before = _watch.set(watch)
+    def _call(self, call: Callable[[], Result], watch: _Watch) -> Result:
+        before = _current.set(watch)
         try:
             with ExitStack() as entries:
                 for table, name in self._entries():
-                    entries.enter_context(_watched(table, name))
+                    entries.enter_context(_replaced(table, name))
                 output = call()
         finally:
-            _watch.reset(before)
+            _current.reset(before)
         if (missed := watch.missed()) is not None:
             raise AdapterMismatchError(
                 f"the adapter {self._adapter.name!r} lists {missed.module}, visit "
@@ -135,7 +135,7 @@ class InterfaceBackend(Backend):
         return output
 
     def _entries(self) -> Iterable[tuple[MutableMapping[str, Any], str]]:
-        found = map(_entry, set(self._modules.values()))
+        found = map(_table_and_name, set(self._modules.values()))
         return {(id(table), name): (table, name) for table, name in found}.values()
 
 
@@ -144,7 +144,7 @@ def _globals(module: nn.Module) -> dict[str, Any]:
     return getattr(inspect.unwrap(type(module).forward), "__globals__", {})
 
 
-def _entry(module: nn.Module) -> tuple[MutableMapping[str, Any], str]:
+def _table_and_name(module: nn.Module) -> tuple[MutableMapping[str, Any], str]:
     """The table that the module takes its function from, and the name that it asks for."""
     table = _globals(module).get(TABLE)
     if table is None:
@@ -156,28 +156,28 @@ def _entry(module: nn.Module) -> tuple[MutableMapping[str, Any], str]:
     return table, config._attn_implementation
 
 
-_watched_entries: Counter[tuple[int, str]] = Counter()
+_entry_users: Counter[tuple[int, str]] = Counter()
 _entries_lock = Lock()
 
 
 @contextmanager
-def _watched(table: MutableMapping[str, Any], name: str) -> Iterator[None]:
+def _replaced(table: MutableMapping[str, Any], name: str) -> Iterator[None]:
     """Put a watching entry into the table, for as long as any thread needs it."""
     key = (id(table), name)
     with _entries_lock:
-        _watched_entries[key] += 1
-        if _watched_entries[key] == 1:
-            table[name] = _Watching(table.get(name))
+        _entry_users[key] += 1
+        if _entry_users[key] == 1:
+            table[name] = _TableEntry(table.get(name))
     try:
         yield
     finally:
         with _entries_lock:
-            _watched_entries[key] -= 1
-            if not _watched_entries[key]:
-                _put_back(table, name)
+            _entry_users[key] -= 1
+            if not _entry_users[key]:
+                _restore(table, name)
 
 
-def _put_back(table: MutableMapping[str, Any], name: str) -> None:
+def _restore(table: MutableMapping[str, Any], name: str) -> None:
     original = table[name].original
     del table[name]
     # The original may have been an entry of this table only, not one that all tables share.
@@ -185,7 +185,7 @@ def _put_back(table: MutableMapping[str, Any], name: str) -> None:
         table[name] = original
 
 
-class _Watching:
+class _TableEntry:
     """An entry of the table that shows the arguments to this thread's watch, if it has one."""
 
     def __init__(self, original: Callable[..., Any] | None) -> None:
@@ -193,7 +193,7 @@ class _Watching:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         function = self.original or _eager(args[0])
-        watch = _watch.get()
+        watch = _current.get()
         return function(*args, **kwargs) if watch is None else watch.call(function, args, kwargs)
 
 

@@ -1,4 +1,4 @@
-"""A dozen types, each with something that no other has, compared whenever the tests run."""
+"""A dozen types, each with something that the others lack, measured in every run of the tests."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Models whose attention is more than one map of tokens per layer, and what it is by definition.
+"""Models whose attention is more than one map of tokens per layer, and slow definitions of it.
 
-What a token receives from another is what the model's own attention function makes of one-hot
-values: how much of each key goes into each query, whatever sinks, masks and scalings it applies.
+The attention of a token to another is the output of the model's own attention function for one-hot
+values: how much of each key goes into each query, after all sinks, masks and scalings.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _MAMBA: dict[str, Any] = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand":
 
 
 def interface_configs() -> dict[str, PreTrainedConfig]:
-    """Types that call the attention interface, and need a closer look nevertheless."""
+    """Types that call the attention interface, but attend in a way of their own."""
     return {
         "deepseek_v4": DeepseekV4Config(
             **{**_GROUPED, **_EXPERTS, "num_key_value_heads": 1},
@@ -149,7 +149,7 @@ def interface_configs() -> dict[str, PreTrainedConfig]:
 
 
 def weights_configs() -> dict[str, PreTrainedConfig]:
-    """Types that multiply weights and values in plain view."""
+    """Types that multiply weights and values in their own code."""
     return {
         "big_bird": BigBirdConfig(**HEADS, attention_type="original_full", is_decoder=True),
         "prophetnet": ProphetNetConfig(
@@ -192,7 +192,7 @@ def text(length: int = LENGTH, *, seed: int = 5) -> Tensor:
 
 
 def padded(ids: Tensor, left: int = 0, right: int = 0) -> tuple[Tensor, Tensor]:
-    """The ids between padding, and where they are."""
+    """The ids between padding, and their mask."""
     ids = nn.functional.pad(ids, (left, right))
     place = torch.arange(ids.shape[1])[None]
     return ids, (place >= left) & (place < ids.shape[1] - right)
@@ -202,14 +202,14 @@ PADDING = {"none": (0, 0), "left": (5, 0), "right": (0, 5)}
 
 
 def inputs_of(name: str, ids: Tensor) -> dict[str, Any]:
-    """One text without padding."""
+    """The model's inputs for one text without padding."""
     inputs: dict[str, Any] = {"input_ids": ids}
     return inputs if name == "xlnet" else {**inputs, "use_cache": False}
 
 
 @contextmanager
 def one_hot_values(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collects, for each attention call, what of each key goes into each query, for every head."""
+    """A list that fills with the attention of every head, for each attention call."""
     code = sys.modules[type(model).__module__]
     attend, found = code.eager_attention_forward, list[Tensor]()
 
@@ -265,7 +265,7 @@ def _spread(model: PreTrainedModel, layer: int, mean: Tensor) -> Tensor:
 
 
 def members_of(compressor: Any, tokens: int) -> list[list[int]]:
-    """Of each summary: the tokens that change it."""
+    """The tokens that change each summary."""
     drawn = torch.Generator().manual_seed(1)
     hidden = torch.randn(1, tokens, 64, generator=drawn)
     residual, positions = torch.randn(1, tokens, 32, generator=drawn), torch.arange(tokens)[None]
