@@ -286,7 +286,7 @@ def test_the_arguments_of_a_misread_call_are_shown(check):
     assert f"the call: forgetting_attention({given})" in ran.stdout
 
 
-def test_the_same_as_json(check):
+def test_the_check_as_json(check):
     document = json.loads(check("mask=~hidden", "mask=hidden", "--json").stdout)
     assert not document["passed"]
     assert document["adapter"]["distribution"] is None
@@ -299,16 +299,14 @@ def test_the_same_as_json(check):
     assert nothing["sites"][0]["difference"] == "nan"
 
 
-def test_sites_in_another_order_are_a_mistake_of_the_whole(check):
+def test_sites_in_another_order_are_reported_for_the_whole_run(check):
     ran = check("enumerate(layers)", "reversed([*enumerate(layers)])")
     assert ran.exit_code == 1
     assert "3 of 3 sites pass" in ran.stdout
     assert "the run as a whole: the adapter 'fox' lists an attention call that" in ran.stdout
 
 
-def test_a_module_that_is_run_more_often_than_it_is_listed_is_a_mistake_of_the_whole(
-    environment, fox
-):
+def test_a_module_that_runs_more_often_than_listed_is_reported_for_the_whole_run(environment, fox):
     namespace: dict[str, Any] = {}
     exec(blocks("python")[1], namespace)
     model = AutoModelForCausalLM.from_pretrained(environment.folder / "fox")
@@ -325,7 +323,7 @@ def test_a_module_that_is_not_there_is_named(check):
     assert "lists the module 'blocks.0.attention', which FoxForCausalLM" in str(ran.exception)
 
 
-def test_an_adapter_that_fails_in_matches_stands_in_nobodys_way(environment, mistaken):
+def test_an_adapter_that_fails_in_matches_is_skipped(environment, mistaken):
     mistaken("return bool(self.sites(model))", "return model.config.tails > 1")
     ran = environment.flowtracer("adapters", "check", "fox")
     assert ran.returncode == 1

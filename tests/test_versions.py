@@ -97,7 +97,7 @@ def test_the_document_names_the_window(name):
         ("main", False),
     ],
 )
-def test_builds_count_as_the_release_that_they_lead_to(found, inside):
+def test_development_builds_count_as_their_release(found, inside):
     assert fits(found, ">=5.21,<5.25") is inside
 
 
@@ -155,7 +155,7 @@ def test_the_command_in_the_message_asks_for_what_the_check_wants(install):
     assert done.stdout.count("already satisfied") == len(WINDOW)  # by those that the check takes
 
 
-def test_the_environment_variable_lets_other_versions_pass_but_not_in_silence(install, monkeypatch):
+def test_the_environment_variable_lets_other_versions_pass_with_a_warning(install, monkeypatch):
     wrap, model = ft.wrap, tiny_model("llama")
     install(torch="2.99")
     monkeypatch.setenv(ANY_VERSION, "1")
@@ -171,7 +171,7 @@ def test_any_other_value_of_the_environment_variable_changes_nothing(install, mo
         check_versions()
 
 
-def test_a_version_whose_imports_fail_is_named_before_they_do(tmp_path):
+def test_an_unsupported_version_is_named_before_its_imports_fail(tmp_path):
     package = tmp_path / "nnsight"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('in the words of nnsight')")

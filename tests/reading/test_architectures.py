@@ -76,7 +76,7 @@ def test_summaries_of_a_cached_prefix_are_refused():
         )
 
 
-# --- ways that a configuration chooses ---
+# --- several ways of attending, chosen by the configuration ---
 
 
 def one_hot_values(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
@@ -143,7 +143,7 @@ def test_blocks_by_place_are_read_with_padding_on_the_left():
     assert_close(found[mask].sum(-1), torch.ones(int(mask.sum())))
 
 
-# --- what has no token graph ---
+# --- models without a token graph ---
 
 
 def test_an_encoder_that_looks_ahead_is_refused_with_the_setting_that_helps():
@@ -173,6 +173,6 @@ def test_several_codebooks_are_refused():
         ft.wrap(MusicgenForCausalLM(config))
 
 
-def test_adapters_that_know_an_architecture_say_so_to_none_of_the_common_ones():
+def test_no_special_adapter_matches_a_common_architecture():
     model, _ = tiny_pair("llama")
     assert [adapter.name for adapter in ADAPTERS if adapter.matches(model)] == ["interface"]

@@ -110,7 +110,7 @@ def test_a_module_that_makes_no_call_is_named():
         reader.read(*prompt(), range(6))
 
 
-def test_what_attends_in_its_own_code_needs_nnsight():
+def test_models_that_attend_in_their_own_code_need_nnsight():
     model = redrawn(AutoConfig.for_model("bloom", **BLOOM))
     with pytest.raises(UnsupportedArchitectureError, match="leave backend= out"):
         AttentionReader(model, backend="interface")

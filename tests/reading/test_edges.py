@@ -202,7 +202,7 @@ def test_chosen_heads_are_kept_in_files_and_documents(tmp_path):
     assert trace.to_dict()["heads"] == [list(pair) for pair in trace.heads]
 
 
-def test_where_flow_ends_is_no_hub_or_checkpoint():
+def test_tokens_where_flow_ends_are_no_hubs_or_checkpoints():
     tracer = ft.wrap(*with_tokenizer("llama"), preset="sharp")
     trace = tracer.trace("one two three\n", "four. The answer is 5")
     ends = set(np.flatnonzero(trace.spans.target).tolist())
@@ -275,7 +275,7 @@ def test_presets_set_what_is_left_out():
         ({"edges": "gradient"}, r"edges must be one of \('attention', 'value'\)"),
     ],
 )
-def test_what_no_option_has_is_refused(wrong, said):
+def test_wrong_options_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         ft.wrap(tiny_llama(), **wrong)
 

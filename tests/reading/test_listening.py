@@ -136,7 +136,7 @@ def test_modules_that_run_several_times_are_told_apart_in_every_pass(backend):
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "falcon", "gptj"])
-def test_what_attends_in_its_own_code_is_heard_through_nnsight(model_type):
+def test_models_that_attend_in_their_own_code_are_heard_through_nnsight(model_type):
     model, _ = tiny_pair(model_type)
     ids, mask = rows()
     reader, heard = AttentionReader(model), []
@@ -162,7 +162,7 @@ def test_an_error_while_reading_waits_for_the_end_of_the_pass(backend):
 
 
 @BOTH
-def test_a_pass_that_does_not_come_is_an_error(backend):
+def test_fewer_passes_than_announced_are_an_error(backend):
     model, (ids, mask) = tiny_model("llama"), rows()
     reader = AttentionReader(model, backend=backend)
     with pytest.raises(AdapterMismatchError, match="mend its sites"):

@@ -121,7 +121,7 @@ def test_left_padding_does_not_change_what_the_tokens_see(family):
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_rows_and_columns_of_padding_are_zero_whatever_the_model_makes_of_them(padding):
+def test_rows_and_columns_of_padding_are_zero_whatever_the_model_computes_there(padding):
     ids, mask = prompt(padding)
 
     _, behind = prompt("right")  # where the reader puts all padding

@@ -65,7 +65,7 @@ def test_every_layer_is_read_as_computed(kind, tokens):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_self_check_passes_and_padding_within_a_chunk_changes_nothing(kind):
+def test_padding_within_a_chunk_changes_nothing_and_the_self_check_passes(kind):
     reader, ids = AttentionReader(reformer(**KINDS[kind])), text(29)
     reader.verify()
     alone = reader.read(ids, torch.ones_like(ids, dtype=torch.bool), [0, 1])

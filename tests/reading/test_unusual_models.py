@@ -145,7 +145,7 @@ class PlainConfig(PreTrainedConfig):
 
 
 class PlainAttention(nn.Module):
-    """`torch` attends in the middle, or the module itself does."""
+    """Attention through PyTorch's function."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ def test_the_result_is_float32_whatever_the_default(backend):
     assert torch.equal(found, wanted)
 
 
-# --- what is no input ---
+# --- refused inputs ---
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -257,6 +257,6 @@ def test_the_result_is_float32_whatever_the_default(backend):
         (torch.ones(3).long(), None, ValueError, r"must both be \[batch, token\]"),
     ],
 )
-def test_what_is_no_batch_of_ids_is_named(ids, mask, kind, message):
+def test_inputs_that_are_no_batch_of_ids_are_refused(ids, mask, kind, message):
     with pytest.raises(kind, match=message):
         ft.wrap(tiny_model("llama")).attention(ids, mask)
