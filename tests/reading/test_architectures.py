@@ -135,14 +135,6 @@ def check_by_one_hot_values(
             assert_close(found[shown][:, shown], wanted[0].mean(0))
 
 
-def test_blocks_by_place_are_read_with_padding_on_the_left():
-    model, _ = tiny_pair("minimax_m3_vl_text")
-    AttentionReader(model).verify()
-    ids, mask = prompt("left")
-    found = AttentionReader(model).read(ids, mask, range(4))
-    assert_close(found[mask].sum(-1), torch.ones(int(mask.sum())))
-
-
 # --- models without a token graph ---
 
 
