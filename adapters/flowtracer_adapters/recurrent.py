@@ -1,4 +1,4 @@
-"""Models without attention, so that nobody looks for an adapter in vain."""
+"""Models without attention, which no adapter could read."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ REASONS: Mapping[str, str] = {
 
 @final
 class RefusedAdapter(AttentionAdapter):
-    """Refuses models without a token graph, so that nobody looks for an adapter in vain."""
+    """Refuses models without a token graph, which no adapter could read."""
 
     name: ClassVar[str] = "refused"
 

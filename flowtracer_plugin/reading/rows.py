@@ -172,7 +172,7 @@ class _Part(NamedTuple):
 def _add_mean(
     total: Float[Tensor, "batch row key"], parts: Sequence[_Part], rows: slice, stop: int
 ) -> None:
-    """Add the mean over the heads of all parts, each with the same weight."""
+    """Add the mean over all chosen heads alike; without a choice, over the calls' head means."""
     counts = [1 if part.heads is None else len(part.heads) for part in parts]
     sums = total.new_zeros(*total.shape[:2], 1)
     for (call, heads, lengths), count in zip(parts, counts, strict=True):
