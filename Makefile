@@ -10,7 +10,8 @@ LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
 # What depends on the versions of torch, transformers and nnsight: the families of models, read.
 LOWEST_TESTS := $(addprefix tests/,test_versions.py attention/test_adapter.py \
-	attention/test_head_mean.py reading/test_capture.py trace/test_tracer.py)
+	attention/test_head_mean.py reading/test_model_unchanged.py reading/test_reader.py \
+	reading/test_self_check.py trace/test_tracer.py)
 # Whole files to a worker, since the tests of a file share models; a worker takes about 2 GB.
 WORKERS ?= --numprocesses logical --maxprocesses 4 --dist loadfile
 

@@ -1,4 +1,4 @@
-"""The adapter guide, carried out: its package is built, installed and used in an environment."""
+"""The adapter guide works: its package is built, installed and used in an environment."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def write_package(folder: Path) -> Path:
 
 
 class Environment:
-    """A virtual environment of its own, on top of the packages of the running one."""
+    """A virtual environment that also sees the packages of the running one."""
 
     def __init__(self, folder: Path) -> None:
         venv.create(folder)
@@ -136,8 +136,6 @@ def test_an_installed_adapter_is_listed_with_where_it_comes_from(environment):
         "interface": False,
     }
     assert {entry["distribution"] for entry in listed[1:]} == {"flowtracer-plugin"}
-    lines = environment.flowtracer("adapters").stdout.splitlines()
-    assert lines[1].split() == ["fox", "fox-lm", "0.1.0", "fox_lm.flowtracer:ADAPTERS"]
 
 
 def test_the_check_of_an_installed_adapter_passes(environment):
@@ -225,7 +223,7 @@ def test_the_guide_shows_what_the_check_says_of_a_mistake(environment, mistaken)
 
 @pytest.fixture(scope="module")
 def fox(environment) -> Iterator[None]:
-    """The architecture, in this process."""
+    """Register the guide's architecture in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(environment.folder.parent / "package")
         importlib.import_module("fox_lm")
@@ -279,14 +277,7 @@ def test_every_kind_of_mistake_has_its_verdict(check, old, new, verdict, said):
     assert f"look at {ADVICE[verdict]}".replace("`", "") in ran.stdout
 
 
-def test_the_arguments_of_a_misread_call_are_shown(check):
-    ran = check("mask=~hidden", "mask=hidden")
-    shapes = "float32[1, 17, 4, 12], float32[1, 17, 2, 12], float32[1, 17, 2, 12]"
-    given = f"{shapes}, bool[1, 1, 17, 17], log_gate=float32[1, 17, 4]"
-    assert f"the call: forgetting_attention({given})" in ran.stdout
-
-
-def test_the_same_as_json(check):
+def test_the_check_as_json(check):
     document = json.loads(check("mask=~hidden", "mask=hidden", "--json").stdout)
     assert not document["passed"]
     assert document["adapter"]["distribution"] is None
@@ -299,16 +290,14 @@ def test_the_same_as_json(check):
     assert nothing["sites"][0]["difference"] == "nan"
 
 
-def test_sites_in_another_order_are_a_mistake_of_the_whole(check):
+def test_sites_in_another_order_are_reported_for_the_whole_run(check):
     ran = check("enumerate(layers)", "reversed([*enumerate(layers)])")
     assert ran.exit_code == 1
     assert "3 of 3 sites pass" in ran.stdout
     assert "the run as a whole: the adapter 'fox' lists an attention call that" in ran.stdout
 
 
-def test_a_module_that_is_run_more_often_than_it_is_listed_is_a_mistake_of_the_whole(
-    environment, fox
-):
+def test_a_module_that_runs_more_often_than_listed_is_reported_for_the_whole_run(environment, fox):
     namespace: dict[str, Any] = {}
     exec(blocks("python")[1], namespace)
     model = AutoModelForCausalLM.from_pretrained(environment.folder / "fox")
@@ -325,7 +314,7 @@ def test_a_module_that_is_not_there_is_named(check):
     assert "lists the module 'blocks.0.attention', which FoxForCausalLM" in str(ran.exception)
 
 
-def test_an_adapter_that_fails_in_matches_stands_in_nobodys_way(environment, mistaken):
+def test_an_adapter_that_fails_in_matches_is_skipped(environment, mistaken):
     mistaken("return bool(self.sites(model))", "return model.config.tails > 1")
     ran = environment.flowtracer("adapters", "check", "fox")
     assert ran.returncode == 1

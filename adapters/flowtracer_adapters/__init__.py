@@ -1,6 +1,6 @@
 """Built-in attention adapters: one file per way of attending.
 
-They are found through the same entry point as anyone else's; `adapters/README.md` is the guide.
+They are registered through the same entry point as other people's: see `adapters/README.md`.
 """
 
 from flowtracer_adapters.compressed import CompressedAdapter

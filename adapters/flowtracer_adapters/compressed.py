@@ -1,4 +1,4 @@
-"""DeepSeek-V4, whose layers look at single tokens nearby and at summaries of those further back."""
+"""DeepSeek-V4, whose layers attend to single tokens nearby, and to summaries of earlier tokens."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from flowtracer_plugin.attention import AttentionAdapter, AttentionCall, Attenti
 
 @final
 class CompressedAdapter(AttentionAdapter):
-    """Divides the attention that a summary gets evenly among the tokens that it is made of.
+    """Divides the attention that a summary gets evenly among its tokens.
 
-    A summary is a gated mean over its tokens, with gates for each channel: no share of a token
-    holds for all of them, and the even one needs no assumption about the content.
+    A summary is a gated mean over its tokens, with gates for each channel. So a token has no one
+    share for all channels, and equal shares need no assumption about the content.
     """
 
     name: ClassVar[str] = "deepseek_v4"
@@ -46,14 +46,14 @@ class CompressedAdapter(AttentionAdapter):
                 "cached prefix the summaries do not say which tokens they stand for; pass the "
                 "whole text"
             )
-        # Sparse layers (CSA) summarise the window before together with each window.
+        # Sparse layers (CSA) summarise each window together with the window before it.
         windows = 2 if hasattr(compressor, "indexer") else 1
         shares = _shares(tokens, summaries, rate, windows).to(call.query.device)
         return replace(call, key_tokens=shares)
 
 
 def _shares(tokens: int, summaries: int, rate: int, windows: int) -> Float[Tensor, "1 key token"]:
-    """Of each token in each key: the tokens themselves, then their summaries."""
+    """The share of each token in each key: first the tokens themselves, then the summaries."""
     end = rate * torch.arange(1, summaries + 1)[:, None]
     token = torch.arange(tokens)
     inside = ((token < end) & (token >= end - rate * windows)).float()

@@ -1,4 +1,4 @@
-"""HRM, which runs its two stacks of layers again and again."""
+"""HRM, which runs its two stacks of layers several times."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from flowtracer_plugin.attention import AttentionAdapter, AttentionCall, Attenti
 
 @final
 class RecurrentDepthAdapter(AttentionAdapter):
-    """Counts each run of a layer as a layer of its own, in the order in which they happen.
+    """Counts each run of a layer as a layer of its own, in the order of execution.
 
-    In every high cycle the low stack runs `L_cycles` times, then the high stack once. So "middle"
-    means the middle of the computation, and a module's visits are told apart.
+    In every high cycle, the low stack runs `L_cycles` times, then the high stack once. So "middle"
+    means the middle of the computation, and each run of a module is a visit of its own.
     """
 
     name: ClassVar[str] = "hrm_text"
@@ -50,7 +50,7 @@ class RecurrentDepthAdapter(AttentionAdapter):
 
 
 def _runs(model: nn.Module) -> Iterator[str]:
-    """Paths of the attention modules, one for each run."""
+    """Paths of the attention modules, one for each run, in the order of execution."""
     path, body = next(
         (p, m) for p, m in model.named_modules() if type(m).__name__ == "HrmTextModel"
     )

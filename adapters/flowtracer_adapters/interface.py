@@ -15,7 +15,7 @@ from flowtracer_adapters.source import code, definition, layer_number, text_atte
 from flowtracer_plugin.attention import AttentionAdapter, AttentionCall, AttentionSite
 
 DISPATCHER = "ALL_ATTENTION_FUNCTIONS"
-"""The table from which a module's `forward` takes the attention function that is configured."""
+"""The table from which a module's `forward` takes the configured attention function."""
 
 
 @final
@@ -45,7 +45,7 @@ class InterfaceAdapter(AttentionAdapter):
 def interface_sites(model: nn.Module) -> tuple[AttentionSite, ...]:
     """Every call of the attention interface between tokens of the text, in layer order."""
     found = [(p, m, name) for p, m in text_attention(model) if (name := _function(type(m)))]
-    # Beside causal attention, the other kind looks at an encoder's states or at an image.
+    # In a model with causal attention, the rest looks at an encoder's states or at an image.
     causal = [entry for entry in found if getattr(entry[1], "is_causal", True)]
     paths: dict[nn.Module, str] = {}
     times, visits = Counter(module for _, module, _ in found), Counter[nn.Module]()
@@ -65,7 +65,7 @@ def interface_sites(model: nn.Module) -> tuple[AttentionSite, ...]:
 def interface_call(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> AttentionCall:
-    """What the attention interface was called with."""
+    """The attention call, from the arguments of the attention interface."""
     query, key, value = args[1:4]
     mask = args[4] if len(args) > 4 else kwargs.get("attention_mask")
     scaling = kwargs.get("scaling")
@@ -83,7 +83,7 @@ def interface_call(
 
 
 def _function(module_type: type[nn.Module]) -> str | None:
-    """The name that `forward` gives to the function from the table, if it takes one."""
+    """The name of `forward`'s variable for the function from the table; None if it takes none."""
     compiled = code(module_type.forward)
     if compiled is None or DISPATCHER not in compiled.co_names:
         return None
@@ -93,7 +93,7 @@ def _function(module_type: type[nn.Module]) -> str | None:
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if DISPATCHER in names and isinstance(target, ast.Name):
                 return target.id
-    return "attention_interface"  # without source: the name that transformers gives it everywhere
+    return "attention_interface"  # without source: the name that transformers uses everywhere
 
 
 def _sinks(module: nn.Module, kwargs: Mapping[str, Any]) -> torch.Tensor | None:

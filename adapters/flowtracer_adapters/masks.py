@@ -1,4 +1,4 @@
-"""The masks that flash and flex attention keep to themselves, as tensors."""
+"""Tensors for the masks that flash and flex attention do not pass as tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def visible_keys(
         return mask
     window = kwargs.get("sliding_window")
     unmasked = mask is None and window is not None and key.shape[2] > window
-    # A function that was registered without one for its masks is given none, and the window.
+    # An attention function that was registered without a mask function gets no mask, only a window.
     if unmasked or _is_masked_like_flash(module):
         return _of_flash(module, query, key, mask, kwargs)
     if mask is None:
@@ -40,7 +40,7 @@ def _is_masked_like_flash(module: nn.Module) -> bool:
 
 
 def _from_blocks(mask: Any, query: Tensor, key: Tensor) -> Bool[Tensor, "#batch #head query key"]:
-    """Flex attention's mask is a function of the indices, so ask it for all of them."""
+    """The mask of flex attention, which is a function of indices, evaluated at all of them."""
     from torch.nn.attention.flex_attention import create_mask
 
     heads, tokens = mask.shape[1], (query.shape[2], key.shape[2])
@@ -54,10 +54,10 @@ def _of_flash(
     padding: Bool[Tensor, "batch key"] | None,
     kwargs: Mapping[str, Any],
 ) -> Bool[Tensor, "#batch 1 query key"]:
-    """Flash attention gets padding, a window and document boundaries, and is causal from the end.
+    """The mask that flash attention makes of padding, a window and the limits of packed texts.
 
-    As in transformers' `_flash_attention_forward`: the last query is at the last key, a window of
-    `w` sees `w` keys, and packed texts are told by cumulated lengths or by restarting positions.
+    As in transformers' `_flash_attention_forward`, the last query is at the last key, a window of
+    `w` sees `w` keys, and cumulated lengths or restarting positions tell packed texts apart.
     """
     if kwargs.get("block_table") is not None or kwargs.get("cache") is not None:
         raise NotImplementedError(
@@ -81,7 +81,7 @@ def _of_flash(
 
 
 def _documents(kwargs: Mapping[str, Any], keys: int, query: Tensor) -> Tensor | None:
-    """Number of the packed text that each token belongs to, [key]; `None` if it is one text."""
+    """The number of each token's packed text, [key]; `None` if there is only one text."""
     lengths, positions = kwargs.get("cu_seq_lens_k"), kwargs.get("position_ids")
     if lengths is not None:
         return torch.searchsorted(lengths, torch.arange(keys, device=query.device), right=True)

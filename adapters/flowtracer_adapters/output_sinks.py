@@ -17,13 +17,13 @@ CLASSES = frozenset({"GraniteSWAAttention", "GraniteMoeSWAAttention"})
 @final
 @dataclass(frozen=True)
 class OutputSinkAdapter(AttentionAdapter):
-    """Counts the share of the sinks, or reports what transformers' eager attention reports.
+    """Reads attention without the share of the sinks, or as transformers' eager attention does.
 
-    The output of a head is multiplied with `sigmoid(logsumexp(scores) - sink)`. That is what a sink
-    in the softmax does, so rows sum to less than 1, as for any model with sinks.
+    The output of a head is multiplied by `sigmoid(logsumexp(scores) - sink)`. A sink in the softmax
+    has the same effect, so rows sum to less than 1, as for any model with sinks.
 
     Attributes:
-        as_eager: Whether to leave the sinks out, so that rows sum to 1, as `output_attentions` does
+        as_eager: Whether to ignore the sinks, so that rows sum to 1, as `output_attentions` does
             for these models.
     """
 

@@ -1,4 +1,4 @@
-"""Models without attention, told apart so that nobody looks for an adapter in vain."""
+"""Models without attention, which no adapter could read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RECURRENT_TYPES = frozenset({"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}
 
 @final
 class RecurrentAdapter(AttentionAdapter):
-    """Knows the recurrent model types of transformers and says that they do not attend."""
+    """Refuses the recurrent model types of transformers, because they do not attend."""
 
     name: ClassVar[str] = "recurrent"
 

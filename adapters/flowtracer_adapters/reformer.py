@@ -21,11 +21,11 @@ from flowtracer_plugin.attention import (
 
 @final
 class ReformerAdapter(AttentionAdapter):
-    """Finds out again which tokens met in a chunk, and what each got of the others.
+    """Computes again which tokens share a chunk, and how much each attends to the others.
 
-    Every round of hashing sorts the tokens anew and attends within chunks of that order. Rounds
-    count by the size of their scores (Kitaev et al. 2020, section 2): the map of tokens is the sum
-    of the rounds' maps, each put back into the order of the text.
+    Every round of hashing sorts the tokens in a new order, and attends within chunks of it. Scores
+    give the weight of each round (Kitaev et al. 2020, section 2). The map of tokens is the weighted
+    sum of the rounds' maps, each in the order of the text.
     """
 
     name: ClassVar[str] = "reformer"
@@ -64,7 +64,7 @@ class ReformerAdapter(AttentionAdapter):
 
 
 FUNCTION = "self.self_attention"
-"""The call that attends. It is padded behind the text, to a whole number of chunks."""
+"""The attention call. Its text is padded at the end, to a whole number of chunks."""
 
 
 def _attends(module: nn.Module) -> bool:
@@ -105,7 +105,7 @@ def _local_call(
 
 
 def _neighbours(inner: Any, chunks: int) -> Float[Tensor, "chunk other"]:
-    """How often each chunk looks at another: in a short text, in a circle, at some twice."""
+    """How often each chunk looks at each other one: chunks form a circle, so it can be twice."""
     if chunks == 1:
         return torch.ones(1, 1)
     steps = torch.arange(-inner.num_chunks_before, inner.num_chunks_after + 1)
@@ -120,23 +120,23 @@ def _hashed_weights(
     shown: Bool[Tensor, "batch token"],
     rounds: int,
 ) -> Float[Tensor, "batch head query key"]:
-    """What the module's own code makes of one-hot values: how much of each key."""
+    """The weights of a hashing layer: the output of the module's own code for one-hot values."""
     tokens = states.shape[1]
     vectors = _heads(inner, inner.query_key(states))
     if tokens <= inner.chunk_length:
         order = torch.arange(tokens, device=states.device).expand(vectors.shape[:3])
         return _attended(inner, vectors, order, shown)[0]
-    # Hashing seeds the random numbers of the process.
+    # Hashing sets the random seed of the process.
     with torch.random.fork_rng([states.device] if states.is_cuda else []):
         buckets = inner._hash_vectors(vectors, rounds, shown)
     entry, undo = inner._get_sorted_bucket_idx_and_undo_sorted_bucket_idx(tokens, buckets, rounds)
-    order = entry % tokens  # every token is there once in each round
+    order = entry % tokens  # every token occurs once in each round
     gathered = inner._gather_by_expansion(vectors, order, rounds)
     weights, scores = _attended(inner, gathered, order, shown)
     weights = weights.gather(2, undo[..., None].expand_as(weights))
     weights = rearrange(weights, "b head (round query) key -> b head round query key", round=rounds)
     scores = rearrange(scores.gather(2, undo), "b head (round q) -> b head round q 1", round=rounds)
-    # As the model does: scores of -1e5, of tokens that see only themselves, round by 0.4 %.
+    # As in the model: scores of -1e5, of tokens that see only themselves, are rounded by 0.4 %.
     return (weights * (scores - scores.logsumexp(2, keepdim=True)).exp()).sum(2)
 
 
@@ -146,7 +146,7 @@ def _attended(
     order: Int[Tensor, "batch head entry"],
     shown: Bool[Tensor, "batch token"],
 ) -> tuple[Float[Tensor, "batch head entry token"], Float[Tensor, "..."]]:
-    """The share of every token in each entry of a sorted list, and the size of its scores."""
+    """The share of every token in each entry of the sorted list, and the size of its scores."""
     tokens, length = shown.shape[1], inner.chunk_length
     one_hot = nn.functional.one_hot(order, tokens).to(vectors.dtype)
     chunked = tokens > length

@@ -1,4 +1,4 @@
-"""Models that attend, but not from token to earlier token: told apart, with the reason."""
+"""Models that attend, but not from token to earlier token, and the reason for each."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ REASONS: Mapping[str, str] = {
     "Gemma4AssistantForCausalLM": _ASSISTANT,
     "Gemma4UnifiedAssistantForCausalLM": _ASSISTANT,
 }
-"""Why, by the class of the model or of a module in it."""
+"""The reason, by the class of the model or of a module in it."""
 
 
 @final
 class RefusedAdapter(AttentionAdapter):
-    """Says why these models have no token graph, so that nobody looks for an adapter in vain."""
+    """Refuses models without a token graph, which no adapter could read."""
 
     name: ClassVar[str] = "refused"
 

@@ -1,4 +1,4 @@
-"""What the source of a module's `forward` says about how it attends."""
+"""How a module attends, as the source of its `forward` tells."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from typing import Any
 from torch import nn
 
 _ELSEWHERE = re.compile(r"cross|encoder_attn|enc_attn|encoder_decoder")
-"""In the names of modules that look at another sequence, such as an encoder's states."""
+"""Parts of the names of modules that attend to another sequence, such as an encoder's states."""
 
 
 def code(function: Any) -> CodeType | None:
-    """The compiled code of a function under its decorators; `None` for what is not Python."""
+    """The bytecode of a function under its decorators; `None` if it is not written in Python."""
     return getattr(inspect.unwrap(function), "__code__", None)
 
 
 def definition(function: Any) -> ast.FunctionDef | None:
-    """The syntax tree of a function; `None` where its source is not at hand."""
+    """The syntax tree of a function; `None` if its source is not available."""
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
-    except (OSError, TypeError):  # built at run time or compiled: nothing to look at
+    except (OSError, TypeError):  # built at run time, or compiled
         return None
     tree = ast.parse(source).body[0]
     return tree if isinstance(tree, ast.FunctionDef) else None
 
 
 def dotted(node: ast.expr) -> str:
-    """`torch.nn.functional.softmax` as written; "" for what is no chain of names."""
+    """`torch.nn.functional.softmax` as text; "" for an expression that is no chain of names."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and (owner := dotted(node.value)):
@@ -41,13 +41,13 @@ def dotted(node: ast.expr) -> str:
 
 
 def calls(node: ast.AST) -> list[ast.Call]:
-    """Every call below a node, in the order written."""
+    """Every call below a node, in the order of the source."""
     found = [n for n in ast.walk(node) if isinstance(n, ast.Call)]
     return sorted(found, key=lambda call: (call.lineno, call.col_offset))
 
 
 def text_attention(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that may attend between the tokens of the text, by path; shared ones by each path."""
+    """Paths and modules that may attend between tokens of the text; shared ones under each path."""
     for path, module in model.named_modules(remove_duplicate=False):
         config = type(getattr(module, "config", None)).__name__
         if "Vision" in config or "Audio" in config or _ELSEWHERE.search(path):
@@ -57,7 +57,7 @@ def text_attention(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def layer_number(path: str, module: nn.Module, *, shared: bool = False) -> int | None:
-    """The decoder layer that a module belongs to: it says so itself, or its path does."""
+    """The number of a module's decoder layer, from its own attribute or from its path."""
     stated = None if shared else getattr(module, "layer_idx", None)
     numbers = [int(part) for part in path.split(".") if part.isdecimal()]
     # Zamba2's shared modules say -1.

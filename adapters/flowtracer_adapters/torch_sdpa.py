@@ -33,7 +33,7 @@ _PARAMETERS = inspect.Signature(
         }.items()
     ]
 )
-"""Of the function in PyTorch, which is built in and does not tell."""
+"""The parameters of PyTorch's function, which is built in and has no signature."""
 
 
 @final
@@ -65,7 +65,7 @@ class TorchAttentionAdapter(AttentionAdapter):
 
 @final
 class FalconAdapter(AttentionAdapter):
-    """Falcon chooses between four ways of attending, by its positions and its implementation.
+    """Reads Falcon, which attends in four ways, by its positions and its implementation.
 
     With SDPA it calls PyTorch's function, in one place for rotary positions and in another for
     ALiBi. In eager attention it multiplies with `@`, so the scores are read at the softmax.
@@ -103,7 +103,7 @@ def _config(module: nn.Module) -> Any:
 
 
 def torch_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> AttentionCall:
-    """What PyTorch's function was called with."""
+    """The attention call, from the arguments of PyTorch's function."""
     given = _PARAMETERS.bind(*args, **kwargs)
     given.apply_defaults()
     query, key, value, mask, _, causal, scale, _ = given.args
@@ -118,7 +118,7 @@ def torch_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> AttentionCall:
 
 
 def _written(module_type: type[nn.Module]) -> list[str]:
-    """How `forward` writes each of its calls of the function."""
+    """The name that `forward` uses for the function, for each of its calls."""
     compiled = code(module_type.forward)
     if compiled is None or FUNCTION not in compiled.co_names:
         return []

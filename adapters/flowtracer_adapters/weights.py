@@ -1,4 +1,4 @@
-"""Models that compute their attention weights in plain view: older architectures, mostly."""
+"""Models that multiply attention weights and values in their own code: mostly older ones."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from flowtracer_adapters.source import calls, definition, dotted, layer_number, 
 from flowtracer_plugin.attention import AttentionAdapter, AttentionSite, AttentionWeights
 
 PRODUCTS = frozenset({"torch.matmul", "torch.bmm", "torch.einsum"})
-"""How weights are multiplied with the values."""
+"""Functions that multiply weights with values."""
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-"""What modules call their number of heads."""
+"""The attributes in which modules keep their number of heads."""
 
 
 @final
 class WeightsAdapter(AttentionAdapter):
     """Finds every attention module whose code multiplies the result of a softmax with values.
 
-    The product is followed from the softmax through dropout, casts and reshapes, in `forward` or
-    in a method that it calls. Its arguments are the weights and the values.
+    The result is followed from the softmax through dropout, casts and reshapes to the product, in
+    `forward` or in a method that it calls. The product's arguments are the weights and the values.
     """
 
     name: ClassVar[str] = "weights"
@@ -71,9 +71,9 @@ def _heads_first(equation: str, value: Tensor) -> Tensor:
 
 
 def _attention_product(module_type: type[nn.Module]) -> tuple[str, int] | None:
-    """How `forward` writes the product of weights and values, and which of those calls it is."""
+    """The call of `forward` that multiplies weights and values: its name, and its occurrence."""
     if "attention" not in module_type.__name__.lower():
-        return None  # experts are chosen by a softmax and weighted sums too
+        return None  # routers of experts multiply the result of a softmax too
     forward = definition(module_type.forward)
     if forward is None:
         return None
@@ -88,7 +88,7 @@ def _attention_product(module_type: type[nn.Module]) -> tuple[str, int] | None:
 
 
 def _product(function: ast.FunctionDef) -> tuple[str, int] | None:
-    """The first product with something that came out of a softmax, and its place among them."""
+    """The first product with the result of a softmax: its function, and its occurrence."""
     derived: set[str] = set()
     written: Counter[str] = Counter()
     for statement in _statements(function):
@@ -105,19 +105,19 @@ def _product(function: ast.FunctionDef) -> tuple[str, int] | None:
 
 
 def _statements(function: ast.FunctionDef) -> Iterator[ast.stmt]:
-    """Those that contain no others, in the order written."""
+    """The statements that contain no others, in the order of the source."""
     nodes = (node for node in ast.walk(function) if isinstance(node, ast.stmt))
     simple = [node for node in nodes if not hasattr(node, "body")]
     yield from sorted(simple, key=lambda node: node.lineno)
 
 
 def _names(node: ast.AST) -> set[str]:
-    """The variables that are used."""
+    """The variables that the node uses."""
     used = (n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
     return {n.id for n in used}
 
 
 def _assigned(statement: ast.stmt) -> set[str]:
-    """The variables that are set."""
+    """The variables that the statement sets."""
     names = (n for n in ast.walk(statement) if isinstance(n, ast.Name))
     return {n.id for n in names if isinstance(n.ctx, ast.Store)}

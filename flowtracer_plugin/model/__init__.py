@@ -1,4 +1,4 @@
-"""A loaded model: what it says about itself, and how it is run, spread, loaded and cut."""
+"""A loaded model: what it says about itself, and how to load, run, spread and cut it."""
 
 import lazy_loader
 

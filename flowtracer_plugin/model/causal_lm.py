@@ -19,9 +19,9 @@ from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The model inside nnsight's, `torch.compile`'s and the data-parallel wrappers.
+    """The model inside the wrappers of nnsight, `torch.compile` and data parallelism.
 
-    Those run the same modules, but compile them, or talk to other processes about gradients.
+    They run the same modules, but compile them, or share gradients with other processes.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return unwrapped(model.module)
@@ -37,7 +37,7 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside wrappers such as PEFT's.
 
     Raises:
-        TypeError: There is none.
+        TypeError: There is no transformers model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -51,15 +51,15 @@ def language_model(model: nn.Module) -> PreTrainedModel:
 
 
 def model_name(model: nn.Module) -> str:
-    """Where the model comes from, or else what it is."""
+    """The model's folder or hub id, or else the name of its class."""
     return language_model(model).config.name_or_path or type(model).__name__
 
 
 def first_output(output: Any) -> Tensor:
-    """The logits, or of a model without a head the last hidden state.
+    """The logits, or the last hidden state if the model has no head.
 
     Raises:
-        TypeError: What a model returned begins with no tensor.
+        TypeError: The model returned something else first.
     """
     if isinstance(output, Mapping):
         output = output.get("logits", next(iter(output.values())))
@@ -70,7 +70,7 @@ def first_output(output: Any) -> Tensor:
 
 
 def accepted_inputs(model: nn.Module) -> frozenset[str]:
-    """What the model can be given, by name; of wrappers that pass everything on, the model's."""
+    """Names of the arguments that the model takes, or the model inside a wrapper that takes all."""
     for forward in (model.forward, language_model(model).forward):
         parameters = inspect.signature(forward).parameters
         if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
@@ -79,7 +79,7 @@ def accepted_inputs(model: nn.Module) -> frozenset[str]:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where the model takes its inputs; weights that accelerate holds elsewhere do not count."""
+    """The device of the model's inputs; weights that accelerate has offloaded do not count."""
     devices = (parameter.device for parameter in model.parameters())
     held = next((device for device in devices if device.type != "meta"), None)
     if held is not None:
@@ -90,7 +90,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """How many token ids the model can embed."""
+    """The number of token ids that the model can embed."""
     inner = language_model(model)
     embedding = inner.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
@@ -100,17 +100,17 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def context_length(model: nn.Module) -> int:
-    """How many tokens the model has positions for; without a limit, more than any text has."""
+    """The number of tokens that the model has positions for; `sys.maxsize` without a limit."""
     config = language_model(model).config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or 0
     return limit if limit > 0 else sys.maxsize  # XLNet says -1
 
 
 def check_positions(model: nn.Module) -> None:
-    """Refuse models whose positions are not those of the tokens.
+    """Refuse models whose positions are not the positions of tokens.
 
     Raises:
-        UnsupportedArchitectureError: The model has an encoder beside its decoder, reads several
+        UnsupportedArchitectureError: The model has both an encoder and a decoder, reads several
             tokens at each position, or a PEFT method puts virtual tokens before the text.
     """
     inner = language_model(model)
@@ -140,10 +140,10 @@ def check_positions(model: nn.Module) -> None:
 
 
 def check_length(model: nn.Module, length: int) -> None:
-    """Refuse more tokens than the model has positions for.
+    """Refuse texts that are longer than the model's context.
 
     Raises:
-        ValueError: There are more.
+        ValueError: The text is longer.
     """
     if length > (limit := context_length(model)):
         raise ValueError(
@@ -155,14 +155,14 @@ def check_length(model: nn.Module, length: int) -> None:
 def check_input(
     model: nn.Module, input_ids: Tensor, mask: Tensor | None, *, cached: int = 0
 ) -> Bool[Tensor, "batch key"]:
-    """Refuse what the model cannot read; the mask, by default of ones.
+    """The mask as booleans, all True by default; refuse inputs that the model cannot read.
 
     There may be `cached` tokens before the input.
 
     Raises:
-        TypeError: Ids or mask are no tensors of whole numbers.
-        ValueError: Shapes differ, a token is outside the vocabulary, there are too many, or the
-            mask is not of 0 and 1.
+        TypeError: Ids or mask are not tensors, or ids are not whole numbers.
+        ValueError: Shapes differ, the text is empty or too long, a token is outside the vocabulary,
+            or the mask holds other numbers than 0 and 1.
     """
     for name, given in (("input_ids", input_ids), ("attention_mask", mask)):
         if not isinstance(given, Tensor | None if name == "attention_mask" else Tensor):
@@ -181,7 +181,7 @@ def check_input(
         raise ValueError(f"input_ids are empty: {tuple(input_ids.shape)}; pass at least one token")
     if not bool(((shown == 0) | (shown == 1)).all()):
         raise ValueError("attention_mask must be 1 on tokens and 0 on padding, got other numbers")
-    # Padding does not count: positions begin at the first token that is visible.
+    # Padding does not count: positions begin at the first visible token.
     check_length(model, int(shown.bool().sum(-1).max()))
     size = vocabulary_size(model)
     if not bool(((input_ids >= 0) & (input_ids < size)).all()):
@@ -193,10 +193,10 @@ def check_input(
 
 
 def check_packing(mask: Tensor | None, positions: Tensor | None) -> None:
-    """Refuse packed texts with a mask, which makes transformers take them for one text.
+    """Refuse packed texts with a mask: with one, transformers takes them for a single text.
 
     Raises:
-        ValueError: Positions restart among the tokens that the mask shows.
+        ValueError: Positions restart between visible tokens.
     """
     if mask is None or positions is None or positions.ndim != 2:
         return
@@ -213,11 +213,12 @@ def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Non
     """Refuse a tokenizer of another model.
 
     Raises:
-        ValueError: It knows tokens that the model does not embed, or fewer than 90 % of them.
+        ValueError: It knows tokens that the model does not embed, or fewer than 90 % of those that
+            the model embeds.
     """
     known, embedded = len(tokenizer), vocabulary_size(model)
-    # Embeddings are often padded beyond the tokenizer, by at most a few per cent. Of a tokenizer, a
-    # token for images may lie beyond the embeddings of its text-only models (Gemma 3).
+    # Embeddings are often padded beyond the tokenizer, by at most a few per cent. A tokenizer's
+    # image token may lie beyond the embeddings of a text-only model (Gemma 3).
     if known < 0.9 * embedded or tokenizer.vocab_size > embedded:
         raise ValueError(
             f"the tokenizer knows {known} tokens and the model embeds {embedded}: they do not "
@@ -232,9 +233,9 @@ _modes = Lock()
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and with every module's own mode put back: frozen parts may be in eval.
+    """Put the model in evaluation mode, and restore each module's own mode afterwards.
 
-    Several threads may be in here at once; the last one out puts the modes back.
+    Several threads may be inside at once; the last one out restores the modes.
     """
     key = language_model(model)
     with _modes:
@@ -247,7 +248,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         with _modes:
             if len(_in_evaluation[key]) > 1:
-                # The others hold the modules in evaluation mode: one of them puts these back too.
+                # Other threads still need evaluation mode: the last one restores these modules too.
                 mine = _in_evaluation[key].pop()
                 _in_evaluation[key][0].extend(mine)
             else:

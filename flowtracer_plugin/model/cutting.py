@@ -1,8 +1,8 @@
 """Cut attention between tokens while a model runs, and check that nothing gets around the cut.
 
-transformers builds every mask out of a function of query and key. While a text is cut, that
-function is narrowed: the model, its weights and its attention implementation stay as they are, and
-so do sliding windows, chunks, padding and caches, which a mask passed to the model would replace.
+transformers builds every mask from a function of query and key. During a cut, that function allows
+fewer pairs. The model, its weights and its attention implementation stay unchanged, and so do
+sliding windows, chunks, padding and caches, which a mask passed to the model would replace.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from flowtracer_plugin.model.causal_lm import (
 from flowtracer_plugin.model.parallel import uncompiled
 
 CHECK_TOKENS = 17
-"""Length of the text on which a model is checked."""
+"""Number of tokens of the text on which a model is checked."""
 
 Edges = Bool[Tensor, "cut query key"]
 
@@ -50,10 +50,10 @@ class KnockOutError(RuntimeError):
 
 @contextmanager
 def cutting(removed: Edges) -> Iterator[None]:
-    """Models that run meanwhile, in this thread, do without some edges.
+    """Remove edges from the attention of models that this thread runs inside the `with` block.
 
-    Row `n` of a batch does without those of cut `n`; there are as many queries and keys as the text
-    has at the end, if it grows. Edges of a token to itself stay.
+    Row `n` of a batch loses the edges of cut `n`. If the text grows, there must be as many queries
+    and keys as it has tokens in the end. Edges from a token to itself stay.
     """
     table = ALL_MASK_ATTENTION_FUNCTIONS
     with _turn, ExitStack() as entries:
@@ -65,7 +65,7 @@ def cutting(removed: Edges) -> Iterator[None]:
 
 
 _removed: ContextVar[Edges | None] = ContextVar("removed", default=None)
-"""Of this thread: the table of masks is everybody's."""
+"""The cut of this thread: all threads share the table of masks."""
 
 _turn = RLock()
 
@@ -87,7 +87,7 @@ def _narrowed(table: MutableMapping[str, Any], name: str) -> Iterator[None]:
         yield
     finally:
         del table[name]
-        # What was there may have been an entry of this very table, not one that all tables share.
+        # The original may have been an entry of this table only, not one that all tables share.
         if table.get(name) is not original:
             table[name] = original
 
@@ -98,7 +98,7 @@ def _check_size(removed: Edges, options: Mapping[str, Any]) -> None:
         if end > size:
             raise KnockOutError(
                 f"the model builds a mask of {end} places where the text that is cut has {size} "
-                "tokens: it attends to something else than tokens, or the cut is for another text"
+                "tokens: it attends to other things than tokens, or the cut is for another text"
             )
 
 
@@ -111,20 +111,20 @@ def _kept(removed: Edges) -> Callable[..., Any]:
 
 @contextmanager
 def plainly(model: nn.Module) -> Iterator[None]:
-    """The model without dropout, gradients and compilation."""
+    """Run the model without dropout, gradients and compilation."""
     with evaluating(model), torch.no_grad(), uncompiled(model):
         yield
 
 
 def read_prefix(model: nn.Module, ids: Int[Tensor, "1 token"]) -> DynamicCache:
-    """Keys and values of the text."""
+    """The keys and values of the text."""
     cache = DynamicCache()
     model(input_ids=ids, past_key_values=cache, use_cache=True)
     return cache
 
 
 def prefix_copies(cache: DynamicCache, length: int, copies: int) -> DynamicCache:
-    """The first `length` tokens of a cache, so many times."""
+    """The first `length` tokens of a cache, `copies` times as a batch."""
     fresh = DynamicCache()
     layers: list[Any] = cache.layers
     for number, layer in enumerate(layers):
@@ -134,18 +134,18 @@ def prefix_copies(cache: DynamicCache, length: int, copies: int) -> DynamicCache
 
 
 _checked: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
-"""By model and attention implementation: whether it continues a cached text as it should."""
+"""Results of `check_model`, by model and attention implementation."""
 
 
 def check_model(model: nn.Module) -> bool:
-    """Whether a model, whose attention can be cut, continues a cached text as it reads it whole.
+    """Whether a model continues a cached text as it reads the whole; refuse it if cuts fail.
 
-    A short text is read twice, the second time with another token in its middle. Where this token
-    is cut, nothing behind it may notice; a cut of nothing must change nothing. Each model is
-    checked once.
+    A short text is read twice, the second time with another token in its middle. When attention to
+    this token is cut, no later token may notice; a cut of nothing must change nothing. Each model
+    is checked once.
 
     Raises:
-        KnockOutError: It cannot be cut.
+        KnockOutError: Its attention cannot be cut.
     """
     model = unwrapped(model)
     known = _checked.setdefault(model, {})
@@ -167,7 +167,7 @@ def _inspect(model: nn.Module, implementation: str) -> bool:
 
     def logits(read: Int[Tensor, "1 token"]) -> Float[Tensor, "token word"]:
         found = first_output(model(input_ids=read, **more))[0]
-        return found.masked_fill(found == -torch.inf, 0.0)  # words that can never be said
+        return found.masked_fill(found == -torch.inf, 0.0)  # tokens that are never generated
 
     plain, changed = logits(ids), logits(other)
     with cutting(removed):
@@ -200,7 +200,7 @@ def _continues(
 ) -> bool:
     if not {"past_key_values", "use_cache"} <= accepted_inputs(model):
         return False
-    # Of its own making: others keep more than keys and values, or make them of other layers'.
+    # Models with their own kinds of cache keep more than keys and values, or share them in layers.
     own = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
     if not isinstance(own, DynamicCache) or {type(layer) for layer in own.layers} - _PLAIN:
         return False

@@ -1,4 +1,4 @@
-"""How much memory is free for this process, on whatever device."""
+"""How much memory is free for this process, on any device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import psutil
 import torch
 
 ROOT = Path("/")
-"""Where Linux shows what it knows."""
+"""The root of Linux's `proc` and `sys` folders."""
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on the host, within the limits of container and process."""
+    """Free bytes on a device; on the host, within the limits of container and process."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -25,7 +25,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _process_room() -> Iterator[int]:
-    """What `ulimit` leaves."""
+    """The bytes that each limit of `ulimit` leaves."""
     if sys.platform == "win32":
         return
     import resource
@@ -39,7 +39,7 @@ def _process_room() -> Iterator[int]:
 
 
 def _group_room() -> Iterator[int]:
-    """What the control groups of this process may still take, by either version of Linux's."""
+    """The bytes that each control group of this process leaves, in either version of cgroups."""
     for group, limit, usage, cached in _groups():
         most, taken = _number(group / limit), _number(group / usage)
         if most is not None and taken is not None:
@@ -47,7 +47,7 @@ def _group_room() -> Iterator[int]:
 
 
 def _groups() -> Iterator[tuple[Path, str, str, str]]:
-    """The control group of this process and those around it: containers, jobs, units."""
+    """The control groups of this process, outer ones included, and the names of their files."""
     base = ROOT / "sys/fs/cgroup"
     for line in _lines(ROOT / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -65,7 +65,7 @@ def _groups() -> Iterator[tuple[Path, str, str, str]]:
 
 
 def _cached_files(path: Path, prefix: str) -> int:
-    """Pages of files, which count as taken and are given back when they are needed."""
+    """Bytes of cached files, which count as taken but are freed when memory is needed."""
     fields = dict(line.split() for line in _lines(path))
     return sum(int(fields.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
 

@@ -1,4 +1,4 @@
-"""Let a model answer."""
+"""Generate one answer with a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def generate_ids(
     pad_token_id: int,
     progress: bool,
 ) -> list[int]:
-    """Ids of one answer, which ends at the model's end token, or where the context does.
+    """Token ids of one answer, which stops at the model's end token, or where the context ends.
 
     Raises:
         ValueError: The prompt fills the context.
@@ -30,7 +30,7 @@ def generate_ids(
     check_length(model, len(prompt_ids) + 1)
     most = min(max_new_tokens, context_length(model) - len(prompt_ids))
     inputs = torch.tensor([prompt_ids], device=input_device(model))
-    # Sampling follows the model's own generation config; greedy decoding has no use for one.
+    # Sampling follows the model's own generation config, which greedy decoding does not use.
     choice: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k"))
     if do_sample:
         choice = {} if temperature is None else {"temperature": temperature}

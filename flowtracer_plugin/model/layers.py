@@ -1,4 +1,4 @@
-"""Which layers are averaged."""
+"""Which layers of a model are averaged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def select_layers(selection: str | Sequence[int], available: Sequence[int]) -> tuple[int, ...]:
-    """The attention layers that a selection means; `available` are the model's, in order.
+    """The layer numbers that a selection means; `available` are the model's attention layers.
 
     Raises:
         ValueError: There is no such selection or layer.
@@ -38,7 +38,7 @@ def select_layers(selection: str | Sequence[int], available: Sequence[int]) -> t
             f"'middle:5', or layer numbers, got {selection!r}"
         )
     name, number = wanted.groups()
-    # One or two layers have no thirds: then all of them count.
+    # One or two layers have no thirds, so an empty third means all of them.
     band = tuple(available[bands[name]] or available)
     if number is None:
         return band
@@ -47,6 +47,6 @@ def select_layers(selection: str | Sequence[int], available: Sequence[int]) -> t
 
 
 def layer_numbers(layers: int | Iterable[SupportsIndex]) -> tuple[int, ...]:
-    """Layer numbers as plain integers, from anything that counts, such as a numpy array."""
+    """Layer numbers as plain integers, from any kind of integers, such as a numpy array."""
     numbers: Iterable[SupportsIndex] = [layers] if isinstance(layers, int) else layers
     return tuple(operator.index(number) for number in numbers)

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer by name, with mistakes in one sentence."""
+"""Load a model and its tokenizer by name, with errors of one sentence."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class UnknownDeviceError(ValueError):
 def load_model(
     name: str, device: str, dtype: str, *, wanted: str = "a causal language model", **options: Any
 ) -> Any:
-    """A causal language model, for inference. `options` are transformers' own.
+    """A causal language model in evaluation mode; `options` are those of `from_pretrained`.
 
     Raises:
         UnknownDeviceError: There is no such device.
         ValueError: The model cannot be loaded; the message says why.
     """
     chosen = _device(device)
-    # A distribution with an adapter may bring its architecture along, for transformers to know.
+    # Importing an adapter may register its architecture with transformers.
     known_adapters()
     with _friendly(name, wanted):
         options |= {"local_files_only": _without_hub(name)}
@@ -44,7 +44,11 @@ def load_model(
 
 
 def load_tokenizer(name: str, **options: Any) -> Any:
-    """The tokenizer that belongs to a model. `options` are transformers' own."""
+    """The tokenizer of a model; `options` are those of `from_pretrained`.
+
+    Raises:
+        ValueError: It cannot be loaded; the message says why.
+    """
     with _friendly(name, "model and tokenizer"):
         options |= {"local_files_only": _without_hub(name)}
         return AutoTokenizer.from_pretrained(name, **options)
@@ -68,7 +72,7 @@ def _friendly(name: str, wanted: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         cause = str(error).partition("\n")[0].rstrip(" .:")
-        # What is missing then is a package, and the cause names it.
+        # An ImportError names the missing package, and needs no advice about folders.
         wish = f"; wanted a folder that save_pretrained() of {wanted} wrote"
         raise ValueError(
             f"cannot load {name!r}: {cause}{'' if isinstance(error, ImportError) else wish}"
@@ -79,8 +83,8 @@ def _friendly(name: str, wanted: str) -> Iterator[None]:
 
 
 def _without_hub(name: str) -> bool:
-    """Whether files must be here: the hub's client would try for minutes, with a line each time."""
-    if Path(name).exists() or getproxies().keys() - {"no"}:  # a proxy finds addresses itself
+    """Whether the hub is out of reach: its client would retry for minutes, and print each retry."""
+    if Path(name).exists() or getproxies().keys() - {"no"}:  # a proxy resolves names itself
         return False
     try:
         socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)

@@ -1,7 +1,7 @@
-"""Padding, moved to where no causal model can notice it.
+"""Move padding behind the text, where no causal model can notice it.
 
 Padding on the left shifts learned positions, runs through recurrent states, and fills the blocks
-of models that choose among blocks. Behind the text it does nothing: nothing looks ahead.
+of models that choose among blocks. Behind the text it has no effect: no token looks ahead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 def text_first(
     input_ids: Int[Tensor, "batch token"], mask: Bool[Tensor, "batch token"]
 ) -> tuple[Int[Tensor, "batch most"], Bool[Tensor, "batch most"]]:
-    """Ids and mask with every row's visible tokens in front, as wide as the longest row."""
+    """Ids and mask with the visible tokens of every row first, as wide as the longest row."""
     ordered = mask.sort(dim=1, descending=True).values
     most = max(1, int(ordered.any(0).sum()))
     if not torch.equal(ordered, mask):
@@ -26,9 +26,9 @@ def text_first(
 def put_back(
     total: Float[Tensor, "batch most most"], mask: Bool[Tensor, "batch token"]
 ) -> Float[Tensor, "batch token token"]:
-    """The maps of `text_first`, moved to where the tokens were; padding is 0.
+    """Maps of texts that `text_first` moved, with the tokens back in place, and 0 for padding.
 
-    In place, if they are as wide as that.
+    Maps of the full width are changed in place.
     """
     mask = mask.to(total.device)
     wide = total if mask.shape == total.shape[:2] else total.new_zeros(*mask.shape, mask.shape[1])

@@ -1,4 +1,4 @@
-"""Models that are spread over devices or processes, or compiled: what a reader must mind."""
+"""Models that are spread over devices or processes, or compiled: how to read them safely."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowtracer_plugin.model.causal_lm import language_model
 
 
 def tensor_parallel_group(model: nn.Module) -> Any | None:
-    """The processes that share the heads of the model, if there are several."""
+    """The group of processes that share the heads of the model; None if there is only one."""
     mesh = getattr(language_model(model), "_device_mesh", None)
     if mesh is None or (getattr(language_model(model), "tp_size", None) or 1) < 2:
         return None
@@ -24,10 +24,10 @@ def tensor_parallel_group(model: nn.Module) -> Any | None:
 
 
 def check_backend(model: nn.Module, backend: str) -> None:
-    """Refuse nnsight for tensor parallel models, whose `forward` it would displace.
+    """Refuse nnsight for tensor parallel models, whose `forward` it would replace.
 
     Raises:
-        UnsupportedArchitectureError: It was selected for one.
+        UnsupportedArchitectureError: nnsight was selected for a tensor parallel model.
     """
     if backend == "nnsight" and tensor_parallel_group(model) is not None:
         raise UnsupportedArchitectureError(
@@ -44,7 +44,7 @@ def average_heads(model: nn.Module, total: Float[Tensor, "batch query key"]) -> 
 
 
 def smallest(model: nn.Module, value: int) -> int:
-    """The smallest value of the processes that share a model's heads: they must decide alike."""
+    """The smallest value among the processes that share a model's heads: all must decide alike."""
     group = tensor_parallel_group(model)
     if group is None:
         return value
@@ -57,8 +57,8 @@ def smallest(model: nn.Module, value: int) -> int:
 def may_stop(model: nn.Module) -> bool:
     """Whether a forward pass may end early.
 
-    Not where something waits for its end: parameters that were gathered from other processes or
-    fetched from memory or disk, and that must be given back.
+    It may not if parameters were gathered from other processes, or fetched from memory or disk:
+    they are given back at the end.
     """
     return not any(_waits(module) for module in model.modules())
 
@@ -72,13 +72,13 @@ def _waits(module: nn.Module) -> bool:
 
 
 _PLAIN = "_flowtracer_plain_forward"
-"""Where a module keeps what stands for its compiled `forward` while it is read, with what nnsight
-laid over it. A table beside the modules would keep them alive."""
+"""The attribute that keeps what replaces a module's compiled `forward` while it is read, with
+nnsight's controller around it. A table outside the modules would keep them alive."""
 
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """The model without what `torch.compile` put in front of it or of its parts."""
+    """Take off what `torch.compile` put around the model and its parts, and restore it later."""
     dynamo = sys.modules.get("torch._dynamo")
     with ExitStack() as restored:
         for module in list(model.modules()):

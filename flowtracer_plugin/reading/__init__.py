@@ -1,1 +1,1 @@
-"""How a model is watched while it runs, and how what was read is checked."""
+"""How the attention of a running model is read, and how each reading is checked."""

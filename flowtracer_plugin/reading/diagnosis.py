@@ -1,4 +1,4 @@
-"""What the self-check finds at every site, also where it fails: for those who write adapters."""
+"""What the self-check finds at every site, even where it fails: for authors of adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowtracer_plugin.reading.self_check import SiteReport, check_report, repor
 
 OK = "ok"
 SLIGHT = 0.1
-"""Smaller differences come from a factor or a term, larger ones from tensors in the wrong place."""
+"""Smaller differences come from a wrong factor or term, larger ones from swapped tensors."""
 
 ADVICE = {
     "not found": "`module`, `function`, `occurrence` and `visit` in `sites()`: the module's "
@@ -30,17 +30,17 @@ ADVICE = {
     "look), `scaling`, `softcap`, `bias`, `sinks`",
     "slightly off": "`scaling`, `softcap`, `bias`, `sinks`",
     "padding": "`mask`: take it from the call, where padding is in it; without one, `causal`",
-    "not causal": "the model's configuration, not the adapter: it reads this call rightly",
+    "not causal": "the model's configuration, not the adapter: it reads this call correctly",
 }
 """Where to look, by verdict. The guide for authors of adapters has the same table."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteFinding:
-    """What became of one site.
+    """What the self-check found at one site.
 
     Attributes:
-        site: Where.
+        site: The site.
         verdict: `"ok"`, or a key of `ADVICE`.
         report: The numbers, if the call could be read.
         problem: What is wrong, in a sentence.
@@ -56,10 +56,10 @@ class SiteFinding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnosis:
-    """What the self-check finds.
+    """What the self-check found.
 
     Attributes:
-        sites: One finding for each site of the adapter, in its order.
+        sites: One finding for each site, in the adapter's order.
         problem: What is wrong with the run as a whole, in a sentence.
     """
 
@@ -73,14 +73,14 @@ class Diagnosis:
 
 
 def diagnose(reader: AttentionReader) -> Diagnosis:
-    """The self-check, carried on after what it finds: one mistake must not hide the others.
+    """The findings of the self-check at all sites: it goes on after a mistake, to find the others.
 
     Raises:
         ValueError: The model computes logits that are not finite.
     """
     examination = _Examination(reader)
     problem = examination.run(reader.sites)
-    # A site that cannot be found ends the run, so those that it left out get one of their own.
+    # A site that cannot be found ends the run, so each site after it gets a run of its own.
     apart = [site for site in reader.sites if site not in examination.findings]
     for site in apart:
         alone = examination.run([site])
@@ -92,19 +92,19 @@ def diagnose(reader: AttentionReader) -> Diagnosis:
             ]
     findings = tuple(_settled(examination.findings[site], reader) for site in reader.sites)
     if any(found.problem == problem or found.verdict == "not found" for found in findings):
-        problem = None  # it has its place
+        problem = None  # a site already names it
     return Diagnosis(sites=findings, problem=problem)
 
 
 class _Examination:
-    """What runs of the self-check's texts find, by site."""
+    """Runs the self-check's texts, and collects findings by site."""
 
     def __init__(self, reader: AttentionReader) -> None:
         self.reader = reader
         self.findings: dict[AttentionSite, list[SiteFinding]] = {}
 
     def run(self, sites: Sequence[AttentionSite]) -> str | None:
-        """Look at some sites, on every text; returns what was wrong with a run as a whole."""
+        """What was wrong with a run as a whole; the findings at `sites` are added, text by text."""
         problem = None
         for padding in self.reader.check_padding:
             visible = self.reader.check_text(padding)[1][0]
@@ -129,18 +129,18 @@ class _Examination:
         found = SiteFinding(site=site, call=described(site, args, kwargs))
         try:
             call = self.reader.adapter.read(module, args, kwargs)
-        except Exception as error:  # noqa: BLE001 - of an adapter that is being written
+        except Exception as error:  # noqa: BLE001 - unfinished adapters raise anything
             return replace(found, verdict="read() fails", problem=_in_words(error))
         try:
             return replace(found, report=report_site(site, call, output, visible))
         except AdapterMismatchError as error:
             return replace(found, verdict="does not fit", problem=str(error))
-        except Exception as error:  # noqa: BLE001 - tensors of any shape stumble in any way
+        except Exception as error:  # noqa: BLE001 - tensors of wrong shapes raise anything
             return replace(found, verdict="does not fit", problem=_in_words(error))
 
 
 def _settled(findings: Sequence[SiteFinding], reader: AttentionReader) -> SiteFinding:
-    """One finding for the several texts: the worst."""
+    """The worst finding at one site, over all texts."""
     failed = next((found for found in findings if found.report is None), None)
     if failed is not None:
         return failed
@@ -164,7 +164,7 @@ def _judged(found: SiteFinding, report: SiteReport, adapter: str) -> SiteFinding
 
 
 def described(site: AttentionSite, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """A call as one line: the function, and of each argument what it is."""
+    """A call in one line: the function, and the type and shape of each argument."""
     given = [*map(_brief, args), *(f"{name}={_brief(value)}" for name, value in kwargs.items())]
     return f"{site.function.rpartition('/')[2]}({', '.join(given)})"
 

@@ -1,4 +1,4 @@
-"""The edges of a flow that are not the plain mean: of some heads, weighed by what they move."""
+"""Which edges a flow runs on: the mean of all heads, or some heads weighed by what they move."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from flowtracer_plugin.options import FlowOptions, Heads
 from flowtracer_plugin.reading.rows import AttentionRows
 
 BEFORE_ANSWER = 5
-"""Tokens right before the answer that are no reasoning: often a template such as "The answer is".
-Heads that look at these are the local ones, and with them flow finds no more than chance would."""
+"""The number of tokens before the answer that do not count as reasoning: they are often a template
+such as "The answer is". Only local heads look at these, and with local heads, flow finds no more
+than chance would."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class EdgeChoice:
-    """Which edges are wanted, of texts of which these are the parts.
+    """Which edges are wanted for a batch of texts.
 
     Attributes:
         heads: As in `FlowOptions`.
-        by_value: Whether attention is weighed by what it moves.
-        target: Rows of the answer, or those that decide it.
-        reasoning: Tokens of the response, as `reasoning_mask` finds them.
+        by_value: Whether attention is weighed by the lengths of the values that it moves.
+        target: The rows of the answer, or the rows that decide it.
+        reasoning: The tokens of the response before the answer, as `reasoning_mask` finds them.
     """
 
     heads: Heads
@@ -39,7 +40,7 @@ class EdgeChoice:
     def behind(
         self, mask: Bool[Tensor, "batch token"], ordered: Bool[Tensor, "batch most"]
     ) -> EdgeChoice:
-        """For the texts with all padding behind them, of which `ordered` is the mask."""
+        """The same choice for texts with all padding behind them, whose mask is `ordered`."""
 
         def moved(values: Tensor) -> Tensor:
             found = ordered.new_zeros(ordered.shape)
@@ -55,7 +56,7 @@ def edge_choice(
     response: Bool[Tensor, "batch token"],
     answer: Bool[Tensor, "batch token"],
 ) -> EdgeChoice | None:
-    """The edges that options ask for; None for the plain mean."""
+    """The edges that `options` ask for; None for the plain mean."""
     if options.plain:
         return None
     return EdgeChoice(
@@ -69,7 +70,7 @@ def edge_choice(
 def reasoning_mask(
     response: Bool[Tensor, "batch token"], answer: Bool[Tensor, "batch token"]
 ) -> Bool[Tensor, "batch token"]:
-    """Response tokens up to five before the answer; none in texts without an answer."""
+    """Response tokens more than five before the answer; none in texts without an answer."""
     place = torch.arange(answer.shape[1], device=answer.device)
     first = answer.int().argmax(-1, keepdim=True)
     return response & (place < first - BEFORE_ANSWER) & answer.any(-1, keepdim=True)
@@ -95,16 +96,16 @@ def chosen_rows(
     """The rows of the chosen edges.
 
     Args:
-        model: Whose calls they are.
-        calls: Of the layers.
+        model: The model that made the calls.
+        calls: The calls of the layers.
         layers: The layer of each call.
-        lengths: Of each call's values, if they are weighed by these.
-        visible: Which tokens are no padding.
+        lengths: The lengths of each call's values; empty if attention is not weighed by them.
+        visible: True for tokens, False for padding.
         choice: Which edges.
         block: Query rows that are computed at a time.
 
     Raises:
-        ValueError: There are no such layers or heads.
+        ValueError: The choice names layers or heads that are not there.
     """
     heads = None
     if isinstance(choice.heads, tuple):

@@ -1,9 +1,9 @@
 """Reading through transformers' own table of attention functions, without nnsight.
 
-For the places where nnsight cannot go: tensor parallel models, several threads, builds without
-source. While a model is read, the table's entry for its implementation is a function that looks
-at the arguments and calls the entry that was there. Configuration, masks and results stay the
-same, and so does whatever other models do meanwhile.
+It serves where nnsight cannot: tensor parallel models, several threads, builds without source.
+While a model is read, the table's entry for its implementation is a function that passes the
+arguments on to the reader, then calls the original entry. Configuration, masks and results stay
+the same, and other models that run at the same time are not affected.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from flowtracer_plugin.attention.adapter import (
     AttentionSite,
     UnsupportedArchitectureError,
 )
-from flowtracer_plugin.reading.backend import Backend, Receive, Result
+from flowtracer_plugin.reading.backend import Backend, Inputs, Receive, Result, Sites
 
 TABLE = "ALL_ATTENTION_FUNCTIONS"
 """The global of a model's code that maps the name of an implementation to its function."""
 
 EAGER = "eager_attention_forward"
-"""How the names end of the functions that models fall back on: the table has no "eager"."""
+"""Ending of the names of the functions that models fall back on: the table has no "eager"."""
 
 
-class _Done(Exception):  # noqa: N818 - no error: it ends a forward pass that has served
+class _Done(Exception):  # noqa: N818 - not an error: it ends a forward pass early
     """The last site has been read."""
 
 
 class _Watch:
-    """What one run, or several, in one thread look for."""
+    """The sites that one thread waits for, in one run of the model or in several."""
 
     def __init__(
         self,
         modules: Mapping[AttentionSite, nn.Module],
-        sites: Sequence[AttentionSite],
+        sites: Sites,
         receive: Receive,
         *,
         runs: int = 1,
@@ -61,7 +61,7 @@ class _Watch:
     def call(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Pass one attention call on, and note it if it is one that is looked for."""
+        """Make one attention call, and hand it to `receive` if its site is waited for."""
         module = args[0]
         visit = self._visits[module] % (self._visits_each[module] or 1)
         self._visits[module] += 1
@@ -78,12 +78,12 @@ class _Watch:
         return function(*args, **kwargs)
 
     def missed(self) -> AttentionSite | None:
-        """A site that was not reached as often as it should have been."""
+        """A site that was reached less often than `runs`, if there is one."""
         return next((site for site, times in self._waiting.items() if times > 0), None)
 
 
-_watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
-"""Of this thread."""
+_current: ContextVar[_Watch | None] = ContextVar("watch", default=None)
+"""The watch of this thread."""
 
 
 @final
@@ -93,61 +93,39 @@ class InterfaceBackend(Backend):
     name: ClassVar[str] = "interface"
     threads: ClassVar[bool] = True
 
-    def __init__(
-        self, model: nn.Module, adapter: AttentionAdapter, sites: Sequence[AttentionSite]
-    ) -> None:
+    def __init__(self, model: nn.Module, adapter: AttentionAdapter, sites: Sites) -> None:
+        super().__init__(model, adapter, sites)
         if not adapter.interface:
             raise UnsupportedArchitectureError(
                 f"the adapter {adapter.name!r} reads calls inside the code of "
                 f"{type(model).__name__}, not of transformers' attention interface (else it says "
                 'interface = True), so backend="interface" cannot see them; leave backend= out'
             )
-        self._model, self._adapter = model, adapter
         self._modules = {site: model.get_submodule(site.module) for site in sites}
 
-    def run(
-        self,
-        inputs: Mapping[str, Any],
-        sites: Sequence[AttentionSite],
-        receive: Receive,
-        *,
-        whole: bool,
-    ) -> Any:
-        """As `Backend.run`.
-
-        Raises:
-            AdapterMismatchError: A site names a call that the model does not make.
-        """
+    def run(self, inputs: Inputs, sites: Sites, receive: Receive, *, whole: bool) -> Any:
+        """As `Backend.run`."""
         watch = _Watch(self._modules, sites, receive, whole=whole, stops=not whole)
         try:
-            return self._watched(lambda: self._model(**inputs), watch)
+            return self._call(lambda: self._model(**inputs), watch)
         except _Done:
             return None
 
     def listen(
-        self,
-        call: Callable[[], Result],
-        sites: Sequence[AttentionSite],
-        receive: Receive,
-        *,
-        runs: int,
+        self, call: Callable[[], Result], sites: Sites, receive: Receive, *, runs: int
     ) -> Result:
-        """As `Backend.listen`.
+        """As `Backend.listen`."""
+        return self._call(call, _Watch(self._modules, sites, receive, runs=runs))
 
-        Raises:
-            AdapterMismatchError: A site names a call that the model does not make so often.
-        """
-        return self._watched(call, _Watch(self._modules, sites, receive, runs=runs))
-
-    def _watched(self, call: Callable[[], Result], watch: _Watch) -> Result:
-        before = _watch.set(watch)
+    def _call(self, call: Callable[[], Result], watch: _Watch) -> Result:
+        before = _current.set(watch)
         try:
             with ExitStack() as entries:
                 for table, name in self._entries():
-                    entries.enter_context(_watched(table, name))
+                    entries.enter_context(_replaced(table, name))
                 output = call()
         finally:
-            _watch.reset(before)
+            _current.reset(before)
         if (missed := watch.missed()) is not None:
             raise AdapterMismatchError(
                 f"the adapter {self._adapter.name!r} lists {missed.module}, visit "
@@ -157,17 +135,17 @@ class InterfaceBackend(Backend):
         return output
 
     def _entries(self) -> Iterable[tuple[MutableMapping[str, Any], str]]:
-        found = map(_entry, set(self._modules.values()))
+        found = map(_table_and_name, set(self._modules.values()))
         return {(id(table), name): (table, name) for table, name in found}.values()
 
 
 def _globals(module: nn.Module) -> dict[str, Any]:
-    """The names that the code of the module's `forward` sees."""
+    """The global names that the code of the module's `forward` uses."""
     return getattr(inspect.unwrap(type(module).forward), "__globals__", {})
 
 
-def _entry(module: nn.Module) -> tuple[MutableMapping[str, Any], str]:
-    """The table that the module looks into, and the name that it looks for."""
+def _table_and_name(module: nn.Module) -> tuple[MutableMapping[str, Any], str]:
+    """The table that the module takes its function from, and the name that it asks for."""
     table = _globals(module).get(TABLE)
     if table is None:
         raise UnsupportedArchitectureError(
@@ -178,44 +156,44 @@ def _entry(module: nn.Module) -> tuple[MutableMapping[str, Any], str]:
     return table, config._attn_implementation
 
 
-_watched_entries: Counter[tuple[int, str]] = Counter()
+_entry_users: Counter[tuple[int, str]] = Counter()
 _entries_lock = Lock()
 
 
 @contextmanager
-def _watched(table: MutableMapping[str, Any], name: str) -> Iterator[None]:
-    """The table with a watching entry, for as long as any thread needs it."""
+def _replaced(table: MutableMapping[str, Any], name: str) -> Iterator[None]:
+    """Put a watching entry into the table, for as long as any thread needs it."""
     key = (id(table), name)
     with _entries_lock:
-        _watched_entries[key] += 1
-        if _watched_entries[key] == 1:
-            table[name] = _Watching(table.get(name))
+        _entry_users[key] += 1
+        if _entry_users[key] == 1:
+            table[name] = _TableEntry(table.get(name))
     try:
         yield
     finally:
         with _entries_lock:
-            _watched_entries[key] -= 1
-            if not _watched_entries[key]:
-                _put_back(table, name)
+            _entry_users[key] -= 1
+            if not _entry_users[key]:
+                _restore(table, name)
 
 
-def _put_back(table: MutableMapping[str, Any], name: str) -> None:
+def _restore(table: MutableMapping[str, Any], name: str) -> None:
     original = table[name].original
     del table[name]
-    # What was there may have been an entry of this very table, not one that all tables share.
+    # The original may have been an entry of this table only, not one that all tables share.
     if original is not None and table.get(name) is not original:
         table[name] = original
 
 
-class _Watching:
-    """An entry of the table that looks at the arguments on their way to the original."""
+class _TableEntry:
+    """An entry of the table that shows the arguments to this thread's watch, if it has one."""
 
     def __init__(self, original: Callable[..., Any] | None) -> None:
         self.original = original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         function = self.original or _eager(args[0])
-        watch = _watch.get()
+        watch = _current.get()
         return function(*args, **kwargs) if watch is None else watch.call(function, args, kwargs)
 
 

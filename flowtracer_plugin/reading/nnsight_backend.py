@@ -1,15 +1,15 @@
 """Reading through nnsight, which watches the operations of unchanged model code.
 
-The one module that touches nnsight. nnsight reads the source of every traced block and runs it
-beside the forward pass, so the blocks here stay plain: reads in the order of execution, no
-decorator, no `no_grad` around a read.
+No other module uses nnsight. nnsight reads the source of every traced block and runs it beside the
+forward pass, so the blocks here stay plain: they read in the order of execution, without a
+decorator and without `no_grad` around a read.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, final
@@ -28,11 +28,11 @@ from flowtracer_plugin.attention.adapter import (
     UnsupportedArchitectureError,
 )
 from flowtracer_plugin.model.causal_lm import input_device
-from flowtracer_plugin.reading.backend import Backend, Receive, Result
+from flowtracer_plugin.reading.backend import Backend, Inputs, Receive, Result, Sites
 
 
 class _Root(nnsight.NNsight):  # type: ignore[misc] # nnsight ships no types
-    """nnsight sends inputs to the first parameter's device, which holds nothing if offloaded."""
+    """nnsight sends inputs to the device of the first parameter, which is "meta" if offloaded."""
 
     @property
     def device(self) -> torch.device:
@@ -44,51 +44,31 @@ class NnsightBackend(Backend):
     """Reads any call that the source of a module makes.
 
     nnsight puts a controller around every module's `forward` that does nothing outside a trace. It
-    runs one trace at a time on a model, and other use of the model meanwhile fails, in both
-    threads.
+    runs one trace at a time on a model. If another thread uses the model during a trace, both fail.
     """
 
     name: ClassVar[str] = "nnsight"
     threads: ClassVar[bool] = False
 
-    def __init__(
-        self, model: nn.Module, adapter: AttentionAdapter, sites: Sequence[AttentionSite]
-    ) -> None:
-        self._model, self._adapter, self._sites = model, adapter, sites
+    def __init__(self, model: nn.Module, adapter: AttentionAdapter, sites: Sites) -> None:
+        super().__init__(model, adapter, sites)
         with warnings.catch_warnings():
-            # Another library may have laid its own `forward` over one that was instrumented
-            # before, as TRL does, and calls it: nothing is lost.
+            # Another library, such as TRL, may have put its own `forward` over an instrumented
+            # one. It calls that one, so nothing is lost.
             warnings.filterwarnings("ignore", ".*`forward` was replaced after nnsight wrapped")
-            # BERT calls a module "output", which nnsight renames for those who ask for it.
+            # BERT calls a module "output", and nnsight offers it under another name.
             warnings.filterwarnings("ignore", ".*submodule named")
             self._root = _Root(model)
 
-    def run(
-        self,
-        inputs: Mapping[str, Any],
-        sites: Sequence[AttentionSite],
-        receive: Receive,
-        *,
-        whole: bool,
-    ) -> Any:
-        """As `Backend.run`.
-
-        Raises:
-            AdapterMismatchError: A site names a call that the model does not make.
-            UnsupportedArchitectureError: There is no source to read.
-        """
+    def run(self, inputs: Inputs, sites: Sites, receive: Receive, *, whole: bool) -> Any:
+        """As `Backend.run`."""
         with self._explained():
             return self._trace(inputs, self._operations(sites), receive, whole)
 
     def listen(
-        self,
-        call: Callable[[], Result],
-        sites: Sequence[AttentionSite],
-        receive: Receive,
-        *,
-        runs: int,
+        self, call: Callable[[], Result], sites: Sites, receive: Receive, *, runs: int
     ) -> Result:
-        """As `Backend.listen`; raises as `run` does."""
+        """As `Backend.listen`."""
         each = Counter(site.module for site in self._sites)
         later = [
             (replace(site, visit=site.visit + run * each[site.module]), site, operation)
@@ -98,7 +78,7 @@ class NnsightBackend(Backend):
         returned: list[Result] = []
         reached: list[AttentionSite] = []
         with self._explained(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*was never reached")  # an error, below
+            warnings.filterwarnings("ignore", ".*was never reached")  # _check_reached raises
             # nnsight wants an input to run the function on.
             with self._root.trace(None, fn=lambda _: returned.append(call())) as trace:
                 for place, site, operation in later:
@@ -111,7 +91,7 @@ class NnsightBackend(Backend):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What nnsight raises, in words of this package; the model's own code is put back."""
+        """Turn nnsight's errors into those of this package, and put the model's own code back."""
         try:
             yield
         except OutOfOrderError as error:
@@ -131,7 +111,7 @@ class NnsightBackend(Backend):
 
     def _trace(
         self,
-        inputs: Mapping[str, Any],
+        inputs: Inputs,
         calls: Sequence[tuple[AttentionSite, Any]],
         receive: Receive,
         whole: bool,
@@ -139,7 +119,7 @@ class NnsightBackend(Backend):
         output = None
         reached: list[AttentionSite] = []
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*was never reached")  # an error, below
+            warnings.filterwarnings("ignore", ".*was never reached")  # _check_reached raises
             with self._root.trace(**inputs) as run:
                 for site, call in calls:
                     for _ in run.iter[site.visit : site.visit + 1]:
@@ -154,9 +134,7 @@ class NnsightBackend(Backend):
         self._check_reached(reached, [site for site, _ in calls])
         return output
 
-    def _check_reached(
-        self, reached: Sequence[AttentionSite], wanted: Sequence[AttentionSite]
-    ) -> None:
+    def _check_reached(self, reached: Sites, wanted: Sites) -> None:
         if len(reached) < len(wanted):
             missed = wanted[len(reached)]
             raise AdapterMismatchError(
@@ -165,17 +143,17 @@ class NnsightBackend(Backend):
                 "its sites()"
             )
 
-    def _operations(self, sites: Sequence[AttentionSite]) -> list[tuple[AttentionSite, Any]]:
+    def _operations(self, sites: Sites) -> list[tuple[AttentionSite, Any]]:
         return [(site, self._operation(site)) for site in sites]
 
     def _operation(self, site: AttentionSite) -> Any:
-        """Handle on the call that `forward` itself makes: the attention call, or the way to it."""
+        """The call that `forward` itself makes: the attention call, or the method that makes it."""
         method, _, inner = site.function.rpartition("/")
         source = self._root.get(site.module).source
         return self._listed(source, site, method or inner, -1 if method else site.occurrence)
 
     def _inner(self, site: AttentionSite, operation: Any) -> Any:
-        """The attention call inside a method that `forward` calls; known only while it runs."""
+        """The attention call, also inside a method that `forward` calls, known while that runs."""
         method, _, inner = site.function.rpartition("/")
         if not method:
             return operation
@@ -184,8 +162,8 @@ class NnsightBackend(Backend):
     def _listed(self, source: Any, site: AttentionSite, function: str, occurrence: int) -> Any:
         """The operation of that name in the listing of a function's source.
 
-        Labels carry a counter that changes between versions, and assignments to a name are counted
-        with its calls, before them: so they are looked up by name and place, never by label.
+        nnsight's labels carry a counter that changes between versions, and it counts assignments to
+        a name with its calls, before them. So operations are found by name and place, not by label.
         """
         name = function.replace(".", "_")
         wanted = [op for op in source if op.name.rpartition("_")[0] == name]
@@ -199,7 +177,7 @@ class NnsightBackend(Backend):
     def _release(self) -> None:
         """Put the attention modules' own code back, so that the model can be compiled.
 
-        nnsight instruments a module's code when its source is first asked for, and would leave it.
+        nnsight instruments a module's code when its source is first asked for, and leaves it so.
         """
         for site in self._sites:
             state = vars(self._model.get_submodule(site.module)).get("__nnsight__")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from flowtracer_plugin.attention.adapter import (
@@ -22,16 +22,31 @@ from flowtracer_plugin.attention.value_lengths import Projections, value_lengths
 from flowtracer_plugin.model.parallel import average_heads
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What a `Reading` must hold.
+
+    Attributes:
+        keep: Whether it holds the calls.
+        projections: What the values go through, if it holds their lengths.
+        average: Whether it holds the mean. Without it, no map of all pairs of tokens is made.
+    """
+
+    keep: bool = False
+    projections: Projections | None = None
+    average: bool = True
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Reading:
     """What one forward pass attended to.
 
     Attributes:
-        attention: Mean over layers and heads, float32, rows and columns of padding zero; None if it
-            was not asked for.
-        calls: Of the layers, in the order of execution; none unless they were asked for.
-        lengths: Of each call's values; none unless they were asked for.
-        seconds: That reading took, beside the forward pass. On a GPU: until it was under way.
+        attention: Mean over layers and heads, float32, with 0 in rows and columns of padding; None
+            unless it was asked for.
+        calls: The attention calls in the order of execution; empty unless they were asked for.
+        lengths: The lengths of each call's values; empty unless they were asked for.
+        seconds: Time spent on reading, without the forward pass. On a GPU, the time to start it.
     """
 
     attention: Float[Tensor, "batch query key"] | None
@@ -41,25 +56,22 @@ class Reading:
 
     @property
     def mean(self) -> Float[Tensor, "batch query key"]:
-        """The attention, of a reading that was asked for it."""
+        """The attention, in a reading that was asked for it."""
         assert self.attention is not None, "read with average=True"
         return self.attention
 
 
 class ReadingSum:
-    """The attention of one forward pass, as it comes.
+    """Builds the `Reading` of one forward pass, call by call.
 
     Args:
-        model: Whose it is.
-        adapter: How each call is read.
-        shape: Of the map: batch, queries, keys.
-        device: Where the map is.
-        sites: How many calls will come.
+        model: The model that runs.
+        adapter: Reads each call.
+        shape: Shape of the map: batch, queries, keys.
+        device: Device of the map.
+        sites: Number of calls to come.
         block: Query rows that are computed at a time.
-        heads: Restricts layers to some query heads.
-        keep: Whether the calls are kept.
-        projections: If lengths of values are wanted, what they go through.
-        average: Whether the mean is wanted at all: without it no map of all pairs is made.
+        wanted: What the reading must hold.
     """
 
     def __init__(
@@ -71,19 +83,16 @@ class ReadingSum:
         *,
         sites: int,
         block: int,
-        heads: Mapping[int, Int[Tensor, " chosen"]] | None = None,
-        keep: bool = False,
-        projections: Projections | None = None,
-        average: bool = True,
+        wanted: Wanted,
     ) -> None:
-        self._model, self._adapter, self._block = model, adapter, block
+        self._model, self._adapter, self._block, self._wanted = model, adapter, block, wanted
         self._missing, self._share = sites, 1 / sites
         self._total: Tensor | None = None
-        if average:
+        if wanted.average:
             self._total = torch.zeros(*shape, dtype=torch.float32, device=device)
-        self._heads, self._keep, self._seconds = heads or {}, keep, 0.0
         self._calls: list[AttentionCall | AttentionWeights] = []
-        self._projections, self._lengths = projections, list[Float[Tensor, "batch _ _"]]()
+        self._lengths: list[Float[Tensor, "batch _ _"]] = []
+        self._seconds = 0.0
         self._error: Exception | None = None
 
     @property
@@ -95,8 +104,8 @@ class ReadingSum:
     def receive(self, site: AttentionSite, args: Any, kwargs: Any, _output: Any) -> None:
         """Add one call.
 
-        What goes wrong waits for `reading`: a forward pass that other processes take part in, or
-        that trains, goes to its end.
+        An error waits until `reading`: a forward pass that trains, or that other processes take
+        part in, must go to its end.
         """
         started = perf_counter()
         try:
@@ -110,21 +119,21 @@ class ReadingSum:
     def _add(self, site: AttentionSite, args: Any, kwargs: Any) -> None:
         call = self._adapter.read(self._model.get_submodule(site.module), args, kwargs)
         if self._total is not None:
-            heads = self._heads.get(site.layer)
-            add_head_mean(call, self._total, weight=self._share, heads=heads, block=self._block)
-        if self._keep:
+            add_head_mean(call, self._total, weight=self._share, block=self._block)
+        if self._wanted.keep:
             self._calls.append(call)
-        if self._projections is not None:
-            self._lengths.append(value_lengths(call, self._projections[site]))
+        if self._wanted.projections is not None:
+            self._lengths.append(value_lengths(call, self._wanted.projections[site]))
 
     def reading(self, seen: Bool[Tensor, "batch key"]) -> Reading:
-        """The sum, without rows and columns of padding; it is not to be added to any more.
+        """The reading, with 0 in rows and columns of padding; call it once, after the last call.
 
-        Raises whatever went wrong in a call.
+        Raises:
+            Exception: Whatever went wrong in a call.
         """
         total = self._total
         if total is not None:
-            average_heads(self._model, total)  # also where it failed: the others wait for it
+            average_heads(self._model, total)  # also after an error: other processes wait for it
         if self._error is not None:
             raise self._error
         if total is not None:

@@ -1,4 +1,4 @@
-"""Read the attention of a model: which layers, on which inputs, checked on first use."""
+"""Read the attention of a model: some of its layers, on some inputs, after a self-check."""
 
 from __future__ import annotations
 
@@ -19,22 +19,15 @@ from flowtracer_plugin.attention.adapter import (
 )
 from flowtracer_plugin.attention.rounding import difference, rounding
 from flowtracer_plugin.attention.value_lengths import Projections, find_projections
-from flowtracer_plugin.model.causal_lm import (
-    first_output,
-)
+from flowtracer_plugin.model.causal_lm import first_output
 from flowtracer_plugin.model.padding import put_back, text_first
 from flowtracer_plugin.model.parallel import tensor_parallel_group
-from flowtracer_plugin.reading.backend import Receive, Result
+from flowtracer_plugin.reading.backend import Receive, Result, Sites
 from flowtracer_plugin.reading.edges import EdgeChoice, chosen_rows
-from flowtracer_plugin.reading.one_pass import Reading, ReadingSum
+from flowtracer_plugin.reading.one_pass import Reading, ReadingSum, Wanted
 from flowtracer_plugin.reading.rows import AttentionRows, KeptCalls, check_causal
 from flowtracer_plugin.reading.runner import ModelRunner
-from flowtracer_plugin.reading.self_check import (
-    SiteReport,
-    check_report,
-    report_site,
-    worst,
-)
+from flowtracer_plugin.reading.self_check import SiteReport, check_report, report_site, worst
 from flowtracer_plugin.reading.site_check import check_runs, counted_runs
 
 More = Callable[[Int[Tensor, "1 token"]], Mapping[str, Any]]
@@ -54,28 +47,46 @@ class AttentionReader(ModelRunner):
         attention_mask: Bool[Tensor, "batch key"],
         layers: Sequence[int],
         *,
-        heads: Mapping[int, Int[Tensor, " chosen"]] | None = None,
         model_inputs: Mapping[str, Any] | None = None,
         progress: bool = False,
     ) -> Float[Tensor, "batch query key"]:
-        """Mean over `layers` and their heads, float32, rows and columns of padding zero.
+        """The mean over `layers` and their heads, float32, with 0 in rows and columns of padding.
 
-        The forward pass ends at the last of the layers. `heads` restricts layers to some query
-        heads; `model_inputs` are passed on to the model. There are more keys than queries if they
-        hold a cache, which stays as it is.
+        The forward pass ends at the last of the layers. `model_inputs` are passed on to the model.
+        If they hold a cache, there are more keys than queries, and the cache stays unchanged.
         """
         seen = attention_mask
-        if not model_inputs:  # what else the model is given is not moved with the tokens
+        if not model_inputs:  # other inputs of the model would have to move with the tokens
             input_ids, attention_mask = text_first(input_ids, attention_mask)
         found = self.read_in_place(
-            input_ids,
-            attention_mask,
-            layers,
-            heads=heads,
-            model_inputs=model_inputs,
-            progress=progress,
+            input_ids, attention_mask, layers, model_inputs=model_inputs, progress=progress
         ).mean
         return found if torch.equal(attention_mask, seen) else put_back(found, seen)
+
+    def read_in_place(
+        self,
+        input_ids: Int[Tensor, "batch query"],
+        attention_mask: Bool[Tensor, "batch key"],
+        layers: Sequence[int],
+        *,
+        model_inputs: Mapping[str, Any] | None = None,
+        keep: bool = False,
+        by_value: bool = False,
+        average: bool = True,
+        progress: bool = False,
+    ) -> Reading:
+        """What `read` returns, with the padding left where it is when the model runs.
+
+        With `keep`, the reading holds the calls; with `by_value`, the lengths of their values;
+        without `average`, no mean.
+        """
+        sites = self._chosen(layers)
+        shape = (*input_ids.shape, attention_mask.shape[1])
+        wanted = self._wanted(keep, by_value, average)
+        total = self._sum(sites, shape, input_ids.device, wanted)
+        inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
+        self._run(inputs, sites, total.receive, progress)
+        return total.reading(attention_mask)
 
     def read_rows(
         self,
@@ -87,22 +98,25 @@ class AttentionReader(ModelRunner):
         maps: bool = False,
         progress: bool = False,
     ) -> tuple[AttentionRows, Bool[Tensor, "batch most"]]:
-        """What `read` returns, row by row when it is asked for, with all padding behind the text.
+        """The rows of what `read` returns, computed on demand, and the mask of their tokens.
 
-        As wide as the longest text; the mask of that comes too. With `choice`, other edges than the
-        plain mean. With `maps`, calls that hand over all their probabilities are kept as they are.
+        Both are as wide as the longest text, and all padding is behind the text. With `choice`,
+        they are rows of the chosen edges. With `maps`, calls that hand over their probabilities
+        instead of queries and keys are kept, not refused.
 
         Raises:
             UnsupportedArchitectureError: The model computes its probabilities itself, and does not
-                hand over queries and keys, or values cannot be weighed.
-            ValueError: Chosen are heads that the layers do not have.
+                hand over queries and keys; or its values cannot be weighed.
+            ValueError: `choice` names heads that the layers do not have.
         """
         seen = attention_mask
         input_ids, attention_mask = text_first(input_ids, attention_mask)
-        sites, projections = self._chosen(layers), self._projections_of(choice)
-        kept = KeptCalls(self.model, self.adapter, maps=maps, projections=projections)
+        by_value = choice is not None and choice.by_value
+        kept = KeptCalls(
+            self.model, self.adapter, maps=maps, projections=self.projections if by_value else None
+        )
         inputs = self._inputs(input_ids, attention_mask, {})
-        self._run(inputs, sites, kept.receive, progress)
+        self._run(inputs, self._chosen(layers), kept.receive, progress)
         visible, calls = attention_mask.to(input_ids.device), kept.calls()
         check_causal(calls)
         choice = None if choice is None else choice.behind(seen, visible)
@@ -117,10 +131,11 @@ class AttentionReader(ModelRunner):
         *,
         progress: bool = False,
     ) -> tuple[Float[Tensor, "batch query key"], AttentionRows]:
-        """What `read` returns for chosen edges, and the rows that it was put together of.
+        """What `read` returns for the chosen edges, and the rows that it was computed from.
 
         Raises:
-            As `read_rows`.
+            UnsupportedArchitectureError: As `read_rows`.
+            ValueError: As `read_rows`.
         """
         rows, ordered = self.read_rows(
             input_ids, attention_mask, layers, choice=choice, maps=True, progress=progress
@@ -137,11 +152,11 @@ class AttentionReader(ModelRunner):
         visible: Bool[Tensor, "batch token"],
         choice: EdgeChoice | None,
     ) -> AttentionRows:
-        """The chosen edges of calls of `layers`, or their plain mean, wherever the padding is.
+        """Rows of the chosen edges, or of the plain mean, from calls of `layers` already read.
 
         Raises:
             UnsupportedArchitectureError: The model is tensor parallel: no process has all heads.
-            ValueError: There are no such heads.
+            ValueError: The layers do not have the chosen heads.
         """
         if choice is None:
             return AttentionRows(self.model, calls, visible, block=self.block)
@@ -153,19 +168,15 @@ class AttentionReader(ModelRunner):
         numbers = [site.layer for site in self._chosen(layers)]
         return chosen_rows(self.model, calls, numbers, lengths, visible, choice, block=self.block)
 
-    def _projections_of(self, choice: EdgeChoice | None) -> Projections | None:
-        return self.projections if choice is not None and choice.by_value else None
-
     @property
     def projections(self) -> Projections:
-        """What the attention output of each site goes through; found by a run, once.
+        """The linear layer that takes each site's attention output; found by one run of the model.
 
         Raises:
-            UnsupportedArchitectureError: For some site, no linear layer takes it as it is.
+            UnsupportedArchitectureError: No linear layer takes some site's output unchanged.
         """
         if self._known_projections is None:
-            ids, mask = self.check_text(0)
-            inputs = self._inputs(ids, mask, {})
+            inputs = self._inputs(*self.check_text(0), {})
 
             def run(receive: Receive) -> None:
                 with self._running():
@@ -173,39 +184,6 @@ class AttentionReader(ModelRunner):
 
             self._known_projections = find_projections(run, self._read, self.model, self.sites)
         return self._known_projections
-
-    def read_in_place(
-        self,
-        input_ids: Int[Tensor, "batch query"],
-        attention_mask: Bool[Tensor, "batch key"],
-        layers: Sequence[int],
-        *,
-        heads: Mapping[int, Int[Tensor, " chosen"]] | None = None,
-        model_inputs: Mapping[str, Any] | None = None,
-        keep: bool = False,
-        by_value: bool = False,
-        average: bool = True,
-        progress: bool = False,
-    ) -> Reading:
-        """`read` with the padding where it is, as whoever passes it to the model sees it.
-
-        With `keep`, the calls come too, and with `by_value` the lengths of their values. Without
-        `average` there is no mean.
-        """
-        sites, projections = self._chosen(layers), self.projections if by_value else None
-        shape = (*input_ids.shape, attention_mask.shape[1])
-        total = self._sum(
-            sites,
-            shape,
-            input_ids.device,
-            heads=heads,
-            keep=keep,
-            projections=projections,
-            average=average,
-        )
-        inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
-        self._run(inputs, sites, total.receive, progress)
-        return total.reading(attention_mask)
 
     def listen(
         self,
@@ -219,15 +197,15 @@ class AttentionReader(ModelRunner):
         by_value: bool = False,
         average: bool = True,
     ) -> Result:
-        """Let `call` run the model, and pass on what it attended to.
+        """What `call` returns; it runs the model, whose attention goes to `take`.
 
         The model runs as `call` runs it: with gradients, dropout and autocast, if it has them, and
-        to the end. It is run once on each `batch_size` rows of `attention_mask`, in their order.
-        As soon as the last of `layers` has been read, `take` gets the rows and their attention, as
-        `read_in_place` returns it. What goes wrong with that is raised when `call` has returned.
+        to the end. `call` runs it once on each `batch_size` rows of `attention_mask`, in order.
+        When the last of `layers` has been read, `take` gets the slice of rows and their attention,
+        as `read_in_place` returns it. Errors in reading are raised when `call` has returned.
         """
         sites, rows = self._chosen(layers), len(attention_mask)
-        projections = self.projections if by_value else None
+        wanted = self._wanted(keep, by_value, average)
         size = batch_size or rows
         parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
         waiting = iter(parts)
@@ -240,17 +218,14 @@ class AttentionReader(ModelRunner):
                 part = next(waiting)
                 mask = attention_mask[part]
                 shape = (*mask.shape, mask.shape[1])
-                current = (
-                    part,
-                    self._sum(sites, shape, mask.device, keep=keep, projections=projections),
-                )
+                current = part, self._sum(sites, shape, mask.device, wanted)
             part, total = current
             total.receive(site, args, kwargs, output)
             if total.complete:
-                current = None  # a map has served when it has been taken
+                current = None  # frees the map as soon as `take` is done with it
                 try:
                     take(part, total.reading(attention_mask[part]))
-                except Exception as error:  # noqa: BLE001 - the forward pass is somebody else's
+                except Exception as error:  # noqa: BLE001 - the caller's forward pass must go on
                     errors.append(error)
 
         with nullcontext() if self.backend.threads else self._lock:
@@ -259,9 +234,11 @@ class AttentionReader(ModelRunner):
             raise errors[0]
         return returned
 
-    def _sum(
-        self, sites: Sequence[AttentionSite], shape: Sequence[int], device: Any, **options: Any
-    ) -> ReadingSum:
+    def _wanted(self, keep: bool, by_value: bool, average: bool) -> Wanted:
+        projections = self.projections if by_value else None
+        return Wanted(keep=keep, projections=projections, average=average)
+
+    def _sum(self, sites: Sites, shape: Sequence[int], device: Any, wanted: Wanted) -> ReadingSum:
         return ReadingSum(
             self.model,
             self.adapter,
@@ -269,16 +246,16 @@ class AttentionReader(ModelRunner):
             device,
             sites=len(sites),
             block=self.block,
-            **options,
+            wanted=wanted,
         )
 
     def verify(self, more: More | None = None) -> None:
         """Check once, on a short input, that what is read is what the model computes.
 
-        At every site the probabilities, times the values, must give the attention output that the
-        model itself went on with, whatever implementation computed it; no token may attend to later
-        ones; and a read forward pass must give the logits of a plain one. `more` says what the
-        model is given beside the ids, by whoever runs it in a way of its own.
+        At every site, the probabilities times the values must give the attention output that the
+        model itself went on with, whichever implementation computed it; no token may attend to
+        later ones; and a forward pass that is read must give the logits of a plain one. `more`
+        returns what else the model is given, from the ids.
 
         Raises:
             AdapterMismatchError: They differ.
@@ -293,8 +270,8 @@ class AttentionReader(ModelRunner):
         """What the self-check finds at each site, on texts without and with padding.
 
         Raises:
-            AdapterMismatchError: Reading changes the logits, or the model runs an attention module
-                another number of times than the adapter lists it.
+            AdapterMismatchError: Reading changes the logits, or the adapter lists more or fewer
+                runs of an attention module than the model makes.
             ValueError: The model computes logits that are not finite.
         """
         found = [self._inspect(padding, more) for padding in self.check_padding]
@@ -312,14 +289,9 @@ class AttentionReader(ModelRunner):
         return reports
 
     def probe(
-        self,
-        sites: Sequence[AttentionSite],
-        receive: Receive,
-        *,
-        padding: int,
-        more: More | None = None,
+        self, sites: Sites, receive: Receive, *, padding: int, more: More | None = None
     ) -> None:
-        """The self-check's run: pass on the calls of some sites, and check the model as a whole.
+        """Run the self-check's text: pass on the calls of `sites`, and check the whole model.
 
         Raises:
             AdapterMismatchError: As `inspect`.

@@ -1,6 +1,6 @@
-"""The attention of one forward pass as rows that are computed when they are asked for.
+"""The attention of one forward pass, as rows that are computed on demand.
 
-Queries and keys are kept instead of the map that they span: `O(tokens)` instead of `O(tokens²)`.
+Queries and keys are kept instead of the map of all pairs: `O(tokens)` instead of `O(tokens²)`.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from flowtracer_plugin.attention.value_lengths import Projections, value_lengths
 from flowtracer_plugin.model.parallel import average_heads
 
 ROWS_CHECKED = 1024
-"""Of a mask that are looked at together, so that no copy of the whole is made."""
+"""Rows of a mask that are checked at a time, so that the whole mask is never copied."""
 
 
 class KeptCalls:
-    """The calls of one forward pass, as they come.
+    """Collects the calls of one forward pass.
 
     Args:
-        model: Whose they are.
-        adapter: How each is read.
-        maps: Whether calls that hand over a map of all pairs of tokens are kept as they are.
-        projections: If lengths of values are wanted, what they go through.
+        model: The model that runs.
+        adapter: Reads each call.
+        maps: Whether to keep calls that hand over a map of all pairs of tokens, not refuse them.
+        projections: What the values go through, if their lengths are wanted.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class KeptCalls:
 
     @torch.no_grad()
     def receive(self, site: AttentionSite, args: Any, kwargs: Any, _output: Any) -> None:
-        """Keep one call. What goes wrong waits for `calls`, as the forward pass goes on."""
+        """Keep one call. An error waits until `calls`, so that the forward pass goes on."""
         try:
             if self._error is None:
                 call = self._adapter.read(self._model.get_submodule(site.module), args, kwargs)
@@ -70,7 +70,11 @@ class KeptCalls:
             self._error = error
 
     def calls(self) -> tuple[AttentionCall | AttentionWeights, ...]:
-        """All of them; raises whatever went wrong."""
+        """All calls.
+
+        Raises:
+            Exception: Whatever went wrong in one of them.
+        """
         if self._error is not None:
             raise self._error
         return tuple(self._calls)
@@ -79,7 +83,7 @@ class KeptCalls:
 def _slim(
     call: AttentionCall | AttentionWeights, site: AttentionSite, *, maps: bool
 ) -> AttentionCall | AttentionWeights:
-    """The call without what its rows do not need."""
+    """The call without tensors that its rows do not need."""
     if isinstance(call, AttentionWeights):
         if maps:
             return replace(call, weights=call.weights.detach(), value=None)
@@ -91,23 +95,23 @@ def _slim(
 
 
 def _own(part: Tensor) -> Tensor:
-    """The tensor, copied if keeping it would keep more: all values, if one product made them."""
+    """The tensor, copied if it is a view that would keep a larger tensor alive."""
     part = part.detach()
     shared = part.untyped_storage().nbytes() > 1.1 * part.numel() * part.element_size()
     return part.clone() if shared else part
 
 
 class AttentionRows:
-    """Blocks of rows of the mean over layers and heads; rows and columns of padding are zero.
+    """Blocks of rows of the mean over layers and heads, with 0 in rows and columns of padding.
 
     Args:
-        model: Whose calls they are.
-        calls: Of the layers that are averaged; they look at no later tokens, see `check_causal`.
-        visible: Which tokens are no padding.
+        model: The model that made the calls.
+        calls: The calls of the layers to average. None looks at later tokens: see `check_causal`.
+        visible: True for tokens, False for padding.
         block: Query rows that are computed at a time.
-        heads: Which heads of each call are averaged, for each text; all by default.
-        lengths: Of what each call's heads fetch at each key: attention is weighed by these, in rows
-            that keep their sums.
+        heads: The heads of each call to average, for each text; all by default.
+        lengths: The lengths of each call's values, by which attention is weighed; rows keep their
+            sums. Without them, attention is not weighed.
     """
 
     def __init__(
@@ -134,7 +138,7 @@ class AttentionRows:
 
     @torch.no_grad()
     def __call__(self, start: int, stop: int) -> Float[Tensor, "batch row key"]:
-        """The rows `start` to `stop`, up to the column `stop`."""
+        """The rows from `start` to before `stop`, with as many columns as `stop`."""
         total = torch.zeros(self.shape[0], stop - start, stop, device=self.device)
         for first in range(start, stop, self._block):
             rows = slice(first, min(first + self._block, stop))
@@ -158,7 +162,7 @@ class AttentionRows:
 
 
 class _Part(NamedTuple):
-    """A call, which of its heads count, and the lengths by which their rows are weighed."""
+    """A call, the heads of it that are averaged, and the lengths that weigh their rows."""
 
     call: AttentionCall | AttentionWeights
     heads: Int[Tensor, " chosen"] | None
@@ -168,11 +172,11 @@ class _Part(NamedTuple):
 def _add_mean(
     total: Float[Tensor, "batch row key"], parts: Sequence[_Part], rows: slice, stop: int
 ) -> None:
-    """Add the mean over the parts' heads, of which each counts as much as any other."""
+    """Add the mean over all chosen heads alike; without a choice, over the calls' head means."""
     counts = [1 if part.heads is None else len(part.heads) for part in parts]
     sums = total.new_zeros(*total.shape[:2], 1)
     for (call, heads, lengths), count in zip(parts, counts, strict=True):
-        # Keys that are not the tokens themselves cannot be told apart by their number.
+        # Keys that stand for several tokens are not numbered like the tokens.
         keys = stop if getattr(call, "key_tokens", None) is None else None
         share = count / sum(counts)
         if lengths is None:
@@ -190,7 +194,7 @@ def _add_mean(
 def _of_text(
     parts: Sequence[_Part], text: int, chosen: Sequence[Int[Tensor, " _"]]
 ) -> tuple[_Part, ...]:
-    """The parts of one text, without calls of which no head counts."""
+    """The parts of one text, without calls whose heads are all left out."""
     return tuple(
         _Part(
             one_text(part.call, text),
@@ -203,27 +207,19 @@ def _of_text(
 
 
 def check_causal(calls: Sequence[AttentionCall | AttentionWeights]) -> None:
-    """Refuse calls that let tokens look at later ones, which rows do not show.
+    """Refuse calls in which tokens look at later ones: rows end at the diagonal.
 
     Raises:
-        UnsupportedArchitectureError: One does.
+        UnsupportedArchitectureError: Tokens look at later ones.
     """
-    found = [call for call in calls if isinstance(call, AttentionCall)]
-    # Layers share masks, and each is looked at once.
-    kinds = {(id(call.mask), call.causal, call.key_tokens is None): call for call in found}
-    for call in kinds.values():
-        _check_causal(call)
-
-
-def _check_causal(call: AttentionCall) -> None:
-    """Rows are only ever computed up to the diagonal, so nothing may be beyond it."""
-    if call.key_tokens is not None:
-        return
-    ahead = not call.causal if call.mask is None else _looks_ahead(call.mask)
-    if ahead:
-        raise UnsupportedArchitectureError(
-            "attention looks at later tokens, so no flow from earlier to later ones is defined"
-        )
+    by_token = [c for c in calls if isinstance(c, AttentionCall) and c.key_tokens is None]
+    # Layers share masks, and each is checked once.
+    for call in {(id(call.mask), call.causal): call for call in by_token}.values():
+        ahead = not call.causal if call.mask is None else _looks_ahead(call.mask)
+        if ahead:
+            raise UnsupportedArchitectureError(
+                "attention looks at later tokens, so no flow from earlier to later ones is defined"
+            )
 
 
 def _looks_ahead(mask: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Run a model up to the attention that is wanted, and let it be as it was."""
+"""Run a model up to its last wanted layer, and leave it unchanged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from flowtracer_plugin.model.causal_lm import (
     vocabulary_size,
 )
 from flowtracer_plugin.model.parallel import check_backend, may_stop, uncompiled
-from flowtracer_plugin.reading.backend import Backend, Receive
+from flowtracer_plugin.reading.backend import Backend, Inputs, Receive, Sites
 from flowtracer_plugin.reading.interface_backend import InterfaceBackend
 from flowtracer_plugin.reading.nnsight_backend import NnsightBackend
 from flowtracer_plugin.reading.site_check import check_sites
@@ -40,14 +40,14 @@ from flowtracer_plugin.reading.site_check import check_sites
 BACKENDS = {backend.name: backend for backend in (NnsightBackend, InterfaceBackend)}
 
 CHECK_TOKENS = 17
-"""Length of the self-check's input: hardly a model has as many heads, so that axes that are mixed
-up do not fit."""
+"""Length of the self-check's input. Hardly any model has 17 heads, so confused axes do not fit."""
 
 CHECK_PADDING = (0, 5)
-"""Padding of the self-check's inputs: without it, many models pass no mask at all."""
+"""Padding of the self-check's inputs. Without padding, many models pass no mask at all."""
 
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
-"""However many readers share a model, and however it is wrapped, one lock by its first site."""
+"""The lock of each model, by its first attention module: readers of one model and of its wrappers
+share it."""
 
 
 class ModelRunner:
@@ -92,7 +92,7 @@ class ModelRunner:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Everything that a run needs around it."""
+        """The model ready to run: in evaluation mode, without gradients and compilation."""
         turn = evaluating(self.model) if self.backend.threads else self.exclusive()
         with turn, torch.no_grad(), uncompiled(self.model):
             yield
@@ -122,14 +122,8 @@ class ModelRunner:
             inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
         return inputs
 
-    def _run(
-        self,
-        inputs: Mapping[str, Any],
-        sites: Sequence[AttentionSite],
-        receive: Receive,
-        progress: bool,
-    ) -> None:
-        """Run the model to the last of the sites; a bar shows up where that takes over a second."""
+    def _run(self, inputs: Inputs, sites: Sites, receive: Receive, progress: bool) -> None:
+        """Run the model to the last of the sites; a progress bar appears after one second."""
         bar = tqdm(total=len(sites), desc="reading", unit="layer", delay=1, disable=not progress)
 
         def counted(*call: Any) -> None:
@@ -149,11 +143,11 @@ class ModelRunner:
 
     @property
     def check_padding(self) -> tuple[int, ...]:
-        """Padding of the self-check's texts: none if the model takes no mask."""
+        """Padding tokens in each of the self-check's texts; only 0 if the model takes no mask."""
         return CHECK_PADDING if "attention_mask" in self._accepted else CHECK_PADDING[:1]
 
     def check_text(self, padding: int) -> tuple[Int[Tensor, "1 token"], Bool[Tensor, "1 token"]]:
-        """The self-check's input: tokens, and which of them are visible."""
+        """The self-check's input: token ids, and their mask."""
         length = min(CHECK_TOKENS, context_length(self.model))
         token = torch.arange(length, device=input_device(self.model))[None]
         return token % vocabulary_size(self.model), token >= padding

@@ -26,15 +26,15 @@ class SiteReport:
     """What the self-check found at one site.
 
     Attributes:
-        site: Where.
+        site: The site.
         heads: Number of query heads.
         groups: Number of key heads, 0 if no values were read.
-        difference: Between probabilities times values and the model's own attention output, as a
-            share of the size of that output.
-        tolerance: The difference that rounding may account for.
+        difference: Difference between probabilities times values and the model's own attention
+            output, as a share of the size of that output.
+        tolerance: The largest difference that rounding explains.
         row_sum: The smallest sum of a visible row: less than 1 with sinks.
-        ahead: The largest share that a token spends on later tokens.
-        padding: Tokens of padding before the text on which this was found.
+        ahead: The largest share of a token's attention that goes to later tokens.
+        padding: Number of padding tokens before the text.
     """
 
     site: AttentionSite
@@ -53,10 +53,10 @@ def report_site(
     output: Any,
     visible: Bool[Tensor, " token"],
 ) -> SiteReport:
-    """Compare a call that was read with what the model computed from it.
+    """The comparison of a call, as it was read, with what the model computed from it.
 
     Raises:
-        AdapterMismatchError: Their shapes do not fit.
+        AdapterMismatchError: Their shapes differ, or the adapter reads no values.
     """
     weights = call.weights if isinstance(call, AttentionWeights) else call.query
     # Models that attend in chunks pad the text behind its end.
@@ -107,8 +107,8 @@ def check_report(report: SiteReport, adapter: str) -> None:
 
 
 def worst(reports: Iterable[SiteReport]) -> SiteReport:
-    """The report of one site that says most against it."""
-    # Nothing is greater than NaN, so that it would pass for small.
+    """The worst of several reports of one site."""
+    # Nothing is greater than NaN, so that a plain maximum would take it for small.
     return max(
         reports,
         key=lambda r: (
@@ -124,15 +124,15 @@ def worst(reports: Iterable[SiteReport]) -> SiteReport:
 def _output_error(
     call: AttentionCall | AttentionWeights, output: Any, visible: Bool[Tensor, " token"]
 ) -> tuple[float, float]:
-    """How far probabilities times values are from the model's attention output, and the bound."""
+    """The difference between probabilities times values and the attention output, and its bound."""
     wanted = output[0] if isinstance(output, tuple) else output
     if call.value is None and isinstance(call, AttentionWeights):
-        # Read at the softmax itself, whose output they are.
+        # Such calls are read at the softmax itself, whose output are the weights.
         return difference(call.weights, wanted.reshape(call.weights.shape)), rounding(wanted)
     if call.value is None:
         raise AdapterMismatchError("the adapter reads no values, which the self-check needs")
     found = attention_output(call)
-    heads_first = found.transpose(1, 2)  # as PyTorch's own functions put them
+    heads_first = found.transpose(1, 2)  # as PyTorch's own functions return them
     if wanted.shape in (heads_first.shape, heads_first.flatten(0, 1).shape):
         wanted = wanted.reshape(heads_first.shape).transpose(1, 2)
     if wanted.numel() != found.numel():
@@ -140,6 +140,6 @@ def _output_error(
             f"probabilities times values have the shape {list(found.shape)}, "
             f"the attention output has {list(wanted.shape)}"
         )
-    # What a padding token looks at is up to the implementation, and never used.
+    # Each implementation gives padding tokens other attention, which nothing uses.
     wanted, found = wanted.reshape(found.shape)[:, visible], found[:, visible]
     return difference(found, wanted), rounding(call.value)

@@ -1,4 +1,4 @@
-"""Whether the sites that an adapter lists are those where the model attends."""
+"""Whether an adapter lists exactly the sites where the model attends."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def check_sites(
     """Refuse sites that the model does not have, or that leave out some of its layers.
 
     Raises:
-        AdapterMismatchError: The model has no module of such a path.
-        UnsupportedArchitectureError: The model attends in another way as well.
+        AdapterMismatchError: The model has no module of that path.
+        UnsupportedArchitectureError: Some layers attend in another way, which the adapter misses.
     """
     paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
     for site in sites:
@@ -39,7 +39,7 @@ def check_sites(
 
 
 def _check_layers(model: nn.Module, adapter: AttentionAdapter, found: set[int]) -> None:
-    """An adapter that looks around sees one way of attending; a model may have two."""
+    """Refuse a model with two ways of attending: each generic adapter finds only one."""
     for other in (one for one in known_adapters() if one.generic):
         for site in other.sites(model):
             if site.layer not in found:
@@ -60,7 +60,7 @@ def check_runs(
     """Refuse sites that a forward pass visits more or less often than the adapter lists them.
 
     Raises:
-        AdapterMismatchError: It does.
+        AdapterMismatchError: The numbers differ.
     """
     listed = Counter(site.module for site in sites)
     for path, runs in visits.items():
@@ -74,13 +74,13 @@ def check_runs(
 
 @contextmanager
 def counted_runs(model: nn.Module, sites: Sequence[AttentionSite]) -> Iterator[Counter[str]]:
-    """How often each attention module runs meanwhile."""
+    """Count how often this thread runs each attention module inside the `with` block."""
     visits: Counter[str] = Counter()
     me = get_ident()
     with ExitStack() as hooks:
         for path in {site.module for site in sites}:
             hook = model.get_submodule(path).register_forward_pre_hook(
-                # Other threads may run the model too, and count for themselves.
+                # Other threads may run the model at the same time, and count their own runs.
                 lambda *_, path=path: visits.update([path] if get_ident() == me else [])
             )
             hooks.callback(hook.remove)

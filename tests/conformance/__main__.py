@@ -1,4 +1,4 @@
-"""Measure the types of models again, and write what was found into the table.
+"""Measure the types of models again, and write the results into the table.
 
 python -m tests.conformance                  every type
 python -m tests.conformance --types a,b      only these rows
@@ -46,7 +46,7 @@ def main(
 
 
 def _sum_up(rows: list[Row]) -> None:
-    """Counts, and what is neither passed nor refused by design."""
+    """Print the counts, and the types that failed."""
     console = Console(highlight=False, soft_wrap=True)
     for (backend, status), count in sorted(Counter((r.backend, r.status) for r in rows).items()):
         console.print(f"{backend:>12} {status:<8} {count}")

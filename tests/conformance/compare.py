@@ -1,4 +1,4 @@
-"""What the reader reads, next to what the model reports: one type of model at a time."""
+"""Compare what the reader reads with what the model reports, for one type of model at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ REFUSALS = (NoAttentionError, UnsupportedArchitectureError)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """One batch of token ids, and which of them are visible."""
+    """One batch of token ids, and their mask."""
 
     padding: str
     ids: Int[Tensor, "batch token"]
@@ -45,7 +45,7 @@ class Prompt:
 
 @dataclass(kw_only=True, slots=True)
 class Findings:
-    """What a comparison has found so far, whatever ends it."""
+    """What a comparison has found so far, also when an error ends it."""
 
     adapter: str = ""
     layers: int = 0
@@ -55,7 +55,7 @@ class Findings:
 
 
 def prompts(*, together: bool = True) -> tuple[Prompt, ...]:
-    """Two rows of random ids, longer than every window; one of them padded left, right or not."""
+    """Two rows of random ids, longer than every window; the second is padded left, right or not."""
     drawn = torch.Generator().manual_seed(7)
     ids = torch.randint(3, VOCABULARY, (2, TOKENS), generator=drawn)
     found = []
@@ -73,7 +73,7 @@ def prompts(*, together: bool = True) -> tuple[Prompt, ...]:
 
 
 def measure(model_type: str, backend: str) -> Row:
-    """Compare every layer of a tiny model of this type; what goes wrong becomes the row's note."""
+    """The row for a tiny model of this type, whose layers are compared; its note tells errors."""
     findings = Findings()
     if model_type in NOTES:
         findings.remarks.append(NOTES[model_type])
@@ -129,7 +129,7 @@ def _compare(model_type: str, backend: str, findings: Findings) -> None:
 
 
 def _reference(model_type: str, twin: PreTrainedModel, prompt: Prompt) -> dict[int, Tensor]:
-    """What the twin says of each text alone, put where the text stands among the padding."""
+    """What the twin reports for each text alone, put where the text stands among the padding."""
     rows = []
     for ids, mask in zip(prompt.ids, prompt.mask, strict=True):
         alone = ids[mask][None], torch.ones(1, int(mask.sum()), dtype=torch.bool)
@@ -150,7 +150,7 @@ def _placed(map_: Tensor, mask: Tensor) -> Tensor:
 def _read(
     reader: AttentionReader, prompt: Prompt, layer: int, mean: Tensor, findings: Findings
 ) -> None:
-    """One layer at a time, so that an error in one cannot hide in the mean with others."""
+    """Compare one layer, so that its errors cannot hide in a mean over layers."""
     found = _probabilities(reader, prompt, layer, findings)
     if found is not None:
         difference = float((found - mean).abs().max())
@@ -162,7 +162,7 @@ def _read(
 def _read_share(
     reader: AttentionReader, prompt: Prompt, layer: int, share: Tensor, findings: Findings
 ) -> None:
-    """A layer whose keys are not the tokens: nothing of what it spends on them may get lost."""
+    """Compare row sums in a layer whose keys are not the tokens: no attention may get lost."""
     found = _probabilities(reader, prompt, layer, findings)
     if found is not None:
         whole = prompt.mask.all(-1)  # padding takes its part with it
@@ -179,7 +179,7 @@ def _probabilities(
         found = reader.read(prompt.ids, prompt.mask, [layer]).double()
     except REFUSALS:
         raise
-    # What fails in one layer or for one padding may work for the others.
+    # Other layers and paddings may still work.
     except Exception as error:  # noqa: BLE001
         _note(findings, f"{where}: {_line(error)}")
         return None
@@ -190,7 +190,7 @@ def _probabilities(
 
 
 def _note(findings: Findings, problem: str) -> None:
-    """Once for all layers and paddings that fail in the same way."""
+    """Add a problem, once for all layers and paddings that fail in the same way."""
     kind = _NUMBERS.sub("", problem.partition(": ")[2] or problem)
     if all(kind not in _NUMBERS.sub("", known) for known in findings.problems):
         findings.problems.append(problem)
@@ -204,13 +204,13 @@ def _verify(reader: AttentionReader, findings: Findings) -> None:
 
 
 def _visible(mean: Tensor, mask: Tensor) -> Tensor:
-    """Rows and columns of padding zero, whatever the model put there."""
+    """The map with 0 in rows and columns of padding."""
     hidden = ~mask
     return mean.masked_fill(hidden[:, :, None], 0).masked_fill(hidden[:, None, :], 0)
 
 
 def _peak(wanted: Tensor, mask: Tensor) -> float:
-    """Mean of the largest probability in the rows that see more than a window."""
+    """The mean of the largest probability in rows with more tokens before them than a window."""
     if not torch.isfinite(wanted[mask[:, None].expand(wanted.shape[:3])]).all():
         raise NotReportedError("the reported attention is not finite")
     rows = wanted[:, :, WINDOW:].amax(-1)

@@ -1,4 +1,4 @@
-"""Attention found by moving the values: for models that report other probabilities, or none.
+"""Attention from derivatives by the values: for models that report other probabilities, or none.
 
 An attention output is linear in the values, so its derivative by them is the probability that the
 model used, whatever came between the softmax and the product: sinks, rounds of hashing, chunks.
@@ -40,7 +40,7 @@ PROBES = {
     "granitemoe_swa": Probe(module="model.layers.{}.self_attn", value="v_proj", output="o_proj"),
     "reformer": Probe(module="reformer.encoder.layers.{}.attention.self_attention", value="value"),
 }
-"""Types whose own report cannot serve; `NOTES` says why."""
+"""Types whose own report cannot be compared; `NOTES` says why."""
 
 
 def probed_attention(
@@ -49,7 +49,7 @@ def probed_attention(
     mask: Bool[Tensor, "batch token"],
     probe: Probe,
 ) -> dict[int, Float[Tensor, "batch head query key"]]:
-    """Probabilities by layer: each attention module runs again, on the inputs that it had."""
+    """Probabilities by layer, from a second run of each attention module on the same inputs."""
     modules = dict(enumerate(_modules(twin, probe)))
     with torch.no_grad(), _arguments(modules) as arguments:
         twin(**model_inputs(twin, ids, mask))
@@ -63,7 +63,7 @@ def probed_attention(
 def _derivative(
     module: nn.Module, probe: Probe, heads: int, args: Any, kwargs: Any
 ) -> Float[Tensor, "batch head query key"]:
-    """By one channel of each head: another one for each of the heads that share their values."""
+    """The derivative of one channel of each head, another one for heads that share values."""
     with torch.enable_grad(), _tapped(module, probe) as tapped:
         returned = module(*args, **kwargs)
         output = tapped.get("output", returned[0])
@@ -83,7 +83,7 @@ def _derivative(
 
 @contextmanager
 def _arguments(modules: dict[int, nn.Module]) -> Iterator[dict[int, tuple[Any, Any]]]:
-    """Fills with what each module is called with."""
+    """A dictionary that fills with the arguments of each module."""
     seen: dict[int, tuple[Any, Any]] = {}
     with ExitStack() as hooks:
         for layer, module in modules.items():
@@ -98,13 +98,13 @@ def _arguments(modules: dict[int, nn.Module]) -> Iterator[dict[int, tuple[Any, A
 
 
 def _uncached(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Without the cache that the first run has filled."""
+    """The arguments without the cache that the first run has filled."""
     return {name: value for name, value in kwargs.items() if name != "past_key_values"}
 
 
 @contextmanager
 def _tapped(module: nn.Module, probe: Probe) -> Iterator[dict[str, Tensor]]:
-    """The values become a leaf of the graph, and the attention output is kept."""
+    """Make the values a leaf of the graph, and keep the attention output."""
     tapped: dict[str, Tensor] = {}
 
     def value(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class NotReportedError(RuntimeError):
 def model_inputs(
     model: nn.Module, ids: Int[Tensor, "batch token"], mask: Bool[Tensor, "batch token"]
 ) -> dict[str, Any]:
-    """What a reader passes to the model; positions are the model's own."""
+    """The inputs that a reader passes to the model; the model makes its positions itself."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
@@ -35,12 +35,11 @@ def reported_attention(
 ) -> dict[int, Float[Tensor, "batch head query key"]]:
     """Probabilities by layer, as the eager `twin` reports them; layers without any are left out.
 
-    A map belongs to the layer in the path of the module that returned it. Where layers attend more
-    than once, attentions are counted in the order of execution instead, as their caches are, and so
-    where the model cut its maps to size.
+    A map belongs to the layer in the path of the module that returned it. If layers attend more
+    than once, or the model cut its maps to size, maps are numbered in the order of execution.
 
     Raises:
-        NotReportedError: It reports none between tokens.
+        NotReportedError: The model reports no attention between tokens.
     """
     maps = [map_ for map_ in _reported(twin, ids, mask) if _between_tokens(map_.weights, ids)]
     if not maps:
@@ -54,14 +53,14 @@ def reported_attention(
 def reported_share(
     twin: PreTrainedModel, ids: Int[Tensor, "batch token"], mask: Bool[Tensor, "batch token"]
 ) -> dict[int | None, Float[Tensor, "batch query"]]:
-    """What each query spends on keys of any kind, by layer: sinks take the rest."""
+    """The sum of each query's attention to keys of any kind, by layer; sinks take the rest."""
     maps = _reported(twin, ids, mask)
     return {map_.layer: map_.weights.double().sum(-1).mean(1) for map_ in maps}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Map:
-    """What a model reports of one attention, and the layer in the path of the module."""
+    """One map that a model reports, and the layer in the path of the module."""
 
     layer: int | None
     weights: Float[Tensor, "batch head query key"]
@@ -76,7 +75,7 @@ def _reported(twin: PreTrainedModel, ids: Tensor, mask: Tensor) -> list[_Map]:
 
 @contextmanager
 def _returned(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
-    """Fills with every tensor that a module returns, and the module's path, innermost first."""
+    """A list that fills with each module's path and the tensors it returns, innermost first."""
     seen: list[tuple[str, Tensor]] = []
     handles = [
         module.register_forward_hook(
@@ -104,7 +103,7 @@ def _between_tokens(map_: Tensor, ids: Tensor) -> bool:
 
 
 def _origin(map_: Tensor, returned: list[tuple[str, Tensor]]) -> str:
-    """Path of the module that returned `map_`; empty if it was cut or copied since."""
+    """The path of the module that returned `map_`; empty if the map was cut or copied since."""
     return next((path for path, tensor in returned if tensor is map_), "")
 
 

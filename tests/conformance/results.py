@@ -1,4 +1,4 @@
-"""The table of what was measured: one row for each type of model and backend."""
+"""The table of measurements: one row for each type of model and backend."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ import csv
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 RESULTS = Path(__file__).with_name("results.csv")
 
 Status = Literal["passed", "refused", "failed"]
-STATUSES: tuple[str, ...] = get_args(Status)
 NO_ATTENTION = "NoAttentionError"
 """Begins the note of a type that carries information in a recurrent state only."""
 FORWARD = "attends forward"
-"""Stands in the note of a type whose queries see later tokens: there is no flow to trace."""
+"""Ends the note of a type whose queries see later tokens, so that there is no flow to trace."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What was found for one type of model.
+    """The result for one type of model on one backend.
 
     Attributes:
         type: The key in transformers' mapping of causal language models.
         adapter: Name of the adapter that read it; empty if none did.
-        backend: How the reader got at the attention.
+        backend: The backend of the reader.
         layers: How many layers were compared.
         difference: Largest absolute difference of a probability; empty if none was compared.
         status: `passed`; `refused` with a typed error, by design; or `failed`.
-        note: The error, or what a reader of the table should know.
-        transformers: Version of the library whose model this is.
+        note: The error, or a remark for readers of the table.
+        transformers: Version of transformers.
     """
 
     type: str
@@ -47,7 +46,7 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 
 def read_rows(path: Path = RESULTS) -> tuple[Row, ...]:
-    """The rows of a table that `write_rows` wrote; none if there is no table."""
+    """The rows of a table that `write_rows` wrote; empty if there is no file."""
     if not path.exists():
         return ()
     with path.open(newline="", encoding="utf-8") as file:
@@ -57,7 +56,7 @@ def read_rows(path: Path = RESULTS) -> tuple[Row, ...]:
 
 
 def write_rows(rows: Iterable[Row], path: Path = RESULTS) -> None:
-    """Put the table at `path`, all of it or none."""
+    """Write the table to `path`, all of it or none."""
     beside = path.with_suffix(".tmp")
     with beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -67,6 +66,6 @@ def write_rows(rows: Iterable[Row], path: Path = RESULTS) -> None:
 
 
 def merged(old: Iterable[Row], new: Iterable[Row]) -> tuple[Row, ...]:
-    """`old` with the rows that `new` measured again, in the order of types and backends."""
+    """`old` with `new` rows in the place of theirs, sorted by type and backend."""
     rows = {(row.type, row.backend): row for row in (*old, *new)}
     return tuple(rows[key] for key in sorted(rows))

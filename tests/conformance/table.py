@@ -1,4 +1,4 @@
-"""The page of supported architectures, made from the table of what was measured.
+"""The page of supported architectures, made from the table of measurements.
 
 python -m tests.conformance.table            write the page again
 """
@@ -60,7 +60,7 @@ def by_type(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
 
 
 def supported(rows: Mapping[str, Row]) -> bool:
-    """Whether a type passed on the backend that is used unless another is asked for."""
+    """Whether a type passed on the default backend."""
     return DEFAULT in rows and rows[DEFAULT].status == "passed"
 
 
@@ -70,7 +70,7 @@ def attends(rows: Mapping[str, Row]) -> bool:
 
 
 def summary(rows: Iterable[Row]) -> str:
-    """One sentence for the README."""
+    """The sentence about supported types in README."""
     types = by_type(rows)
     versions = {row.transformers for found in types.values() for row in found.values()}
     attending = [found for found in types.values() if attends(found)]
@@ -117,7 +117,7 @@ def _supported_line(name: str, found: Mapping[str, Row]) -> str:
 
 
 def _difference(row: Row | None) -> str:
-    """A number only where the type passed."""
+    """The difference if the type passed, else a sign."""
     if row is None:
         return ""
     return {"passed": row.difference, "refused": "–", "failed": "fails"}[row.status]
@@ -128,7 +128,7 @@ def _cell(text: str) -> str:
 
 
 def write_page() -> None:
-    """Write the page from the table as it is."""
+    """Write the page from the table in its file."""
     PAGE.write_text(page(read_rows()), encoding="utf-8")
 
 

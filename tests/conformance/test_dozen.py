@@ -1,4 +1,4 @@
-"""A dozen types, each with something that no other has, compared whenever the tests run."""
+"""A dozen types, each with something that the others lack, measured in every run of the tests."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_model_that_cannot_be_built_is_a_row(monkeypatch):
     assert (row.status, row.note, row.layers) == ("failed", "ImportError: needs a package", 0)
 
 
-def test_the_future_is_noticed(monkeypatch):
+def test_attention_to_later_tokens_is_noticed(monkeypatch):
     config = tiny_config("xlm")
     config.causal = False
     monkeypatch.setattr(tiny_models, "tiny_config", lambda model_type: config)

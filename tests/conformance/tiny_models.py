@@ -17,7 +17,7 @@ from tests.conformance.type_table import GAINS, PARTS
 from tests.families import quiet_transformers
 
 _RECURRENT = ("A_log", "D", "dt_bias", "time_decay", "time_first")
-"""Parameters of recurrent layers whose range keeps the state finite."""
+"""Parameters of recurrent layers, which must stay in their range to keep the state finite."""
 
 
 def tiny_pair(
@@ -47,11 +47,11 @@ def _built(
 
 
 class NoVisionConfig(Gemma3nVisionConfig):
-    """Stands for the vision tower of Gemma 3n, which is a model of timm."""
+    """The configuration in the place of Gemma 3n's vision tower, which needs the package timm."""
 
 
 class NoVision(PreTrainedModel):
-    """What text never runs through."""
+    """An empty vision tower: text never runs through it."""
 
     config_class = NoVisionConfig
 

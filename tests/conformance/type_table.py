@@ -1,4 +1,4 @@
-"""What single types need beyond the shrinking by names: the exceptions, and why."""
+"""Settings of single types beyond the shrinking by names, and the reasons."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
         "index_topk": 3,
     },
-    "doge": {"sliding_window": None},  # so that only its own selection hides keys
+    "doge": {"sliding_window": None},  # only its own selection hides keys
     "dots1": _ALTERNATING,
     "dots3_note": {"text_config": _SLIDING_LATENT, **_DOTS_TOWERS},
     "dots3_note_text": _SLIDING_LATENT,
@@ -156,7 +156,7 @@ ONE_ROW = frozenset({"xlnet"})
 """Types that are run one row at a time; `NOTES` says why."""
 
 PARTLY_REPORTED = frozenset({"deepseek_v4"})
-"""Types with layers whose keys are no tokens: of those, row sums and outputs are compared."""
+"""Types with layers whose keys are not tokens: row sums and outputs are compared there."""
 
 _SINKS = "compared with derivatives: its report leaves out the share of sinks"
 NOTES: dict[str, str] = {
@@ -169,4 +169,4 @@ NOTES: dict[str, str] = {
     "reformer": "with hash_seed and num_buckets set; LSH layers notice a whole chunk of padding",
     "xlnet": 'with attn_type="uni", one row at a time: its causal mask does not broadcast',
 }
-"""What a reader of the table should know about how a type was run."""
+"""Remarks on how a type was run, for readers of the table."""

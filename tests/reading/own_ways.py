@@ -1,7 +1,7 @@
-"""Models whose attention is more than one map of tokens per layer, and what it is by definition.
+"""Models whose attention is more than one map of tokens per layer, and slow definitions of it.
 
-What a token receives from another is what the model's own attention function makes of one-hot
-values: how much of each key goes into each query, whatever sinks, masks and scalings it applies.
+The attention of a token to another is the output of the model's own attention function for one-hot
+values: how much of each key goes into each query, after all sinks, masks and scalings.
 """
 
 from __future__ import annotations
@@ -14,23 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    BigBirdConfig,
-    BigBirdPegasusConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    ProphetNetConfig,
-    XLNetConfig,
-    Zamba2Config,
-    ZambaConfig,
 )
 from transformers.models.deepseek_v4 import DeepseekV4Config
 from transformers.models.granite_swa import GraniteSWAConfig
 from transformers.models.granitemoe_swa import GraniteMoeSWAConfig
 from transformers.models.hrm_text import HrmTextConfig
-from transformers.models.inkling2 import Inkling2TextConfig
 from transformers.models.mimo_v2_flash import MiMoV2FlashConfig
-from transformers.models.minimax_m3_vl import MiniMaxM3VLTextConfig
 
+from tests.conformance.tiny_configs import tiny_config
 from tests.families import redrawn
 
 LENGTH = 29  # longer than every window, and no multiple of a compression rate
@@ -57,11 +50,10 @@ _ALTERNATING: dict[str, Any] = {
     "sliding_window": WINDOW,
     "layer_types": ["full_attention", "sliding_attention"] * 2,
 }
-_MAMBA: dict[str, Any] = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
 
 
-def interface_configs() -> dict[str, PreTrainedConfig]:
-    """Types that call the attention interface, and need a closer look nevertheless."""
+def special_configs() -> dict[str, PreTrainedConfig]:
+    """Types that need other settings here than in the comparison of all types."""
     return {
         "deepseek_v4": DeepseekV4Config(
             **{**_GROUPED, **_EXPERTS, "num_key_value_heads": 1},
@@ -93,16 +85,6 @@ def interface_configs() -> dict[str, PreTrainedConfig]:
         "hrm_text": HrmTextConfig(
             **{**HEADS, "num_hidden_layers": 2}, head_dim=16, H_cycles=2, L_cycles=3
         ),
-        "inkling2_text": Inkling2TextConfig(
-            **_GROUPED,
-            sliding_window=WINDOW,
-            d_rel=8,
-            rel_extent=32,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=32,
-            dense_intermediate_size=64,
-        ),
         "mimo_v2_flash": MiMoV2FlashConfig(
             **_GROUPED,
             **_ALTERNATING,
@@ -114,74 +96,17 @@ def interface_configs() -> dict[str, PreTrainedConfig]:
             v_head_dim=24,  # unlike head_dim
             attention_value_scale=0.7,
         ),
-        "minimax_m3_vl_text": MiniMaxM3VLTextConfig(
-            **_GROUPED,
-            **_EXPERTS,
-            layer_types=["full_attention", "minimax_m3_sparse"] * 2,
-            index_block_size=4,
-            index_topk_blocks=3,
-            index_n_heads=2,
-            index_head_dim=16,
-            dense_intermediate_size=64,
-            shared_intermediate_size=64,
-            rotary_dim=8,
-        ),
-        "zamba": ZambaConfig(
-            **HEADS,
-            **_MAMBA,
-            num_key_value_heads=4,
-            n_mamba_heads=2,
-            layers_block_type=["linear_attention", "hybrid"] * 2,
-            use_mamba_kernels=False,
-        ),
-        "zamba2": Zamba2Config(
-            **{**HEADS, "num_hidden_layers": 6},
-            **_MAMBA,
-            n_mamba_heads=8,
-            chunk_size=8,
-            num_mem_blocks=2,
-            adapter_rank=8,
-            use_mem_rope=True,
-            layers_block_type=["linear_attention", "hybrid"] * 3,
-            use_mamba_kernels=False,
-        ),
     }
 
 
-def weights_configs() -> dict[str, PreTrainedConfig]:
-    """Types that multiply weights and values in plain view."""
-    return {
-        "big_bird": BigBirdConfig(**HEADS, attention_type="original_full", is_decoder=True),
-        "prophetnet": ProphetNetConfig(
-            **TOKENS,
-            hidden_size=64,
-            decoder_ffn_dim=64,
-            num_decoder_layers=4,
-            num_decoder_attention_heads=4,
-            is_decoder=True,
-            is_encoder_decoder=False,
-            add_cross_attention=False,
-        ),
-        "xlnet": XLNetConfig(
-            vocab_size=128, d_model=64, n_layer=4, n_head=4, d_inner=64, attn_type="uni"
-        ),
-        "bigbird_pegasus": BigBirdPegasusConfig(
-            **TOKENS,
-            d_model=64,
-            decoder_layers=4,
-            decoder_ffn_dim=64,
-            decoder_attention_heads=4,
-            is_decoder=True,
-        ),
-    }
+WEIGHTS = ("big_bird", "prophetnet", "xlnet", "bigbird_pegasus")
+"""Types that multiply weights and values in their own code."""
 
-
-INTERFACE, WEIGHTS = tuple(interface_configs()), tuple(weights_configs())
-ALL = (*INTERFACE, *WEIGHTS)
+ALL = (*special_configs(), "inkling2_text", "minimax_m3_vl_text", "zamba", "zamba2", *WEIGHTS)
 
 
 def model_of(name: str, *, eager: bool = False) -> PreTrainedModel:
-    config = {**interface_configs(), **weights_configs()}[name]
+    config = special_configs().get(name) or tiny_config(name)
     if eager:
         config._attn_implementation = "eager"
     return redrawn(config)
@@ -192,7 +117,7 @@ def text(length: int = LENGTH, *, seed: int = 5) -> Tensor:
 
 
 def padded(ids: Tensor, left: int = 0, right: int = 0) -> tuple[Tensor, Tensor]:
-    """The ids between padding, and where they are."""
+    """The ids between padding, and their mask."""
     ids = nn.functional.pad(ids, (left, right))
     place = torch.arange(ids.shape[1])[None]
     return ids, (place >= left) & (place < ids.shape[1] - right)
@@ -202,14 +127,14 @@ PADDING = {"none": (0, 0), "left": (5, 0), "right": (0, 5)}
 
 
 def inputs_of(name: str, ids: Tensor) -> dict[str, Any]:
-    """One text without padding."""
+    """The model's inputs for one text without padding."""
     inputs: dict[str, Any] = {"input_ids": ids}
     return inputs if name == "xlnet" else {**inputs, "use_cache": False}
 
 
 @contextmanager
 def one_hot_values(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collects, for each attention call, what of each key goes into each query, for every head."""
+    """A list that fills with the attention of every head, for each attention call."""
     code = sys.modules[type(model).__module__]
     attend, found = code.eager_attention_forward, list[Tensor]()
 
@@ -265,7 +190,7 @@ def _spread(model: PreTrainedModel, layer: int, mean: Tensor) -> Tensor:
 
 
 def members_of(compressor: Any, tokens: int) -> list[list[int]]:
-    """Of each summary: the tokens that change it."""
+    """The tokens that change each summary."""
     drawn = torch.Generator().manual_seed(1)
     hidden = torch.randn(1, tokens, 64, generator=drawn)
     residual, positions = torch.randn(1, tokens, 32, generator=drawn), torch.arange(tokens)[None]

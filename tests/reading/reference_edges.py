@@ -1,4 +1,4 @@
-"""The slow definition of edges between tokens that are not the plain mean of all heads."""
+"""The slow definition of edges that are not the plain mean of all heads."""
 
 from __future__ import annotations
 

@@ -11,20 +11,22 @@ from transformers import AutoModelForCausalLM
 
 from flowtracer_plugin.attention import UnsupportedArchitectureError
 from flowtracer_plugin.reading.reader import AttentionReader
-from tests.reading.test_capture import SOME_LAYERS, prompt
+from tests.reading.comparison import SOME_LAYERS, prompt
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(folder / "model", tp_plan="auto").eval()
-attention = model.model.layers[0].self_attn
-assert attention.q_proj.weight.to_local().shape[0] * 2 == attention.q_proj.weight.shape[0]
-reader = AttentionReader(model, backend="interface")
-reader.verify()
+found = {}
+for family in ("llama", "qwen3"):
+    model = AutoModelForCausalLM.from_pretrained(folder / family, tp_plan="auto").eval()
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.weight.to_local().shape[0] * 2 == attention.q_proj.weight.shape[0]
+    reader = AttentionReader(model, backend="interface")
+    reader.verify()
+    found[family] = reader.read(*prompt("left"), SOME_LAYERS)
 try:
     AttentionReader(model)
-    refused = ""
+    found["refused"] = ""
 except UnsupportedArchitectureError as error:
-    refused = str(error)
-found = {"mean": reader.read(*prompt("left"), SOME_LAYERS), "refused": refused}
+    found["refused"] = str(error)
 torch.save(found, folder / f"{distributed.get_rank()}.pt")
 distributed.destroy_process_group()

@@ -28,7 +28,7 @@ from tests.conformance.reported import model_inputs, reported_attention
 from tests.conformance.tiny_configs import tiny_config
 from tests.conformance.tiny_models import tiny_pair
 from tests.families import quiet_transformers, redrawn, tiny_model
-from tests.reading.test_capture import assert_close, eager_twin, prompt
+from tests.reading.comparison import assert_close, eager_twin, prompt
 
 SMALL = {
     "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -76,7 +76,7 @@ def test_summaries_of_a_cached_prefix_are_refused():
         )
 
 
-# --- ways that a configuration chooses ---
+# --- several ways of attending, chosen by the configuration ---
 
 
 def one_hot_values(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
@@ -96,13 +96,11 @@ def one_hot_values(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("alibi", [False, True])
-def test_falcon_is_read_in_all_of_its_four_ways(alibi, implementation, padding):
+def test_falcon_is_read_in_all_of_its_four_ways(alibi, implementation):
     config = FalconConfig(**SMALL, alibi=alibi)
     model = redrawn(config)
-    ids, mask = prompt(padding)
     eager, own = (
         AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation=way).eval()
         for way in ("eager", implementation)
@@ -112,32 +110,32 @@ def test_falcon_is_read_in_all_of_its_four_ways(alibi, implementation, padding):
     reader = AttentionReader(own)
     reader.verify()
     assert own.config._attn_implementation == implementation
-    if alibi and implementation == "sdpa":
-        # In eager attention, transformers 5.23 adds the bias twice: with the mask, and by itself.
-        inputs = model_inputs(own, ids, mask)
-        with torch.no_grad():
-            apart = own(**inputs).logits - eager(**inputs).logits
-        assert apart[mask].abs().max() > 0.1
-        for row, shown in enumerate(mask):
-            text = ids[row : row + 1, shown]
-            for layer, wanted in enumerate(one_hot_values(own, text)):
-                found = reader.read(ids, mask, [layer])[row]
-                assert_close(found[shown][:, shown], wanted[0].mean(0))
-        return
-    for layer, weights in reported_attention(eager, ids, mask).items():
-        wanted = weights.mean(1) * mask[:, :, None] * mask[:, None, :]
-        assert_close(reader.read(ids, mask, [layer]), wanted)
+    for padding in ("none", "left", "right"):
+        ids, mask = prompt(padding)
+        if alibi and implementation == "sdpa":
+            check_by_one_hot_values(reader, eager, ids, mask)
+            continue
+        for layer, weights in reported_attention(eager, ids, mask).items():
+            wanted = weights.mean(1) * mask[:, :, None] * mask[:, None, :]
+            assert_close(reader.read(ids, mask, [layer]), wanted)
 
 
-def test_blocks_by_place_are_read_with_padding_on_the_left():
-    model, _ = tiny_pair("minimax_m3_vl_text")
-    AttentionReader(model).verify()
-    ids, mask = prompt("left")
-    found = AttentionReader(model).read(ids, mask, range(4))
-    assert_close(found[mask].sum(-1), torch.ones(int(mask.sum())))
+def check_by_one_hot_values(
+    reader: AttentionReader, eager: PreTrainedModel, ids: Tensor, mask: Tensor
+) -> None:
+    """In eager attention, transformers 5.23 adds the bias twice: with the mask, and by itself."""
+    inputs = model_inputs(reader.model, ids, mask)
+    with torch.no_grad():
+        apart = reader.model(**inputs).logits - eager(**inputs).logits
+    assert apart[mask].abs().max() > 0.1
+    for row, shown in enumerate(mask):
+        text = ids[row : row + 1, shown]
+        for layer, wanted in enumerate(one_hot_values(reader.model, text)):
+            found = reader.read(ids, mask, [layer])[row]
+            assert_close(found[shown][:, shown], wanted[0].mean(0))
 
 
-# --- what has no token graph ---
+# --- models without a token graph ---
 
 
 def test_an_encoder_that_looks_ahead_is_refused_with_the_setting_that_helps():
@@ -167,6 +165,6 @@ def test_several_codebooks_are_refused():
         ft.wrap(MusicgenForCausalLM(config))
 
 
-def test_adapters_that_know_an_architecture_say_so_to_none_of_the_common_ones():
+def test_no_special_adapter_matches_a_common_architecture():
     model, _ = tiny_pair("llama")
     assert [adapter.name for adapter in ADAPTERS if adapter.matches(model)] == ["interface"]

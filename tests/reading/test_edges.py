@@ -23,6 +23,7 @@ from tests.reading.reference_edges import edges_by_hand, lengths_by_hand
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 LAYERS = (2, 3)
+OTHERS = ("gpt2", "gpt_oss", "mistral")
 PROJECTIONS = ("o_proj", "c_proj", "dense")
 
 
@@ -122,24 +123,28 @@ def test_all_heads_by_attention_are_the_plain_mean():
     assert_close(found, reader.read(ids, mask, LAYERS))
 
 
-def test_named_heads_are_averaged_over_all_layers_together():
-    ids = texts(1)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])
+def test_named_heads_are_averaged_over_all_layers_together(family):
+    ids = texts()
     mask = torch.ones_like(ids, dtype=torch.bool)
-    model = tiny_model("llama", attn_implementation="eager")
+    mask[1, -5:] = False
+    model = tiny_model(family, attn_implementation="eager")
     pairs = ((2, 1), (3, 0), (3, 2))
     found, _ = AttentionReader(model).read_edges(
-        ids, mask, LAYERS, choice(1, pairs, by_value=False)
+        ids, mask, LAYERS, choice(2, pairs, by_value=False)
     )
     maps = eager_attentions(model, ids, mask)
-    wanted = torch.stack([maps[layer][0, head] for layer, head in pairs]).mean(0)
-    assert_close(found[0], wanted)
+    wanted = torch.stack([maps[layer][:, head] for layer, head in pairs]).mean(0)
+    assert_close(found, wanted * mask[:, :, None] * mask[:, None, :])
 
 
 # Modes, padding and batches
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [*(("llama", preset) for preset in sorted(PRESETS)), *((f, "sharp") for f in OTHERS)],
+)
 def test_streamed_traces_equal_dense_ones(family, preset):
     model, tokenizer = with_tokenizer(family)
     traces = [
@@ -197,7 +202,7 @@ def test_chosen_heads_are_kept_in_files_and_documents(tmp_path):
     assert trace.to_dict()["heads"] == [list(pair) for pair in trace.heads]
 
 
-def test_where_flow_ends_is_no_hub_or_checkpoint():
+def test_tokens_where_flow_ends_are_no_hubs_or_checkpoints():
     tracer = ft.wrap(*with_tokenizer("llama"), preset="sharp")
     trace = tracer.trace("one two three\n", "four. The answer is 5")
     ends = set(np.flatnonzero(trace.spans.target).tolist())
@@ -270,7 +275,7 @@ def test_presets_set_what_is_left_out():
         ({"edges": "gradient"}, r"edges must be one of \('attention', 'value'\)"),
     ],
 )
-def test_what_no_option_has_is_refused(wrong, said):
+def test_wrong_options_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         ft.wrap(tiny_llama(), **wrong)
 

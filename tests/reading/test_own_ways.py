@@ -6,11 +6,12 @@ from copy import deepcopy
 
 import pytest
 import torch
-from transformers import BigBirdConfig, BltConfig, CpmAntConfig, PreTrainedModel
+from transformers import BigBirdConfig, PreTrainedModel
 
 from flowtracer_adapters import OutputSinkAdapter
 from flowtracer_plugin.attention import UnsupportedArchitectureError
 from flowtracer_plugin.reading.reader import AttentionReader
+from tests.conformance.tiny_configs import tiny_config
 from tests.families import redrawn
 from tests.reading.own_ways import (
     ALL,
@@ -23,7 +24,6 @@ from tests.reading.own_ways import (
     compare,
     defined,
     inputs_of,
-    interface_configs,
     members_of,
     model_of,
     one_hot_values,
@@ -34,36 +34,24 @@ from tests.reading.own_ways import (
 # --- what is read is what the definition says ---
 
 
-@pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("name", ALL)
-def test_every_layer_is_read_as_defined(name, padding):
-    ids, mask = padded(text(), *PADDING[padding])
-    wanted = defined(name, ids, mask)
-    reader = AttentionReader(model_of(name))
+def test_every_layer_is_read_as_defined_wherever_the_padding_is(name):
+    reader, ids = AttentionReader(model_of(name)), text()
+    reader.verify()
+    wanted = defined(name, ids, torch.ones_like(ids, dtype=torch.bool))
     assert len(reader.sites) == len(wanted)
     for site, map_ in zip(reader.sites, wanted, strict=True):
-        found = reader.read(ids, mask, [site.layer])
-        compare(found, map_, mask)
-        assert found.triu(1).eq(0).all()
-        assert found.amax(-1)[mask].mean() > 0.12
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_the_self_check_passes(name):
-    AttentionReader(model_of(name)).verify()
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ALL)
-def test_padding_changes_nothing(name, side):
-    reader, ids = AttentionReader(model_of(name)), text()
-    layers = [site.layer for site in reader.sites]
-    alone = reader.read(ids, torch.ones_like(ids, dtype=torch.bool), layers)
-    longer, mask = padded(ids, *PADDING[side])
-    found = reader.read(longer, mask, layers)
-    inside = found[mask[:, :, None] & mask[:, None, :]].view_as(alone)
-    apart = float((inside - alone).abs().max())
-    assert apart < 1e-5
+        alone = None
+        for sides in PADDING.values():
+            longer, mask = padded(ids, *sides)
+            found = reader.read(longer, mask, [site.layer])
+            assert found.triu(1).eq(0).all()
+            assert found.amax(-1)[mask].mean() > 0.12
+            inside = found[mask[:, :, None] & mask[:, None, :]].view_as(map_)
+            assert found.sum() == pytest.approx(float(inside.sum()))
+            torch.testing.assert_close(inside, map_, atol=1e-4, rtol=0)
+            alone = inside if alone is None else alone
+            torch.testing.assert_close(inside, alone, atol=1e-5, rtol=0)
 
 
 # --- HRM: a layer is a run of a module ---
@@ -96,7 +84,7 @@ def test_some_layers_of_several_cycles_are_averaged():
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-@pytest.mark.parametrize("tokens", [3, 8, 27, 29])
+@pytest.mark.parametrize("tokens", [3, 29])
 def test_a_summary_stands_for_its_window_and_sparse_ones_for_the_window_before_too(layer, tokens):
     compressor = model_of("deepseek_v4").model.layers[layer].self_attn.compressor
     rate, windows = (CSA_RATE, 2) if layer == 1 else (HCA_RATE, 1)
@@ -107,7 +95,7 @@ def test_a_summary_stands_for_its_window_and_sparse_ones_for_the_window_before_t
     assert members_of(compressor, tokens) == wanted
 
 
-@pytest.mark.parametrize("tokens", range(1, 2 * HCA_RATE + 2))
+@pytest.mark.parametrize("tokens", [1, CSA_RATE, HCA_RATE, 2 * HCA_RATE + 1])
 def test_no_token_looks_at_a_summary_before_its_window_is_over(tokens):
     ids = text(tokens)
     model = model_of("deepseek_v4", eager=True)
@@ -164,50 +152,7 @@ def test_a_sparse_layer_hides_what_it_did_not_choose():
     assert (sparse[before] == 0).float().mean() > 0.2
 
 
-# --- MiMo: a configuration that is none ---
-
-
-def test_mimo_with_as_many_key_heads_as_heads_cannot_run_at_all():
-    config = interface_configs()["mimo_v2_flash"]
-    config.num_key_value_heads = config.num_attention_heads  # and twice as many if sliding
-    with pytest.raises(RuntimeError, match="must match the size"), torch.no_grad():
-        redrawn(config)(text())
-
-
-# --- ProphetNet: two streams ---
-
-
-def test_prophetnet_is_read_in_its_main_stream():
-    model, ids = model_of("prophetnet"), text()
-    with torch.no_grad():
-        reported = model(ids, output_attentions=True, use_cache=False)
-    assert reported.ngram_attentions[0].shape[-1] == 2 * LENGTH
-    found = AttentionReader(model).read(ids, torch.ones_like(ids, dtype=torch.bool), [2])
-    torch.testing.assert_close(found, reported.attentions[2].mean(1), atol=1e-5, rtol=0)
-
-
 # --- models without a map from token to earlier token ---
-
-
-def cpmant() -> PreTrainedModel:
-    return redrawn(
-        CpmAntConfig(
-            vocab_size=128, hidden_size=64, num_attention_heads=4, dim_head=16, dim_ff=64,
-            num_hidden_layers=2, prompt_length=6, prompt_types=4,
-        )
-    )  # fmt: skip
-
-
-def blt() -> PreTrainedModel:
-    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
-    part = {**small, "num_hidden_layers": 2}
-    local = {**part, "hidden_size_global": 64, "cross_attn_k": 1}
-    config = BltConfig(
-        patcher_config=part, global_config=part, encoder_config=local, decoder_config=local,
-        cross_attn_k=1, encoder_hash_byte_group_vocab=64, encoder_hash_byte_group_size=[3],
-        patching_threshold=4.9,
-    )  # fmt: skip
-    return redrawn(config)
 
 
 def sparse_big_bird() -> PreTrainedModel:
@@ -217,30 +162,21 @@ def sparse_big_bird() -> PreTrainedModel:
     return redrawn(config)
 
 
-REFUSED = {
-    "cpmant": (cpmant, "lets every token see every other"),
-    "blt": (blt, "from patch to patch"),
-    "big_bird": (sparse_big_bird, 'attention_type="original_full" and is_decoder=True'),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_model_without_a_token_graph_is_refused_with_the_reason(name):
-    build, reason = REFUSED[name]
-    with pytest.raises(UnsupportedArchitectureError, match=reason):
-        AttentionReader(build())
-
-
 def test_cpmant_looks_ahead():
+    config = tiny_config("cpmant")
+    config.prompt_length = 6
+    model = redrawn(config)
     with torch.no_grad():
-        reported = cpmant()(text(), output_attentions=True, use_cache=False).attentions
+        reported = model(text(), output_attentions=True, use_cache=False).attentions
     assert reported[0].shape[-2:] == (LENGTH, LENGTH)
     assert reported[0].triu(1).sum(-1).mean() > 0.2
     assert reported[0].sum(-1).max() < 1  # the rest goes to the prompt in front
 
 
 def test_blt_attends_between_patches():
-    model, ids = blt(), text()
+    config = tiny_config("blt")
+    config.patching_threshold = 4.9
+    model, ids = redrawn(config), text()
     sides: dict[str, int] = {}
     for path in ("local_encoder", "global_transformer", "local_decoder"):
         attention = model.model.get_submodule(f"{path}.layers.0.self_attn")
@@ -253,8 +189,11 @@ def test_blt_attends_between_patches():
     assert 1 < sides["global_transformer"] < LENGTH
 
 
-def test_big_bird_gives_up_block_sparse_attention_for_a_short_text():
+def test_block_sparse_big_bird_is_refused_because_it_changes_with_the_length():
     model = sparse_big_bird()
+    refused = 'attention_type="original_full" and is_decoder=True'
+    with pytest.raises(UnsupportedArchitectureError, match=refused):
+        AttentionReader(model)
     attention = model.bert.encoder.layer[0].attention
     assert type(attention.self).__name__ == "BigBirdBlockSparseAttention"
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Models as people hand them over: half compiled, without a head, with masks of their own."""
+"""Unusual models and inputs: without a head, with masks of their own, what is refused."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ from transformers.modeling_utils import AttentionInterface
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.attention import UnsupportedArchitectureError
-from flowtracer_plugin.reading.reader import AttentionReader
 from flowtracer_plugin.reading.runner import BACKENDS
 from tests.attention.reference_attention import eager_head_mean
 from tests.families import quiet_transformers, redrawn, tiny_model
-from tests.reading.test_capture import SOME_LAYERS, assert_close, eager_twin, prompt
+from tests.reading.comparison import SOME_LAYERS, assert_close, eager_twin, prompt
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning"),
@@ -46,60 +45,6 @@ BOTH = pytest.mark.parametrize("backend", BACKENDS)
 def unchecked(monkeypatch):
     """Without the suite's type checker, which refuses some values before our own code does."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
-# --- compiled in part ---
-
-
-def forward_compiled(model: PreTrainedModel) -> None:
-    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
-
-
-def body_compiled(model: PreTrainedModel) -> None:
-    model.model = torch.compile(model.model, backend="eager", fullgraph=True)
-
-
-def layers_compiled(model: PreTrainedModel) -> None:
-    for number, layer in enumerate(model.model.layers):
-        model.model.layers[number] = torch.compile(layer, backend="eager")
-
-
-def attention_compiled(model: PreTrainedModel) -> None:
-    for layer in model.model.layers:
-        layer.self_attn.forward = torch.compile(layer.self_attn.forward, backend="eager")
-
-
-def layers_compiled_in_place(model: PreTrainedModel) -> None:
-    for layer in model.model.layers:
-        layer.compile(backend="eager")
-
-
-@BOTH
-@pytest.mark.parametrize(
-    "part",
-    [
-        forward_compiled,
-        body_compiled,
-        layers_compiled,
-        attention_compiled,
-        layers_compiled_in_place,
-    ],
-)
-def test_models_that_are_compiled_in_part_are_read_and_stay_compiled(part, backend):
-    model = tiny_model("llama")
-    part(model)
-    ids, mask = prompt("left")
-    before = {name: vars(m).get("forward") for name, m in model.named_modules()}
-    paths = [path for path, _ in model.named_modules()]
-    reader = AttentionReader(model, backend=backend)
-    reader.verify()
-    wanted = eager_head_mean(eager_twin("llama"), ids, mask, SOME_LAYERS)
-    for _ in range(2):
-        assert_close(reader.read(ids, mask, SOME_LAYERS), wanted)
-    assert [path for path, _ in model.named_modules()] == paths
-    after = {name: vars(m).get("forward") for name, m in model.named_modules()}
-    compiled = [name for name, was in before.items() if "compile" in repr(was)]
-    assert all(after[name] is before[name] for name in compiled)
 
 
 # --- masks and positions ---
@@ -200,7 +145,7 @@ class PlainConfig(PreTrainedConfig):
 
 
 class PlainAttention(nn.Module):
-    """`torch` attends in the middle, or the module itself does."""
+    """Attention through PyTorch's function."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -292,7 +237,7 @@ def test_the_result_is_float32_whatever_the_default(backend):
     assert torch.equal(found, wanted)
 
 
-# --- what is no input ---
+# --- refused inputs ---
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -312,6 +257,6 @@ def test_the_result_is_float32_whatever_the_default(backend):
         (torch.ones(3).long(), None, ValueError, r"must both be \[batch, token\]"),
     ],
 )
-def test_what_is_no_batch_of_ids_is_named(ids, mask, kind, message):
+def test_inputs_that_are_no_batch_of_ids_are_refused(ids, mask, kind, message):
     with pytest.raises(kind, match=message):
         ft.wrap(tiny_model("llama")).attention(ids, mask)
