@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,6 +29,12 @@ MISSING = {
     "browser": None if _folder("FLOWTRACER_CHROMIUM") else "FLOWTRACER_CHROMIUM names no file",
 }
 """Why tests with this marker cannot run here."""
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported out of garbage collection, which every training run asks for."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

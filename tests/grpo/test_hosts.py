@@ -18,21 +18,10 @@ from flowtracer_plugin.grpo import (
 )
 from flowtracer_plugin.grpo.hooks import WEIGHTS
 from flowtracer_plugin.reading.one_pass import ReadingSum
-from tests.grpo.test_passes import lora, trained, watched
-from tests.grpo.test_trainer import ANSWERS, TEXTS, logged, same_parameters
-from tests.grpo.worker import build, reward, save_policy, scripted, word_tokenizer
+from tests.grpo.trained import ANSWERS, TEXTS, logged, lora, same_parameters, trained, watched
+from tests.grpo.worker import build, reward, scripted, word_tokenizer
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(autouse=True)
-def _silent(monkeypatch):
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
 def weights_of(policy, folder, kind=FlowGRPOTrainer, **options):

@@ -21,7 +21,7 @@ from flowtracer_plugin.grpo import FlowGRPOConfig, script as training
 from flowtracer_plugin.grpo.script import build_trainer, main, parse, train
 from flowtracer_plugin.rewards import math_answer
 from flowtracer_plugin.text.data_sets import TEMPLATES, load_rows, with_prompts
-from tests.grpo.worker import PROMPTS, config, save_policy, word_tokenizer
+from tests.grpo.worker import PROMPTS, config, word_tokenizer
 
 ROOT = Path(__file__).parents[2]
 ROWS = [{"question": prompt, "solution": f"so #### {n}"} for n, prompt in enumerate(PROMPTS * 2)]
@@ -30,15 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
 ]
-
-# Half of TrainingArguments' fields do not hold what they declare, which the suite's checker minds.
-FlowGRPOConfig.__init__ = inspect.unwrap(FlowGRPOConfig.__init__)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy"))
-
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):

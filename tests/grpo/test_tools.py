@@ -9,9 +9,8 @@ from trl.trainer import grpo_trainer
 
 from flowtracer_plugin.grpo import FlowGRPOConfig, FlowGRPOTrainer
 from flowtracer_plugin.grpo.hooks import WEIGHTS
-from tests.grpo.test_passes import watched
-from tests.grpo.test_trainer import LAYERS, logged, same_parameters, slow_weights
-from tests.grpo.worker import config, reward, save_policy, word_tokenizer
+from tests.grpo.trained import LAYERS, logged, same_parameters, slow_weights, watched
+from tests.grpo.worker import config, reward, word_tokenizer
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
 
@@ -61,13 +60,7 @@ class FlowScripted(FlowGRPOTrainer, Scripted):
 
 @pytest.fixture(autouse=True)
 def _tools(monkeypatch):
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     monkeypatch.setattr(grpo_trainer, "parse_response", parsed)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy"))
 
 
 def trained(kind, policy, folder, **options):

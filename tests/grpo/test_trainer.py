@@ -16,7 +16,6 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
@@ -37,14 +36,25 @@ from flowtracer_plugin.grpo import (
 from tests.credit import reference_scorers as slow_scorers
 from tests.credit.test_weights import slow_credit
 from tests.flow import reference
+from tests.grpo.trained import (
+    ANSWERS,
+    LAYERS,
+    TEXTS,
+    logged,
+    lora,
+    same_parameters,
+    slow_flow,
+    slow_weights,
+    words,
+)
 from tests.grpo.worker import (
+    METRICS,
     PROMPTS,
     WORDS,
     build,
     build_rloo,
     config,
     reward,
-    save_policy,
     scripted,
     word_tokenizer,
 )
@@ -60,33 +70,16 @@ METRICS = (
     "errors",
     "seconds",
 )
-LAYERS = {"middle": (2, 3), "all": tuple(range(6)), "late:1": (4,)}
-TEXTS = ["then 4 plus 3 is 7 apples so", "so 1 then #### 9", "is 2 <eos>", "so 8 then then 5 is"]
-ANSWERS = [5, 4, 1, 4]
-"""Where in each of `TEXTS` the answer stands."""
+LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo", "luspo")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
 ]
 
-# Half of TrainingArguments' fields do not hold what they declare, which the suite's checker minds.
-FlowGRPOConfig.__init__ = inspect.unwrap(FlowGRPOConfig.__init__)
-
-
-@pytest.fixture(autouse=True)
-def _silent(monkeypatch):
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-
-
 @pytest.fixture
 def unchecked(monkeypatch):
     """Without the suite's type checker, which refuses some values before our own code does."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
-@pytest.fixture(scope="session")
-def policy(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy"))
 
 
 def score(trainer, rows=4):
@@ -117,20 +110,6 @@ def spread(trainer, rollouts, plain):
     return trainer._flow_credit.generation(lambda _: given, None)
 
 
-def words(text):
-    return word_tokenizer()(text)["input_ids"]
-
-
-def same_parameters(one, other):
-    ours, theirs = one.model.state_dict(), other.model.state_dict()
-    assert ours.keys() == theirs.keys()
-    return all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def logged(trainer, name):
-    return [step[f"flow/{name}"] for step in trainer.state.log_history if f"flow/{name}" in step]
-
-
 # credit
 
 
@@ -145,23 +124,6 @@ def test_it_trains_and_logs(policy, tmp_path):
     assert 1 < max(logged(trainer, "weight_mean")) < 1.5
     assert all(0 <= share <= 1 for share in logged(trainer, "top_share") if share is not None)
     assert min(logged(trainer, "seconds")) > 0
-
-
-def slow_flow(model, text, prompt, place, *, layers, target):
-    """Of the words of a completion, by eager attention and the loops of `reference`."""
-    asked, said = words(prompt), words(text)
-    attention = eager_attention(model, asked + said, layers)
-    tokens = np.arange(len(asked) + len(said))
-    question = (tokens > 0) & (tokens < len(asked))
-    wanted = tokens == len(asked) + place - (target == "decision")
-    return reference.flow(attention.numpy(), question, wanted)["throughput"][len(asked) :]
-
-
-def slow_weights(model, text, prompt, place, *, layers, target, chosen=None, **options):
-    """By their definition, one row without padding."""
-    throughput = slow_flow(model, text, prompt, place, layers=layers, target=target)
-    competing = np.ones(len(throughput)) if chosen is None else np.array(chosen, float)
-    return slow_credit(throughput, competing, **options)
 
 
 @pytest.mark.parametrize(
@@ -222,19 +184,6 @@ def test_top_share_is_the_flow_of_the_top_tokens(policy, tmp_path):
     assert metrics["flow/entropy"] == pytest.approx([np.mean(entropies)], rel=1e-5)
 
 
-UNIFORM = [
-    {"loss_type": "dapo"},
-    {"loss_type": "grpo", "beta": 0.04, "num_iterations": 2, "gradient_accumulation_steps": 2},
-    {"loss_type": "bnpo", "num_iterations": 2, "flow_normalize": "mean_one"},
-    {"loss_type": "dr_grpo", "beta": 0.04, "gradient_accumulation_steps": 2},
-    {"loss_type": "cispo", "steps_per_generation": 2},
-    {"loss_type": "sapo", "gradient_checkpointing": False},
-    {"loss_type": "vespo", "num_iterations": 2},
-    {"loss_type": "luspo", "mask_truncated_completions": True},
-    {"loss_type": "dapo", "bf16": True},
-]
-
-
 def train_both(policy, folder, ours, theirs=None, **options):
     """The same training with flow credit and without it."""
     plain = {name: value for name, value in options.items() if not name.startswith("flow_")}
@@ -246,10 +195,8 @@ def train_both(policy, folder, ours, theirs=None, **options):
     return pair
 
 
-@pytest.mark.parametrize(
-    "options", UNIFORM, ids=lambda options: "-".join(map(str, options.values()))
-)
-def test_uniform_credit_trains_bit_identically_to_plain_grpo(policy, tmp_path, options):
+def test_uniform_credit_of_mean_one_trains_bit_identically_to_plain_grpo(policy, tmp_path):
+    options = {"loss_type": "bnpo", "num_iterations": 2, "flow_normalize": "mean_one"}
     ours, plain = train_both(policy, tmp_path, {"flow_gamma": 1.0}, max_steps=4, **options)
     assert same_parameters(ours, plain)
     assert sum(logged(ours, "answer_found")) > 0
@@ -262,20 +209,10 @@ def test_unequal_credit_trains_otherwise(policy, tmp_path):
     assert not same_parameters(ours, plain)
 
 
-def test_uniform_credit_is_plain_grpo_under_lora_with_dropout(policy, tmp_path):
-    lora = LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
-    shared = {"max_steps": 3, "peft_config": lora, "beta": 0.04}
-    ours, plain = train_both(policy, tmp_path, {"flow_gamma": 1.0}, **shared)
-    assert same_parameters(ours, plain)
-    assert sum(logged(ours, "answer_found")) > 0
-    other, _ = train_both(policy, tmp_path, {"flow_gamma": 2.0}, **shared)
-    assert not same_parameters(other, plain)
-
-
 def test_the_pass_draws_no_random_number_and_leaves_every_mode(policy, tmp_path):
-    lora = LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
+    adapters = lora(lora_dropout=0.5)
     trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), peft_config=lora
+        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), peft_config=adapters
     )
     rollouts, plain = score(trainer)
     trainer.model.get_submodule("base_model.model.model.layers.1").eval()
@@ -709,7 +646,7 @@ def test_the_loss_check_alone_sees_sequence_level_importance_sampling(policy, tm
 @pytest.mark.parametrize(
     "options",
     [
-        *({"loss_type": case["loss_type"], "beta": 0.04} for case in UNIFORM),
+        *({"loss_type": loss, "beta": 0.04} for loss in LOSSES),
         {"top_entropy_quantile": 0.2},
         {"entropy_coef": 0.1},
         {"delta": 2.0},

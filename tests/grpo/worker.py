@@ -1,5 +1,6 @@
 """A policy that trains in a second, what it is trained on, and one process of a distributed run."""
 
+import inspect
 import json
 import os
 import sys
@@ -16,7 +17,20 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig, FlowGRPOTrainer, scoring
 from tests.families import tiny_model
 
+# Half of TrainingArguments' fields do not hold what they declare, which the tests' type checker
+# would refuse.
+FlowGRPOConfig.__init__ = inspect.unwrap(FlowGRPOConfig.__init__)
+
 WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789", "so", "then", "plus", "is", "apples", "####"]
+METRICS = (
+    "answer_found",
+    "weight_mean",
+    "top_share",
+    "entropy",
+    "prompt_jump",
+    "errors",
+    "seconds",
+)
 PROMPTS = ["3 plus 4 is", "so 2 apples plus 5 apples is", "1 plus 1 plus 1 is", "9 apples is"]
 CHAT = (
     "{% for message in messages %}{{ message['content'] }} {% endfor %}"
