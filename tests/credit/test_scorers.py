@@ -231,7 +231,7 @@ DEFINED = [name for name in SCORERS if name not in ("random", "shuffled", "unifo
 
 @pytest.mark.parametrize("name", [*DEFINED, *PRODUCTS])
 @given(batch=rollouts(), top_fraction=FRACTIONS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_every_row_gets_what_its_definition_says(name, batch, top_fraction):
     batch = Rollouts(**batch)
     found = find_scorer(name).boost(batch, top_fraction)
@@ -476,7 +476,7 @@ def test_no_global_random_state_is_used_or_changed(name):
 
 @pytest.mark.parametrize("name", ["flow", "reach", "attention", "entropy", "flow*entropy"])
 @given(batch=rollouts(), top_fraction=FRACTIONS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_bottom_is_what_its_definition_says(name, batch, top_fraction):
     batch = Rollouts(**batch)
     found = lowest(find_scorer(name)).boost(batch, top_fraction)
@@ -490,7 +490,7 @@ def test_the_bottom_is_what_its_definition_says(name, batch, top_fraction):
 
 @pytest.mark.parametrize("name", SCORERS)
 @given(batch=rollouts(), top_fraction=FRACTIONS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_nothing_depends_on_the_other_rows_or_on_padding(name, batch, top_fraction):
     batch = Rollouts(**batch)
     together = SCORERS[name].boost(batch, top_fraction)
@@ -503,7 +503,7 @@ def test_nothing_depends_on_the_other_rows_or_on_padding(name, batch, top_fracti
 
 @pytest.mark.parametrize("name", SCORERS)
 @given(batch=rollouts(), top_fraction=FRACTIONS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_boost_is_a_number_from_zero_to_one_for_competing_tokens(name, batch, top_fraction):
     batch = Rollouts(**batch)
     found = SCORERS[name].boost(batch, top_fraction)
@@ -524,6 +524,7 @@ def test_a_boost_is_a_number_from_zero_to_one_for_competing_tokens(name, batch, 
     "name", ["flow", "reach", "shuffled", "attention", "attention_power", "rollout"]
 )
 @given(batch=rollouts())
+@settings(max_examples=20, deadline=None)
 def test_without_an_answer_nothing_is_boosted(name, batch):
     batch = Rollouts(**batch)
     found = SCORERS[name].boost(batch, 1.0)

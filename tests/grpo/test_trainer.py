@@ -1,7 +1,6 @@
 """TRL: token-level credit in real trainers."""
 
 import importlib
-import inspect
 import math
 import re
 import sys
@@ -61,20 +60,12 @@ from tests.grpo.worker import (
 from tests.tiny import eager_attention
 
 ROOT = Path(__file__).parents[2]
-METRICS = (
-    "answer_found",
-    "weight_mean",
-    "top_share",
-    "entropy",
-    "prompt_jump",
-    "errors",
-    "seconds",
-)
 LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo", "luspo")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
 ]
+
 
 @pytest.fixture
 def unchecked(monkeypatch):

@@ -25,6 +25,10 @@ def words(text):
     return word_tokenizer()(text)["input_ids"]
 
 
+def name_of(options: dict[str, Any]) -> str:
+    return "-".join(f"{name}={value}" for name, value in options.items()) or "default"
+
+
 def lora(**options: Any) -> LoraConfig:
     return LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], **options)
 

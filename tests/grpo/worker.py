@@ -1,5 +1,6 @@
-"""A policy that trains in a second, what it is trained on, and one process of a distributed run."""
+"""A policy that trains in a second, its data, and one process of a distributed run."""
 
+import gc
 import inspect
 import json
 import os
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig, FlowGRPOTrainer, scoring
+from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig, FlowGRPOTrainer, scoring, script
 from tests.families import tiny_model
 
 # Half of TrainingArguments' fields do not hold what they declare, which the tests' type checker
@@ -52,7 +53,7 @@ def word_tokenizer():
 
 
 def save_policy(folder):
-    """Write a random model and its tokenizer, and return where."""
+    """The folder, with a random model and its tokenizer."""
     model = tiny_model("llama", vocab_size=len(WORDS))
     model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
@@ -60,7 +61,7 @@ def save_policy(folder):
 
 
 def reward(prompts, completions, completion_ids, **columns):
-    """Differs between completions, and depends on nothing but their tokens."""
+    """Rewards that differ between completions and depend on their tokens only."""
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
@@ -111,7 +112,7 @@ def build(
 
 
 def build_rloo(policy, folder, reward_funcs, rows=None):
-    """The same for RLOO, which knows nothing of token-level credit."""
+    """The same for RLOO, which has no token-level credit."""
     return RLOOTrainer(
         policy,
         reward_funcs,
@@ -138,7 +139,7 @@ def scripted(texts, masks=None):
 
 
 def shard(trainer):
-    """FSDP2, as accelerate lays it out, which does so on accelerators only."""
+    """The trainer with FSDP2 as accelerate applies it, which it does on accelerators only."""
     for layer in trainer.model.model.layers:
         fully_shard(layer)
     fully_shard(trainer.model)
@@ -177,7 +178,7 @@ def sharded_by_deepspeed(model):
 
 
 def fail_once():
-    """The next flow to be solved is not."""
+    """Let the next call that solves flow fail."""
     solve = scoring.solve_rollouts
 
     def failing(*args):
@@ -188,7 +189,7 @@ def fail_once():
 
 
 def run(policy, folder, *, flow, sharded, fails=False, **options):
-    """Train once as one rank; what must agree with other ranks or runs.
+    """A report of one training run as one rank, and the parameters at its end.
 
     The first rank finds an answer in every completion, the second finds none.
     """
@@ -219,16 +220,20 @@ def run(policy, folder, *, flow, sharded, fails=False, **options):
 
 
 def main(policy, folder, runs):
-    """Train every run as one rank, and write what became of it."""
+    """Train every run as one rank, and write its report and its parameters."""
     rank = os.environ["RANK"]
     if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")
-    for number, options in enumerate(runs):
-        said, state = run(policy, folder / str(number), **options)
-        torch.save(state, folder / f"{number}-{rank}.pt")
-        (folder / f"{number}-{rank}.json").write_text(json.dumps(said))
+    gc.freeze()  # each run collects garbage
+    for name, options in runs.items():
+        if "script" in options:
+            script.main(options["script"])
+            continue
+        said, state = run(policy, folder / name, **options)
+        torch.save(state, folder / f"{name}-{rank}.pt")
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(said))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()  # else its threads may abort the process as it ends
 
