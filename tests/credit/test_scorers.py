@@ -37,12 +37,12 @@ PRODUCTS = ("flow*entropy", "attention*surprisal", "reach*entropy*surprisal")
 
 
 def input_of(name, need):
-    """The field of `Rollouts` that a scorer means by what it needs."""
+    """The field of `Rollouts` that provides one of a scorer's needs."""
     return "reach" if (name, need) == ("reach", "flow") else INPUTS[need]
 
 
 def one_call(kind, shared, groups, visible, generator):
-    """An attention call whose padding holds what nobody may read."""
+    """An attention call with NaN on the padding."""
     batch, tokens = visible.shape
     seen = torch.ones(tokens, tokens, dtype=torch.bool).tril() & visible[:, None]
     query = torch.randn(batch, groups * shared, tokens, 3, generator=generator) * 2
@@ -114,7 +114,7 @@ class Row:
 
 
 def row_of(batch, row):
-    """The same rollout, had nobody shared a batch with it."""
+    """One row of the batch as a batch of its own, without padding."""
     seen = batch.visible[row]
     prompt = int(seen[: batch.prompt_length].sum())
     where = seen[batch.prompt_length :].nonzero()[:, 0]
@@ -176,7 +176,7 @@ def slow_rhythm(row, window=10, horizon=(10, 50)):
 
 
 def apart(values):
-    """Whether float32 can tell the values from each other, as float64 does."""
+    """Whether float32 orders the values as float64 does."""
     return all(left == right or right - left > 1e-4 for left, right in pairwise(sorted(values)))
 
 
@@ -638,13 +638,13 @@ def test_a_name_may_have_a_preset_and_factors():
         ("flow*fai", r"read other layers or other graphs: \['middle', 'middle:5'\]"),
     ],
 )
-def test_a_name_that_means_nothing_is_refused(name, said):
+def test_unknown_names_are_refused(name, said):
     with pytest.raises(ValueError, match=said):
         find_scorer(name)
 
 
 @pytest.mark.parametrize("name", ["coupled", "shuffled", "oracle"])
-def test_what_chooses_in_its_own_way_has_no_bottom(name):
+def test_scorers_with_a_choice_of_their_own_have_no_bottom(name):
     with pytest.raises(
         ValueError, match=f"{name!r} chooses in a way of its own, and has no bottom"
     ):

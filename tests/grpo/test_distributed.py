@@ -147,7 +147,7 @@ def test_a_rank_that_fails_makes_the_passes_of_the_others(launched, sharded):
 
 
 def test_the_script_trains_one_model_in_two_processes(launched):
-    output, _ = launched(zero=False)
+    output, _ = launched(False)
     (line,) = [line for line in output.splitlines() if line.startswith("wrote ")]
     saved = json.loads((Path(line.removeprefix("wrote ")) / "trainer_state.json").read_text())
     # Two processes of four completions each, two prompts in each.

@@ -77,7 +77,7 @@ def trained(kind, folder, *, flipped=False, **options):
     return trainer, torch.cat([step[WEIGHTS] for step in seen]) if kind is FlowSeeing else None
 
 
-def test_the_pass_that_trains_and_one_of_its_own_see_the_same_images(tmp_path):
+def test_the_training_pass_and_an_extra_one_see_the_same_images(tmp_path):
     _, training = trained(FlowSeeing, tmp_path)
     _, extra = trained(FlowSeeing, tmp_path, flow_pass="extra")
     assert torch.equal(training, extra)

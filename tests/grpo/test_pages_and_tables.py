@@ -40,7 +40,7 @@ def test_the_table_of_completions_has_the_answers_beside_their_completions(
     assert len(table) >= 4
 
 
-def test_tables_in_evaluation_stay_whole(policy, tmp_path):
+def test_columns_of_the_table_have_one_length_after_evaluation(policy, tmp_path):
     trainer = build(
         FlowGRPOTrainer, policy, tmp_path, log_completions=True, max_steps=2,
         per_device_eval_batch_size=2,
@@ -100,7 +100,7 @@ def test_the_table_is_right_with_an_evaluation_inside_a_generation(policy, tmp_p
 @pytest.mark.parametrize(
     ("every", "iterations", "wanted"), [(2, 3, [0, 3, 6, 9]), (5, 4, [0, 8]), (1, 1, range(12))]
 )
-def test_pages_come_with_the_first_generation_that_is_due(
+def test_a_page_is_written_for_the_first_generation_of_each_interval(
     policy, tmp_path, every, iterations, wanted
 ):
     build(
@@ -111,14 +111,14 @@ def test_pages_come_with_the_first_generation_that_is_due(
     assert names == [f"step_{step:06d}.html" for step in wanted]
 
 
-def test_a_page_that_cannot_be_written_costs_no_run(policy, tmp_path, caplog):
+def test_training_continues_when_a_page_cannot_be_written(policy, tmp_path, caplog):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "flow").write_text("a file")
     build(FlowGRPOTrainer, policy, tmp_path).train()
     assert "the page of step 0 could not be written" in caplog.text
 
 
-def test_the_oldest_page_goes_first_whatever_its_step(policy, tmp_path):
+def test_the_oldest_page_is_deleted_first_whatever_its_step(policy, tmp_path):
     folder = tmp_path / "out" / "flow"
     folder.mkdir(parents=True)
     before = folder / "step_000900.html"

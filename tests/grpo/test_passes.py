@@ -1,4 +1,4 @@
-"""Credit from the pass that trains, from TRL's own scoring pass, and from one of its own."""
+"""Credit from the training pass, from TRL's scoring pass, and from an extra pass."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ UNSCORED: list[dict[str, Any]] = [
     {"steps_per_generation": 2, "gradient_accumulation_steps": 4},
     {"gradient_checkpointing": False},
 ]
-"""Settings in which it does not."""
+"""Settings in which TRL scores nothing before it trains."""
 
 
 # --- the three passes ---
@@ -51,8 +51,8 @@ UNSCORED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", [*UNSCORED, *SCORED], ids=name_of)
 def test_every_pass_gives_the_same_weights_and_the_same_training(policy, tmp_path, options):
     reference, wanted = trained(policy, tmp_path, flow_pass="extra", **options)
-    others = ["auto", *(["scoring"] if options in SCORED else ["training"])]
-    for chosen in others:
+    named = {name_of(UNSCORED[0]): ["training"], name_of(SCORED[0]): ["scoring"]}
+    for chosen in ("auto", *named.get(name_of(options), [])):
         trainer, seen = trained(policy, tmp_path, flow_pass=chosen, **options)
         assert len(seen) == len(wanted)
         for ours, theirs in zip(seen, wanted, strict=True):
@@ -82,7 +82,7 @@ def test_the_weights_of_the_sampling_policy_are_kept_for_later_iterations(policy
 # --- what it costs ---
 
 
-def test_a_pass_of_its_own_ends_after_the_last_layer_that_is_read(policy, tmp_path):
+def test_an_extra_pass_ends_after_the_last_layer_that_is_read(policy, tmp_path):
     shared = {"max_steps": 2, "rollout_func": scripted(TEXTS)}
     trainer = build(FlowGRPOTrainer, policy, tmp_path, flow_pass="extra", **shared)
     plain = build(GRPOTrainer, policy, tmp_path, **shared)
@@ -101,7 +101,7 @@ def test_a_pass_of_its_own_ends_after_the_last_layer_that_is_read(policy, tmp_pa
 # --- which pass ---
 
 
-def test_the_scoring_pass_has_to_be_there(policy, tmp_path):
+def test_the_error_about_a_missing_scoring_pass_names_the_remedy(policy, tmp_path):
     trainer = build(FlowGRPOTrainer, policy, tmp_path, flow_pass="scoring")
     with pytest.raises(ValueError, match=r"there is none .*set flow_pass='auto'"):
         trainer.train()
@@ -128,7 +128,7 @@ def test_the_reference_adapters_pass_is_not_taken_for_the_policys(policy, tmp_pa
         assert torch.equal(ours, theirs)
 
 
-def test_dropout_is_in_the_pass_that_trains_and_not_in_one_of_its_own(policy, tmp_path):
+def test_dropout_is_in_the_training_pass_and_not_in_an_extra_one(policy, tmp_path):
     options = {"peft_config": lora(lora_dropout=0.5), "max_steps": 4, "learning_rate": 0.05}
     weights = {}
     for chosen in ("training", "extra"):
@@ -146,7 +146,7 @@ def test_uniform_credit_is_plain_grpo_whatever_pass_is_read(policy, tmp_path):
         assert sum(logged(ours, "answer_found")) > 0
 
 
-def test_what_nnsight_must_read_is_read_in_the_pass_that_trains(tmp_path):
+def test_nnsight_reads_the_training_pass_too(tmp_path):
     from transformers import BloomConfig, BloomForCausalLM
 
     torch.manual_seed(0)
@@ -165,7 +165,7 @@ def test_what_nnsight_must_read_is_read_in_the_pass_that_trains(tmp_path):
     assert len(weights["training"].unique()) == 2
 
 
-# --- when, and what if not ---
+# --- schedule and failures ---
 
 
 def test_credit_starts_at_its_step_and_grows(policy, tmp_path):

@@ -47,7 +47,7 @@ def test_uniform_is_plain_grpo(policy, tmp_path):
 
 
 @pytest.mark.parametrize("scorer", ["uniform", "random", "entropy"])
-def test_nothing_is_read_that_is_not_looked_at(policy, tmp_path, monkeypatch, scorer):
+def test_scorers_that_use_no_attention_read_none(policy, tmp_path, monkeypatch, scorer):
     trainer = build(FlowGRPOTrainer, policy, tmp_path, flow_scorer=scorer)
 
     def fail(*_, **__):

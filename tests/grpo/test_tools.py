@@ -1,4 +1,4 @@
-"""GRPO with tools: what a tool said is read, and neither competes nor weighs."""
+"""GRPO with tools: their output is read, but its tokens do not compete and keep weight 1."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add(a: int, b: int) -> str:
 
 
 def parsed(tokenizer, ids, **_):
-    """A question to the tool for every sum, and plain text for the rest."""
+    """A tool call for every sum, and plain text otherwise."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     message = {"role": "assistant", "content": text}
     if "plus" not in text:
@@ -44,7 +44,7 @@ def parsed(tokenizer, ids, **_):
 
 
 class Scripted(GRPOTrainer):
-    """Says what the script says: first it asks the tool, then it answers."""
+    """First calls the tool, then answers."""
 
     turns = 0
 
@@ -85,7 +85,7 @@ def trained(kind, policy, folder, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2}, {"flow_pass": "extra"}])
-def test_what_a_tool_said_is_read_but_neither_competes_nor_weighs(policy, tmp_path, options):
+def test_a_tools_tokens_are_read_but_do_not_compete_and_keep_weight_one(policy, tmp_path, options):
     _, seen = trained(FlowScripted, policy, tmp_path, learning_rate=0.0, **options)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), word_tokenizer()
     for step in seen:

@@ -74,7 +74,7 @@ def unchecked(monkeypatch):
 
 
 def score(trainer, rows=4):
-    """One generation batch: what a pass of its own makes of it, and the plain advantages."""
+    """One generation batch with credit from an extra pass, and its plain advantages."""
     trainer.model.train()
     credit = trainer._flow_credit
     credit.options = replace(credit.options, pass_="extra")
@@ -95,7 +95,7 @@ def quotient(advantages, plain):
 
 
 def spread(trainer, rollouts, plain):
-    """The same rollouts once more."""
+    """The same rollouts, given their credit again."""
     kept = {name: value for name, value in rollouts.items() if not name.startswith("flow_")}
     given = {**kept, "advantages": plain}
     return trainer._flow_credit.generation(lambda _: given, None)
@@ -195,7 +195,7 @@ def test_uniform_credit_of_mean_one_trains_bit_identically_to_plain_grpo(policy,
     assert not torch.equal(ours.model.state_dict()["lm_head.weight"], start["lm_head.weight"])
 
 
-def test_unequal_credit_trains_otherwise(policy, tmp_path):
+def test_unequal_credit_changes_the_training(policy, tmp_path):
     ours, plain = train_both(policy, tmp_path, {"flow_gamma": 1.5}, max_steps=4)
     assert not same_parameters(ours, plain)
 
@@ -250,7 +250,7 @@ def test_the_number_of_forward_passes_does_not_depend_on_the_rollouts(policy, tm
     assert passes == [[False] * 3] * 3
 
 
-# rollouts that are not plain
+# rollouts with something missing or hidden
 
 
 def test_a_completion_without_an_answer_gets_plain_credit(policy, tmp_path):
@@ -601,7 +601,7 @@ def test_options_that_do_not_go_together(tmp_path, options, message):
         CreditOptions(**options)
 
 
-def test_layers_and_finders_that_do_not_exist_are_found_at_construction(policy, tmp_path):
+def test_construction_refuses_layers_and_finders_that_do_not_exist(policy, tmp_path):
     with pytest.raises(ValueError, match="layers must be one of"):
         build(FlowGRPOTrainer, policy, tmp_path, flow_layers="upper")
 
@@ -665,7 +665,7 @@ def test_a_loss_that_does_not_read_advantages_per_token_is_refused(policy, tmp_p
             advantages = advantages.mean(-1) if broken == "mean" else advantages.unsqueeze(1)
             return super()._compute_loss(model, {**inputs, "advantages": advantages})
 
-    if broken == "missing":  # as if its own generation were to add it: asked with the first loss
+    if broken == "missing":  # as if its own generation added it: checked with the first loss
         trainer = attach_flow_credit(build(Host, policy, tmp_path))
         with pytest.raises(UnsupportedTrainerError, match=r"loss of Host fails.*'weights'"):
             trainer.train()

@@ -228,9 +228,9 @@ def main(policy, folder, runs):
         deepspeed.init_distributed(dist_backend="gloo")
     gc.freeze()  # each run collects garbage
     for name, options in runs.items():
-        if "script" in options:
+        if "script" in options:  # the last run, since it ends the process group
             script.main(options["script"])
-            continue
+            return
         said, state = run(policy, folder / name, **options)
         torch.save(state, folder / f"{name}-{rank}.pt")
         (folder / f"{name}-{rank}.json").write_text(json.dumps(said))

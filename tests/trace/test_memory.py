@@ -1,4 +1,4 @@
-"""What a trace takes, what is free, and what is done about it."""
+"""Memory: what a trace takes, what is free, and which mode is chosen."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_model_without_queries_and_keys_has_a_dense_estimate_only(room):
     assert wrap(model, mode="dense").trace(PROMPT, RESPONSE).attention is not None
 
 
-def test_the_width_of_a_model_that_does_not_tell_is_that_of_its_heads(model):
+def test_the_width_comes_from_the_heads_if_the_configuration_has_none(model):
     tracer, wanted = wrap(model), wrap(model).estimate(9000)
     config = SimpleNamespace(intermediate_size=96, _attn_implementation="sdpa")
     model.config.get_text_config, kept = lambda: config, model.config.get_text_config
@@ -308,18 +308,18 @@ def test_estimates_are_a_little_above_what_is_taken(taken, model, mode):
     assert 0.6 * estimated < measured < 1.05 * estimated, (estimated, measured)
 
 
-def test_short_texts_ask_nobody(model, monkeypatch):
+def test_short_texts_do_not_ask_for_free_memory(model, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda _: pytest.fail("asked"))
     assert wrap(model).trace(PROMPT, RESPONSE).attention is not None
 
 
 @pytest.mark.parametrize("bad", [{"tokens": 0}, {"tokens": 5, "batch": 0}])
-def test_nothing_has_no_estimate(model, bad):
+def test_estimates_need_a_token_and_a_text(model, bad):
     with pytest.raises(ValueError, match="tokens and batch must be at least 1, got"):
         wrap(model).estimate(**bad)
 
 
-def test_estimates_are_for_reading():
+def test_an_estimate_prints_as_one_readable_line():
     estimate = MemoryEstimate(
         tokens=32_768, batch=2, dense=9_640_000_000, streamed=870_000_000, free=4_000_000_000
     )
