@@ -318,9 +318,7 @@ def test_influence_is_counted_from_ten_to_fifty_tokens_ahead():
     weights[..., 8:, 8] = 1.0
     for last, wanted in [(17, 0.0), (18, 1 / 1), (58, 1.0), (60, 1.0)]:
         cut = replace(
-            batch,
-            visible=torch.arange(74)[None] <= last,
-            calls=[AttentionWeights(weights=weights)],
+            batch, visible=torch.arange(74)[None] <= last, calls=[AttentionWeights(weights=weights)]
         )
         assert read_rhythm(cut.calls, cut.visible, 4).influence[0, 4] == wanted
     weights[..., 18:59, 8] = 0.0
@@ -627,10 +625,7 @@ def test_a_name_may_have_a_preset_and_factors():
     ("name", "said"),
     [
         ("flw", r"scorer must be one of flow, reach, .*uniform, got 'flw'"),
-        (
-            "flow:blunt",
-            r"preset must be one of paper, .*got 'blunt' in 'flow:blunt'",
-        ),
+        ("flow:blunt", r"preset must be one of paper, .*got 'blunt' in 'flow:blunt'"),
         ("entropy:sharp", r"'entropy' reads none; leave out ':sharp'"),
         ("flow*", r"got ''"),
         ("coupled*entropy", r"'coupled' chooses in a way of its own, and cannot be multiplied"),

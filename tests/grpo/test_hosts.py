@@ -17,7 +17,7 @@ from flowtracer_plugin.grpo import (
 )
 from flowtracer_plugin.grpo.hooks import WEIGHTS
 from flowtracer_plugin.reading.one_pass import ReadingSum
-from tests.grpo.trained import TEXTS, logged, lora, same_parameters, trained, watched
+from tests.grpo.trained import TEXTS, answering, logged, lora, same_parameters, trained, watched
 from tests.grpo.worker import build, reward, scripted, word_tokenizer
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
@@ -263,10 +263,9 @@ def test_one_map_is_alive_at_a_time(policy, tmp_path, monkeypatch, pass_):
         return real(self, seen)
 
     monkeypatch.setattr(ReadingSum, "reading", counted)
-    trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), flow_pass=pass_,
-        per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2,
-        num_iterations=2, flow_scorer="coupled",
+    trainer = answering(
+        policy, tmp_path, flow_pass=pass_, per_device_train_batch_size=2,
+        gradient_accumulation_steps=4, max_steps=2, num_iterations=2, flow_scorer="coupled",
     )  # fmt: skip
     trainer.train()
     assert len(alive) >= 4

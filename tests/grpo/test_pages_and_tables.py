@@ -9,8 +9,8 @@ import pandas
 import pytest
 
 from flowtracer_plugin.grpo import FlowGRPOTrainer
-from tests.grpo.trained import ANSWERS, TEXTS, name_of, words
-from tests.grpo.worker import build, scripted, word_tokenizer
+from tests.grpo.trained import ANSWERS, TEXTS, answering, name_of, words
+from tests.grpo.worker import build, word_tokenizer
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
 
@@ -23,9 +23,9 @@ pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:Future
 def test_the_table_of_completions_has_the_answers_beside_their_completions(
     policy, tmp_path, options
 ):
-    build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted([TEXTS[0], TEXTS[1], TEXTS[3]]),
-        log_completions=True, max_steps=2, **options,
+    answering(
+        policy, tmp_path, [TEXTS[0], TEXTS[1], TEXTS[3]], log_completions=True, max_steps=2,
+        **options,
     ).train()  # fmt: skip
     (*_, last) = sorted((tmp_path / "out" / "completions").glob("*.parquet"))
     table = pandas.read_parquet(last)
@@ -59,10 +59,7 @@ def test_columns_of_the_table_have_one_length_after_evaluation(policy, tmp_path)
     ids=name_of,
 )
 def test_a_page_shows_the_group_of_the_first_prompt(policy, tmp_path, options):
-    build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), max_steps=4,
-        flow_page_steps=2, **options,
-    ).train()  # fmt: skip
+    answering(policy, tmp_path, max_steps=4, flow_page_steps=2, **options).train()
     folder = tmp_path / "out" / "flow"
     names = sorted(path.name for path in folder.glob("step_*.html"))
     assert names[0] == "step_000000.html"
@@ -82,10 +79,10 @@ def test_pages_can_be_left_out_and_limited(policy, tmp_path):
 @pytest.mark.parametrize("chosen", ["auto", "training"])
 def test_the_table_is_right_with_an_evaluation_inside_a_generation(policy, tmp_path, chosen):
     texts = [TEXTS[0], TEXTS[1], TEXTS[3]]
-    build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(texts), log_completions=True,
-        flow_pass=chosen, max_steps=4, steps_per_generation=4, gradient_accumulation_steps=1,
-        per_device_eval_batch_size=2, eval_strategy="steps", eval_steps=2, eval_dataset=True,
+    answering(
+        policy, tmp_path, texts, log_completions=True, flow_pass=chosen, max_steps=4,
+        steps_per_generation=4, gradient_accumulation_steps=1, per_device_eval_batch_size=2,
+        eval_strategy="steps", eval_steps=2, eval_dataset=True,
     ).train()  # fmt: skip
     tables = sorted((tmp_path / "out" / "completions").glob("*.parquet"))
     rows = pandas.concat(map(pandas.read_parquet, tables))
@@ -103,10 +100,9 @@ def test_the_table_is_right_with_an_evaluation_inside_a_generation(policy, tmp_p
 def test_a_page_is_written_for_the_first_generation_of_each_interval(
     policy, tmp_path, every, iterations, wanted
 ):
-    build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), max_steps=12,
-        flow_page_steps=every, num_iterations=iterations,
-    ).train()  # fmt: skip
+    answering(
+        policy, tmp_path, max_steps=12, flow_page_steps=every, num_iterations=iterations
+    ).train()
     names = sorted(path.name for path in (tmp_path / "out" / "flow").glob("step_*.html"))
     assert names == [f"step_{step:06d}.html" for step in wanted]
 
@@ -124,9 +120,6 @@ def test_the_oldest_page_is_deleted_first_whatever_its_step(policy, tmp_path):
     before = folder / "step_000900.html"
     before.write_text("x" * 10_000)
     os.utime(before, (1, 1))
-    build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), max_steps=2,
-        flow_page_steps=1, flow_page_limit_mb=0.1,
-    ).train()  # fmt: skip
+    answering(policy, tmp_path, max_steps=2, flow_page_steps=1, flow_page_limit_mb=0.1).train()
     assert not before.exists() or sum(p.stat().st_size for p in folder.glob("step_*")) < 1e5
     assert (folder / "step_000001.html").exists()

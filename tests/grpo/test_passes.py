@@ -16,6 +16,7 @@ from flowtracer_plugin.grpo.hooks import ROWS, WEIGHTS
 from flowtracer_plugin.reading import one_pass as reading
 from tests.grpo.trained import (
     TEXTS,
+    answering,
     forwards,
     logged,
     lora,
@@ -261,7 +262,7 @@ def test_attached_credit_reads_the_training_pass_too(policy, tmp_path):
 
 
 def test_rows_stay_with_their_completions_through_the_shuffle(policy, tmp_path):
-    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), max_steps=1)
+    trainer = answering(policy, tmp_path, max_steps=1)
     seen = watched(trainer)
     trainer.train()
     (step,) = seen

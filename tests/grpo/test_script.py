@@ -193,10 +193,7 @@ USER = {"role": "user", "content": TEXT}
     [
         ({}, TEXT),
         ({"chat": True}, [USER]),
-        (
-            {"chat": True, "system": "Be kind."},
-            [{"role": "system", "content": "Be kind."}, USER],
-        ),
+        ({"chat": True, "system": "Be kind."}, [{"role": "system", "content": "Be kind."}, USER]),
         ({"template": "Q: {prompt} {in braces}\nA:"}, f"Q: {TEXT} {{in braces}}\nA:"),
         ({"template": "boxed"}, TEMPLATES["boxed"].replace("{prompt}", TEXT)),
         (

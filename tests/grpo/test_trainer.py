@@ -39,6 +39,7 @@ from tests.grpo.trained import (
     ANSWERS,
     LAYERS,
     TEXTS,
+    answering,
     logged,
     lora,
     same_parameters,
@@ -62,9 +63,7 @@ from tests.tiny import eager_attention
 ROOT = Path(__file__).parents[2]
 LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo", "luspo")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
 
 
 @pytest.fixture
@@ -127,9 +126,7 @@ def test_it_trains_and_logs(policy, tmp_path):
     ids=lambda options: "-".join(map(str, options.values())) or "default",
 )
 def test_weights_are_those_of_the_slow_definitions(policy, tmp_path, options):
-    trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), bf16=False, **options
-    )
+    trainer = answering(policy, tmp_path, bf16=False, **options)
     found = weights(trainer)
     for row, text in enumerate(TEXTS):
         wanted = slow_weights(
@@ -154,7 +151,7 @@ def test_weights_are_those_of_the_slow_definitions(policy, tmp_path, options):
 
 
 def test_top_share_is_the_flow_of_the_top_tokens(policy, tmp_path):
-    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), flow_gamma=1.0)
+    trainer = answering(policy, tmp_path, flow_gamma=1.0)
     score(trainer)
     shares, jumps, entropies = [], [], []
     for row, text in enumerate(TEXTS):
@@ -202,9 +199,7 @@ def test_unequal_credit_changes_the_training(policy, tmp_path):
 
 def test_the_pass_draws_no_random_number_and_leaves_every_mode(policy, tmp_path):
     adapters = lora(lora_dropout=0.5)
-    trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), peft_config=adapters
-    )
+    trainer = answering(policy, tmp_path, peft_config=adapters)
     rollouts, plain = score(trainer)
     trainer.model.get_submodule("base_model.model.model.layers.1").eval()
     modes = [module.training for module in trainer.model.modules()]
@@ -216,7 +211,7 @@ def test_the_pass_draws_no_random_number_and_leaves_every_mode(policy, tmp_path)
 
 
 def test_modes_are_restored_when_the_model_fails(policy, tmp_path):
-    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    trainer = answering(policy, tmp_path)
     rollouts, plain = score(trainer)
 
     def fail(*_):
@@ -231,13 +226,8 @@ def test_modes_are_restored_when_the_model_fails(policy, tmp_path):
 def test_the_number_of_forward_passes_does_not_depend_on_the_rollouts(policy, tmp_path):
     passes = []
     for texts in (TEXTS, ["so then", "so"], ["so 1", "so then", "then"]):
-        trainer = build(
-            FlowGRPOTrainer,
-            policy,
-            tmp_path,
-            rollout_func=scripted(texts),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=3,
+        trainer = answering(
+            policy, tmp_path, texts, per_device_train_batch_size=2, gradient_accumulation_steps=3
         )
         counted = []
         trainer.model.model.embed_tokens.register_forward_hook(
@@ -255,7 +245,7 @@ def test_the_number_of_forward_passes_does_not_depend_on_the_rollouts(policy, tm
 
 def test_a_completion_without_an_answer_gets_plain_credit(policy, tmp_path):
     texts = [TEXTS[0], "so then is plus"]
-    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(texts))
+    trainer = answering(policy, tmp_path, texts)
     found = weights(trainer)
     assert found[0].unique().tolist() == [1.0, 1.5]
     assert found[1].tolist() == [1.0] * 8
@@ -264,7 +254,7 @@ def test_a_completion_without_an_answer_gets_plain_credit(policy, tmp_path):
 
 def test_a_batch_without_any_answer_has_plain_credit(policy, tmp_path):
     texts = ["so then is plus", "so"]
-    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(texts))
+    trainer = answering(policy, tmp_path, texts)
     assert weights(trainer).unique().tolist() == [1.0]
     metrics = trainer._metrics["train"]
     assert metrics["flow/answer_found"] == [0.0]
@@ -275,9 +265,7 @@ def test_a_batch_without_any_answer_has_plain_credit(policy, tmp_path):
 
 def test_the_last_token_can_stand_in_for_the_answer(policy, tmp_path):
     texts = [TEXTS[0], "so then is plus <eos>"]
-    trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(texts), flow_no_answer="last"
-    )
+    trainer = answering(policy, tmp_path, texts, flow_no_answer="last")
     found = weights(trainer)
     options = {"top_fraction": 0.4, "gamma": 1.5, "normalize": "none"}
     for row, place in ((0, ANSWERS[0]), (1, 3)):
@@ -296,17 +284,14 @@ def test_the_last_token_can_stand_in_for_the_answer(policy, tmp_path):
 
 def test_a_missing_answer_can_be_an_error_and_its_remedies_work(policy, tmp_path):
     texts = [TEXTS[0], "so then is plus"]
-    trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(texts), flow_no_answer="raise"
-    )
+    trainer = answering(policy, tmp_path, texts, flow_no_answer="raise")
     message = r"no answer found in 2 of 4 completions; set flow_answer .* flow_no_answer='uniform'"
     with pytest.raises(ft.AnswerNotFoundError, match=message):
         score(trainer)
-    hidden = build(
-        FlowGRPOTrainer,
+    hidden = answering(
         policy,
         tmp_path,
-        rollout_func=scripted([TEXTS[2], "so then"]),
+        [TEXTS[2], "so then"],
         flow_no_answer="raise",
         mask_truncated_completions=True,
     )
@@ -315,13 +300,7 @@ def test_a_missing_answer_can_be_an_error_and_its_remedies_work(policy, tmp_path
 
 def test_a_truncated_completion_that_is_hidden_gets_weight_one(policy, tmp_path):
     texts = ["so 3 then 7 <eos>", "so 3 then 7 is"]
-    trainer = build(
-        FlowGRPOTrainer,
-        policy,
-        tmp_path,
-        rollout_func=scripted(texts),
-        mask_truncated_completions=True,
-    )
+    trainer = answering(policy, tmp_path, texts, mask_truncated_completions=True)
     rollouts, plain = score(trainer)
     assert rollouts["completion_mask"].sum(-1).tolist() == [5, 0, 5, 0]
     found = quotient(rollouts["advantages"], plain)
@@ -331,13 +310,8 @@ def test_a_truncated_completion_that_is_hidden_gets_weight_one(policy, tmp_path)
 
 
 def test_a_batch_that_is_all_hidden_stays_finite(policy, tmp_path):
-    trainer = build(
-        FlowGRPOTrainer,
-        policy,
-        tmp_path,
-        rollout_func=scripted(["so 3", "so 3 is"]),
-        mask_truncated_completions=True,
-        max_steps=1,
+    trainer = answering(
+        policy, tmp_path, ["so 3", "so 3 is"], mask_truncated_completions=True, max_steps=1
     )
     assert weights(trainer).unique().tolist() == [1.0]
     assert math.isnan(trainer._metrics["train"]["flow/weight_mean"][0])
@@ -379,9 +353,7 @@ def test_only_advantages_of_the_chosen_sign_are_reweighted(policy, tmp_path, sig
 
 
 def test_mean_one_keeps_the_mean_weight_of_every_completion(policy, tmp_path):
-    trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), flow_normalize="mean_one"
-    )
+    trainer = answering(policy, tmp_path, flow_normalize="mean_one")
     rollouts, plain = score(trainer)
     found, mask = quotient(rollouts["advantages"], plain), rollouts["completion_mask"]
     torch.testing.assert_close((found * mask).sum(-1) / mask.sum(-1), torch.ones(4))
@@ -400,14 +372,14 @@ def test_advantages_that_are_per_token_already_are_multiplied(policy, tmp_path):
         pass
 
     trainer = build(Both, policy, tmp_path, rollout_func=scripted(TEXTS))
-    plain = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    plain = answering(policy, tmp_path)
     wanted = weights(plain) * torch.arange(1.0, 9.0)
     torch.testing.assert_close(weights(trainer), wanted)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_flow_that_is_not_finite_never_becomes_credit(policy, tmp_path, monkeypatch, wrong):
-    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    trainer = answering(policy, tmp_path)
     solve = scoring.solve_rollouts
 
     def broken(*arguments, **options):
@@ -477,7 +449,7 @@ def test_attaching_twice_is_an_error(policy, tmp_path):
 
 
 def test_a_model_that_was_wrapped_anew_is_traced(policy, tmp_path):
-    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    trainer = answering(policy, tmp_path)
     before = weights(trainer)
     trainer.model = AutoModelForCausalLM.from_pretrained(policy)
     torch.nn.init.normal_(trainer.model.model.embed_tokens.weight)
@@ -516,7 +488,7 @@ def test_credit_and_reward_trace_one_model_together(policy, tmp_path):
     trainer = build(
         FlowGRPOTrainer, model, tmp_path, [reward, flow_reward], rollout_func=scripted(TEXTS)
     )
-    alone = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    alone = answering(policy, tmp_path)
     assert torch.equal(weights(trainer), weights(alone))
     trainer.train()
     assert logged(trainer, "answer_found") == [1.0, 1.0]
@@ -559,9 +531,7 @@ def test_options_out_of_range(policy, tmp_path, option, value, message):
 
 
 def test_the_bottom_is_that_of_the_slow_definition(policy, tmp_path):
-    trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), flow_side="bottom"
-    )
+    trainer = answering(policy, tmp_path, flow_side="bottom")
     found = weights(trainer)
     for row, text in enumerate(TEXTS):
         flow = slow_flow(

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from flowtracer_plugin.grpo import FlowGRPOTrainer
 from tests.credit.test_weights import slow_credit
 from tests.flow import reference
-from tests.grpo.worker import build, word_tokenizer
+from tests.grpo.worker import build, scripted, word_tokenizer
 from tests.tiny import eager_attention
 
 LAYERS = {"middle": (2, 3), "all": tuple(range(6)), "late:1": (4,)}
@@ -53,6 +53,11 @@ def trained(policy, folder, kind=FlowGRPOTrainer, **options):
     seen = watched(trainer)
     trainer.train()
     return trainer, seen
+
+
+def answering(policy, folder, texts=TEXTS, **options):
+    """A trainer with flow credit whose completions are these texts in turn."""
+    return build(FlowGRPOTrainer, policy, folder, rollout_func=scripted(texts), **options)
 
 
 def forwards(trainer):

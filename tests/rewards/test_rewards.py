@@ -27,14 +27,7 @@ import flowtracer_plugin as ft
 from flowtracer_plugin.rewards import named as rewards
 from flowtracer_plugin.rewards.flow_reward import SCORES, FlowReward, concentration
 from tests.flow import reference
-from tests.grpo.worker import (
-    PROMPTS,
-    build,
-    build_rloo,
-    reward,
-    save_policy,
-    word_tokenizer,
-)
+from tests.grpo.worker import PROMPTS, build, build_rloo, reward, save_policy, word_tokenizer
 from tests.tiny import eager_attention, tiny_llama, tiny_tokenizer
 
 TEXTS = ["then 4 plus 3 is 7 apples so", "so 1 then #### 9", "is 2 <eos>", "so 8 then then 5 is"]

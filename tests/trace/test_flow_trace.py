@@ -108,10 +108,7 @@ def test_solving_again_gives_the_stored_numbers(trace):
 
 
 @pytest.mark.parametrize("within", ["reasoning", "all"])
-@pytest.mark.parametrize(
-    "rank",
-    ["hubs", "checkpoints"],
-)
+@pytest.mark.parametrize("rank", ["hubs", "checkpoints"])
 def test_the_strongest_tokens_come_first(trace, rank, within):
     wanted = getattr(trace.backbone, rank)
     eligible = [

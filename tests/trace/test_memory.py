@@ -19,12 +19,7 @@ from flowtracer_plugin.attention import AttentionCall, UnsupportedArchitectureEr
 from flowtracer_plugin.model import free_memory as free
 from flowtracer_plugin.model.free_memory import free_memory
 from flowtracer_plugin.trace import memory
-from flowtracer_plugin.trace.memory import (
-    MemoryEstimate,
-    TooLittleMemoryError,
-    longest,
-    readable,
-)
+from flowtracer_plugin.trace.memory import MemoryEstimate, TooLittleMemoryError, longest, readable
 from tests.families import quiet_transformers, tiny_model
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
 
