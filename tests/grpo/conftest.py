@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jaxtyping
 import pytest
 
 from tests.grpo.worker import save_policy
@@ -16,3 +17,9 @@ def policy(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _silent(monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Without the suite's type checker, which refuses some values before our own code does."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -13,9 +13,8 @@ import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
-from flowtracer_plugin import grpo
 from flowtracer_plugin.grpo import FlowGRPOConfig, script as training
 from flowtracer_plugin.grpo.script import build_trainer, main, parse, train
 from flowtracer_plugin.rewards import math_answer
@@ -263,7 +262,7 @@ def test_uniform_credit_is_plain_grpo_with_the_same_data_and_seed(policy, data, 
     parsed = parse(arguments(policy, data, tmp_path, "--flow_gamma", 1, rewards=()))
     ours = build_trainer(*parsed, reward_funcs=[digits])
     ours.train()
-    settings = config(grpo.GRPOConfig, tmp_path)
+    settings = config(GRPOConfig, tmp_path)
     theirs = GRPOTrainer(
         policy,
         digits,

@@ -16,6 +16,7 @@ from flowtracer_plugin.grpo.hooks import WEIGHTS
 from tests.grpo.trained import (
     ANSWERS,
     LAYERS,
+    LOSSES,
     TEXTS,
     forwards,
     logged,
@@ -27,8 +28,6 @@ from tests.grpo.trained import (
 from tests.grpo.worker import build, reward, scripted, word_tokenizer
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
-
-LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo", "luspo")
 
 
 def sometimes(prompts, completions, completion_ids, **columns):

@@ -15,6 +15,7 @@ from tests.flow import reference
 from tests.grpo.worker import build, scripted, word_tokenizer
 from tests.tiny import eager_attention
 
+LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo", "luspo")
 LAYERS = {"middle": (2, 3), "all": tuple(range(6)), "late:1": (4,)}
 TEXTS = ["then 4 plus 3 is 7 apples so", "so 1 then #### 9", "is 2 <eos>", "so 8 then then 5 is"]
 ANSWERS = [5, 4, 1, 4]
