@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -31,6 +32,12 @@ MISSING = {
     "browser": None if _folder("FLOWTRACER_CHROMIUM") else "FLOWTRACER_CHROMIUM names no file",
 }
 """For each marker, why its tests cannot run here; None if they can."""
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported out of garbage collection, which every training run asks for."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -31,7 +31,7 @@ from flowtracer_plugin.grpo.checks import (
 )
 from flowtracer_plugin.grpo.log import CreditLog
 from flowtracer_plugin.grpo.options import CreditOptions
-from flowtracer_plugin.grpo.scoring import RolloutReader, Scored
+from flowtracer_plugin.grpo.scoring import RolloutScorer, Scored
 from flowtracer_plugin.model.causal_lm import evaluating, unwrapped
 from flowtracer_plugin.model.parallel import may_stop, tensor_parallel_group
 from flowtracer_plugin.trace.tracer import wrap
@@ -283,7 +283,7 @@ class FlowCredit:
             return torch.ones_like(per_token, dtype=torch.bool)
         return per_token > 0 if self.options.sign == "positive" else per_token < 0
 
-    def _rollout_reader(self) -> RolloutReader:
+    def _rollout_reader(self) -> RolloutScorer:
         options, trainer = self.options, self._trainer
         scorer = options.chosen_scorer
         if "heads" in scorer.needs and tensor_parallel_group(trainer.model) is not None:
@@ -303,7 +303,7 @@ class FlowCredit:
             backend="interface" if find_adapter(unwrapped(trainer.model)).interface else "nnsight",
         )
         last = options.no_answer == "last"
-        return RolloutReader(
+        return RolloutScorer(
             tracer, scorer, last=last, seed=trainer.args.seed, oracle=options.oracle
         )
 

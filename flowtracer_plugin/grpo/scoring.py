@@ -50,7 +50,7 @@ class Scored:
     boost: Float[Tensor, "batch completion"] | None = None
 
 
-class RolloutReader:
+class RolloutScorer:
     """Scores the tokens of rollouts by what a model attends to in them.
 
     Args:

@@ -38,7 +38,7 @@ def rhythm(maps, prompt_length, window, horizon):
 
 
 def coupled(waad, step, anchors, competing, alpha, reach):
-    """1 on anchors, of which those that a step leads in give a share to it."""
+    """1 on anchors; an anchor that a step precedes gives the share `alpha` to that step."""
     counted = [i for i, counts in enumerate(competing) if counts]
     boost = [float(anchor) for anchor in anchors]
     led, leaders = [], set()
@@ -59,7 +59,7 @@ def coupled(waad, step, anchors, competing, alpha, reach):
 
 
 def bins(competing, answer):
-    """The answer or not, and the tenth of the competing tokens; None for the others."""
+    """Each competing token's bin: in the answer or not, and its tenth; None for the others."""
     counted = [i for i, counts in enumerate(competing) if counts]
     return [
         (bool(answer[i]), 10 * counted.index(i) // len(counted)) if i in counted else None
@@ -78,7 +78,7 @@ def permuted(groups, mask, draws):
 
 
 def hops(attention, target, prompt_length, count):
-    """What the target's rows pay on average along all ways of so many hops, none to itself."""
+    """Mean attention of the target's rows along all paths of `count` hops, without self-loops."""
     size = len(target)
     row = [t / max(sum(target), 1) for t in target]
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""Gradient times input against differences of the answer's log-probability, and what it leaves."""
+"""Gradient times input equals finite differences, and leaves the model as it was."""
 
 import accelerate
 import pytest
@@ -67,7 +67,7 @@ def test_it_is_the_slope_of_the_answer_at_every_embedding():
         assert found[row, seen].tolist() == pytest.approx(wanted, rel=5e-4, abs=1e-6)
         last = int(answer[row, seen].nonzero()[-1])
         assert max(wanted) > 0.1
-        assert wanted[last:] == [0.0] * (len(wanted) - last)  # nothing comes after to be said
+        assert wanted[last:] == [0.0] * (len(wanted) - last)  # no later token can depend on it
     assert not found[2].any()
     assert not found[~visible].any()
 

@@ -8,7 +8,7 @@ import flowtracer_plugin as ft
 from flowtracer_plugin.credit.read_rollouts import Late
 from flowtracer_plugin.credit.scorers import SCORERS, find_scorer
 from flowtracer_plugin.credit.token_scores import NAMES, TOKEN_SCORES, read_text, token_score
-from flowtracer_plugin.grpo.scoring import RolloutReader
+from flowtracer_plugin.grpo.scoring import RolloutScorer
 from tests.credit import reference_scorers as slow
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
 
@@ -61,7 +61,7 @@ def test_a_text_scores_as_in_training(model, texts, batch, name):
     ids, visible, start, late = batch
     scorer = find_scorer(name)
     tracer = ft.wrap(model, tiny_tokenizer(), preset=scorer.preset or "paper", layers=scorer.layers)
-    reader = RolloutReader(tracer, scorer, oracle=told(name))
+    reader = RolloutScorer(tracer, scorer, oracle=told(name))
     trained = reader.read(ids, visible, start, 2, late).features
     for row, text in enumerate(texts):
         found = token_score(name, oracle=told(name))(text)

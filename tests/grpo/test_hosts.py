@@ -1,11 +1,10 @@
-"""Trainers of other people's around flow credit, and runs that do not go straight on."""
+"""Other people's trainers with flow credit, and runs that are interrupted or changed."""
 
 from __future__ import annotations
 
 import gc
-import os
+from functools import cache
 
-import pandas
 import pytest
 import torch
 from trl import GRPOTrainer
@@ -18,26 +17,25 @@ from flowtracer_plugin.grpo import (
 )
 from flowtracer_plugin.grpo.hooks import WEIGHTS
 from flowtracer_plugin.reading.one_pass import ReadingSum
-from tests.grpo.test_passes import lora, trained, watched
-from tests.grpo.test_trainer import ANSWERS, TEXTS, logged, same_parameters
-from tests.grpo.worker import build, reward, save_policy, scripted, word_tokenizer
+from tests.grpo.trained import TEXTS, answering, logged, lora, same_parameters, trained, watched
+from tests.grpo.worker import build, reward, scripted, word_tokenizer
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(autouse=True)
-def _silent(monkeypatch):
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
 def weights_of(policy, folder, kind=FlowGRPOTrainer, **options):
     _, seen = trained(policy, folder, kind, rollout_func=scripted(TEXTS), **options)
     return torch.cat([step[WEIGHTS] for step in seen])
+
+
+@pytest.fixture(scope="module")
+def plain_weights(policy, tmp_path_factory):
+    """The weights of TRL's own trainer after so many iterations over each generation."""
+    return cache(
+        lambda iterations=1: weights_of(
+            policy, tmp_path_factory.mktemp("plain"), num_iterations=iterations
+        )
+    )
 
 
 # --- hosts that do more ---
@@ -66,7 +64,7 @@ class Adding(GRPOTrainer):
 
 
 class Running(GRPOTrainer):
-    """Its loss runs the model once more, on other tokens."""
+    """Its loss also runs the model on other tokens."""
 
     def _compute_loss(self, model, inputs):
         first = inputs["prompt_ids"]
@@ -90,9 +88,11 @@ class Keyword(GRPOTrainer):
 
 @pytest.mark.parametrize("host", [Adding, Running, Keyword])
 @pytest.mark.parametrize("iterations", [1, 2])
-def test_a_host_that_does_more_has_the_same_credit(policy, tmp_path, host, iterations):
+def test_a_host_that_does_more_has_the_same_credit(
+    policy, plain_weights, tmp_path, host, iterations
+):
     mixed = type("Mixed", (FlowCreditMixin, host), {})
-    wanted = weights_of(policy, tmp_path, num_iterations=iterations)
+    wanted = plain_weights(iterations)
     assert torch.equal(weights_of(policy, tmp_path, mixed, num_iterations=iterations), wanted)
     attached = attach_flow_credit(
         build(host, policy, tmp_path, rollout_func=scripted(TEXTS), num_iterations=iterations)
@@ -101,11 +101,11 @@ def test_a_host_that_does_more_has_the_same_credit(policy, tmp_path, host, itera
     assert len(logged(attached, "weight_mean")) > 0
 
 
-def test_a_trainer_may_set_what_its_loss_needs_after_ours(policy, tmp_path):
-    assert torch.equal(weights_of(policy, tmp_path, Later), weights_of(policy, tmp_path))
+def test_a_trainer_may_set_what_its_loss_needs_after_ours(policy, plain_weights, tmp_path):
+    assert torch.equal(weights_of(policy, tmp_path, Later), plain_weights())
 
 
-def test_a_loss_that_was_wrapped_on_the_trainer_is_asked_as_it_is(policy, tmp_path):
+def test_a_loss_that_was_wrapped_on_the_trainer_keeps_its_wrapper(policy, tmp_path):
     trainer = build(GRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
     compute, calls = trainer._compute_loss, []
 
@@ -119,7 +119,7 @@ def test_a_loss_that_was_wrapped_on_the_trainer_is_asked_as_it_is(policy, tmp_pa
     assert len(logged(trainer, "weight_mean")) == 2
 
 
-def test_a_host_that_trains_on_other_tokens_only_is_named_with_the_remedy(policy, tmp_path):
+def test_the_error_about_a_host_that_trains_on_other_tokens_names_host_and_remedy(policy, tmp_path):
     class Elsewhere(FlowCreditMixin, GRPOTrainer):
         def _get_per_token_logps_and_entropies(self, model, ids, mask, kept, **kwargs):
             return super()._get_per_token_logps_and_entropies(
@@ -133,8 +133,8 @@ def test_a_host_that_trains_on_other_tokens_only_is_named_with_the_remedy(policy
     remedy.train()
 
 
-class Turned(GRPOTrainer):
-    """Turns its rollouts round after they were scored."""
+class Reversed(GRPOTrainer):
+    """Reverses the order of its rollouts after they were scored."""
 
     def _generate_and_score_completions(self, inputs):
         rollouts = super()._generate_and_score_completions(inputs)
@@ -142,8 +142,8 @@ class Turned(GRPOTrainer):
         return {**rollouts, **{name: value.flip(0) for name, value in whole.items()}}
 
 
-def test_rows_that_were_turned_round_after_scoring_get_their_own_credit(policy, tmp_path):
-    mixed = type("Mixed", (FlowCreditMixin, Turned), {})
+def test_rows_that_were_reordered_after_scoring_get_their_own_credit(policy, tmp_path):
+    mixed = type("Mixed", (FlowCreditMixin, Reversed), {})
     _, seen = trained(
         policy, tmp_path, mixed, rollout_func=scripted(TEXTS), num_iterations=2, learning_rate=0.0
     )
@@ -166,7 +166,7 @@ def rows_by_ids(steps):
     return found
 
 
-def test_a_pass_inside_a_reward_is_not_taken_for_trls(policy, tmp_path):
+def test_a_pass_inside_a_reward_is_not_taken_for_trls(policy, plain_weights, tmp_path):
     made = []
 
     def nosy(prompts, completions, completion_ids, **columns):
@@ -182,11 +182,10 @@ def test_a_pass_inside_a_reward_is_not_taken_for_trls(policy, tmp_path):
     made.append(trainer)
     seen = watched(trainer)
     trainer.train()
-    wanted = weights_of(policy, tmp_path)
-    assert torch.equal(torch.cat([step[WEIGHTS] for step in seen]), wanted)
+    assert torch.equal(torch.cat([step[WEIGHTS] for step in seen]), plain_weights())
 
 
-def test_a_loss_that_asks_the_base_model_first_is_read_at_the_policy(policy, tmp_path):
+def test_when_the_loss_runs_the_base_model_first_the_policys_pass_is_read(policy, tmp_path):
     class Base(GRPOTrainer):
         def _compute_loss(self, model, inputs):
             ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -212,10 +211,10 @@ def test_a_loss_that_asks_the_base_model_first_is_read_at_the_policy(policy, tmp
     assert torch.equal(found["ours"], found["mixed"])
 
 
-# --- runs that do not go straight on ---
+# --- runs that are interrupted or changed ---
 
 
-def test_a_run_that_broke_off_leaves_no_credit_behind(policy, tmp_path):
+def test_an_interrupted_run_leaves_no_credit_behind(policy, tmp_path):
     calls = []
 
     def sometimes(prompts, completions, completion_ids, **columns):
@@ -254,59 +253,6 @@ def test_credit_can_be_attached_between_two_runs(policy, tmp_path):
     assert all(len(step[WEIGHTS].unique()) == 2 for step in seen)
 
 
-@pytest.mark.parametrize("chosen", ["auto", "training"])
-def test_the_table_is_right_with_an_evaluation_inside_a_generation(policy, tmp_path, chosen):
-    texts = [TEXTS[0], TEXTS[1], TEXTS[3]]
-    build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(texts), log_completions=True,
-        flow_pass=chosen, max_steps=4, steps_per_generation=4, gradient_accumulation_steps=1,
-        per_device_eval_batch_size=2, eval_strategy="steps", eval_steps=2, eval_dataset=True,
-    ).train()  # fmt: skip
-    tables = sorted((tmp_path / "out" / "completions").glob("*.parquet"))
-    rows = pandas.concat(map(pandas.read_parquet, tables))
-    known = rows[rows["flow_answer"].notna()]
-    assert len(known) > 4
-    for _, row in known.iterrows():
-        said = word_tokenizer()(row["completion"])["input_ids"]
-        place = ANSWERS[TEXTS.index(row["completion"])]
-        assert row["flow_answer"] == word_tokenizer().decode([said[place]])
-
-
-@pytest.mark.parametrize(
-    ("every", "iterations", "wanted"), [(2, 3, [0, 3, 6, 9]), (5, 4, [0, 8]), (1, 1, range(12))]
-)
-def test_pages_come_with_the_first_generation_that_is_due(
-    policy, tmp_path, every, iterations, wanted
-):
-    build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), max_steps=12,
-        flow_page_steps=every, num_iterations=iterations,
-    ).train()  # fmt: skip
-    names = sorted(path.name for path in (tmp_path / "out" / "flow").glob("step_*.html"))
-    assert names == [f"step_{step:06d}.html" for step in wanted]
-
-
-def test_a_page_that_cannot_be_written_costs_no_run(policy, tmp_path, caplog):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "flow").write_text("a file")
-    build(FlowGRPOTrainer, policy, tmp_path).train()
-    assert "the page of step 0 could not be written" in caplog.text
-
-
-def test_the_oldest_page_goes_first_whatever_its_step(policy, tmp_path):
-    folder = tmp_path / "out" / "flow"
-    folder.mkdir(parents=True)
-    before = folder / "step_000900.html"
-    before.write_text("x" * 10_000)
-    os.utime(before, (1, 1))
-    build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), max_steps=2,
-        flow_page_steps=1, flow_page_limit_mb=0.1,
-    ).train()  # fmt: skip
-    assert not before.exists() or sum(p.stat().st_size for p in folder.glob("step_*")) < 1e5
-    assert (folder / "step_000001.html").exists()
-
-
 @pytest.mark.parametrize("pass_", ["scoring", "extra"])
 def test_one_map_is_alive_at_a_time(policy, tmp_path, monkeypatch, pass_):
     alive, real = [], ReadingSum.reading
@@ -317,10 +263,9 @@ def test_one_map_is_alive_at_a_time(policy, tmp_path, monkeypatch, pass_):
         return real(self, seen)
 
     monkeypatch.setattr(ReadingSum, "reading", counted)
-    trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), flow_pass=pass_,
-        per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2,
-        num_iterations=2, flow_scorer="coupled",
+    trainer = answering(
+        policy, tmp_path, flow_pass=pass_, per_device_train_batch_size=2,
+        gradient_accumulation_steps=4, max_steps=2, num_iterations=2, flow_scorer="coupled",
     )  # fmt: skip
     trainer.train()
     assert len(alive) >= 4

@@ -11,8 +11,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig
 from flowtracer_plugin.grpo.hooks import WEIGHTS
-from tests.grpo.test_passes import watched
-from tests.grpo.test_trainer import same_parameters
+from tests.grpo.trained import same_parameters, watched
 from tests.grpo.worker import WORDS, config, reward
 from tests.reading.test_vision_language import IMAGE, tiny_model
 
@@ -78,12 +77,7 @@ def trained(kind, folder, *, flipped=False, **options):
     return trainer, torch.cat([step[WEIGHTS] for step in seen]) if kind is FlowSeeing else None
 
 
-@pytest.fixture(autouse=True)
-def _silent(monkeypatch):
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-
-
-def test_the_pass_that_trains_and_one_of_its_own_see_the_same_images(tmp_path):
+def test_the_training_pass_and_an_extra_one_see_the_same_images(tmp_path):
     _, training = trained(FlowSeeing, tmp_path)
     _, extra = trained(FlowSeeing, tmp_path, flow_pass="extra")
     assert torch.equal(training, extra)

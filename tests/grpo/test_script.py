@@ -1,6 +1,5 @@
 """The training script: its arguments, its data, its rewards, and real runs of it."""
 
-import inspect
 import json
 import os
 import subprocess
@@ -14,14 +13,13 @@ import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
-from flowtracer_plugin import grpo
 from flowtracer_plugin.grpo import FlowGRPOConfig, script as training
 from flowtracer_plugin.grpo.script import build_trainer, main, parse, train
 from flowtracer_plugin.rewards import math_answer
 from flowtracer_plugin.text.data_sets import TEMPLATES, load_rows, with_prompts
-from tests.grpo.worker import PROMPTS, config, save_policy, word_tokenizer
+from tests.grpo.worker import PROMPTS, config, word_tokenizer
 
 ROOT = Path(__file__).parents[2]
 ROWS = [{"question": prompt, "solution": f"so #### {n}"} for n, prompt in enumerate(PROMPTS * 2)]
@@ -30,14 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
 ]
-
-# Half of TrainingArguments' fields do not hold what they declare, which the suite's checker minds.
-FlowGRPOConfig.__init__ = inspect.unwrap(FlowGRPOConfig.__init__)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +98,7 @@ def test_a_machine_without_accelerator_trains_on_its_cpu(monkeypatch):
     assert args.bf16
 
 
-def test_arguments_come_from_a_file_and_the_command_line_goes_first(tmp_path):
+def test_the_command_line_overrides_the_file_of_arguments(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("prompt_column: question\nflow_gamma: 2\nuse_cpu: true\nlora_r: 3\n")
     script_args, training_args, model_args = parse(["--config", str(file), "--flow_gamma", "3"])
@@ -127,12 +117,12 @@ def test_arguments_come_from_a_file_and_the_command_line_goes_first(tmp_path):
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_wrong_arguments_are_named(given, message):
+def test_errors_name_the_wrong_argument(given, message):
     with pytest.raises((ValueError, OSError), match=message):
         parse([*given, "--use_cpu", "true"])
 
 
-def test_an_option_that_only_a_file_holds_must_exist_too(tmp_path):
+def test_options_in_a_file_must_exist_too(tmp_path):
     (tmp_path / "run.yaml").write_text("promt_column: question\nuse_cpu: true\n")
     with pytest.raises(ValueError, match="there is no option '--promt_column'; did you mean"):
         parse(["--config", str(tmp_path / "run.yaml")])
@@ -159,7 +149,7 @@ def test_a_folder_with_splits_is_read(tmp_path):
     assert len(load_rows(str(tmp_path / "own"), "train")) == 8
 
 
-def test_data_that_cannot_be_had_are_named(tmp_path, monkeypatch):
+def test_errors_name_data_that_cannot_be_loaded(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"there is no file 'nowhere.jsonl'"):
         load_rows("nowhere.jsonl", "train")
     (tmp_path / "broken.jsonl").write_text('{"a": 1}\n{"a": ')
@@ -179,7 +169,7 @@ def test_data_that_cannot_be_had_are_named(tmp_path, monkeypatch):
     assert len(load_rows(str(path), "train[75%:]")) == 2
 
 
-def test_data_that_the_hub_does_not_have_are_named():
+def test_the_error_names_data_that_the_hub_does_not_have():
     given = ["--model_name_or_path", "examples/reasoner/model", "--reward_funcs", "flow"]
     ran = command(
         *given, *("--use_cpu", "true", "--dataset_name", "nobody/nothing"), HF_HUB_OFFLINE="1"
@@ -202,10 +192,7 @@ USER = {"role": "user", "content": TEXT}
     [
         ({}, TEXT),
         ({"chat": True}, [USER]),
-        (
-            {"chat": True, "system": "Be kind."},
-            [{"role": "system", "content": "Be kind."}, USER],
-        ),
+        ({"chat": True, "system": "Be kind."}, [{"role": "system", "content": "Be kind."}, USER]),
         ({"template": "Q: {prompt} {in braces}\nA:"}, f"Q: {TEXT} {{in braces}}\nA:"),
         ({"template": "boxed"}, TEMPLATES["boxed"].replace("{prompt}", TEXT)),
         (
@@ -248,7 +235,7 @@ def test_a_stream_gets_prompts(data):
         ({"prompt_column": "said", "template": "boxed"}, "leave them out for chat messages"),
     ],
 )
-def test_prompts_that_cannot_be_made(options, message):
+def test_errors_say_why_prompts_cannot_be_made(options, message):
     rows = datasets.Dataset.from_list([ROW | {"n": 5, "said": [USER]}])
     with pytest.raises(ValueError, match=message):
         with_prompts(rows, **({"prompt_column": "question"} | options))
@@ -257,7 +244,7 @@ def test_prompts_that_cannot_be_made(options, message):
 # runs
 
 
-def test_it_trains_saves_and_says_so(policy, data, tmp_path, capsys):
+def test_it_trains_saves_and_names_its_folder(policy, data, tmp_path, capsys):
     names = ("math_answer", "flow", "concentration", "math_flow")
     main(arguments(policy, data, tmp_path, rewards=names))
     assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'out'}\n")
@@ -275,7 +262,7 @@ def test_uniform_credit_is_plain_grpo_with_the_same_data_and_seed(policy, data, 
     parsed = parse(arguments(policy, data, tmp_path, "--flow_gamma", 1, rewards=()))
     ours = build_trainer(*parsed, reward_funcs=[digits])
     ours.train()
-    settings = config(grpo.GRPOConfig, tmp_path)
+    settings = config(GRPOConfig, tmp_path)
     theirs = GRPOTrainer(
         policy,
         digits,
@@ -299,7 +286,7 @@ def test_flow_rewards_trace_the_model_that_is_trained_with_the_options_of_its_cr
     assert (tracer.options.target, tracer.options.answer) == ("decision", "hash")
 
 
-def test_flow_rewards_can_trace_a_model_that_stays(policy, data, tmp_path):
+def test_flow_rewards_can_trace_a_model_that_is_not_trained(policy, data, tmp_path):
     trainer = built(policy, data, tmp_path, "--trace_model_name_or_path", policy, rewards=("flow",))
     train(trainer)
     traced = trainer.reward_funcs[0].tracer.model
@@ -325,7 +312,7 @@ def test_lora_is_trained_and_saved_as_an_adapter(policy, data, tmp_path):
     assert trainer.reward_funcs[1].tracer.model is trainer.model
 
 
-def test_a_run_that_is_resumed_ends_where_it_would_have(policy, data, tmp_path):
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(policy, data, tmp_path):
     steps = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2)
     rewards = ("math_answer", "flow")
     main(arguments(policy, data, tmp_path, *steps, rewards=rewards))
@@ -352,9 +339,7 @@ def test_a_run_that_is_resumed_ends_where_it_would_have(policy, data, tmp_path):
         (".", "valid checkpoint"),
     ],
 )
-def test_a_checkpoint_that_is_not_there_is_named(
-    policy, data, tmp_path, monkeypatch, given, message
-):
+def test_the_error_names_a_missing_checkpoint(policy, data, tmp_path, monkeypatch, given, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     trainer = built(policy, data, tmp_path, "--resume_from_checkpoint", given)
@@ -431,7 +416,7 @@ def test_a_reward_model_can_score(policy, data, tmp_path):
         ),
     ],
 )
-def test_what_is_missing_is_named(policy, data, tmp_path, left_out, message):
+def test_errors_name_the_missing_option(policy, data, tmp_path, left_out, message):
     parsed = parse(arguments(policy, data, tmp_path))
     for part in parsed:
         if hasattr(part, left_out):
@@ -443,10 +428,10 @@ def test_what_is_missing_is_named(policy, data, tmp_path, left_out, message):
 # as a program
 
 
-def command(*more, module=("-m", "flowtracer_plugin", "train"), launch=(), **environment):
+def command(*more, module=("-m", "flowtracer_plugin", "train"), **environment):
     """`flowtracer train`, or a script, in a process."""
     return subprocess.run(
-        [sys.executable, *launch, *module, *map(str, more)],
+        [sys.executable, *module, *map(str, more)],
         capture_output=True,
         text=True,
         check=False,
@@ -461,19 +446,6 @@ def command(*more, module=("-m", "flowtracer_plugin", "train"), launch=(), **env
     )
 
 
-@pytest.mark.slow
-def test_two_processes_train_one_model(policy, data, tmp_path):
-    given = arguments(policy, data, tmp_path, rewards=("flow",))
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    ran = command(*given, launch=launch, ACCELERATE_USE_CPU="true")
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("wrote ") == 1
-    saved = json.loads((tmp_path / "out/trainer_state.json").read_text())
-    # two processes of four completions each, two prompts in each
-    assert saved["log_history"][0]["num_tokens"] > 8 * 3
-    assert "flow/seconds" in saved["log_history"][0]
-
-
 GSM8K = [
     {
         "question": "Natalia sold clips to 48 of her friends in April, and half as many in May.",
@@ -482,24 +454,31 @@ GSM8K = [
 ] * 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["command", "example"])
-def test_the_worked_example_runs_on_data_of_that_form(policy, tmp_path, script):
-    """With another model, fewer tokens and a file in place of the hub, and nothing else changed."""
-    given = [
+@pytest.fixture
+def worked(policy, tmp_path, monkeypatch):
+    """The worked example with another model, fewer tokens and a file in place of the hub's data."""
+    monkeypatch.chdir(ROOT)
+    return [
         *("--config", "examples/gsm8k.yaml", "--model_name_or_path", policy),
         *("--dataset_name", written(tmp_path / "gsm8k.jsonl", GSM8K), "--eval_strategy", "no"),
         *("--output_dir", tmp_path / "out", "--use_cpu", "true", "--bf16", "false"),
         *("--max_steps", 1, "--max_completion_length", 4, "--gradient_accumulation_steps", 1),
     ]
-    modules = {
-        "example": ("examples/grpo_flow.py",),
-        "command": ("-m", "flowtracer_plugin", "train"),
-    }
-    ran = command(*given, module=modules[script], HF_HOME=str(tmp_path / "hf"))
+
+
+def test_the_command_runs_the_worked_example(worked, tmp_path, flowtracer):
+    ran = flowtracer("train", *worked)
+    assert ran.code == 0, ran.err
+    assert "rewards/math_answer/mean" in ran.out
+    assert "rewards/asked_for/mean" not in ran.out
+    assert state(tmp_path / "out")
+
+
+def test_the_example_script_runs_the_worked_example(worked, tmp_path):
+    ran = command(*worked, module=("examples/grpo_flow.py",), HF_HOME=str(tmp_path / "hf"))
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "rewards/math_answer/mean" in ran.stdout
-    assert ("rewards/asked_for/mean" in ran.stdout) is (script == "example")
+    assert "rewards/asked_for/mean" in ran.stdout
     assert state(tmp_path / "out")
 
 
@@ -528,6 +507,6 @@ def test_a_pretrained_model_takes_a_step(tmp_path):
     assert trainer.state.log_history[0]["flow/weight_mean"] > 1
 
 
-def test_names_of_rewards_are_those_that_the_help_lists():
+def test_the_help_lists_every_reward_by_name():
     help_text = training.FlowScriptArguments.__dataclass_fields__["reward_funcs"].metadata["help"]
     assert all(name in help_text for name in training.REWARDS)

@@ -1,4 +1,4 @@
-"""GRPO with tools: what a tool said is read, and neither competes nor weighs."""
+"""GRPO with tools: their output is read, but its tokens do not compete and keep weight 1."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from trl.trainer import grpo_trainer
 
 from flowtracer_plugin.grpo import FlowGRPOConfig, FlowGRPOTrainer
 from flowtracer_plugin.grpo.hooks import WEIGHTS
-from tests.grpo.test_passes import watched
-from tests.grpo.test_trainer import LAYERS, logged, same_parameters, slow_weights
-from tests.grpo.worker import config, reward, save_policy, word_tokenizer
+from tests.grpo.trained import LAYERS, logged, same_parameters, slow_weights, watched
+from tests.grpo.worker import config, reward, word_tokenizer
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
 
@@ -35,7 +34,7 @@ def add(a: int, b: int) -> str:
 
 
 def parsed(tokenizer, ids, **_):
-    """A question to the tool for every sum, and plain text for the rest."""
+    """A tool call for every sum, and plain text otherwise."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     message = {"role": "assistant", "content": text}
     if "plus" not in text:
@@ -45,7 +44,7 @@ def parsed(tokenizer, ids, **_):
 
 
 class Scripted(GRPOTrainer):
-    """Says what the script says: first it asks the tool, then it answers."""
+    """First calls the tool, then answers."""
 
     turns = 0
 
@@ -61,13 +60,7 @@ class FlowScripted(FlowGRPOTrainer, Scripted):
 
 @pytest.fixture(autouse=True)
 def _tools(monkeypatch):
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     monkeypatch.setattr(grpo_trainer, "parse_response", parsed)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy"))
 
 
 def trained(kind, policy, folder, **options):
@@ -92,7 +85,7 @@ def trained(kind, policy, folder, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2}, {"flow_pass": "extra"}])
-def test_what_a_tool_said_is_read_but_neither_competes_nor_weighs(policy, tmp_path, options):
+def test_a_tools_tokens_are_read_but_do_not_compete_and_keep_weight_one(policy, tmp_path, options):
     _, seen = trained(FlowScripted, policy, tmp_path, learning_rate=0.0, **options)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), word_tokenizer()
     for step in seen:

@@ -1,27 +1,19 @@
 """TRL: token-level credit in real trainers."""
 
-import importlib
-import inspect
 import math
 import re
-import sys
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from types import SimpleNamespace
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
-from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+from transformers import AutoModelForCausalLM
+from trl import GRPOTrainer
 
 import flowtracer_plugin as ft
-from flowtracer_plugin.attention import NoAttentionError
 from flowtracer_plugin.credit import read_rollouts
 from flowtracer_plugin.grpo import (
     CreditOptions,
@@ -29,68 +21,31 @@ from flowtracer_plugin.grpo import (
     FlowGRPOConfig,
     FlowGRPOTrainer,
     FlowReward,
-    UnsupportedTrainerError,
     attach_flow_credit,
-    checks,
-    trl_version,
 )
 from tests.credit import reference_scorers as slow_scorers
 from tests.credit.test_weights import slow_credit
 from tests.flow import reference
-from tests.grpo.worker import (
-    PROMPTS,
-    WORDS,
-    build,
-    build_rloo,
-    config,
-    reward,
-    save_policy,
-    scripted,
-    word_tokenizer,
+from tests.grpo.trained import (
+    ANSWERS,
+    LAYERS,
+    TEXTS,
+    answering,
+    logged,
+    lora,
+    same_parameters,
+    slow_flow,
+    slow_weights,
+    words,
 )
+from tests.grpo.worker import METRICS, PROMPTS, build, reward, scripted, word_tokenizer
 from tests.tiny import eager_attention
 
-ROOT = Path(__file__).parents[2]
-METRICS = (
-    "answer_found",
-    "weight_mean",
-    "top_share",
-    "entropy",
-    "prompt_jump",
-    "errors",
-    "seconds",
-)
-LAYERS = {"middle": (2, 3), "all": tuple(range(6)), "late:1": (4,)}
-TEXTS = ["then 4 plus 3 is 7 apples so", "so 1 then #### 9", "is 2 <eos>", "so 8 then then 5 is"]
-ANSWERS = [5, 4, 1, 4]
-"""Where in each of `TEXTS` the answer stands."""
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
-]
-
-# Half of TrainingArguments' fields do not hold what they declare, which the suite's checker minds.
-FlowGRPOConfig.__init__ = inspect.unwrap(FlowGRPOConfig.__init__)
-
-
-@pytest.fixture(autouse=True)
-def _silent(monkeypatch):
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without the suite's type checker, which refuses some values before our own code does."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
-@pytest.fixture(scope="session")
-def policy(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy"))
+pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
 
 
 def score(trainer, rows=4):
-    """One generation batch: what a pass of its own makes of it, and the plain advantages."""
+    """One generation batch with credit from an extra pass, and its plain advantages."""
     trainer.model.train()
     credit = trainer._flow_credit
     credit.options = replace(credit.options, pass_="extra")
@@ -111,24 +66,10 @@ def quotient(advantages, plain):
 
 
 def spread(trainer, rollouts, plain):
-    """The same rollouts once more."""
+    """The same rollouts, given their credit again."""
     kept = {name: value for name, value in rollouts.items() if not name.startswith("flow_")}
     given = {**kept, "advantages": plain}
     return trainer._flow_credit.generation(lambda _: given, None)
-
-
-def words(text):
-    return word_tokenizer()(text)["input_ids"]
-
-
-def same_parameters(one, other):
-    ours, theirs = one.model.state_dict(), other.model.state_dict()
-    assert ours.keys() == theirs.keys()
-    return all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def logged(trainer, name):
-    return [step[f"flow/{name}"] for step in trainer.state.log_history if f"flow/{name}" in step]
 
 
 # credit
@@ -147,23 +88,6 @@ def test_it_trains_and_logs(policy, tmp_path):
     assert min(logged(trainer, "seconds")) > 0
 
 
-def slow_flow(model, text, prompt, place, *, layers, target):
-    """Of the words of a completion, by eager attention and the loops of `reference`."""
-    asked, said = words(prompt), words(text)
-    attention = eager_attention(model, asked + said, layers)
-    tokens = np.arange(len(asked) + len(said))
-    question = (tokens > 0) & (tokens < len(asked))
-    wanted = tokens == len(asked) + place - (target == "decision")
-    return reference.flow(attention.numpy(), question, wanted)["throughput"][len(asked) :]
-
-
-def slow_weights(model, text, prompt, place, *, layers, target, chosen=None, **options):
-    """By their definition, one row without padding."""
-    throughput = slow_flow(model, text, prompt, place, layers=layers, target=target)
-    competing = np.ones(len(throughput)) if chosen is None else np.array(chosen, float)
-    return slow_credit(throughput, competing, **options)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -174,9 +98,7 @@ def slow_weights(model, text, prompt, place, *, layers, target, chosen=None, **o
     ids=lambda options: "-".join(map(str, options.values())) or "default",
 )
 def test_weights_are_those_of_the_slow_definitions(policy, tmp_path, options):
-    trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), bf16=False, **options
-    )
+    trainer = answering(policy, tmp_path, bf16=False, **options)
     found = weights(trainer)
     for row, text in enumerate(TEXTS):
         wanted = slow_weights(
@@ -201,7 +123,7 @@ def test_weights_are_those_of_the_slow_definitions(policy, tmp_path, options):
 
 
 def test_top_share_is_the_flow_of_the_top_tokens(policy, tmp_path):
-    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), flow_gamma=1.0)
+    trainer = answering(policy, tmp_path, flow_gamma=1.0)
     score(trainer)
     shares, jumps, entropies = [], [], []
     for row, text in enumerate(TEXTS):
@@ -222,19 +144,6 @@ def test_top_share_is_the_flow_of_the_top_tokens(policy, tmp_path):
     assert metrics["flow/entropy"] == pytest.approx([np.mean(entropies)], rel=1e-5)
 
 
-UNIFORM = [
-    {"loss_type": "dapo"},
-    {"loss_type": "grpo", "beta": 0.04, "num_iterations": 2, "gradient_accumulation_steps": 2},
-    {"loss_type": "bnpo", "num_iterations": 2, "flow_normalize": "mean_one"},
-    {"loss_type": "dr_grpo", "beta": 0.04, "gradient_accumulation_steps": 2},
-    {"loss_type": "cispo", "steps_per_generation": 2},
-    {"loss_type": "sapo", "gradient_checkpointing": False},
-    {"loss_type": "vespo", "num_iterations": 2},
-    {"loss_type": "luspo", "mask_truncated_completions": True},
-    {"loss_type": "dapo", "bf16": True},
-]
-
-
 def train_both(policy, folder, ours, theirs=None, **options):
     """The same training with flow credit and without it."""
     plain = {name: value for name, value in options.items() if not name.startswith("flow_")}
@@ -246,10 +155,8 @@ def train_both(policy, folder, ours, theirs=None, **options):
     return pair
 
 
-@pytest.mark.parametrize(
-    "options", UNIFORM, ids=lambda options: "-".join(map(str, options.values()))
-)
-def test_uniform_credit_trains_bit_identically_to_plain_grpo(policy, tmp_path, options):
+def test_uniform_credit_of_mean_one_trains_bit_identically_to_plain_grpo(policy, tmp_path):
+    options = {"loss_type": "bnpo", "num_iterations": 2, "flow_normalize": "mean_one"}
     ours, plain = train_both(policy, tmp_path, {"flow_gamma": 1.0}, max_steps=4, **options)
     assert same_parameters(ours, plain)
     assert sum(logged(ours, "answer_found")) > 0
@@ -257,26 +164,14 @@ def test_uniform_credit_trains_bit_identically_to_plain_grpo(policy, tmp_path, o
     assert not torch.equal(ours.model.state_dict()["lm_head.weight"], start["lm_head.weight"])
 
 
-def test_unequal_credit_trains_otherwise(policy, tmp_path):
+def test_unequal_credit_changes_the_training(policy, tmp_path):
     ours, plain = train_both(policy, tmp_path, {"flow_gamma": 1.5}, max_steps=4)
     assert not same_parameters(ours, plain)
 
 
-def test_uniform_credit_is_plain_grpo_under_lora_with_dropout(policy, tmp_path):
-    lora = LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
-    shared = {"max_steps": 3, "peft_config": lora, "beta": 0.04}
-    ours, plain = train_both(policy, tmp_path, {"flow_gamma": 1.0}, **shared)
-    assert same_parameters(ours, plain)
-    assert sum(logged(ours, "answer_found")) > 0
-    other, _ = train_both(policy, tmp_path, {"flow_gamma": 2.0}, **shared)
-    assert not same_parameters(other, plain)
-
-
 def test_the_pass_draws_no_random_number_and_leaves_every_mode(policy, tmp_path):
-    lora = LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
-    trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), peft_config=lora
-    )
+    adapters = lora(lora_dropout=0.5)
+    trainer = answering(policy, tmp_path, peft_config=adapters)
     rollouts, plain = score(trainer)
     trainer.model.get_submodule("base_model.model.model.layers.1").eval()
     modes = [module.training for module in trainer.model.modules()]
@@ -288,7 +183,7 @@ def test_the_pass_draws_no_random_number_and_leaves_every_mode(policy, tmp_path)
 
 
 def test_modes_are_restored_when_the_model_fails(policy, tmp_path):
-    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    trainer = answering(policy, tmp_path)
     rollouts, plain = score(trainer)
 
     def fail(*_):
@@ -303,13 +198,8 @@ def test_modes_are_restored_when_the_model_fails(policy, tmp_path):
 def test_the_number_of_forward_passes_does_not_depend_on_the_rollouts(policy, tmp_path):
     passes = []
     for texts in (TEXTS, ["so then", "so"], ["so 1", "so then", "then"]):
-        trainer = build(
-            FlowGRPOTrainer,
-            policy,
-            tmp_path,
-            rollout_func=scripted(texts),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=3,
+        trainer = answering(
+            policy, tmp_path, texts, per_device_train_batch_size=2, gradient_accumulation_steps=3
         )
         counted = []
         trainer.model.model.embed_tokens.register_forward_hook(
@@ -322,12 +212,12 @@ def test_the_number_of_forward_passes_does_not_depend_on_the_rollouts(policy, tm
     assert passes == [[False] * 3] * 3
 
 
-# rollouts that are not plain
+# rollouts with something missing or hidden
 
 
 def test_a_completion_without_an_answer_gets_plain_credit(policy, tmp_path):
     texts = [TEXTS[0], "so then is plus"]
-    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(texts))
+    trainer = answering(policy, tmp_path, texts)
     found = weights(trainer)
     assert found[0].unique().tolist() == [1.0, 1.5]
     assert found[1].tolist() == [1.0] * 8
@@ -336,7 +226,7 @@ def test_a_completion_without_an_answer_gets_plain_credit(policy, tmp_path):
 
 def test_a_batch_without_any_answer_has_plain_credit(policy, tmp_path):
     texts = ["so then is plus", "so"]
-    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(texts))
+    trainer = answering(policy, tmp_path, texts)
     assert weights(trainer).unique().tolist() == [1.0]
     metrics = trainer._metrics["train"]
     assert metrics["flow/answer_found"] == [0.0]
@@ -347,9 +237,7 @@ def test_a_batch_without_any_answer_has_plain_credit(policy, tmp_path):
 
 def test_the_last_token_can_stand_in_for_the_answer(policy, tmp_path):
     texts = [TEXTS[0], "so then is plus <eos>"]
-    trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(texts), flow_no_answer="last"
-    )
+    trainer = answering(policy, tmp_path, texts, flow_no_answer="last")
     found = weights(trainer)
     options = {"top_fraction": 0.4, "gamma": 1.5, "normalize": "none"}
     for row, place in ((0, ANSWERS[0]), (1, 3)):
@@ -368,17 +256,14 @@ def test_the_last_token_can_stand_in_for_the_answer(policy, tmp_path):
 
 def test_a_missing_answer_can_be_an_error_and_its_remedies_work(policy, tmp_path):
     texts = [TEXTS[0], "so then is plus"]
-    trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(texts), flow_no_answer="raise"
-    )
+    trainer = answering(policy, tmp_path, texts, flow_no_answer="raise")
     message = r"no answer found in 2 of 4 completions; set flow_answer .* flow_no_answer='uniform'"
     with pytest.raises(ft.AnswerNotFoundError, match=message):
         score(trainer)
-    hidden = build(
-        FlowGRPOTrainer,
+    hidden = answering(
         policy,
         tmp_path,
-        rollout_func=scripted([TEXTS[2], "so then"]),
+        [TEXTS[2], "so then"],
         flow_no_answer="raise",
         mask_truncated_completions=True,
     )
@@ -387,13 +272,7 @@ def test_a_missing_answer_can_be_an_error_and_its_remedies_work(policy, tmp_path
 
 def test_a_truncated_completion_that_is_hidden_gets_weight_one(policy, tmp_path):
     texts = ["so 3 then 7 <eos>", "so 3 then 7 is"]
-    trainer = build(
-        FlowGRPOTrainer,
-        policy,
-        tmp_path,
-        rollout_func=scripted(texts),
-        mask_truncated_completions=True,
-    )
+    trainer = answering(policy, tmp_path, texts, mask_truncated_completions=True)
     rollouts, plain = score(trainer)
     assert rollouts["completion_mask"].sum(-1).tolist() == [5, 0, 5, 0]
     found = quotient(rollouts["advantages"], plain)
@@ -403,13 +282,8 @@ def test_a_truncated_completion_that_is_hidden_gets_weight_one(policy, tmp_path)
 
 
 def test_a_batch_that_is_all_hidden_stays_finite(policy, tmp_path):
-    trainer = build(
-        FlowGRPOTrainer,
-        policy,
-        tmp_path,
-        rollout_func=scripted(["so 3", "so 3 is"]),
-        mask_truncated_completions=True,
-        max_steps=1,
+    trainer = answering(
+        policy, tmp_path, ["so 3", "so 3 is"], mask_truncated_completions=True, max_steps=1
     )
     assert weights(trainer).unique().tolist() == [1.0]
     assert math.isnan(trainer._metrics["train"]["flow/weight_mean"][0])
@@ -451,9 +325,7 @@ def test_only_advantages_of_the_chosen_sign_are_reweighted(policy, tmp_path, sig
 
 
 def test_mean_one_keeps_the_mean_weight_of_every_completion(policy, tmp_path):
-    trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), flow_normalize="mean_one"
-    )
+    trainer = answering(policy, tmp_path, flow_normalize="mean_one")
     rollouts, plain = score(trainer)
     found, mask = quotient(rollouts["advantages"], plain), rollouts["completion_mask"]
     torch.testing.assert_close((found * mask).sum(-1) / mask.sum(-1), torch.ones(4))
@@ -472,14 +344,14 @@ def test_advantages_that_are_per_token_already_are_multiplied(policy, tmp_path):
         pass
 
     trainer = build(Both, policy, tmp_path, rollout_func=scripted(TEXTS))
-    plain = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    plain = answering(policy, tmp_path)
     wanted = weights(plain) * torch.arange(1.0, 9.0)
     torch.testing.assert_close(weights(trainer), wanted)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_flow_that_is_not_finite_never_becomes_credit(policy, tmp_path, monkeypatch, wrong):
-    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    trainer = answering(policy, tmp_path)
     solve = read_rollouts.solve_rollouts
 
     def broken(*arguments, **options):
@@ -490,6 +362,32 @@ def test_flow_that_is_not_finite_never_becomes_credit(policy, tmp_path, monkeypa
     monkeypatch.setattr(read_rollouts, "solve_rollouts", broken)
     with pytest.raises(ValueError, match="throughput must be finite"):
         score(trainer)
+
+
+def test_the_bottom_is_that_of_the_slow_definition(policy, tmp_path):
+    trainer = answering(policy, tmp_path, flow_side="bottom")
+    found = weights(trainer)
+    for row, text in enumerate(TEXTS):
+        flow = slow_flow(
+            trainer.model, text, PROMPTS[row // 2], ANSWERS[row],
+            layers=LAYERS["middle"], target="answer",
+        ).tolist()  # fmt: skip
+        wanted = [1 + 0.5 * boost for boost in slow_scorers.bottom(flow, [1] * len(flow), 0.4)]
+        assert found[row].tolist() == wanted + [1.0] * (found.shape[1] - len(wanted))
+
+
+@pytest.mark.parametrize("pattern", [r"then (\S+)", re.compile(r"then (\S+)"), "function"])
+def test_an_oracle_chooses_all_that_it_finds(policy, tmp_path, pattern):
+    def after(text):
+        return [found.span(1) for found in re.finditer(r"then (\S+)", text)]
+
+    trainer = build(GRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    oracle = after if pattern == "function" else pattern
+    attach_flow_credit(trainer, CreditOptions(scorer="oracle", oracle=oracle, top_fraction=0.1))
+    found = weights(trainer)
+    chosen = [np.flatnonzero(row).tolist() for row in (found == 1.5).numpy()]
+    assert chosen == [[1], [3], [], [3]]
+    assert ((found == 1.5) | (found == 1)).all()
 
 
 # trainers
@@ -549,7 +447,7 @@ def test_attaching_twice_is_an_error(policy, tmp_path):
 
 
 def test_a_model_that_was_wrapped_anew_is_traced(policy, tmp_path):
-    trainer = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    trainer = answering(policy, tmp_path)
     before = weights(trainer)
     trainer.model = AutoModelForCausalLM.from_pretrained(policy)
     torch.nn.init.normal_(trainer.model.model.embed_tokens.weight)
@@ -588,265 +486,7 @@ def test_credit_and_reward_trace_one_model_together(policy, tmp_path):
     trainer = build(
         FlowGRPOTrainer, model, tmp_path, [reward, flow_reward], rollout_func=scripted(TEXTS)
     )
-    alone = build(FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
+    alone = answering(policy, tmp_path)
     assert torch.equal(weights(trainer), weights(alone))
     trainer.train()
     assert logged(trainer, "answer_found") == [1.0, 1.0]
-
-
-# guard rails
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("top_fraction", 1.5, "flow credit: top_fraction must be between 0 and 1, got 1.5"),
-        ("gamma", -1.0, "flow credit: gamma must be at least 0, got -1.0"),
-        ("gamma", math.nan, "flow credit: gamma must be at least 0, got nan"),
-        ("target", "last", "target must be one of answer, decision, got 'last'"),
-        ("sign", "plus", "sign must be one of both, positive, negative, got 'plus'"),
-        ("normalize", "mean", "normalize must be one of none, mean_one, got 'mean'"),
-        ("answer", "boxd", "name of an answer finder.*found 'boxd'"),
-        ("no_answer", "skip", "no_answer must be one of uniform, raise, last, got 'skip'"),
-        ("scorer", "flw", "flow credit: scorer must be one of flow, reach, .*got 'flw'"),
-        ("scorer", "flow:blunt", "flow credit: preset must be one of paper, .*got 'blunt'"),
-        ("scorer", "entropy:sharp", "flow credit: .*'entropy' reads none; leave out ':sharp'"),
-        ("scorer", "flow*fai", "flow credit: .*choose ones that read the same"),
-        ("scorer", "oracle", "'oracle' needs oracle.*got scorer 'oracle' and oracle None"),
-        ("oracle", r"\d", "no other scorer does; got scorer 'flow' and oracle"),
-        ("side", "middle", "side must be one of top, bottom, got 'middle'"),
-        ("pass", "both", "pass must be one of auto, training, scoring, extra, got 'both'"),
-        ("on_error", "skip", "on_error must be one of raise, uniform, got 'skip'"),
-        ("start_step", -1, "start_step must be at least 0, got -1"),
-        ("warmup_steps", -1, "warmup_steps must be at least 0, got -1"),
-        ("page_steps", -1, "page_steps must be at least 0, got -1"),
-        ("page_limit_mb", -1.0, "page_limit_mb must be at least 0, got -1.0"),
-    ],
-)
-def test_options_out_of_range(policy, tmp_path, option, value, message):
-    with pytest.raises(ValueError, match=message):
-        config(FlowGRPOConfig, tmp_path, **{f"flow_{option}": value})
-    with pytest.raises(ValueError, match=message):
-        CreditOptions(**{{"pass": "pass_"}.get(option, option): value})
-
-
-def test_the_bottom_is_that_of_the_slow_definition(policy, tmp_path):
-    trainer = build(
-        FlowGRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS), flow_side="bottom"
-    )
-    found = weights(trainer)
-    for row, text in enumerate(TEXTS):
-        flow = slow_flow(
-            trainer.model, text, PROMPTS[row // 2], ANSWERS[row],
-            layers=LAYERS["middle"], target="answer",
-        ).tolist()  # fmt: skip
-        wanted = [1 + 0.5 * boost for boost in slow_scorers.bottom(flow, [1] * len(flow), 0.4)]
-        assert found[row].tolist() == wanted + [1.0] * (found.shape[1] - len(wanted))
-
-
-@pytest.mark.parametrize("pattern", [r"then (\S+)", re.compile(r"then (\S+)"), "function"])
-def test_an_oracle_chooses_all_that_it_finds(policy, tmp_path, pattern):
-    def after(text):
-        return [found.span(1) for found in re.finditer(r"then (\S+)", text)]
-
-    trainer = build(GRPOTrainer, policy, tmp_path, rollout_func=scripted(TEXTS))
-    oracle = after if pattern == "function" else pattern
-    attach_flow_credit(trainer, CreditOptions(scorer="oracle", oracle=oracle, top_fraction=0.1))
-    found = weights(trainer)
-    chosen = [np.flatnonzero(row).tolist() for row in (found == 1.5).numpy()]
-    assert chosen == [[1], [3], [], [3]]
-    assert ((found == 1.5) | (found == 1)).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"scorer": "oracle", "oracle": "("}, r"oracle '\(' is no pattern: missing \)"),
-        ({"scorer": "coupled", "side": "bottom"}, "'coupled' chooses in a way of its own, and has"),
-        ({"scorer": "oracle", "oracle": "a", "side": "bottom"}, "'oracle' chooses in a way of its"),
-    ],
-)
-def test_options_that_do_not_go_together(tmp_path, options, message):
-    with pytest.raises(ValueError, match=f"flow credit: .*{message}"):
-        config(FlowGRPOConfig, tmp_path, **{f"flow_{name}": one for name, one in options.items()})
-    with pytest.raises(ValueError, match=f"flow credit: .*{message}"):
-        CreditOptions(**options)
-
-
-def test_layers_and_finders_that_do_not_exist_are_found_at_construction(policy, tmp_path):
-    with pytest.raises(ValueError, match="layers must be one of"):
-        build(FlowGRPOTrainer, policy, tmp_path, flow_layers="upper")
-
-
-def test_help_has_no_bare_percent_sign_and_options_parse():
-    from trl import TrlParser
-
-    parser = TrlParser((FlowGRPOConfig,))
-    parser.format_help()
-    (parsed,) = parser.parse_args_and_config(
-        ["--output_dir", "x", "--flow_gamma", "2", "--flow_sign", "positive", "--use_cpu", "true"]
-    )
-    assert (parsed.flow_gamma, parsed.flow_sign) == (2.0, "positive")
-
-
-def test_sequence_level_importance_sampling_is_refused(policy, tmp_path):
-    message = "no effect with importance_sampling_level='sequence'.* Set importance_sampling_level"
-    with pytest.raises(ValueError, match=message):
-        config(FlowGRPOConfig, tmp_path, importance_sampling_level="sequence")
-    trainer = build(GRPOTrainer, policy, tmp_path, importance_sampling_level="sequence")
-    with pytest.raises(ValueError, match=message):
-        attach_flow_credit(trainer)
-
-
-def test_the_loss_check_alone_sees_sequence_level_importance_sampling(policy, tmp_path):
-    trainer = build(GRPOTrainer, policy, tmp_path)
-    checks.check_loss(trainer)
-    trainer.importance_sampling_level = "sequence"
-    with pytest.raises(UnsupportedTrainerError, match="one advantage per token"):
-        checks.check_loss(trainer)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        *({"loss_type": case["loss_type"], "beta": 0.04} for case in UNIFORM),
-        {"top_entropy_quantile": 0.2},
-        {"entropy_coef": 0.1},
-        {"delta": 2.0},
-        {"off_policy_mask_threshold": 0.5},
-        {"use_bias_correction_kl": True, "beta": 0.04},
-    ],
-    ids=lambda options: "-".join(map(str, options.values())),
-)
-def test_the_loss_check_accepts_every_token_level_loss_and_leaves_no_trace(
-    policy, tmp_path, options
-):
-    trainer = build(GRPOTrainer, policy, tmp_path, **options)
-    before = {name: repr(value) for name, value in vars(trainer).items()}
-    checks.check_loss(trainer)
-    assert {name: repr(value) for name, value in vars(trainer).items()} == before
-
-
-@pytest.mark.parametrize("broken", ["mean", "unsqueeze", "missing"])
-def test_a_loss_that_does_not_read_advantages_per_token_is_refused(policy, tmp_path, broken):
-    class Host(GRPOTrainer):
-        def _compute_loss(self, model, inputs):
-            if broken == "missing":
-                return super()._compute_loss(model, {**inputs, "advantages": inputs["weights"]})
-            advantages = inputs["advantages"]
-            advantages = advantages.mean(-1) if broken == "mean" else advantages.unsqueeze(1)
-            return super()._compute_loss(model, {**inputs, "advantages": advantages})
-
-    if broken == "missing":  # as if its own generation were to add it: asked with the first loss
-        trainer = attach_flow_credit(build(Host, policy, tmp_path))
-        with pytest.raises(UnsupportedTrainerError, match=r"loss of Host fails.*'weights'"):
-            trainer.train()
-        return
-    with pytest.raises(UnsupportedTrainerError, match="that of Host does not"):
-        attach_flow_credit(build(Host, policy, tmp_path))
-
-
-@pytest.mark.filterwarnings("ignore:.*experimental")
-def test_gmpo_is_refused(policy, tmp_path):
-    from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
-
-    trainer = GMPOTrainer(
-        policy,
-        reward,
-        args=config(GMPOConfig, tmp_path),
-        processing_class=word_tokenizer(),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-    )
-    with pytest.raises(UnsupportedTrainerError, match=r"that of GMPOTrainer does not .*FlowReward"):
-        attach_flow_credit(trainer)
-
-    class Mixed(FlowCreditMixin, GMPOTrainer):
-        pass
-
-    with pytest.raises(UnsupportedTrainerError, match="that of Mixed does not"):
-        build(Mixed, policy, tmp_path)
-
-
-def test_hosts_that_are_no_grpo_trainer_are_refused(policy, tmp_path):
-    class Mixed(FlowCreditMixin, RLOOTrainer):
-        pass
-
-    with pytest.raises(UnsupportedTrainerError, match=r"Mixed is none.*FlowReward"):
-        Mixed(policy, reward)
-    with pytest.raises(UnsupportedTrainerError, match=r"RLOOTrainer is none.*FlowReward"):
-        attach_flow_credit(build_rloo(policy, tmp_path, reward))
-    with pytest.raises(UnsupportedTrainerError, match="str is none"):
-        attach_flow_credit("GRPOTrainer")
-
-
-def test_unsloths_trainer_is_refused(policy, tmp_path):
-    generated = type("UnslothGRPOTrainer", (GRPOTrainer,), {})
-    with pytest.raises(UnsupportedTrainerError, match=r"Unsloth's.* from trl before.* FlowReward"):
-        attach_flow_credit(build(generated, policy, tmp_path))
-
-    class Mixed(FlowCreditMixin, generated):
-        pass
-
-    with pytest.raises(UnsupportedTrainerError, match="Mixed is Unsloth's"):
-        Mixed(policy, reward)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_a_plain_config_is_refused(policy, tmp_path):
-    with pytest.raises(TypeError, match=r"needs args=FlowGRPOConfig\(...\), got GRPOConfig"):
-        FlowGRPOTrainer(
-            policy,
-            reward,
-            args=config(GRPOConfig, tmp_path),
-            processing_class=word_tokenizer(),
-            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        )
-
-
-def import_again(monkeypatch, installed):
-    """`grpo.trainer`, imported where TRL has this version; None where it is missing."""
-
-    def version(name):
-        if installed is None:
-            raise PackageNotFoundError(name)
-        return installed
-
-    monkeypatch.setattr(trl_version, "version", version)
-    monkeypatch.delitem(sys.modules, "flowtracer_plugin.grpo.trainer")
-    return importlib.import_module("flowtracer_plugin.grpo.trainer")
-
-
-@pytest.mark.parametrize("installed", ["0.20.0", "1.15.2", "1.17.0", "2.1"])
-def test_other_releases_of_trl_are_refused_before_they_are_imported(installed, monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "trl"]:
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match=rf"needs trl>=1.16,<1.17, and {installed} is installed"):
-        import_again(monkeypatch, installed)
-    assert "trl" not in sys.modules
-
-
-@pytest.mark.parametrize("installed", ["1.16.0", "1.16.3"])
-def test_known_releases_of_trl_are_accepted(installed, monkeypatch):
-    assert import_again(monkeypatch, installed).FlowGRPOTrainer
-
-
-def test_without_trl_the_message_says_what_to_install(monkeypatch):
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'flowtracer-plugin\[trl\]'"):
-        import_again(monkeypatch, None)
-
-
-def test_a_tokenizer_is_found_in_a_processor_and_missed_elsewhere(policy, tmp_path):
-    tokenizer = word_tokenizer()
-    assert checks.find_tokenizer(SimpleNamespace(tokenizer=tokenizer)) is tokenizer
-    trainer = build(GRPOTrainer, policy, tmp_path)
-    trainer.processing_class = None
-    with pytest.raises(ValueError, match=r"processing_class=NoneType; pass processing_class="):
-        attach_flow_credit(trainer)
-
-
-def test_a_model_without_attention_is_refused(tmp_path):
-    mamba = MambaForCausalLM(
-        MambaConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, state_size=4)
-    )
-    with pytest.raises(NoAttentionError):
-        build(FlowGRPOTrainer, mamba, tmp_path)

@@ -1,5 +1,7 @@
-"""A policy that trains in a second, what it is trained on, and one process of a distributed run."""
+"""A policy that trains in a second, its data, and one process of a distributed run."""
 
+import gc
+import inspect
 import json
 import os
 import sys
@@ -14,10 +16,23 @@ from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from flowtracer_plugin.credit import read_rollouts
-from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig, FlowGRPOTrainer
+from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig, FlowGRPOTrainer, script
 from tests.families import tiny_model
 
+# Half of TrainingArguments' fields do not hold what they declare, which the tests' type checker
+# would refuse.
+FlowGRPOConfig.__init__ = inspect.unwrap(FlowGRPOConfig.__init__)
+
 WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789", "so", "then", "plus", "is", "apples", "####"]
+METRICS = (
+    "answer_found",
+    "weight_mean",
+    "top_share",
+    "entropy",
+    "prompt_jump",
+    "errors",
+    "seconds",
+)
 PROMPTS = ["3 plus 4 is", "so 2 apples plus 5 apples is", "1 plus 1 plus 1 is", "9 apples is"]
 CHAT = (
     "{% for message in messages %}{{ message['content'] }} {% endfor %}"
@@ -39,7 +54,7 @@ def word_tokenizer():
 
 
 def save_policy(folder):
-    """Write a random model and its tokenizer, and return where."""
+    """The folder, with a random model and its tokenizer."""
     model = tiny_model("llama", vocab_size=len(WORDS))
     model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
@@ -47,7 +62,7 @@ def save_policy(folder):
 
 
 def reward(prompts, completions, completion_ids, **columns):
-    """Differs between completions, and depends on nothing but their tokens."""
+    """Rewards that differ between completions and depend on their tokens only."""
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
@@ -98,7 +113,7 @@ def build(
 
 
 def build_rloo(policy, folder, reward_funcs, rows=None):
-    """The same for RLOO, which knows nothing of token-level credit."""
+    """The same for RLOO, which has no token-level credit."""
     return RLOOTrainer(
         policy,
         reward_funcs,
@@ -125,7 +140,7 @@ def scripted(texts, masks=None):
 
 
 def shard(trainer):
-    """FSDP2, as accelerate lays it out, which does so on accelerators only."""
+    """The trainer with FSDP2 as accelerate applies it, which it does on accelerators only."""
     for layer in trainer.model.model.layers:
         fully_shard(layer)
     fully_shard(trainer.model)
@@ -164,7 +179,7 @@ def sharded_by_deepspeed(model):
 
 
 def fail_once():
-    """The next flow to be solved is not."""
+    """Let the next call that solves flow fail."""
     solve = read_rollouts.solve_rollouts
 
     def failing(*args):
@@ -175,7 +190,7 @@ def fail_once():
 
 
 def run(policy, folder, *, flow, sharded, fails=False, **options):
-    """Train once as one rank; what must agree with other ranks or runs.
+    """A report of one training run as one rank, and the parameters at its end.
 
     The first rank finds an answer in every completion, the second finds none.
     """
@@ -206,16 +221,20 @@ def run(policy, folder, *, flow, sharded, fails=False, **options):
 
 
 def main(policy, folder, runs):
-    """Train every run as one rank, and write what became of it."""
+    """Train every run as one rank, and write its report and its parameters."""
     rank = os.environ["RANK"]
     if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")
-    for number, options in enumerate(runs):
-        said, state = run(policy, folder / str(number), **options)
-        torch.save(state, folder / f"{number}-{rank}.pt")
-        (folder / f"{number}-{rank}.json").write_text(json.dumps(said))
+    gc.freeze()  # each run collects garbage
+    for name, options in runs.items():
+        if "script" in options:  # the last run, since it ends the process group
+            script.main(options["script"])
+            return
+        said, state = run(policy, folder / name, **options)
+        torch.save(state, folder / f"{name}-{rank}.pt")
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(said))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()  # else its threads may abort the process as it ends
 

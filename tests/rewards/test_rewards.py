@@ -1,4 +1,4 @@
-"""The rewards: what they score, and that trainers which know nothing of them can use them."""
+"""The rewards: their scores, and their use in unmodified trainers."""
 
 import asyncio
 import doctest
@@ -27,14 +27,7 @@ import flowtracer_plugin as ft
 from flowtracer_plugin.rewards import named as rewards
 from flowtracer_plugin.rewards.flow_reward import SCORES, FlowReward, concentration
 from tests.flow import reference
-from tests.grpo.worker import (
-    PROMPTS,
-    build,
-    build_rloo,
-    reward,
-    save_policy,
-    word_tokenizer,
-)
+from tests.grpo.worker import PROMPTS, build, build_rloo, reward, save_policy, word_tokenizer
 from tests.tiny import eager_attention, tiny_llama, tiny_tokenizer
 
 TEXTS = ["then 4 plus 3 is 7 apples so", "so 1 then #### 9", "is 2 <eos>", "so 8 then then 5 is"]
@@ -94,7 +87,7 @@ def test_the_reward_is_the_reasoning_share(tracer):
 
 
 def slow_concentration(flow):
-    """Over the tokens before the answer: how far their number exceeds that of those who carry."""
+    """1 - perplexity / length of the flow over the tokens before the answer."""
     total = sum(flow)
     if not total:
         return 0.0
@@ -145,11 +138,11 @@ def test_concentration_by_hand():
     assert measured([0, 0]) == measured([5]) == 0
 
 
-def test_only_what_stands_before_the_answer_is_counted(tracer):
+def test_only_tokens_before_the_answer_count(tracer):
     flow_reward = FlowReward(tracer, score="concentration")
     texts = ["so 3 is then 7", "so 3 is then 7 so then is so then", "#### 7"]
     before, after, bare = call(flow_reward, texts, [PROMPTS[0]] * 3)
-    assert after == before > 0  # the phrase after it carries nothing
+    assert after == before > 0  # the phrase after the answer carries no flow
     assert bare == 0
 
 
@@ -159,7 +152,7 @@ def test_an_answer_at_the_start_leaves_nothing_to_concentrate(tracer):
 
 
 @pytest.mark.parametrize("target", ["answer", "decision"])
-def test_reasoning_is_what_stands_between_prompt_and_answer(policy, target):
+def test_reasoning_is_the_text_between_prompt_and_answer(policy, target):
     model = AutoModelForCausalLM.from_pretrained(policy)
     tracer = ft.wrap(model, word_tokenizer(), target=target, answer="last_number")
     asked, said = torch.tensor([words("3 plus 4 is")] * 2), words("so 1 then 9 so")
@@ -201,7 +194,7 @@ def test_an_outcome_is_scaled_and_a_negative_one_stays(tracer, score):
     assert scores == [pytest.approx(alone[0]), -1.0, 0.0, -1.0, 0.0, None]
 
 
-def test_names_say_what_is_scored(tracer):
+def test_names_describe_the_score(tracer):
     assert FlowReward(tracer).__name__ == "reasoning_share"
     assert FlowReward(tracer, score="concentration").__name__ == "concentration"
     both = FlowReward(tracer, outcome=given_outcome)
@@ -209,7 +202,7 @@ def test_names_say_what_is_scored(tracer):
     assert FlowReward(tracer, name="mine").__name__ == "mine"
 
 
-# what trainers hand over
+# the arguments that trainers pass
 
 
 def test_messages_go_through_the_chat_template_as_trl_does_it(tracer, monkeypatch):
@@ -275,7 +268,7 @@ def test_several_messages_need_ids(tracer):
 
 
 def test_padding_behind_the_ids_does_not_matter(tracer, monkeypatch):
-    """`OnlineDPOTrainer` hands the ids over as they lie in its batch."""
+    """`OnlineDPOTrainer` passes the ids of its batch with their padding."""
     wanted = call(FlowReward(tracer))
     seen, trace = [], tracer.trace_ids
     monkeypatch.setattr(tracer, "trace_ids", lambda *a, **k: seen.append(a) or trace(*a, **k))
@@ -297,7 +290,7 @@ def test_ids_of_another_tokenizer_are_noticed_and_the_text_can_be_read_instead()
     assert call(again) == again(prompts=[PROMPTS[row // 2] for row in range(4)], completions=TEXTS)
 
 
-def test_the_outcome_gets_what_the_trainer_gave(tracer):
+def test_the_outcome_gets_the_trainers_arguments(tracer):
     def spy(**given):
         seen.update(given)
         return [1.0]
@@ -352,7 +345,7 @@ def test_the_reward_trains_in_unmodified_grpo(policy, tmp_path, tracer, shared):
 
 
 def test_a_weight_of_zero_trains_as_without_the_reward(policy, tmp_path, tracer):
-    """So the reward itself touches nothing: neither the policy nor what is sampled next."""
+    """So the reward itself changes neither the policy nor the next samples."""
     states = []
     for funcs, weights in (([reward], [1.0]), ([reward, FlowReward(tracer)], [1.0, 0.0])):
         trainer = build(GRPOTrainer, policy, tmp_path, funcs, reward_weights=weights, max_steps=3)
@@ -366,17 +359,17 @@ def right_digit(prompts, completions, completion_ids, digit, **columns):
     return [float(str(wanted) in text) for wanted, text in zip(digit, completions, strict=True)]
 
 
-@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_columns_reach_the_outcome(policy, tmp_path, tracer, kind, score):
+def test_columns_reach_the_outcome(policy, tmp_path, tracer, kind):
     rows = {"prompt": PROMPTS * 4, "digit": [7] * 16}
-    funcs = [FlowReward(tracer, score=score, outcome=right_digit), reward]
+    funcs = [FlowReward(tracer, score=score, outcome=right_digit) for score in SCORES]
     if kind == "grpo":
         trainer = build(GRPOTrainer, policy, tmp_path, funcs, rows=rows)
     else:
         trainer = build_rloo(policy, tmp_path, funcs, rows)
     trainer.train()
-    assert f"rewards/right_digit_x_{score}/mean" in trainer.state.log_history[0]
+    log = trainer.state.log_history[0]
+    assert all(f"rewards/right_digit_x_{score}/mean" in log for score in SCORES)
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["texts", "messages"])
@@ -418,7 +411,7 @@ def test_the_reward_trains_in_unmodified_online_dpo(policy, tmp_path, tracer, ch
     assert all(len(scores) == 8 and None not in scores for scores in seen)
 
 
-# a reward that travels
+# a reward in other processes
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -433,22 +426,20 @@ def test_the_reward_can_be_pickled(tracer, score):
     assert again.tracer.layers == tracer.layers
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("which", ["instance", "function"])
-def test_the_reward_works_in_a_spawned_child(policy, tracer, monkeypatch, which):
+def test_the_reward_works_in_a_spawned_child(policy, tracer, monkeypatch):
     """Asynchronous GRPO scores in a process of its own."""
     monkeypatch.setenv("FLOWTRACER_MODEL", policy)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     flow_reward = FlowReward(tracer)
-    sent = flow_reward if which == "instance" else rewards.reasoning_share
     arguments = {
         "prompts": [PROMPTS[row // 2] for row in range(4)],
         "completions": TEXTS,
         "completion_ids": [words(text) for text in TEXTS],
     }
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(sent, kwds=arguments)
-    assert found == pytest.approx(call(flow_reward), rel=1e-5)
+        for sent in (flow_reward, rewards.reasoning_share):
+            found = pool.apply(sent, kwds=arguments)
+            assert found == pytest.approx(call(flow_reward), rel=1e-5)
 
 
 def test_a_tracer_can_be_made_when_it_is_needed(tracer):
@@ -543,7 +534,7 @@ def test_loading_draws_no_random_number_even_where_files_lack_weights(
 
 
 @pytest.mark.usefixtures("fresh")
-def test_right_answers_pay_what_flows(policy, tracer, monkeypatch):
+def test_right_answers_are_paid_their_reasoning_share(policy, tracer, monkeypatch):
     monkeypatch.setenv("FLOWTRACER_MODEL", policy)
     shares = call(FlowReward(tracer))
     found = call(rewards.math_flow, answer=["7", "8", "2", "5"])
@@ -576,7 +567,7 @@ def test_trls_own_script_takes_them_by_their_path(policy, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_the_command_trl_takes_them_by_their_path(policy, tmp_path):
-    """The environment comes from the file that `--config` names."""
+    """The environment variables come from the file that `--config` names."""
     write_rows(tmp_path / "data" / "train.jsonl", answer="7")
     (tmp_path / "run.yaml").write_text(f"env:\n  FLOWTRACER_MODEL: {policy}\n")
     arguments = [

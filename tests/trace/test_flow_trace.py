@@ -24,7 +24,7 @@ LONE = "\ud83d"  # half of a surrogate pair
 
 
 def made(problem, prompt_length, **changes):
-    """A trace of a graph: what `FlowTracer` makes after it has read a model."""
+    """The trace that `FlowTracer` would make if it had read this graph."""
     length = len(problem.question)
     options = changes.pop("options", FlowOptions())
     flow = solve_flow(
@@ -53,7 +53,7 @@ def made(problem, prompt_length, **changes):
 
 @st.composite
 def parted(draw):
-    """A graph, and a border between prompt and response behind the question."""
+    """A graph, and the length of its prompt, which ends after the question."""
     problem = draw(problems(max_tokens=8))
     last = np.flatnonzero(problem.question).max()
     return problem, draw(st.integers(last + 1, np.flatnonzero(problem.answer).min()))
@@ -101,17 +101,14 @@ def test_regions_are_the_most_specific_ones(trace):
     assert trace.spans.response.tolist() == [False] * 12 + [True] * 16
 
 
-def test_the_flow_solves_the_stored_numbers_again(trace):
+def test_solving_again_gives_the_stored_numbers(trace):
     np.testing.assert_array_equal(trace.flow.throughput, trace.throughput)
     np.testing.assert_array_equal(trace.flow.reach, trace.reach)
     assert trace.flow.sink_flow().sum() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("within", ["reasoning", "all"])
-@pytest.mark.parametrize(
-    "rank",
-    ["hubs", "checkpoints"],
-)
+@pytest.mark.parametrize("rank", ["hubs", "checkpoints"])
 def test_the_strongest_tokens_come_first(trace, rank, within):
     wanted = getattr(trace.backbone, rank)
     eligible = [
@@ -181,7 +178,7 @@ def refuse(constant):
     raise AssertionError(f"{constant} is no JSON")
 
 
-def test_the_document_holds_what_the_trace_says(trace):
+def test_the_document_holds_the_numbers_of_the_trace(trace):
     text = trace.to_json()
     document = json.loads(text, parse_constant=refuse)
     assert document == json.loads(json.dumps(trace.to_dict()))

@@ -1,4 +1,4 @@
-"""What a trace takes, what is free, and what is done about it."""
+"""Memory: what a trace takes, what is free, and which mode is chosen."""
 
 from __future__ import annotations
 
@@ -19,12 +19,7 @@ from flowtracer_plugin.attention import AttentionCall, UnsupportedArchitectureEr
 from flowtracer_plugin.model import free_memory as free
 from flowtracer_plugin.model.free_memory import free_memory
 from flowtracer_plugin.trace import memory
-from flowtracer_plugin.trace.memory import (
-    MemoryEstimate,
-    TooLittleMemoryError,
-    longest,
-    readable,
-)
+from flowtracer_plugin.trace.memory import MemoryEstimate, TooLittleMemoryError, longest, readable
 from tests.families import quiet_transformers, tiny_model
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
 
@@ -115,7 +110,7 @@ def test_a_model_without_queries_and_keys_has_a_dense_estimate_only(room):
     assert wrap(model, mode="dense").trace(PROMPT, RESPONSE).attention is not None
 
 
-def test_the_width_of_a_model_that_does_not_tell_is_that_of_its_heads(model):
+def test_the_width_comes_from_the_heads_if_the_configuration_has_none(model):
     tracer, wanted = wrap(model), wrap(model).estimate(9000)
     config = SimpleNamespace(intermediate_size=96, _attn_implementation="sdpa")
     model.config.get_text_config, kept = lambda: config, model.config.get_text_config
@@ -265,32 +260,28 @@ def test_streaming_is_a_remedy_for_dense(room):
         tracer.trace(text, RESPONSE)
 
 
-@pytest.mark.parametrize("mode", ["dense", "streamed"])
-@pytest.mark.parametrize(
-    ("model", "tokens"),
-    [
-        ("build(SMALL)", 1500),
-        # All layers see a window, through a mask of all pairs of tokens.
-        (
-            "tiny_model('mistral', vocab_size=1000, max_position_embeddings=6000, "
-            "sliding_window=5000)",
-            6000,
-        ),
-    ],
-)
-def test_estimates_are_a_little_above_what_is_taken(model, tokens, mode):
-    """In a process of its own, whose allocator gives back what is freed."""
-    code = f"""
+@pytest.fixture(scope="module")
+def taken():
+    """Estimated and taken MiB of each model and mode.
+
+    They are measured in a process of its own, whose allocator gives back what is freed.
+    """
+    code = """
 import torch
 from benchmarks.harness import peak_of
 from benchmarks.models import SMALL, build, number_tokenizer
 from tests.families import tiny_model
 import flowtracer_plugin as ft
 
-ids = torch.randint(3, 1000, ({tokens},)).tolist()
-tracer = ft.wrap({model}, number_tokenizer(), mode="{mode}", answer="last_number")
-print(tracer.estimate(len(ids)).{mode} / 2**20)
-print(peak_of(lambda: tracer.trace_tokens(ids[:300], ids[300:])))
+# All layers of the second see a window, through a mask of all pairs of tokens.
+window = {"max_position_embeddings": 2500, "sliding_window": 2000}
+models = {"small": build(SMALL), "window": tiny_model("mistral", vocab_size=1000, **window)}
+for name, model in models.items():
+    ids = torch.randint(3, 1000, (1000 if name == "small" else 2500,)).tolist()
+    for mode in ("dense", "streamed"):
+        tracer = ft.wrap(model, number_tokenizer(), mode=mode, answer="last_number")
+        estimated = getattr(tracer.estimate(len(ids)), mode) / 2**20
+        print(name, mode, estimated, peak_of(lambda: tracer.trace_tokens(ids[:300], ids[300:])))
 """
     quiet = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     ran = subprocess.run(
@@ -301,22 +292,29 @@ print(peak_of(lambda: tracer.trace_tokens(ids[:300], ids[300:])))
         text=True,
         check=True,
     )
-    estimated, taken = map(float, ran.stdout.split())
-    assert 0.6 * estimated < taken < 1.05 * estimated
+    lines = map(str.split, ran.stdout.splitlines())
+    return {(model, mode): (float(one), float(other)) for model, mode, one, other in lines}
 
 
-def test_short_texts_ask_nobody(model, monkeypatch):
+@pytest.mark.parametrize("mode", ["dense", "streamed"])
+@pytest.mark.parametrize("model", ["small", "window"])
+def test_estimates_are_a_little_above_what_is_taken(taken, model, mode):
+    estimated, measured = taken[model, mode]
+    assert 0.6 * estimated < measured < 1.05 * estimated, (estimated, measured)
+
+
+def test_short_texts_do_not_ask_for_free_memory(model, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda _: pytest.fail("asked"))
     assert wrap(model).trace(PROMPT, RESPONSE).attention is not None
 
 
 @pytest.mark.parametrize("bad", [{"tokens": 0}, {"tokens": 5, "batch": 0}])
-def test_nothing_has_no_estimate(model, bad):
+def test_estimates_need_a_token_and_a_text(model, bad):
     with pytest.raises(ValueError, match="tokens and batch must be at least 1, got"):
         wrap(model).estimate(**bad)
 
 
-def test_estimates_are_for_reading():
+def test_an_estimate_prints_as_one_readable_line():
     estimate = MemoryEstimate(
         tokens=32_768, batch=2, dense=9_640_000_000, streamed=870_000_000, free=4_000_000_000
     )

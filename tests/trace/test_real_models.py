@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -43,18 +41,18 @@ def loaded(name, dtype="float32"):
     return model, AutoTokenizer.from_pretrained(path)
 
 
-def command(*arguments):
-    ran = subprocess.run(
-        [sys.executable, "-m", "flowtracer_plugin", "trace", "--json", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(ft.__file__).parent.parent,
-    )
-    assert ran.returncode == 0, ran.stderr
-    document = json.loads(ran.stdout)
-    jsonschema.validate(document, ft.json_schema())
-    return document
+@pytest.fixture
+def traced(flowtracer):
+    """Runs `flowtracer trace --json` and returns its document."""
+
+    def run(*arguments):
+        ran = flowtracer("trace", "--json", *arguments)
+        assert ran.code == 0, ran.err
+        document = json.loads(ran.out)
+        jsonschema.validate(document, ft.json_schema())
+        return document
+
+    return run
 
 
 def throughput(document):
@@ -80,9 +78,9 @@ def test_the_trace_follows_from_the_attention_that_eager_reports(name):
 
 
 @pytest.mark.parametrize("name", [*STORIES, CHAT])
-def test_the_command_says_what_the_library_says(name):
+def test_the_command_says_what_the_library_says(traced, name):
     path = folder(name)
-    found = command(
+    found = traced(
         *("--model", path, "--prompt", PROMPT, "--response", RESPONSE, "--dtype", "float32")
     )
     model, tokenizer = loaded(name)
@@ -110,8 +108,8 @@ def test_a_story_may_fill_the_context(name):
     assert len(trace.tokens) <= context
 
 
-def test_the_chat_model_is_asked_through_its_template():
-    document = command(
+def test_the_chat_model_is_asked_through_its_template(traced):
+    document = traced(
         "--model",
         folder(CHAT),
         "--prompt",
@@ -132,13 +130,13 @@ def test_the_chat_model_is_asked_through_its_template():
 
 
 def test_bfloat16_is_read_as_well_as_eager_bfloat16_is_computed():
-    """Eager itself is as far from float32 as its 8 bits make it; reading must not be further."""
+    """Rounding to 8 bits moves eager away from float32; our reading must not be further away."""
     (exact, tokenizer), (model, _) = loaded(CHAT), loaded(CHAT, "bfloat16")
     trace = ft.wrap(model, tokenizer).trace(asked(CHAT), RESPONSE)
     ids, layers = trace.token_ids.tolist(), trace.layers
     wanted = eager_attention(exact, ids, layers)
 
-    def off(found):  # the share of attention that is elsewhere, averaged over the rows
+    def off(found):  # the misplaced share of attention, averaged over the rows
         return (found - wanted).abs().sum(-1).mean().item() / 2
 
     assert off(torch.tensor(trace.attention)) <= 1.5 * off(eager_attention(model, ids, layers))

@@ -1,4 +1,4 @@
-"""Streamed traces are the dense ones, to rounding, whatever the model, the block and the dtype."""
+"""Streamed traces equal dense ones to rounding, for every model, block and dtype."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def lower(call):
 
 @pytest.fixture(scope="module")
 def nobody():
-    """A model whose calls nobody looks at: it only says that it is not spread over processes."""
+    """A model whose calls are not read: it only shows that it is not spread over processes."""
     return tiny_llama()
 
 
@@ -212,14 +212,14 @@ def test_padded_rollouts_stream(options):
     assert streamed.answers == dense.answers
 
 
-def test_a_model_that_hands_over_probabilities_has_nothing_to_stream():
+def test_a_model_that_returns_probabilities_has_nothing_to_stream():
     model = tiny_llama()
     kept = KeptCalls(model, ft.wrap(model).reader.adapter)
     weights = AttentionWeights(weights=torch.rand(1, 2, 3, 3))
     kept._adapter = type("Adapter", (), {"read": lambda *_: weights})()
     site = AttentionSite(layer=0, module="model.layers.0.self_attn", function="f")
     kept.receive(site, (), {}, None)
-    kept.receive(site, (), {}, None)  # what went wrong first is what is told
+    kept.receive(site, (), {}, None)  # the first error is the one that is reported
     with pytest.raises(UnsupportedArchitectureError, match=r"nothing to stream from; wrap.*dense"):
         kept.calls()
 
@@ -268,10 +268,10 @@ def test_only_queries_and_keys_are_kept():
     assert slim.value is None
     assert torch.equal(slim.query, query)
     assert slim.query.untyped_storage().nbytes() == query.numel() * 4  # not all of the product
-    assert slim.key.data_ptr() == call.key.data_ptr()  # no copy where none is due
+    assert slim.key.data_ptr() == call.key.data_ptr()  # not copied
 
 
-# What a streamed trace can do
+# Uses of a streamed trace
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +357,7 @@ def test_what_needs_the_matrix_says_so(pair):
             wish()
     assert len(pair[1].paths(10)) == 10
     tracer = ft.wrap(tiny_llama(), mode="streamed")
-    with pytest.raises(ValueError, match=r"mode='streamed' is there to avoid; wrap.*dense"):
+    with pytest.raises(ValueError, match=r"mode='streamed' avoids; wrap.*dense"):
         tracer.attention(torch.tensor([[3, 4]]))
 
 

@@ -54,7 +54,7 @@ def marked(length, *places):
 
 
 def assert_traced(trace, attention, question, target, weights="uniform", boundary="literal"):
-    """The trace is what the slow definition makes of attention that was read independently."""
+    """Assert that the trace equals the slow definition on independently read attention."""
     wanted = reference.flow(attention, question, target, weights, boundary)
     np.testing.assert_allclose(trace.attention, attention, atol=1e-5)
     np.testing.assert_allclose(trace.throughput, wanted["throughput"], atol=1e-5)
@@ -127,7 +127,7 @@ def test_another_rule_may_name_the_question_for_one_trace(tracer, tokenizer):
         tracer.trace_tokens(tokenizer(PROMPT)["input_ids"], [3], question="user")
 
 
-def test_the_answer_may_be_found_otherwise_for_one_trace(tracer):
+def test_one_trace_may_use_another_answer_finder(tracer):
     trace = tracer.trace(PROMPT, RESPONSE, answer=re.compile(r"(had) 3"))
     assert (trace.spans.answer_text, trace.spans.rule) == ("had", "regex")
     assert tracer.trace(PROMPT, RESPONSE).spans.rule == "phrase"
@@ -152,11 +152,11 @@ def test_the_users_words_are_the_question_of_a_chat(model, chat):
     assert "".join(words) == PROMPT
 
 
-def test_tokens_are_traced_as_they_are(tracer, tokenizer):
+def test_tokens_are_traced_unchanged(tracer, tokenizer):
     ids = tokenizer(PROMPT)["input_ids"], tokenizer(RESPONSE)["input_ids"]
     by_tokens, by_text = tracer.trace_tokens(*ids), tracer.trace(PROMPT, RESPONSE)
     np.testing.assert_array_equal(by_tokens.throughput, by_text.throughput)
-    # "2" in two tokens of which the text knows nothing
+    # "2" in two tokens, which the text does not show
     odd = [*ids[1][:-2], *tokenizer.convert_tokens_to_ids(["Ġ", "2", "."])]
     trace = tracer.trace_tokens(ids[0], odd)
     assert trace.text == by_text.text
@@ -176,7 +176,7 @@ def test_padded_input_reads_like_each_row_alone(tracer, tokenizer):
 # generate
 
 
-def test_greedy_answers_are_the_models_own_and_come_again(model, tokenizer, tracer):
+def test_greedy_answers_are_the_models_own_and_repeat(model, tokenizer, tracer):
     state = torch.get_rng_state()
     first = tracer.generate(PROMPT, max_new_tokens=6, answer=EVERYTHING)
     second = tracer.generate(PROMPT, max_new_tokens=6, answer=EVERYTHING)
@@ -319,7 +319,7 @@ def test_rows_without_an_answer_are_0(tracer, tokenizer):
     assert nothing.throughput.abs().max() == 0
 
 
-def test_what_is_hidden_within_a_completion_does_not_count(tracer, tokenizer):
+def test_hidden_tokens_within_a_completion_do_not_count(tracer, tokenizer):
     prompt_ids, completion_ids, prompt_mask, completion_mask = padded(tokenizer, ROLLOUTS[:1])
     hole = torch.full((1, 2), 5), torch.zeros(1, 2, dtype=torch.long)
     holed = [
@@ -485,7 +485,7 @@ def test_a_model_without_attention_is_refused():
         ft.wrap(mamba)
 
 
-def test_what_is_no_transformers_model_is_refused():
+def test_only_transformers_models_are_accepted():
     with pytest.raises(TypeError, match="wanted a transformers model, found Linear"):
         ft.wrap(nn.Linear(2, 2))
 
@@ -553,13 +553,13 @@ def test_unknown_options_are_refused_when_the_model_is_wrapped(model, tokenizer,
         ft.wrap(model, tokenizer, **option)
 
 
-def test_an_unknown_finder_is_refused_before_the_model_speaks(tracer, model, monkeypatch):
+def test_an_unknown_finder_is_refused_before_generation(tracer, model, monkeypatch):
     monkeypatch.setattr(model, "generate", None)
     with pytest.raises(ValueError, match="name of an answer finder"):
         tracer.generate(PROMPT, answer="last")
 
 
-def test_token_ids_do_not_tell_what_the_user_said(model, tokenizer):
+def test_token_ids_cannot_show_what_the_user_said(model, tokenizer):
     tracer = ft.wrap(model, tokenizer, question="user")
     ids = tokenizer(PROMPT)["input_ids"], tokenizer(RESPONSE)["input_ids"]
     with pytest.raises(ValueError, match=r"token ids do not tell; pass .*question=mask"):

@@ -1,4 +1,4 @@
-"""What surrounds a trace: threads, compilers, the model's own settings, input that does not fit."""
+"""Tracing in threads, with compilers, with unusual model settings and with wrong input."""
 
 import copy
 import re
@@ -29,7 +29,7 @@ def tracer(tokenizer):
     return ft.wrap(tiny_llama(), tokenizer)
 
 
-def test_generating_and_tracing_in_two_threads_is_as_in_one(tokenizer):
+def test_threads_generate_and_trace_the_same_as_one_thread(tokenizer):
     model = tiny_llama(attention_dropout=0.5).train()
     tracer = ft.wrap(model, tokenizer, answer=EVERYTHING)
     jobs = [
@@ -61,7 +61,7 @@ def test_a_traced_model_can_be_compiled(tokenizer):
 @pytest.mark.parametrize(
     "settings", [{"num_beams": 3}, {"return_dict_in_generate": True}, {"num_return_sequences": 1}]
 )
-def test_the_models_generation_config_does_not_make_greedy_something_else(tokenizer, settings):
+def test_greedy_generation_ignores_the_models_generation_config(tokenizer, settings):
     model = tiny_llama()
     wanted = ft.wrap(model, tokenizer, answer=EVERYTHING).generate(PROMPT, max_new_tokens=4)
     other = copy.deepcopy(model)
@@ -135,8 +135,8 @@ def test_a_reward_reads_at_least_one_completion_at_a_time(tracer, batch_size):
         FlowReward(tracer, batch_size=batch_size)
 
 
-def test_a_name_is_no_model():
-    # in a process without the type checks of the tests, which would speak first
+def test_a_models_name_is_refused():
+    # in a process without the type checks of the tests, which would refuse it first
     program = "import flowtracer_plugin as ft; ft.wrap('gpt2')"
     ran = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
@@ -167,7 +167,7 @@ def test_virtual_tokens_are_refused_and_lora_is_not(tokenizer):
     assert ft.wrap(lora, tokenizer).trace(PROMPT, RESPONSE)
 
 
-def test_damaged_weights_are_named(tokenizer):
+def test_the_error_names_damaged_weights(tokenizer):
     model = tiny_llama()
     with torch.no_grad():
         model.lm_head.weight[0, 0] = torch.nan
@@ -182,7 +182,7 @@ def test_a_message_has_a_role_and_content(message):
         tracer.trace([message], RESPONSE)
 
 
-def test_a_reward_renders_the_prompt_as_the_trainer_was_told_to():
+def test_a_reward_renders_the_prompt_with_the_trainers_template_options():
     chat = tiny_tokenizer(chat=True)
     chat.chat_template += "{% if long %}He ate one.{% endif %}"
     tracer = ft.wrap(tiny_llama(), chat)

@@ -1,0 +1,25 @@
+"""What all tests of training share: one policy, and no warnings about experiments."""
+
+from __future__ import annotations
+
+import jaxtyping
+import pytest
+
+from tests.grpo.worker import save_policy
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory):
+    """The folder of a tiny random policy."""
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(autouse=True)
+def _silent(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Without the suite's type checker, which refuses some values before our own code does."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
