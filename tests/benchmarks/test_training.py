@@ -70,7 +70,7 @@ def test_what_runs_elsewhere_is_measured_there():
     ("how", "reason"),
     [
         ("slow", "took more than 1 s"),
-        ("killed", "was killed, as the system does when memory ends"),
+        ("killed", "was killed, as the system does when memory runs out"),
         ("full", "needs more than 1 GiB of memory"),
     ],
 )

@@ -350,7 +350,7 @@ def test_what_was_made_before_an_error_stays_and_the_error_names_its_run(tmp_pat
 
 def test_a_worker_that_dies_is_named_with_the_way_out(tmp_path):
     # a spawned worker cannot find this task: it dies with the process it is in, not by an error
-    with pytest.raises(RuntimeError, match=r"came to its end.*fewer --workers"):
+    with pytest.raises(RuntimeError, match=r"worker process died.*fewer --workers"):
         list(grid._made([Killed()], PLAN, tmp_path, 1))
 
 
@@ -495,7 +495,7 @@ def test_a_report_is_of_all_that_is_in_a_folder_and_is_made_again_from_its_recor
     text = (out / "README.md").read_text()
     assert "| house | 0.30 | 0.40 |" in text
     assert "| countdown | 0.30 | 0.40 | not finished |" in text
-    assert "## House: 10 seeds, 16 were planned" in text
+    assert "## House: 10 of 16 planned seeds" in text
     assert "## Countdown" not in text
     report.write_report(*report.found_in(out), again)
     for file in out.iterdir():
