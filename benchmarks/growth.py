@@ -33,7 +33,7 @@ from transformers import LlamaConfig
 
 import flowtracer_plugin as ft
 from benchmarks.graphs import ends
-from benchmarks.harness import Case, Report, Row, Ways, rows_of, write
+from benchmarks.harness import Report, Row, Ways, rows_of, write
 from benchmarks.models import SMALL, build, device, forward
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ def sized(hidden: int) -> LlamaConfig:
     return config
 
 
-def run(module: ModuleType, *, rounds: int = 5, cases: Sequence[Case] | None = None) -> Path:
+def run(module: ModuleType, *, rounds: int) -> Path:
     """Measure as the harness does, and write the exponents with the rows."""
-    rows = rows_of(module, cases, rounds=rounds)
+    rows = rows_of(module, rounds=rounds)
     return write(module, rows, rounds=rounds, exponents=exponents(rows))
 
 

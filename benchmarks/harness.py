@@ -76,17 +76,14 @@ class Target:
         return all(case.get(name) == value for name, value in (self.where or {}).items())
 
 
-def run(module: ModuleType, *, rounds: int = 5, cases: Sequence[Case] | None = None) -> Path:
+def run(module: ModuleType, *, rounds: int) -> Path:
     """Measure every case of a benchmark and write its result."""
-    return write(module, rows_of(module, cases, rounds=rounds), rounds=rounds)
+    return write(module, rows_of(module, rounds=rounds), rounds=rounds)
 
 
-def rows_of(
-    module: ModuleType, cases: Sequence[Case] | None = None, *, rounds: int
-) -> list[dict[str, Any]]:
-    """The rows of these cases, or of all."""
+def rows_of(module: ModuleType, *, rounds: int) -> list[dict[str, Any]]:
     rows = []
-    for case in tqdm(cases or module.CASES, desc=name_of(module), unit="case"):
+    for case in tqdm(module.CASES, desc=name_of(module), unit="case"):
         rows.append(measured(module, case, rounds=rounds))
         tqdm.write(f"{dict(case)}: {rows[-1]['ratios']}")
     return rows

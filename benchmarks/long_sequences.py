@@ -24,7 +24,7 @@ from transformers import LlamaConfig
 
 import flowtracer_plugin as ft
 from benchmarks.growth import curves, exponent, plot
-from benchmarks.harness import MIB, Case, Report, Row, Ways, once, rows_of, write
+from benchmarks.harness import MIB, Report, Row, Ways, once, rows_of, write
 from benchmarks.models import (
     SMOLLM2,
     build,
@@ -99,10 +99,10 @@ def aside(ways: Ways, samples: Mapping[str, list[float]]) -> tuple[dict[str, Any
     ]
 
 
-def run(module: ModuleType, *, rounds: int = 5, cases: Sequence[Case] | None = None) -> Path:
+def run(module: ModuleType, *, rounds: int) -> Path:
     """Measure as the harness does, and the pretrained model once, if it is available."""
-    rows = rows_of(module, cases, rounds=rounds)
-    if cases is None and "FLOWTRACER_MODELS" in os.environ:
+    rows = rows_of(module, rounds=rounds)
+    if "FLOWTRACER_MODELS" in os.environ:
         rows.append(once(module, LARGE, OURS))
     return write(module, rows, rounds=rounds)
 

@@ -12,7 +12,7 @@ alone, in one batch and one by one, and show what can be saved. The models:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,19 +79,10 @@ def _random(tokens: int, rollouts: int, config: PreTrainedConfig = SMALL) -> Mad
 def _reasoner(tokens: int, rollouts: int) -> Made:
     model, tokenizer = load(MODEL_DIR)
     problems = make_problems(rollouts, seed=0)
-    asked = tokenizer([problem.prompt for problem in problems])["input_ids"]
-    said = tokenizer([p.response for p in problems], add_special_tokens=False)["input_ids"]
-    # Reversed rows are padded right, then reversed again: that pads them left.
-    prompts, prompt_mask = _padded([ids[::-1] for ids in asked], tokens // 2)
-    completions, completion_mask = _padded(said, tokens // 2)
-    rows = (prompts.flip(1), completions, prompt_mask.flip(1), completion_mask)
-    return model.to(device()), tokenizer, rows
-
-
-def _padded(rows: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask, padded on the right to `width`."""
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)] = torch.tensor(row)
-        mask[place, : len(row)] = 1
-    return ids.to(device()), mask.to(device())
+    padded = partial(tokenizer, padding="max_length", max_length=tokens // 2, return_tensors="pt")
+    asked = padded([one.prompt for one in problems], padding_side="left").to(device())
+    said = padded(
+        [one.response for one in problems], padding_side="right", add_special_tokens=False
+    ).to(device())
+    rows = [part[name] for name in ("input_ids", "attention_mask") for part in (asked, said)]
+    return model.to(device()), tokenizer, tuple(rows)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +34,25 @@ MEASURED_WITH = ("torch", "transformers", "trl", "peft")
 def ablate(task: str, plan: Plan, folder: Path, workers: int) -> None:
     """Make all runs of a task; those of the comparison only if the task passes the gate."""
     audit = look(task, plan, folder)["audit"]
-    tuning = [
-        Run(task=task, stage="tune", arm=PLAIN, seed=seed, learning_rate=rate)
-        for seed in plan.tuning_seeds
-        for rate in plan.learning_rates
-    ]
-    records = run_all(tuning, plan, folder, workers)
-    rate = best_rate(records, task)
 
-    def staged(stage: Stage, arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
-        return [
+    def records_of(
+        stage: Stage, arms: Sequence[str], seeds: Sequence[int], rates: Sequence[float]
+    ) -> list[dict[str, Any]]:
+        runs = [
             Run(task=task, stage=stage, arm=arm, seed=seed, learning_rate=rate)
-            for seed in seeds
-            for arm in arms
+            for seed, arm, rate in product(seeds, arms, rates)
         ]
+        return run_all(runs, plan, folder, workers)
 
-    records = run_all(staged("gate", (PLAIN, "oracle"), plan.gate_seeds), plan, folder, workers)
-    gate = gate_of(records, task, audit)
+    rates = plan.learning_rates
+    best = [best_rate(records_of("tune", [PLAIN], plan.tuning_seeds, rates), task)]
+    gate = gate_of(records_of("gate", [PLAIN, "oracle"], plan.gate_seeds, best), task, audit)
     print(
         f"{task}: the oracle adds {gate.cosine:+.3f} ± {gate.error:.3f} to the cosine, and "
         f"{gate.gain} to the mean reward: {'used' if gate.passed else 'not used'}"
     )
     if gate.passed:
-        every = [arm.name for arm in ARMS]
-        run_all(staged("compare", every, plan.seeds), plan, folder, workers)
+        records_of("compare", [arm.name for arm in ARMS], plan.seeds, best)
 
 
 def look(task: str, plan: Plan, folder: Path) -> dict[str, Any]:

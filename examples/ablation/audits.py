@@ -33,9 +33,8 @@ ASKED = 512
 GAMMA = 1.5
 
 
-def known(task: Task, plan: Plan, start: Path, *, progress: bool = True) -> dict[str, Any]:
+def known(task: Task, plan: Plan, start: Path) -> dict[str, Any]:
     """The accuracies and the audit as plain values, for a file."""
-    audits = audited(task, plan, start, progress=progress).scorers
     return {
         "greedy": accuracy(task, start, greedy=True),
         "sampled": accuracy(task, start, greedy=False),
@@ -45,7 +44,7 @@ def known(task: Task, plan: Plan, start: Path, *, progress: bool = True) -> dict
                 "error": one.differences[0].error,
                 "chosen": one.chosen,
             }
-            for one in audits
+            for one in audited(task, plan, start).scorers
         },
     }
 
@@ -63,7 +62,7 @@ def accuracy(task: Task, start: Path, *, greedy: bool) -> float:
     return sum(map(task.is_solved, texts, problems)) / ASKED
 
 
-def audited(task: Task, plan: Plan, start: Path, *, progress: bool = True) -> AuditSummary:
+def audited(task: Task, plan: Plan, start: Path) -> AuditSummary:
     """An audit of each arm's credit, on the policy from which all runs start."""
     set_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(start)
@@ -79,7 +78,7 @@ def audited(task: Task, plan: Plan, start: Path, *, progress: bool = True) -> Au
         list(named_parameters(model, None).values()),
         AuditOptions(batches=plan.audited // plan.prompts, top_fraction=SHARE),
         oracle=task.what_matters,
-        progress=progress,
+        progress=True,
     )
     return summarise_audit(list(batches), gammas=(GAMMA,))
 

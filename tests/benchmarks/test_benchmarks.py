@@ -1,6 +1,6 @@
-"""The benchmarks: the page says what was measured, ways do the same thing, the harness sees it.
+"""The benchmarks: the page matches the results, ways give the same results, the harness measures.
 
-How fast anything is, is for the benchmarks to say.
+These tests measure no speed.
 """
 
 import importlib
@@ -48,13 +48,13 @@ SMALLEST = {
     "long_sequences": [{"model": "stories15M's shape", "tokens": 40}],
     "growth": [{"axis": "tokens", "tokens": 24, "batch": 2, "layers": 3, "hidden": 128}],
 }
-NEED_MODELS = set(PRETRAINED)  # test_benchmarks_training.py
+NEED_MODELS = set(PRETRAINED)  # see test_training.py
 SMALL_CASES = [(name, case) for name, cases in SMALLEST.items() for case in cases]
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """A folder that results, plots and page are written to and read from."""
+    """A folder for results, plots and page."""
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(plots, "FOLDER", tmp_path / "plots")
     monkeypatch.setattr(tables, "PAGE", tmp_path / "README.md")
@@ -62,7 +62,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def row(case, ours, other, ratio, *, ours_name="sparse", other_name="dense"):
-    """As the harness writes it, with one ratio for both measures."""
+    """A row as the harness writes it, with the same ratio for both measures."""
     values = {ours_name: ours, other_name: other}
     ratios = {measure: {other_name: ratio} for measure in ("seconds", "peak_mb")}
     measures = {"seconds": dict(values), "peak_mb": dict(values)}
@@ -109,7 +109,7 @@ def test_every_result_is_on_the_page():
         assert f"## {path.stem}\n" in page or f"](results/{path.name})" in page
 
 
-def test_a_table_has_a_row_per_case_and_leaves_out_what_was():
+def test_a_table_has_a_row_per_case_and_empty_cells_for_ways_left_out():
     rows = [row({"tokens": 8}, 0.01234, 0.5, 0.025), row({"tokens": 16}, 2.0, 40.0, 0.05)]
     rows[1]["seconds"]["slow"], rows[1]["peak_mb"]["slow"] = 1.0, 0.2
     rows[1]["ratios"]["seconds"]["slow"] = 2.0
@@ -136,7 +136,7 @@ def test_a_target_is_reached_or_not_in_its_worst_case(ratio, where, said):
     assert tables.verdict(target, report(rows)) == said
 
 
-def test_what_was_not_measured_is_said(elsewhere):
+def test_the_page_says_what_was_not_measured(elsewhere):
     page = tables.page(ALL)
     assert page.count("Not measured yet.") == len(ALL)
     assert "## Elsewhere" not in page
@@ -195,7 +195,7 @@ def test_ways_through_the_flow_agree():
     assert ways["rollout"]().sum(1) == pytest.approx(np.ones(48), abs=1e-5)
 
 
-def test_longer_texts_leave_out_what_takes_too_long(monkeypatch):
+def test_longer_texts_leave_out_slow_ways(monkeypatch):
     monkeypatch.setattr(flow_stage, "random_attention", lambda *_, **__: np.zeros((1, 1), "f4"))
     assert not {"rollout", "scipy_max_flow", "networkx_max_flow"} & set(
         flow_stage.ways(tokens=8192)
@@ -218,7 +218,7 @@ def test_rollouts_come_out_alike_in_a_batch_and_alone(case):
     torch.testing.assert_close(batch.throughput, alone.throughput, atol=1e-5, rtol=0)
 
 
-def test_the_reasoner_gets_its_own_stories_padded_as_trainers_do():
+def test_the_reasoner_gets_its_own_stories_padded_as_in_training():
     _, tokenizer, rows = rollout_batches._reasoner(80, 3)
     prompts, completions, *masks = (part.cpu() for part in rows)
     assert {part.shape for part in (prompts, completions, *masks)} == {(3, 40)}
@@ -230,7 +230,7 @@ def test_the_reasoner_gets_its_own_stories_padded_as_trainers_do():
         assert masks[1][row].diff().max() == 0
 
 
-def test_random_attention_is_causal_and_as_dense_as_was_asked():
+def test_random_attention_is_causal_and_has_the_density():
     for density in (1.0, 0.1):
         attention = random_attention(200, density=density)
         assert attention.dtype == np.float32
@@ -277,7 +277,7 @@ def test_remarks_name_every_crossover():
     ]
 
 
-def test_graphs_are_made_dense_where_that_was_measured_to_pay():
+def test_the_crossover_of_backends_is_within_the_measured_ones():
     rows = json.loads((harness.RESULTS / "sparse_against_dense.json").read_text())["rows"]
     for library, backend in (("numpy", SCIPY), ("torch", TORCH_CSR)):
         curves = [curve for name, _, curve in sparse.curves(rows) if name == library]
@@ -411,7 +411,7 @@ def test_a_run_measures_in_children_and_writes_what_it_found(elsewhere, monkeypa
     assert 60 < written["rows"][1]["peak_mb"]["long"] < 80
 
 
-def test_nothing_is_compared_with_memory_that_was_not_seen():
+def test_ratios_leave_out_memory_too_small_to_measure():
     case, samples = {"tokens": 1}, {"ours": [2.0], "other": [4.0], "third": [1.0]}
     found = harness._row("ours", case, samples, {"ours": 9.0, "other": 0.1, "third": 3.0})
     assert found["ratios"] == {"seconds": {"other": 0.5, "third": 2.0}, "peak_mb": {"third": 3.0}}
