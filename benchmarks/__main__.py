@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME …]`: measure, and write the tables of `benchmarks/README.md`."""
+"""`python -m benchmarks [NAME …]`: measure, and write `benchmarks/README.md`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALL = (
 
 
 PRETRAINED = ("flashtrace", "grpo_step")
-"""These take pretrained models from the folder that FLOWTRACER_MODELS names."""
+"""Benchmarks that need pretrained models, from the folder that FLOWTRACER_MODELS names."""
 
 
 def main() -> None:
@@ -30,21 +30,20 @@ def main() -> None:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"all, or some of {', '.join(ALL)}"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken")
-    parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables")
+    parser.add_argument("--rounds", type=int, default=5, help="runs, of which the median is taken")
+    parser.add_argument("--tables", action="store_true", help="only write the tables")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(ALL)
     if unknown:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
     for name in () if arguments.tables else arguments.names or _measurable():
         module = module_of(name)
-        # What the protocol does not fit measures in its own way.
         getattr(module, "run", run)(module, rounds=arguments.rounds)
     write_tables(ALL)
 
 
 def _measurable() -> list[str]:
-    """All, or without a folder of models those that need none."""
+    """All benchmarks, or without a folder of models those that need none."""
     if "FLOWTRACER_MODELS" in os.environ:
         return list(ALL)
     print(f"leaving out {', '.join(PRETRAINED)}: set FLOWTRACER_MODELS to a folder of models")

@@ -1,4 +1,4 @@
-"""A way that runs in another Python: what it needs cannot be installed beside the project."""
+"""A way that runs in another Python, because its libraries do not fit the project's."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ LIMIT_SECONDS = 300.0
 
 
 class UnbearableError(Exception):
-    """A way takes more time or memory than there is; the message says which."""
+    """A way takes more time or memory than is available; the message says which."""
 
 
 class Elsewhere:
-    """A way that another process runs when it is told to.
+    """A way that another process runs on request.
 
-    The process stays from run to run, so that its way takes turns with ours, and each turn costs
-    one line to it and one line back. It reads what to do, `run` or `peak`, and answers in JSON:
-    `{"ok": value}`, or `{"unbearable": reason}`.
+    The process stays alive between runs, so that its way takes turns with ours at the cost of one
+    line to it and one line back. It reads `run` or `peak`, and answers in JSON: `{"ok": value}` or
+    `{"unbearable": reason}`.
 
     Args:
         command: Starts the process; its first answer says that it is ready.
         limit: Seconds that one run may take.
 
     Raises:
-        UnbearableError: A run took longer, or there was not enough memory for it.
+        UnbearableError: A run took longer, or memory was too small for it.
         RuntimeError: The process failed in another way; the terminal shows how.
     """
 
@@ -43,7 +43,7 @@ class Elsewhere:
         self._ask("run", self._limit)
 
     def peak(self) -> float:
-        """`peak_of` the way, in its process; that takes two runs."""
+        """The result of `peak_of`, which runs the way twice, in its process."""
         return self._ask("peak", 2 * self._limit)
 
     def close(self) -> int:
@@ -79,7 +79,7 @@ class Elsewhere:
                 raise UnbearableError(f"took more than {limit:.0f} s")
             if code != -SIGKILL:
                 raise RuntimeError(f"{' '.join(self._command)} failed with code {code}")
-            raise UnbearableError("was killed, as the system does when memory ends")
+            raise UnbearableError("was killed, as the system does when memory runs out")
         answer = json.loads(line)
         if "unbearable" in answer:
             raise UnbearableError(answer["unbearable"])

@@ -1,11 +1,11 @@
-"""FlashTrace, run in the Python that it is installed in; `benchmarks/flashtrace.py` drives it.
+"""FlashTrace in its own Python environment; `benchmarks/flashtrace.py` starts this process.
 
     python -m benchmarks.flashtrace_worker MODEL TOKENS (eager | recompute)
 
-It is used as its README says: `load_model_and_tokenizer`, then `trace` with the README's numbers of
-tokens in a chunk, one hop, and the spans of reasoning and answer. Two things the README leaves to
-transformers' version: attention that is kept takes `attn_implementation="eager"`, without which
-transformers 5 hands none over; where it is recomputed, the model runs on its default, SDPA.
+It runs as its README says: `load_model_and_tokenizer`, then `trace` with the README's chunk sizes,
+one hop, and the spans of reasoning and answer. Two choices depend on transformers' version. To keep
+attention it needs `attn_implementation="eager"`, without which transformers 5 returns none; to
+recompute attention, the model runs on its default, SDPA.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from benchmarks.harness import peak_of
 from benchmarks.texts import solution
 
 SHARE_OF_MEMORY = 0.9
-"""Of what is free at the start: beyond it the way is unbearable, and nobody else is killed."""
+"""Limit, as a share of free memory at the start, so that the system kills no other process."""
 
 
 def flashtrace(folder: str, tokens: int, mode: str) -> Callable[[], None]:
-    """One whole trace; it is checked to be one, since an attribution of nothing would be fast."""
+    """A function that makes one trace, and checks that the trace is complete."""
     torch.set_num_threads(1)
     chosen = {"attn_implementation": "eager"} if mode == "eager" else {}
     model, tokenizer = load_model_and_tokenizer(folder, device_map=None, dtype="float32", **chosen)
@@ -78,7 +78,7 @@ def main() -> None:
     folder, tokens, mode = sys.argv[1:]
     free = int(psutil.virtual_memory().available * SHARE_OF_MEMORY)
     resource.setrlimit(resource.RLIMIT_DATA, (free, free))
-    # Answers alone go to the output: whatever a library prints goes to the terminal.
+    # Only answers go to the output; whatever a library prints goes to standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(flashtrace(folder, int(tokens), mode), answers)

@@ -1,17 +1,17 @@
 """What does the flow stage cost, next to other ways through the same graph?
 
-Random attention in float32 with rows that sum to one; a question of a quarter of the tokens, an
-answer of four. Ours starts from the plain matrix each time, checks included.
+Random float32 attention with rows that sum to one; the question has a quarter of the tokens, the
+answer four. `flow` and `flow_numpy` start from the plain matrix each time, and include all checks.
 
 * `numpy_sweep`: reach and throughput token by token, one vector operation each. It checks nothing,
-  and reads half of the matrix twice, near the bandwidth of memory: no way through the matrix that
-  also looks at every number once can be five times as fast.
+  and reads half of the matrix twice, near the memory bandwidth. No method that also checks every
+  number once can be five times as fast.
 * `conditioned_sweep`: the formulas as the paper states them, with the answer-conditioned matrix.
-* `rollout`: attention rollout of four layers, (A + I) / 2 each. Another quantity, which needs the
-  layers one by one. Not at 8192 tokens: its three products of matrices take half a minute there.
+* `rollout`: attention rollout of four layers, (A + I) / 2 each: another quantity, which needs each
+  layer. Left out at 8192 tokens, where its three matrix products take half a minute.
 * `scipy_max_flow`, `networkx_max_flow`: a maximum flow from the question to the answer, with
-  attention as capacity, in whole millionths for scipy; the graph is there before. Another quantity
-  too, for the record, and only up to 2048 and 512 tokens: beyond, they take seconds and minutes.
+  attention as capacity (in whole millionths for scipy), on a graph made before the clock starts.
+  Another quantity too. Left out beyond 2048 and 512 tokens, where they take seconds and minutes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import flowtracer_plugin as ft
 from benchmarks.graphs import Attention, Mask, ends, random_attention
 from benchmarks.harness import Target, Ways
 
-QUESTION = "What does the flow stage cost, next to other ways through the same graph?"
 OURS = "flow"
 CASES = [{"tokens": tokens} for tokens in (128, 512, 2048, 8192)]
 TARGETS = [
@@ -64,7 +63,7 @@ def ways(*, tokens: int) -> Ways:
 
 
 def sweep(attention: Attention, question: Mask, answer: Mask) -> Throughput:
-    """From the answer back for the reach, which none may lack, then on for the throughput."""
+    """Throughput by a sweep back for reach, which must not be 0, and one forwards for flow."""
     reach = answer.astype(attention.dtype)
     for token in range(len(reach) - 1, 0, -1):
         reach[:token] += attention[token, :token] * reach[token]
@@ -78,7 +77,7 @@ def sweep(attention: Attention, question: Mask, answer: Mask) -> Throughput:
 
 
 def conditioned_sweep(attention: Attention, question: Mask, answer: Mask) -> Throughput:
-    """`P[i, k] = W[i, k] h(k) / h(i)`, then `f(k)` as the sum of `f(i) P[i, k]`."""
+    """Throughput from `P[i, k] = W[i, k] h(k) / h(i)`, as the sum of `f(i) P[i, k]` over `i`."""
     weight = np.triu(attention.T, 1)
     reach = answer.astype(attention.dtype)
     for token in range(len(reach) - 1, -1, -1):
@@ -97,7 +96,7 @@ def rollout(layers: list[Attention]) -> Attention:
 
 
 def whole_capacities(attention: Attention, question: Mask, answer: Mask) -> csr_array:
-    """Edges in the direction of time; behind the tokens, the source and the sink."""
+    """Capacities of edges from earlier to later tokens, with source and sink after the tokens."""
     tokens = len(attention)
     capacities = np.zeros((tokens + 2, tokens + 2), np.int32)
     capacities[:tokens, :tokens] = np.triu(attention.T * MILLION, 1)
@@ -107,7 +106,7 @@ def whole_capacities(attention: Attention, question: Mask, answer: Mask) -> csr_
 
 
 def capacity_graph(attention: Attention, question: Mask, answer: Mask) -> nx.DiGraph:
-    """The same graph for networkx, in fractions."""
+    """The same graph for networkx, with fractional capacities."""
     graph = nx.from_numpy_array(np.triu(attention.T, 1), create_using=nx.DiGraph)
     nx.set_edge_attributes(graph, nx.get_edge_attributes(graph, "weight"), "capacity")
     graph.add_edges_from(("source", int(token)) for token in np.flatnonzero(question))

@@ -1,4 +1,4 @@
-"""The attention that benchmarks of the flow solve: random, for no time hangs on its numbers."""
+"""Random attention for benchmarks of the flow, whose time does not depend on the numbers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Mask = Bool[np.ndarray, " token"]
 
 
 def random_attention(tokens: int, *, density: float = 1.0, seed: int = 0) -> Attention:
-    """Causal, float32, with rows that sum to one; `density` of the possible edges are there."""
+    """Causal float32 attention with rows that sum to one and a share `density` of all edges."""
     rng = np.random.default_rng(seed)
     attention = rng.random((tokens, tokens), dtype=np.float32)
     if density < 1:
         attention *= rng.random((tokens, tokens), dtype=np.float32) < density
-        # What a token pays to itself is no edge, and keeps its row from being empty.
+        # A token's attention to itself is not an edge, and keeps its row from being empty.
         np.fill_diagonal(attention, 1.0)
     attention = np.tril(attention)
     attention /= attention.sum(1, keepdims=True)
@@ -23,6 +23,6 @@ def random_attention(tokens: int, *, density: float = 1.0, seed: int = 0) -> Att
 
 
 def ends(tokens: int) -> tuple[Mask, Mask]:
-    """A question in the first quarter, and an answer of four tokens at the end."""
+    """Masks of a question in the first quarter, and of an answer of four tokens at the end."""
     place = np.arange(tokens)
     return (place > 0) & (place < tokens // 4), place >= tokens - 4

@@ -1,24 +1,23 @@
 """What does flow credit add to a step of GRPO?
 
-Two of TRL's trainers in one process, equal but for the credit, take turns step by step: from the
-same seeds, on the same prompts, with completions of a forced length, so that both do equal work. A
-step is all of it: generation, reward, forward, backward, optimizer, logging. Everything else is as
-TRL has it by default, one thread, float32.
+Two TRL trainers that differ only in credit take turns step by step in one process. They have the
+same seeds and prompts, and completions of a forced length, so that both do equal work. A step is
+all of generation, reward, forward, backward, optimizer and logging. Everything else is TRL's
+default, on one thread, in float32.
 
 `read` says which forward pass attention is read in. `training` and `scoring` are passes that TRL
-makes anyway; for `scoring`, rollouts are trained on twice (`num_iterations=2`), and what is timed
-is both steps. `extra` is a pass of its own; `extra alone` is that pass without the step around it:
-reading, answers, flow and choice included (`with`), beside the same pass that ends at the same
-place and reads nothing (`without`).
+makes anyway; for `scoring`, rollouts are trained on twice (`num_iterations=2`), and both steps are
+timed. `extra` is an additional pass; `extra alone` is this pass without the step around it, with
+reading, answers, flow and choice (`with`), or the same layers without reading (`without`).
 
-Whole steps differ by more than credit takes, even on an idle machine. So there are two measures:
+Whole steps vary by more than credit takes, even on an idle machine. So there are two measures:
 
-* `seconds`: whole steps with and without, the median; exact to ten per cent only, which is more
-  than the targets are about.
-* `credit`: the seconds that credit itself took, as a clock in the trainer with credit counted them,
-  as a share of a median step without. It is exact, but knows nothing of what credit might do to the
-  rest of the step, such as to caches. The clock runs while credit's own code does, and not while
-  that waits for TRL's; `logged` is the same share by the trainer's own metric `flow/seconds`.
+* `seconds`: the median of whole steps with and without credit. It is exact to ten per cent only,
+  which is more than the targets.
+* `credit`: the seconds of credit itself, by a clock in the trainer with credit, as a share of a
+  median step without. It is exact, but misses effects of credit on the rest of the step, such as on
+  caches. The clock runs while credit's own code runs, not while credit waits for TRL's code;
+  `logged` is the same share by the trainer's own metric `flow/seconds`.
 
     FLOWTRACER_MODELS=folder python -m benchmarks grpo_step
 """
@@ -39,8 +38,6 @@ import torch
 from datasets import Dataset
 from greenlet import getcurrent, greenlet
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -50,16 +47,15 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 import flowtracer_plugin as ft
-from benchmarks.harness import Target, Ways
-from benchmarks.models import pretrained
+from benchmarks.harness import Row, Target, Ways
+from benchmarks.models import SMOLLM2, load, pretrained
 from examples.reasoner.problems import make_problems
 from examples.reasoner.train import MAX_NEW_TOKENS, MODEL_DIR
 from flowtracer_plugin.grpo import FlowCreditMixin, FlowGRPOConfig
 from flowtracer_plugin.reading.interface_backend import InterfaceBackend
 
-QUESTION = "What does flow credit add to a step of GRPO?"
 OURS = "with"
-REASONER, SMOLLM2 = "reasoner", "SmolLM2-135M-Instruct"
+REASONER = "reasoner"
 READ = ("training", "scoring", "extra", "extra alone")
 CASES = [
     *({"model": REASONER, "tokens": MAX_NEW_TOKENS, "read": read} for read in READ),
@@ -72,8 +68,8 @@ TARGETS = [
 ] + [Target(other="without", measure="seconds", ratio=1.15, where={"read": "extra alone"})]
 
 
-def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The exact measure, case by case."""
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """The exact measure, for each case."""
     return [
         f"{', '.join(str(value) for value in row['case'].values())}: credit takes "
         f"{row['ratios']['credit']['without']:.2%} of a step by the clock, "
@@ -85,14 +81,14 @@ def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 GROUP = 8
 ROLLOUTS = {REASONER: 64, SMOLLM2: 8}
-"""Completions in a step; the reasoner's are the demo's."""
+"""Completions in a step; the reasoner has as many as in the demo."""
 
 
 def ways(*, model: str, tokens: int, read: str, rollouts: int | None = None) -> Ways:
     torch.set_num_threads(1)
     size = rollouts or ROLLOUTS[model]
     if read == "extra alone":
-        return _extra_pass(*_load(model), tokens, size)
+        return _extra_pass(*load(_folder(model)), tokens, size)
     common = {"tokens": tokens, "size": size, "iterations": 2 if read == "scoring" else 1}
     credit = {"flow_pass": read}
     return {
@@ -102,7 +98,7 @@ def ways(*, model: str, tokens: int, read: str, rollouts: int | None = None) -> 
 
 
 def aside(ways: Ways, samples: Mapping[str, list[float]]) -> tuple[dict[str, Any], list[str]]:
-    """Credit as a share of a step, by the clock and as logged; and how often it had work to do."""
+    """Credit as a share of a step, by the clock and as logged; a note on answers found."""
     stepper = ways["with"]
     if not isinstance(stepper, Stepper):
         return {}, []
@@ -120,14 +116,14 @@ def aside(ways: Ways, samples: Mapping[str, list[float]]) -> tuple[dict[str, Any
 
 
 class Stepper:
-    """Trains one step, or as many as rollouts are used for, whenever it is called.
+    """A trainer that takes one step at each call, or as many as its rollouts are used for.
 
     Between calls the trainer waits at the beginning of its next step, so that logging is part of
-    the step before. Every step has a seed of its own: other trainers with the same steps sample
-    from the same random numbers, however they take turns.
+    the step before. Every step has its own seed, so that trainers sample from the same random
+    numbers, however they take turns.
 
     Attributes:
-        credit: Seconds that credit took in each call, if the trainer has any.
+        credit: Seconds that credit took in each call; empty without credit.
     """
 
     def __init__(self, build: Callable[[], GRPOTrainer]) -> None:
@@ -150,12 +146,12 @@ class Stepper:
             self.credit.append(clock.seconds - before)
 
     def close(self) -> None:
-        """End the training where it waits."""
+        """End the training at the point where it waits."""
         self._training.throw()
 
 
 class _Wait(TrainerCallback):
-    """Hands over to whoever called, before every step."""
+    """Returns control to the caller before every step."""
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         caller = getcurrent().parent
@@ -164,14 +160,14 @@ class _Wait(TrainerCallback):
 
 
 class Clock:
-    """Seconds that pass while it is on."""
+    """Counts seconds while it is on."""
 
     def __init__(self) -> None:
         self.seconds, self._is_on, self._since = 0.0, False, 0.0
 
     @contextmanager
     def set(self, is_on: bool) -> Iterator[None]:
-        """On or off meanwhile, and then as before."""
+        """Turn it on or off in this context; afterwards it is as before."""
         before = self._is_on
         self._turn(is_on)
         try:
@@ -187,7 +183,7 @@ class Clock:
 
 
 class _Theirs(GRPOTrainer):
-    """TRL's part of a step, during which the clock is off."""
+    """GRPOTrainer whose clock is off during TRL's part of a step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.clock = Clock()
@@ -207,14 +203,14 @@ class _Theirs(GRPOTrainer):
 
 
 class ClockedTrainer(FlowCreditMixin, _Theirs):
-    """As `FlowGRPOTrainer`, with a clock that runs while credit's own code does."""
+    """`FlowGRPOTrainer` with a clock that runs while credit's own code runs."""
 
     def _generate_and_score_completions(self, *args: Any) -> Any:
         with self.clock.set(True):
             return super()._generate_and_score_completions(*args)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        # Attention is read inside TRL's part, so whatever receives it turns the clock on again.
+        # Attention is read inside TRL's part, so its receiver turns the clock on again.
         with patch.object(InterfaceBackend, "listen", self._listen), self.clock.set(True):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
@@ -239,7 +235,7 @@ def _trainer(
     common: Mapping[str, int],
     credit: Mapping[str, Any],
 ) -> GRPOTrainer:
-    model, tokenizer = _load(name)
+    model, tokenizer = load(_folder(name))
     tokens, size = common["tokens"], common["size"]
     trainer = kind(
         model,
@@ -269,14 +265,12 @@ def _trainer(
 
 
 def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Differs within a group, so that there is something to train; what, does not matter."""
+    """An arbitrary reward that differs within a group, so that there is something to train."""
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
-def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder: Path = MODEL_DIR if name == REASONER else pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
+def _folder(name: str) -> Path:
+    return MODEL_DIR if name == REASONER else pretrained(name)
 
 
 def _prompts(count: int) -> list[str]:
@@ -286,7 +280,7 @@ def _prompts(count: int) -> list[str]:
 def _extra_pass(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, size: int
 ) -> Ways:
-    """A pass up to the last layer that is read, over sampled rollouts, with reading and without."""
+    """A pass over sampled rollouts to the last layer that is read, with and without reading."""
     set_seed(0)
     texts = [text for text in _prompts(size // GROUP) for _ in range(GROUP)]
     prompts = tokenizer(texts, return_tensors="pt", padding=True)

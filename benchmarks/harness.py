@@ -1,26 +1,24 @@
-"""How the benchmarks measure: ways of doing one thing, side by side.
+"""How the benchmarks measure: several ways to do the same thing, side by side.
 
-A benchmark is a module with
+A benchmark is a module whose docstring begins with its question in one line, with
 
-    QUESTION    what it asks, one sentence
     OURS        the way that is compared with all others
-    CASES       what is varied: keyword arguments of `ways`
-    TARGETS     (other way, "seconds" or "peak_mb", largest ratio of ours to it, where) or nothing
+    CASES       keyword arguments of `ways`, one mapping for each row
+    TARGETS     a `Target` for each promise
     ways        case -> {name: function without arguments}
-    aside       what the ways know after they ran: more ratios, and notes; or no such function
 
-and, if they are of use,
+and, where needed,
 
-    remarks     rows -> sentences about what the table shows
+    aside       ways, seconds -> more ratios, and notes
+    remarks     rows -> sentences about the table
     plots       report -> {name: figure}
-    run         for what the protocol does not fit
+    run         in place of the harness's own
 
-A way that is not bearable in a case is not in what `ways` returns for it, or raises
-`UnbearableError` when it takes more than there is, and the row's notes say so. Everything runs on
-one thread. Seconds: all ways of a case in one process, in turn, so that what else the machine does
-hits all of them; after one run to warm up, the median of at least five. Memory: each way in a
-process of its own, how far its second run rises above what the process held before it, on the GPU
-if it uses one.
+`ways` leaves out a way that would take too long in a case. A way that needs more time or memory
+than there is raises `UnbearableError`, and the row's notes say so. Everything runs on one thread.
+Seconds: all ways of a case take turns in one process, so that other load hits all of them; after
+one run to warm up, the median of at least five. Memory: each way runs in its own process; counted
+is how far its second run rises above what the process held before, on the GPU if it uses one.
 """
 
 from __future__ import annotations
@@ -44,29 +42,30 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.elsewhere import Elsewhere, UnbearableError
+from benchmarks.elsewhere import ROOT, Elsewhere, UnbearableError
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "nnsight", "numpy", "scipy", "networkx", "trl")
 MIB = 2**20
 SEEN_MB = 1.0
-"""The allocator's own pages come and go: nothing is compared with what rises by less."""
+"""Smallest rise that ratios use: the allocator's own pages change by less."""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-"""For processes that measure: what they say is said for every way of every case."""
+"""For processes that measure, which would repeat their messages for every way and case."""
 
 Ways = Mapping[str, Callable[[], object]]
 Case = Mapping[str, Any]
+Row = Mapping[str, Any]
+Report = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a benchmark promises: our `measure` is at most `ratio` times that of `other`."""
+    """A promise: our `measure` is at most `ratio` times that of `other`."""
 
     other: str
     measure: str
@@ -77,17 +76,29 @@ class Target:
         return all(case.get(name) == value for name, value in (self.where or {}).items())
 
 
-def run(module: ModuleType, *, rounds: int = 5, cases: Sequence[Case] | None = None) -> Path:
+def run(module: ModuleType, *, rounds: int) -> Path:
     """Measure every case of a benchmark and write its result."""
+    return write(module, rows_of(module, rounds=rounds), rounds=rounds)
+
+
+def rows_of(module: ModuleType, *, rounds: int) -> list[dict[str, Any]]:
     rows = []
-    for case in tqdm(cases or module.CASES, desc=module.__name__.rpartition(".")[2], unit="case"):
+    for case in tqdm(module.CASES, desc=name_of(module), unit="case"):
         rows.append(measured(module, case, rounds=rounds))
         tqdm.write(f"{dict(case)}: {rows[-1]['ratios']}")
-    return write(module, rows, rounds=rounds)
+    return rows
+
+
+def name_of(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
+
+
+def question_of(module: ModuleType) -> str:
+    return (module.__doc__ or "").partition("\n")[0]
 
 
 def measured(module: ModuleType, case: Case, *, rounds: int) -> dict[str, Any]:
-    """The row of one case: seconds and peak memory of each way, and ours next to the others."""
+    """The row of one case: seconds and peak memory of each way, ratios, and notes."""
     seconds, ratios, notes = _child(module, "seconds", case, rounds=rounds)
     names = [name for name, values in seconds.items() if not isinstance(values, str)]
     peaks = {name: _child(module, "memory", case, way=name) for name in names}
@@ -98,7 +109,7 @@ def measured(module: ModuleType, case: Case, *, rounds: int) -> dict[str, Any]:
 
 
 def once(module: ModuleType, case: Case, way: str) -> dict[str, Any]:
-    """The row of a case that takes too long for more than one run of one way, the first."""
+    """The row of a case in which one way runs once, because more would take too long."""
     seconds, peak, resident, notes = _child(module, "once", case, way=way)
     row = _row(module.OURS, case, {way: [seconds]}, {way: peak})
     row["notes"] = [*notes, f"one run; the process held {resident:,.0f} MB at most, model included"]
@@ -106,10 +117,10 @@ def once(module: ModuleType, case: Case, way: str) -> dict[str, Any]:
 
 
 def write(module: ModuleType, rows: Sequence[Mapping[str, Any]], **more: Any) -> Path:
-    """Write rows beside the machine, the versions and the command that they come from."""
-    name = module.__name__.rpartition(".")[2]
+    """Write rows with the machine, the versions and the command that they come from."""
+    name = name_of(module)
     report = {
-        "question": module.QUESTION,
+        "question": question_of(module),
         "ours": module.OURS,
         "command": f"python -m benchmarks {name}",
         "machine": machine(),
@@ -124,7 +135,7 @@ def write(module: ModuleType, rows: Sequence[Mapping[str, Any]], **more: Any) ->
 
 
 def _bearable(*measures: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Seconds and peaks of the ways that have them, and notes on those that do not."""
+    """Seconds and peaks of the ways that could run, and notes on the others."""
     seconds, peaks = (
         {name: value for name, value in measure.items() if not isinstance(value, str)}
         for measure in measures
@@ -160,7 +171,7 @@ def _row(
 
 
 def _ratios(ours: str, values: Mapping[str, float], seen: float) -> dict[str, float]:
-    """Ours to each other way, if both are there and the other was seen to take any."""
+    """Ratios of ours to each other way whose value is above `seen`."""
     if ours not in values:
         return {}
     others = {name: value for name, value in values.items() if name != ours and value > seen}
@@ -168,7 +179,7 @@ def _ratios(ours: str, values: Mapping[str, float], seen: float) -> dict[str, fl
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine on which the figures were measured."""
     import psutil
     import torch
 
@@ -195,11 +206,11 @@ def versions() -> dict[str, str]:
 
 
 def _child(module: ModuleType, what: str, case: Case, **more: Any) -> Any:
-    """What this file finds out about one case in a fresh process, which says why if it fails."""
+    """The result of `main` for one case, in a fresh process, which prints why if it fails."""
     task = json.dumps({"module": module.__name__, "what": what, "case": dict(case), **more})
     environment = {**os.environ, **ONE_THREAD, **QUIET}
     if what != "seconds":
-        # Blocks go back to the system as soon as they are freed, so that a peak is a peak.
+        # Freed blocks go back to the system at once, so that they do not hide a peak.
         environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.harness", task],
@@ -215,7 +226,7 @@ def _child(module: ModuleType, what: str, case: Case, **more: Any) -> Any:
 
 
 def interleaved(ways: Ways, rounds: int) -> dict[str, list[float] | str]:
-    """Seconds of each way, in turn, after one run of each; or in words why there are none."""
+    """Seconds of each way, taken in turn after one run of each; or in words why there are none."""
     samples: dict[str, list[float]] = {name: [] for name in ways}
     reasons: dict[str, str] = {}
     for turn in range(rounds + 1):
@@ -225,7 +236,7 @@ def interleaved(ways: Ways, rounds: int) -> dict[str, list[float] | str]:
             except UnbearableError as error:
                 reasons[name] = str(error)
             else:
-                samples[name] += [seconds] if turn else []  # the first one warms up
+                samples[name] += [seconds] if turn else []  # the first run warms up
     return {**samples, **reasons}
 
 
@@ -238,7 +249,7 @@ def seconds_of(way: Callable[[], object]) -> float:
 
 
 def peak_of(way: Callable[[], object]) -> float:
-    """MiB by which the second run rises above what the process holds before it."""
+    """MiB by which the second run rises above what the process held before it."""
     if isinstance(way, Elsewhere):
         return way.peak()
     device = _device_rise(way)
@@ -246,14 +257,19 @@ def peak_of(way: Callable[[], object]) -> float:
     if device:
         return _device_rise(way)
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _resident("VmRSS")
+    before = _reset_peak()
     way()
     return (_resident("VmHWM") - before) / 1024
 
 
+def _reset_peak() -> int:
+    """Reset the process's high-water mark; kilobytes that it holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
 def _device_rise(way: Callable[[], object]) -> float:
-    """Run it; MiB by which the GPU's memory rises, 0 without a GPU and for what leaves it alone."""
+    """Run it; MiB by which the GPU's memory rises, 0 if it uses no GPU."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         way()
@@ -277,7 +293,7 @@ def _wait_for_device() -> None:
 
 
 def main() -> None:
-    """One measurement, in this process; the last line of the output is the result."""
+    """Make one measurement in this process; the last line of the output is its result."""
     task = json.loads(sys.argv[1])
     module = importlib.import_module(task["module"])
     ways: Ways = module.ways(**task["case"])
@@ -294,8 +310,7 @@ def main() -> None:
 def _first_run(module: ModuleType, ways: Ways, way: str) -> tuple[float, float, float, list[str]]:
     """Seconds, the peak above what the process held before, its whole peak, and notes."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = _reset_peak()
     seconds = seconds_of(ways[way])
     peak = _resident("VmHWM")
     _, notes = module.aside(ways, {way: [seconds]})

@@ -5,8 +5,8 @@ float32. `streamed` is a whole trace: forward pass to the last of the two middle
 throughput, hubs, paths, steps and the strongest edges of every token. `dense` is the same with the
 matrix of all pairs of tokens, `forward` the plain forward pass; both only up to 8192 tokens.
 
-If FLOWTRACER_MODELS names a folder with SmolLM2-135M-Instruct, that is traced once at 32,768 tokens
-as well, beyond its context: what its numbers mean there does not matter, what they cost does.
+If FLOWTRACER_MODELS names a folder with SmolLM2-135M-Instruct, this model is also traced once, at
+32,768 tokens. That is beyond its context, but only the cost matters here.
 """
 
 from __future__ import annotations
@@ -20,22 +20,28 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 import flowtracer_plugin as ft
-from benchmarks.growth import exponent
-from benchmarks.harness import MIB, Case, Ways, measured, once, write
-from benchmarks.models import build, device, forward, number_tokenizer, pretrained
+from benchmarks.growth import curves, exponent, plot
+from benchmarks.harness import MIB, Report, Row, Ways, once, rows_of, write
+from benchmarks.models import (
+    SMOLLM2,
+    build,
+    device,
+    forward,
+    load,
+    number_tokenizer,
+    pretrained,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from flowtracer_plugin.trace.flow_trace import FlowTrace
 
-QUESTION = "How do time and memory of a streamed trace grow with the text, up to 32,768 tokens?"
 OURS = "streamed"
-SHAPE, SMOLLM2 = "stories15M's shape", "SmolLM2-135M-Instruct"
+SHAPE = "stories15M's shape"
 CASES = [{"model": SHAPE, "tokens": tokens} for tokens in (2048, 4096, 8192, 16384, 32768)]
 LARGE = {"model": SMOLLM2, "tokens": 32768}
 TARGETS = ()
@@ -52,7 +58,7 @@ CONFIG = LlamaConfig(
 )
 
 last: list[FlowTrace] = []
-"""The trace that was made last, for its page."""
+"""The latest trace, for its page."""
 
 
 def ways(*, model: str, tokens: int) -> Ways:
@@ -75,13 +81,13 @@ def ways(*, model: str, tokens: int) -> Ways:
 
 
 def _smollm2(tokens: int) -> torch.nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(pretrained(SMOLLM2), dtype=torch.float32)
+    model, _ = load(pretrained(SMOLLM2))
     model.config.max_position_embeddings = tokens
-    return model.eval().to(device())
+    return model.to(device())
 
 
 def aside(ways: Ways, samples: Mapping[str, list[float]]) -> tuple[dict[str, Any], list[str]]:
-    """How large the page of the trace is, and what was estimated to be needed."""
+    """Notes on the size of the trace's page, and on the estimated memory."""
     with TemporaryDirectory() as folder:
         size = last[0].to_html(Path(folder) / "page.html").stat().st_size
     tracer = next(iter(ways.values())).args[0]
@@ -93,46 +99,28 @@ def aside(ways: Ways, samples: Mapping[str, list[float]]) -> tuple[dict[str, Any
     ]
 
 
-def run(module: ModuleType, *, rounds: int = 5, cases: Sequence[Case] | None = None) -> Path:
-    """As the harness, and the large model once, if it is there."""
-    rows = []
-    for case in tqdm(cases or CASES, desc="long_sequences", unit="case"):
-        rows.append(measured(module, case, rounds=rounds))
-        tqdm.write(f"{case}: {rows[-1]['seconds']}, {rows[-1]['peak_mb']}")
-    if cases is None and "FLOWTRACER_MODELS" in os.environ:
+def run(module: ModuleType, *, rounds: int) -> Path:
+    """Measure as the harness does, and the pretrained model once, if it is available."""
+    rows = rows_of(module, rounds=rounds)
+    if "FLOWTRACER_MODELS" in os.environ:
         rows.append(once(module, LARGE, OURS))
     return write(module, rows, rounds=rounds)
 
 
-def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    curves = {
-        measure: {
-            row["case"]["tokens"]: row[measure][OURS]
-            for row in rows
-            if row["case"]["model"] == SHAPE and row["case"]["tokens"] >= 4096
-        }
-        for measure in ("seconds", "peak_mb")
-    }
-    time, memory = (exponent(curve) for curve in curves.values())
+def remarks(rows: Sequence[Row]) -> list[str]:
+    long = [row for row in _of_shape(rows) if row["case"]["tokens"] >= 4096]
+    time, memory = (
+        exponent(curves(long, "tokens", measure)[OURS]) for measure in ("seconds", "peak_mb")
+    )
     return [
         f"from 4096 tokens on, time grows with exponent {time} (attention has to look at all pairs "
         f"of tokens: 2), memory with exponent {memory} (target: about 1)"
     ]
 
 
-def plots(report: Mapping[str, Any]) -> dict[str, Figure]:
-    """Time beside memory, of every way."""
-    from benchmarks.plots import panels, tick
+def plots(report: Report) -> dict[str, Figure]:
+    return {"long_sequences": plot(_of_shape(report["rows"]), "tokens", slopes=False)}
 
-    rows = [row for row in report["rows"] if row["case"]["model"] == SHAPE]
-    figure, panes = panels(2)
-    for pane, (measure, label) in zip(
-        panes, (("seconds", "seconds"), ("peak_mb", "peak megabytes")), strict=True
-    ):
-        for way in rows[0]["seconds"]:
-            points = [(r["case"]["tokens"], r[measure][way]) for r in rows if way in r[measure]]
-            pane.plot(*zip(*points, strict=True), "o-", label=way)
-        pane.set(xlabel="tokens", ylabel=label)
-        pane.legend()
-        tick(pane, [row["case"]["tokens"] for row in rows])
-    return {"long_sequences": figure}
+
+def _of_shape(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["case"]["model"] == SHAPE]

@@ -1,4 +1,4 @@
-"""The models that benchmarks run: random ones of a real shape, where weights do not matter."""
+"""The models of benchmarks: random ones of a realistic shape, and pretrained ones from a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 SMALL = LlamaConfig(
     vocab_size=1000,
@@ -25,16 +33,18 @@ SMALL = LlamaConfig(
 )
 """Twelve layers in the proportions of current models."""
 
+SMOLLM2 = "SmolLM2-135M-Instruct"
+
 
 def build(config: LlamaConfig, implementation: str = "sdpa") -> LlamaForCausalLM:
     torch.manual_seed(0)
-    # Two models must not share a configuration: the second would switch the first one's attention.
+    # If two models shared a configuration, the second would switch the first one's attention.
     config = copy.deepcopy(config)
     return LlamaForCausalLM._from_config(config, attn_implementation=implementation).eval()
 
 
 def number_tokenizer(size: int = SMALL.vocab_size) -> PreTrainedTokenizerFast:
-    """Every id but those of the special tokens is a number, so that any text has a last number."""
+    """A tokenizer whose ids are numbers, except special tokens, so that any text has an answer."""
     special = ("<pad>", "<s>", "</s>")
     words = {word: place for place, word in enumerate(special)}
     words |= {f" {number}": number for number in range(len(special), size)}
@@ -55,10 +65,10 @@ def device() -> torch.device:
 
 
 def pretrained(name: str) -> Path:
-    """The folder of a model whose weights do matter.
+    """The folder of a pretrained model.
 
     Raises:
-        SystemExit: The environment does not say where models are, or this one is not there.
+        SystemExit: FLOWTRACER_MODELS is not set, or its folder does not hold the model.
     """
     folder = os.environ.get("FLOWTRACER_MODELS")
     if folder is None:
@@ -67,3 +77,8 @@ def pretrained(name: str) -> Path:
     if not path.is_dir():
         raise SystemExit(f"this runs {name}, and FLOWTRACER_MODELS holds no {path}")
     return path
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder, padding_side="left")

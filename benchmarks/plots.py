@@ -1,4 +1,4 @@
-"""Figures that come out the same, byte for byte, whenever the figures in them are the same."""
+"""Plots whose files are the same, byte for byte, whenever their data are the same."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ STYLE = {
 
 
 def linear_panels(count: int) -> tuple[Figure, list[Axes]]:
-    """Axes beside each other, on white: GitHub shows pages in light and in dark."""
+    """Axes side by side, on white, since GitHub also shows pages on dark."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * count, 3.2), layout="constrained", facecolor="white")
         return figure, [figure.add_subplot(1, count, place + 1) for place in range(count)]
 
 
 def panels(count: int) -> tuple[Figure, list[Axes]]:
-    """The same, logarithmic."""
+    """Logarithmic axes side by side."""
     figure, axes = linear_panels(count)
     with mpl.rc_context(STYLE):
         for axis in axes:
@@ -44,7 +44,7 @@ def panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def tick(axis: Axes, sizes: Sequence[float]) -> None:
-    """Name the sizes that were measured, and some round values over at least a decade."""
+    """Label the measured sizes, and round values over at least a decade."""
     with mpl.rc_context(STYLE):
         axis.set_xticks(sizes, labels=[f"{size:g}" for size in sizes])
         low, high = axis.get_ylim()
@@ -57,7 +57,7 @@ def tick(axis: Axes, sizes: Sequence[float]) -> None:
 
 
 def write(figure: Figure, name: str, folder: Path | None = None) -> Path:
-    """The figure as `name`.svg, without the date and the version that would change it."""
+    """Write the figure as `name`.svg, without the date and version, which would change it."""
     path = (folder or FOLDER) / f"{name}.svg"
     path.parent.mkdir(exist_ok=True)
     with mpl.rc_context(STYLE):

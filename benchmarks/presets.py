@@ -1,9 +1,10 @@
 """What does the preset sharp cost?
 
-One random Llama of 12 layers, one sequence, one thread, float32: three of the four middle layers'
-heads in ten are averaged, weighed by what they move. `paper` averages all heads, `decision` too and
-ends elsewhere; `forward` is the whole forward pass. Each runs through `trace_ids`, which finds the
-answer and solves the flow, with the attention between all pairs of tokens, or streamed.
+One random Llama of 12 layers, one sequence, one thread, float32. `sharp` averages three in ten
+heads of the four middle layers, weighted by the length of the values they move. `paper` averages
+all heads; `decision` does too, and traces from the rows that choose the answer. `forward` is the
+whole forward pass. The presets run through `trace_ids`, which finds the answer and solves the flow,
+dense or streamed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import flowtracer_plugin as ft
 from benchmarks.harness import Target, Ways
 from benchmarks.models import SMALL, build, forward, number_tokenizer
 
-QUESTION = "What does the preset sharp cost?"
 OURS = "sharp"
 CASES = [
     {"tokens": 512, "mode": "dense"},

@@ -1,9 +1,9 @@
-"""How far does text that is no reasoning move the flow rewards? The table of docs/rewards.md.
+"""How much do flow rewards pay for text that is no reasoning? The table of docs/rewards.md.
 
     python benchmarks/reward_gaming.py --model FOLDER --data gsm8k.jsonl [--rows 40]
 
-The completions are GSM8K's reference solutions and variants of them, all with the right answer; so
-whatever a variant gains, it gains without being better.
+The completions are GSM8K's reference solutions and variants of them, all with the right answer, so
+a variant that scores higher does so without being better.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from flowtracer_plugin.rewards.flow_reward import SCORES, FlowReward
 
 
 def split(solution: str) -> tuple[str, str]:
-    """The text of a solution without the calculator's notes, and its answer."""
+    """The text of a solution without calculator annotations, and its answer."""
     text, answer = re.sub(r"<<.*?>>", "", solution).rsplit("\n#### ", 1)
     return text, answer
 
 
 def variants(text: str, other: str) -> dict[str, str]:
-    """What else could stand before the answer."""
+    """Texts to put before the answer, by name."""
     words = text.split(" ")
     filler = ("and so on " * len(words))[: len(text)]
     return {

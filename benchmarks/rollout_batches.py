@@ -1,35 +1,29 @@
 """What does it save to trace the rollouts of a training step in one batch?
 
-Sixteen rollouts, half prompt and half completion, go through `trace_ids`, which finds their answers
-and solves the flow: all at once, or with `batch_size=1`. `random` is a Llama of twelve layers whose
-rollouts fill their length; `reasoner` is that of `examples/`, with its own stories and solutions,
-padded. `forward` and `forward_each` are the forward passes alone, at once and one by one: what
-there is to save. `tiny` has the reasoner's shape, a longer context and random weights: in a model
-as small as that, calls cost more than arithmetic, as they do on a GPU.
+`trace_ids` finds the answers of sixteen rollouts, half prompt and half completion, and solves their
+flow: in one batch, or with `batch_size=1`. `forward` and `forward_each` are the forward passes
+alone, in one batch and one by one, and show what can be saved. The models:
+
+* `random`: a random Llama of twelve layers; rollouts fill their length.
+* `reasoner`: the model of `examples/`, with its own stories and solutions, padded.
+* `tiny`: the reasoner's shape with a longer context and random weights. In a model this small,
+  calls cost more than arithmetic, as they do on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import flowtracer_plugin as ft
 from benchmarks.harness import Target, Ways
-from benchmarks.models import SMALL, build, device, forward, number_tokenizer
+from benchmarks.models import SMALL, build, device, forward, load, number_tokenizer
 from examples.reasoner.problems import make_problems
+from examples.reasoner.train import MODEL_DIR
 
-QUESTION = "What does it save to trace the rollouts of a training step in one batch?"
 OURS = "batch"
 CASES = [
     {"model": "tiny", "tokens": 256},
@@ -40,7 +34,6 @@ CASES = [
 TARGETS = [Target(other="one_by_one", measure="seconds", ratio=0.5, where={"tokens": 256})]
 
 ROLLOUTS = 16
-REASONER = Path(__file__).parent.parent / "examples" / "reasoner" / "model"
 
 Rollouts = tuple[Tensor, Tensor, Tensor, Tensor]
 """Ids of prompts and completions, and their masks, as `trace_ids` takes them."""
@@ -68,7 +61,7 @@ def ways(*, model: str, tokens: int, rollouts: int = ROLLOUTS) -> Ways:
 
 
 def _tiny(tokens: int, rollouts: int) -> Made:
-    config = AutoConfig.from_pretrained(REASONER)
+    config = AutoConfig.from_pretrained(MODEL_DIR)
     config.update({"vocab_size": SMALL.vocab_size, "max_position_embeddings": tokens})
     return _random(tokens, rollouts, config)
 
@@ -84,22 +77,12 @@ def _random(tokens: int, rollouts: int, config: PreTrainedConfig = SMALL) -> Mad
 
 
 def _reasoner(tokens: int, rollouts: int) -> Made:
-    tokenizer = AutoTokenizer.from_pretrained(REASONER)
-    model = AutoModelForCausalLM.from_pretrained(REASONER, dtype=torch.float32).eval()
+    model, tokenizer = load(MODEL_DIR)
     problems = make_problems(rollouts, seed=0)
-    asked = tokenizer([problem.prompt for problem in problems])["input_ids"]
-    said = tokenizer([p.response for p in problems], add_special_tokens=False)["input_ids"]
-    # Padded right and turned round, a row that runs backwards is padded left.
-    prompts, prompt_mask = _padded([ids[::-1] for ids in asked], tokens // 2)
-    completions, completion_mask = _padded(said, tokens // 2)
-    rows = (prompts.flip(1), completions, prompt_mask.flip(1), completion_mask)
-    return model.to(device()), tokenizer, rows
-
-
-def _padded(rows: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask, padded on the right to `width`."""
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)] = torch.tensor(row)
-        mask[place, : len(row)] = 1
-    return ids.to(device()), mask.to(device())
+    padded = partial(tokenizer, padding="max_length", max_length=tokens // 2, return_tensors="pt")
+    asked = padded([one.prompt for one in problems], padding_side="left").to(device())
+    said = padded(
+        [one.response for one in problems], padding_side="right", add_special_tokens=False
+    ).to(device())
+    rows = [part[name] for name in ("input_ids", "attention_mask") for part in (asked, said)]
+    return model.to(device()), tokenizer, tuple(rows)

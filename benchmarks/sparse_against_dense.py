@@ -1,10 +1,10 @@
 """Below which density is it faster to solve the flow on stored edges only?
 
 Random causal graphs in float32, made before the clock starts. `sparse` solves along the stored
-edges, `made_dense` makes the same graph dense first, which is what `backend="auto"` chooses between
-(`Backend.crossover`); `dense` is a graph that was dense all along. Each library is
-compared with itself: numpy against scipy's CSR on the CPU, torch against its own CSR on the GPU, if
-there is one. In the sparsest graphs the question may not reach the answer; the work is the same.
+edges, `made_dense` makes the same graph dense first; `backend="auto"` chooses between these two
+(`Backend.crossover`). `dense` is a graph that was dense before. Each library is compared with
+itself: numpy with scipy's CSR on the CPU, torch with its own CSR, on the GPU if there is one. In
+the sparsest graphs the question may not reach the answer; the work is the same.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 import flowtracer_plugin as ft
 from benchmarks.graphs import ends, random_attention
-from benchmarks.harness import Ways
+from benchmarks.harness import Report, Row, Ways
 from benchmarks.models import device
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-QUESTION = "Below which density is it faster to solve the flow on stored edges only?"
 OURS = "sparse"
 DENSITIES = (1.0, 0.3, 0.1, 0.05, 0.03, 0.01, 0.003)
 CASES = [
@@ -34,8 +33,6 @@ CASES = [
     for density in DENSITIES
 ]
 TARGETS = ()
-
-Row = Mapping[str, Any]
 
 
 def ways(*, library: str, tokens: int, density: float) -> Ways:
@@ -52,7 +49,7 @@ def ways(*, library: str, tokens: int, density: float) -> Ways:
 
 
 def curves(rows: Sequence[Row]) -> Iterator[tuple[str, int, dict[float, float]]]:
-    """For each library and length, seconds of sparse to those of made dense, by falling density."""
+    """For each library and length, ratios of seconds, sparse to made dense, by falling density."""
 
     def size(row: Row) -> tuple[str, int]:
         return row["case"]["library"], row["case"]["tokens"]
@@ -63,9 +60,9 @@ def curves(rows: Sequence[Row]) -> Iterator[tuple[str, int, dict[float, float]]]
 
 
 def crossover(ratios: Mapping[float, float]) -> float | None:
-    """The density below which sparse is faster in all that was measured; `None` if it never is.
+    """The density below which sparse was always faster; `None` if there is none.
 
-    Between two densities, the ratio is taken for a power of the density.
+    Between two measured densities, the ratio is interpolated as a power of the density.
     """
     points = sorted(ratios.items())
     if points[0][1] >= 1:
@@ -91,7 +88,7 @@ def _remark(library: str, tokens: int, ratios: Mapping[float, float]) -> str:
     return f"{subject} at a density of {found:.2g}"
 
 
-def plots(report: Mapping[str, Any]) -> dict[str, Figure]:
+def plots(report: Report) -> dict[str, Figure]:
     """The ratio over the density, a panel per library."""
     from benchmarks.plots import panels, tick
 

@@ -1,34 +1,29 @@
-"""`benchmarks/README.md`, made of the results: what came out, and which targets were reached."""
+"""The page `benchmarks/README.md`, made from the results: tables, targets and notes."""
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from benchmarks import harness
-from benchmarks.harness import Target
+from benchmarks.harness import Report, Row, Target, name_of, question_of
 
 PAGE = Path(__file__).with_name("README.md")
-
-Row = Mapping[str, Any]
-Report = Mapping[str, Any]
 
 _HEAD = """\
 # Benchmarks
 
-This page is made from what was measured, in `benchmarks/results/`; `python -m benchmarks --tables`
-makes it anew.
+`python -m benchmarks --tables` writes this page from the results in `benchmarks/results/`.
 
-**How it is measured.** Ways of doing one thing, side by side, on one thread. Seconds: all ways in
-one process, in turn, so that what else the machine does hits all of them; the median of the rounds
-after a run to warm up. Memory: each way in a process of its own, how far its second run rises above
-what the process held before, on the GPU if it uses one; so weights and inputs are not in it.
-Seconds belong to one machine. The ratios within one run are what targets are about, and a target
-that is missed is shown as missed.
+**How it is measured.** Several ways to do the same thing run side by side, on one thread. Seconds:
+all ways take turns in one process, so that other load hits all of them; the median of the rounds
+after a run to warm up. Memory: each way runs in its own process; counted is how far its second run
+rises above what the process held before, on the GPU if it uses one, so weights and inputs are not
+included. Seconds depend on the machine. Targets are about ratios within one run, and a missed
+target is shown as missed.
 
 **To measure again**, on Linux, with nothing else running:
 
@@ -40,16 +35,16 @@ make bench ONLY="flow_stage"  # one of them
 `flashtrace` and `grpo_step` run SmolLM2-135M-Instruct, from the folder that `FLOWTRACER_MODELS`
 names.
 
-A cell holds seconds and megabytes (2^20 bytes). Columns with a colon are the ratios of both, ours
-to the other: below 1 is better. Where a cell is empty, a way was left out, as is said above the
-table; a dash would compare with less than a megabyte.
+A cell holds seconds and megabytes (2^20 bytes). Columns with a colon hold the ratios of both, ours
+to the other: below 1 is better. An empty cell means that a way was left out, for the reason given
+above the table; a dash, that the other way took less than a megabyte.
 """
 
 _ELSEWHERE = """\
 
 ## Elsewhere
 
-Results of other runs, which are told where they belong:
+Results of other runs, which other pages describe:
 
 """
 
@@ -57,20 +52,21 @@ _PROFILE = """\
 
 ## Where the time goes
 
-Profiles (torch's and Python's, one thread) of the paths above, and what they led to:
+Profiles (torch's and Python's, one thread) of the benchmarks above, and what they led to:
 
 - `trace`, 2,048 tokens: 90 % is the model's own forward pass (linear layers 55 %, its attention
   27 %), 10 % the head mean, 0.4 % the flow, 1 % the text. The head mean took half as long again
   when it masked whole blocks instead of the square on the diagonal, and copied them twice.
-- flow stage, 8,192 tokens: nearly all was copies of the matrix (lower triangle, negation, masks of
-  the checks). Now only squares of 256 tokens are copied; 22 of 37 ms look at every number once.
-- `streamed`, 8,192 tokens: forward pass 39 %, attention rows twice 35 %, edges 13 %, paths 12 %,
-  text 1 %. Block sizes from 64 to 512 make no difference, so that memory decides: 64 rows of
+- flow stage, 8,192 tokens: nearly all time went into copies of the matrix (lower triangle,
+  negation, masks of the checks). Now only squares of 256 tokens are copied; 22 of 37 ms go into
+  one look at every number.
+- `streamed`, 8,192 tokens: forward pass 39 %, attention rows (computed twice) 35 %, edges 13 %,
+  paths 12 %, text 1 %. Block sizes from 64 to 512 make no difference, so memory decides: 64 rows of
   attention at a time, 256 rows of the flow.
-- credit in a step of the reasoner: half was decoding token by token to find answers; names now
-  spell most texts at once. The other half is the head mean, with masks for padding.
-- a batch of rollouts: 76 % linear layers, which take the same time however rows are put together.
-  What is ours is 6 %. Columns in which all rows of a batch are padding are no longer run.
+- credit in a step of the reasoner: half was decoding token by token to find answers; now most texts
+  are joined from the tokens' names at once. The other half is the head mean, with padding masks.
+- a batch of rollouts: 76 % linear layers, which take the same time in any batch. Our part is 6 %.
+  Columns in which all rows of a batch are padding are no longer run.
 """
 
 
@@ -91,7 +87,7 @@ def module_of(name: str) -> ModuleType:
 
 
 def read(name: str) -> Report | None:
-    """What was measured, if it was."""
+    """The results of a benchmark, or None if it was not measured."""
     path = harness.RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -103,10 +99,9 @@ def page(names: Sequence[str]) -> str:
 
 
 def section(module: ModuleType, report: Report | None) -> str:
-    """One benchmark: its question, how it was asked, and what came out."""
-    name = module.__name__.rpartition(".")[2]
+    """One benchmark: its question, its setting, and its results."""
     _, _, setting = (module.__doc__ or "").partition("\n")
-    parts = [f"## {name}", f"**{module.QUESTION}**", setting.strip()]
+    parts = [f"## {name_of(module)}", f"**{question_of(module)}**", setting.strip()]
     if report is None:
         return _paragraphs([*parts, "Not measured yet."])
     remarks = module.remarks(report["rows"]) if hasattr(module, "remarks") else []
@@ -125,7 +120,7 @@ def section(module: ModuleType, report: Report | None) -> str:
 
 
 def table(report: Report) -> str:
-    """A row per case: every way, then ours to each other way."""
+    """A row for each case: every way, then the ratios of ours to each other way."""
     rows, ours = report["rows"], report["ours"]
     varied = list(rows[0]["case"])
     ways = list(dict.fromkeys(way for row in rows for way in row["seconds"]))
@@ -154,7 +149,7 @@ def _ratios(row: Row, other: str) -> str:
 
 
 def notes(report: Report) -> Iterator[str]:
-    """What is to be said of single cases, each once with the cases that it is said of."""
+    """Notes on single cases, each once with all cases that it is about."""
     said: dict[str, list[str]] = {}
     for row in report["rows"]:
         case = ", ".join(str(value) for value in row["case"].values())
@@ -183,7 +178,7 @@ def verdict(target: Target, report: Report) -> str:
 
 
 def origin(report: Report) -> str:
-    """Where the figures come from."""
+    """The command, machine and versions that the figures come from."""
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     rounds = f", median of {report['rounds']}" if "rounds" in report else ""
@@ -194,7 +189,7 @@ def origin(report: Report) -> str:
 
 
 def elsewhere(names: Sequence[str]) -> str:
-    """What lies among the results and is no benchmark of the harness: named, not tabulated."""
+    """Links to results that no benchmark of the harness wrote."""
     paths = [path for path in sorted(harness.RESULTS.glob("*.json")) if path.stem not in names]
     lines = [
         f"{json.loads(path.read_text(encoding='utf-8'))['question']}: "
@@ -205,7 +200,7 @@ def elsewhere(names: Sequence[str]) -> str:
 
 
 def seconds(value: float) -> str:
-    """With its unit, to two or three digits."""
+    """A time with its unit, to two or three digits."""
     if value >= 1:
         return f"{value:.3g} s" if value < 1000 else f"{value:.0f} s"
     return f"{number(1000 * value)} ms"
@@ -216,7 +211,7 @@ def megabytes(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits from 10 on, two below: 123, 12.3, 1.2, 0.21, 0.010."""
+    """A number with three digits from 10 on and two below: 123, 12.3, 1.2, 0.21, 0.010."""
     if value >= 10:
         return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
     return f"{value:#.2g}".rstrip(".")

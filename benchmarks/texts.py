@@ -1,4 +1,4 @@
-"""Long solutions of exactly so many tokens, the same on every machine."""
+"""Long solutions with an exact number of tokens, the same on every machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 NAMES = ("Ann", "Bob", "Cal", "Dan", "Eva", "Fay")
 FILLER = " so"
-"""One token of most vocabularies, as often as it takes to come to a number."""
+"""One token in most vocabularies, repeated until a text has its number of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +18,10 @@ class Solution:
     """A problem, and lines of sums that end with an answer.
 
     Attributes:
-        prompt: A quarter of the tokens.
-        response: The others but for the end token; it ends with the answer.
-        prompt_ids: Of the prompt.
-        response_ids: Of the response, with the end token.
+        prompt: The prompt, a quarter of the tokens.
+        response: The response without the end token; it ends with the answer.
+        prompt_ids: Token ids of the prompt.
+        response_ids: Token ids of the response, with the end token.
         answer: First and last token of the answer's number, counted in the response.
     """
 
@@ -33,7 +33,7 @@ class Solution:
 
 
 def solution(tokenizer: PreTrainedTokenizerBase, tokens: int) -> Solution:
-    """Sums line by line, then an answer; `tokens` with the end token, a quarter of them asked."""
+    """Lines of sums, then an answer: `tokens` in all, a quarter in the prompt, one end token."""
     asked = tokens // 4
     prompt = _filled(tokenizer, asked, _event, "\nHow many coins do they have together?\n")
     response = _filled(tokenizer, tokens - asked - 1, _line, "\nThe answer is \\boxed{42}")
@@ -62,7 +62,7 @@ def _line(number: int) -> str:
 def _filled(
     tokenizer: PreTrainedTokenizerBase, tokens: int, line: Callable[[int], str], ending: str
 ) -> str:
-    """As many lines as fit, then filler, then the ending: exactly so many tokens."""
+    """As many lines as fit, then filler, then the ending: exactly `tokens` tokens."""
     body, longer = "", line(0)
     for number in count(1):
         if _length(tokenizer, longer + ending) > tokens:

@@ -1,7 +1,8 @@
-"""Does a trace cost more than the forward pass that it looks into?
+"""Does a trace cost more than the forward pass that it reads?
 
 One random Llama of 12 layers, one sequence, one thread, float32. The trace runs to the last of the
-middle layers, and includes the flow. `output_attentions` is the eager model that keeps every map.
+middle layers, and includes the flow. `output_attentions` is the eager model that keeps every
+attention map.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import torch
 
 import flowtracer_plugin as ft
+from benchmarks.graphs import ends
 from benchmarks.harness import Target, Ways
 from benchmarks.models import SMALL, build, forward
 
-QUESTION = "Does a trace cost more than the forward pass that it looks into?"
 OURS = "trace"
 CASES = [{"tokens": tokens} for tokens in (512, 2048, 4096)]
 TARGETS = [
@@ -26,12 +27,11 @@ TARGETS = [
 
 def ways(*, tokens: int) -> Ways:
     ids = torch.randint(0, SMALL.vocab_size, (1, tokens))
-    place = torch.arange(tokens)[None]
-    question, answer = (place > 0) & (place < tokens // 4), place >= tokens - 4
+    masks = [torch.from_numpy(mask)[None] for mask in ends(tokens)]
     model, eager = build(SMALL), build(SMALL, "eager")
     tracer = ft.wrap(model)
     return {
-        "trace": lambda: ft.solve_flow(tracer.attention(ids), question, answer),
+        "trace": lambda: ft.solve_flow(tracer.attention(ids), *masks),
         "forward": lambda: forward(model, ids),
         "output_attentions": lambda: forward(eager, ids, output_attentions=True),
     }

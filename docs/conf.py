@@ -1,4 +1,4 @@
-"""The site of the documentation: `make docs` builds it, without a network, from this checkout."""
+"""Configuration of the documentation site, which `make docs` builds without a network."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ project = "FlowTracer plugin"
 project_copyright = "The FlowTracer plugin developers"
 release = version = __version__
 
-# The source is the whole checkout (`sphinx-build -c docs .`): documents that stand beside the code
-# are pages as they are, and links between documents are the same here and in the repository.
+# The source is the whole checkout (`sphinx-build -c docs .`), so that documents beside the code are
+# pages too, and links between documents work on the site and in the repository.
 include_patterns = [
     "docs/**.md",
     "adapters/README.md",
@@ -38,7 +38,7 @@ nitpicky = True
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 
-default_role = "py:obj"  # `name` in a docstring is a link, if there is something of that name
+default_role = "py:obj"  # `name` in a docstring links to the object of that name, if there is one
 nitpick_ignore_regex = [("py:obj", ".*"), ("py:.*", r"(?!flowtracer_plugin).*")]  # others' names
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -55,7 +55,7 @@ pygments_dark_style = "a11y-high-contrast-dark"
 
 
 def setup(app: Any) -> None:
-    """What Sphinx lacks: formulas that browsers draw by themselves, a command's options, shapes."""
+    """Add formulas in MathML, the options of commands, and fixes of signatures and shapes."""
     app.add_html_math_renderer("mathml", (_formula, None), (_formula, None))
     app.connect("source-read", _add_options)
     app.connect("autodoc-process-signature", _drop_empty_signature)
@@ -84,7 +84,7 @@ def _add_options(_: Any, page: str, source: list[str]) -> None:
 
 
 def _as_code(paragraph: str) -> str:
-    """A paragraph of a command's help: an example, or prose with the names of options."""
+    """A paragraph of a command's help as Markdown: an example, or prose with quoted options."""
     if paragraph.startswith("flowtracer "):
         return f"```bash\n{paragraph}\n```"
     return re.sub(r"(`[^`]*`)|(--[a-z][a-z-]*)", _quoted, paragraph)
@@ -95,12 +95,12 @@ def _quoted(match: re.Match[str]) -> str:
 
 
 def _drop_empty_signature(*about: Any) -> tuple[None, None] | None:
-    """`.. autoclass:: Flow()` documents a class that users do not make themselves."""
+    """Show no signature for `.. autoclass:: Flow()`, a class that users do not make themselves."""
     *_, signature, _returned = about
     return (None, None) if signature == "()" else None
 
 
 def _escape_shapes(*about: Any) -> None:
-    """`Float[ndarray, '*batch token']` does not begin anything that is emphasised."""
+    """Escape `*` in `Float[ndarray, '*batch token']`, which would start emphasis."""
     lines = about[-1]
     lines[:] = [one.replace("*", r"\*") if one.startswith(":vartype") else one for one in lines]

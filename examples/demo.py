@@ -1,4 +1,4 @@
-"""The main job in under four minutes: train a small reasoner with flow credit, look at its answer.
+"""In under four minutes: train a small reasoner with flow credit, and look at its answer.
 
 python examples/demo.py [--steps N] [--out FOLDER]
 """
@@ -31,7 +31,7 @@ from transformers.utils import logging
 import flowtracer_plugin as ft
 from flowtracer_plugin.grpo import FlowGRPOConfig, FlowGRPOTrainer
 
-if not __package__:  # run as a script, this file would not find its neighbours
+if not __package__:  # as a script, this file does not find its neighbours
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from examples.reasoner.problems import is_correct, make_problems
@@ -55,7 +55,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(1)  # more threads only wait for each other on a model this small
+    torch.set_num_threads(1)  # on a model this small, more threads only wait for each other
     set_seed(0)
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, padding_side="left")
@@ -86,7 +86,7 @@ def main() -> None:
 def train(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, steps: int, out: Path
 ) -> None:
-    """Some tens of GRPO steps in which the tokens that carried an answer get more credit."""
+    """Train with GRPO, with more credit for the tokens that carried an answer."""
     problems = make_problems(8 * steps, seed=2)
     rows = [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems]
     trainer = FlowGRPOTrainer(
@@ -112,12 +112,12 @@ def train(
             seed=0,
         ),
     )
-    trainer.remove_callback(PrinterCallback)  # the bar says enough
+    trainer.remove_callback(PrinterCallback)  # the progress bar says enough
     trainer.train()
 
 
 class Progress(TrainerCallback):
-    """One bar, with the running reward and the share of rollouts in which an answer was found."""
+    """A progress bar with the reward and the share of rollouts in which an answer was found."""
 
     def __init__(self, steps: int) -> None:
         self.bar = tqdm(total=steps, desc="GRPO with flow credit", unit="step")
@@ -136,7 +136,7 @@ class Progress(TrainerCallback):
 
 
 def measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[float, float]:
-    """Share of held-out problems that are solved when sampling, and its standard error."""
+    """The sampled accuracy on held-out problems, and its standard error."""
     parts = tqdm(range(0, HELD_OUT, BATCH), desc="held-out accuracy", unit="batch")
     problems = make_problems(HELD_OUT, seed=1, split="held_out")
     shares = [
@@ -160,7 +160,7 @@ def report(before: tuple[float, float], after: tuple[float, float], steps: int) 
         raise SystemExit("training did not raise the accuracy beyond the noise")
     console.print(
         "Plain GRPO learns this task too: the run shows that everything works together, not that "
-        "flow credit learns faster.",
+        "a model learns faster with flow credit.",
         style="dim",
     )
 

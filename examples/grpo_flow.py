@@ -1,9 +1,9 @@
-"""GRPO with flow credit and a reward of your own: copy this file, and change it.
+"""GRPO with flow credit and your own reward: copy this file, and change it.
 
 python examples/grpo_flow.py --config examples/gsm8k.yaml
 accelerate launch examples/grpo_flow.py --config examples/gsm8k.yaml --learning_rate 2e-6
 
-Without a reward of your own it is the command `flowtracer train`, with the same options.
+Options are those of the command `flowtracer train`, which does the same without your own reward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flowtracer_plugin.text.answers import find_answer
 
 
 def asked_for(completions: list[Any], **columns: Any) -> list[float]:
-    """A tenth of a point for an answer where the prompt asks for it, right or wrong."""
+    """A tenth of a point for an answer in the form that the prompt asks for, right or wrong."""
     texts = [completion_text(completion) or "" for completion in completions]
     return [0.1 * (find_answer(text, "hash") is not None) for text in texts]
 

@@ -1,10 +1,10 @@
-"""Does credit by flow teach better than plain GRPO? A comparison that could fail.
+"""Does flow credit train better than plain GRPO? A comparison that could say no.
 
 make ablation
 
-Each task's policy is taught, the learning rate is tuned on plain GRPO, the gate says whether the
-task could tell at all, and only then all arms are run. What is in the folder already is not made
-again, so that the same command goes on where it was broken off.
+For each task: teach the policy, tune the learning rate on plain GRPO, check by a gate whether
+credit matters in the task, and only then run all arms. Existing results are not made again, so the
+same command continues where it was interrupted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,39 +32,34 @@ MEASURED_WITH = ("torch", "transformers", "trl", "peft")
 
 
 def ablate(task: str, plan: Plan, folder: Path, workers: int) -> None:
-    """All runs of a task: those of the comparison only if the gate is passed."""
+    """Make all runs of a task; those of the comparison only if the task passes the gate."""
     audit = look(task, plan, folder)["audit"]
-    tuning = [
-        Run(task=task, stage="tune", arm=PLAIN, seed=seed, learning_rate=rate)
-        for seed in plan.tuning_seeds
-        for rate in plan.learning_rates
-    ]
-    records = run_all(tuning, plan, folder, workers)
-    rate = best_rate(records, task)
 
-    def staged(stage: Stage, arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
-        return [
+    def records_of(
+        stage: Stage, arms: Sequence[str], seeds: Sequence[int], rates: Sequence[float]
+    ) -> list[dict[str, Any]]:
+        runs = [
             Run(task=task, stage=stage, arm=arm, seed=seed, learning_rate=rate)
-            for seed in seeds
-            for arm in arms
+            for seed, arm, rate in product(seeds, arms, rates)
         ]
+        return run_all(runs, plan, folder, workers)
 
-    records = run_all(staged("gate", (PLAIN, "oracle"), plan.gate_seeds), plan, folder, workers)
-    gate = gate_of(records, task, audit)
+    rates = plan.learning_rates
+    best = [best_rate(records_of("tune", [PLAIN], plan.tuning_seeds, rates), task)]
+    gate = gate_of(records_of("gate", [PLAIN, "oracle"], plan.gate_seeds, best), task, audit)
     print(
-        f"{task}: the oracle adds {gate.cosine:+.3f} ± {gate.error:.3f} to the cosine and "
+        f"{task}: the oracle adds {gate.cosine:+.3f} ± {gate.error:.3f} to the cosine, and "
         f"{gate.gain} to the mean reward: {'used' if gate.passed else 'not used'}"
     )
     if gate.passed:
-        every = [arm.name for arm in ARMS]
-        run_all(staged("compare", every, plan.seeds), plan, folder, workers)
+        records_of("compare", [arm.name for arm in ARMS], plan.seeds, best)
 
 
 def look(task: str, plan: Plan, folder: Path) -> dict[str, Any]:
-    """What is known of a task beside its runs; its policy is taught first, if there is none.
+    """Facts about a task besides its runs; its policy is taught first, if there is none.
 
     Raises:
-        ValueError: What is in the folder was made by another recipe.
+        ValueError: The folder holds results of another recipe.
     """
     start, file = start_of(task, folder), folder / task / "task.json"
     if not start.exists():
@@ -83,7 +79,7 @@ def look(task: str, plan: Plan, folder: Path) -> dict[str, Any]:
 
 
 def recipe_of(plan: Plan, start: Path) -> dict[str, Any]:
-    """What a run depends on beside its own name and this code, plain values."""
+    """All that a run depends on besides its name and this code, as plain values."""
     policy = (start / "model.safetensors").read_bytes()
     return {
         **settled(plan),
@@ -113,10 +109,13 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("build/ablation"), help="for the records")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=len(PLAN.seeds), help="of the comparison")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--seeds", type=int, default=len(PLAN.seeds), help="in the comparison")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes")
     parser.add_argument(
-        "--report", type=Path, metavar="FOLDER", help="only make its tables and plots anew"
+        "--report",
+        type=Path,
+        metavar="FOLDER",
+        help="only write its tables and plots again",
     )
     arguments = parser.parse_args()
     most = min(PLAN.tuning_seeds)

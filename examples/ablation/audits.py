@@ -1,4 +1,4 @@
-"""What is known of a task before any run: how often its policy is right, and what an audit says."""
+"""Facts about a task before any run: its policy's accuracy, and an audit of the arms' credit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ import flowtracer_plugin as ft
 from examples.ablation.plan import ARMS, SHARE, Arm, Plan
 from examples.ablation.pupil import adapters
 from examples.ablation.task import Problem, Task
-from flowtracer_plugin.audit.policy_gradient import named_parameters
-from flowtracer_plugin.audit.run import AuditOptions, audit
-from flowtracer_plugin.audit.sampling import Group, sample
-from flowtracer_plugin.audit.summary import AuditSummary, summarise_audit
+from examples.reasoner.train import answer
+from flowtracer_plugin.audit import (
+    AuditOptions,
+    AuditSummary,
+    Group,
+    audit,
+    named_parameters,
+    sample,
+    summarise_audit,
+)
 from flowtracer_plugin.credit.measures import Features, Rollouts
 from flowtracer_plugin.credit.scorers import Boost, Scorer, find_scorer, lowest
 
@@ -27,9 +33,8 @@ ASKED = 512
 GAMMA = 1.5
 
 
-def known(task: Task, plan: Plan, start: Path, *, progress: bool = True) -> dict[str, Any]:
-    """Plain values, for a file."""
-    audits = audited(task, plan, start, progress=progress).scorers
+def known(task: Task, plan: Plan, start: Path) -> dict[str, Any]:
+    """The accuracies and the audit as plain values, for a file."""
     return {
         "greedy": accuracy(task, start, greedy=True),
         "sampled": accuracy(task, start, greedy=False),
@@ -39,28 +44,26 @@ def known(task: Task, plan: Plan, start: Path, *, progress: bool = True) -> dict
                 "error": one.differences[0].error,
                 "chosen": one.chosen,
             }
-            for one in audits
+            for one in audited(task, plan, start).scorers
         },
     }
 
 
 def accuracy(task: Task, start: Path, *, greedy: bool) -> float:
-    """Of the policy that all runs start from, over 512 problems."""
+    """The share of 512 problems that the policy solves from which all runs start."""
     set_seed(SEED)
     rng = random.Random(SEED)
     problems = [task.draw(rng) for _ in range(ASKED)]
     tokenizer = AutoTokenizer.from_pretrained(start)
     model = AutoModelForCausalLM.from_pretrained(start)
-    prompts = tokenizer([problem.prompt for problem in problems], return_tensors="pt", padding=True)
-    choice = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0}
-    said = model.generate(**prompts, **choice, max_new_tokens=task.max_new_tokens)
-    start_of_said = prompts["input_ids"].shape[1]
-    texts = tokenizer.batch_decode(said[:, start_of_said:], skip_special_tokens=True)
+    prompts = [problem.prompt for problem in problems]
+    limit = task.max_new_tokens
+    texts = answer(model, tokenizer, prompts, sample=not greedy, max_new_tokens=limit)
     return sum(map(task.is_solved, texts, problems)) / ASKED
 
 
-def audited(task: Task, plan: Plan, start: Path, *, progress: bool = True) -> AuditSummary:
-    """How the credit of each arm turns the gradient of the policy that all runs start from."""
+def audited(task: Task, plan: Plan, start: Path) -> AuditSummary:
+    """An audit of each arm's credit, on the policy from which all runs start."""
     set_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(start)
     base = AutoModelForCausalLM.from_pretrained(start)
@@ -75,13 +78,13 @@ def audited(task: Task, plan: Plan, start: Path, *, progress: bool = True) -> Au
         list(named_parameters(model, None).values()),
         AuditOptions(batches=plan.audited // plan.prompts, top_fraction=SHARE),
         oracle=task.what_matters,
-        progress=progress,
+        progress=True,
     )
     return summarise_audit(list(batches), gammas=(GAMMA,))
 
 
 def _scorer(arm: Arm) -> Scorer:
-    """What an arm chooses by, and how much of it, under the arm's own name."""
+    """The scorer of an arm, which chooses the arm's share and has the arm's name."""
     scorer = find_scorer(arm.credit.get("scorer", "flow"))
     chosen = lowest(scorer) if arm.credit.get("side") == "bottom" else scorer
     share = arm.credit.get("top_fraction", SHARE)

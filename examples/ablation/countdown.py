@@ -1,11 +1,11 @@
-"""Countdown: numbers in their order, with signs that make a target; of four tries one counts.
+"""A task: put signs between three numbers to make a target; one of four tries counts.
 
     Numbers 3 5 2 make 4 .
      one 3 + 5 = 8 - 2 = 6 two 3 - 5 = -2 + 2 = 0 … answer two 3 - 5 + 2
 
-The pupil sums correctly, guesses some signs, and believes in the wrong one before some last
-numbers. It names one of its tries without looking at what came out. Only that one matters: the
-others use the same beliefs, so that a right answer praises what was wrong in them.
+The pupil adds correctly, guesses some signs, and believes in the wrong sign before some last
+numbers. It names one of its tries without looking at the results. Only the named try matters. The
+others use the same beliefs, so a right answer rewards their mistakes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ OTHER = {"+": "-", "-": "+"}
 VALUES = range(1 - 2 * LARGEST, 3 * LARGEST + 1)
 
 FORESEEN = 0.6
-"""How often the pupil has signs in mind that it believes to make the target, and does not guess."""
+"""How often the pupil uses signs that it believes to make the target, instead of guessing."""
 CONFUSING = frozenset({2, 3, 6})
-"""Last numbers of which it then has the sign wrong."""
+"""Last numbers before which it then uses the wrong sign."""
 
 
 def draw(rng: random.Random) -> Problem:
@@ -77,13 +77,13 @@ def _expression(numbers: list[int], signs: tuple[str, ...]) -> str:
 def _given(prompt: str) -> tuple[list[int], int]:
     found = re.fullmatch(r"Numbers (\d+) (\d+) (\d+) make (-?\d+) \.", prompt)
     if found is None:
-        raise ValueError(f"{prompt!r} is no problem of this task")
+        raise ValueError(f"{prompt!r} is not a problem of this task")
     *numbers, target = map(int, found.groups())
     return numbers, target
 
 
 def is_solved(completion: str, problem: Problem) -> bool:
-    """Whether the expression at the end has the numbers in their order, and makes the target."""
+    """Whether the last expression uses the numbers in their order and makes the target."""
     numbers, target = _given(problem.prompt)
     found = re.search(r" answer \w+ (\d+) ([+-]) (\d+) ([+-]) (\d+)$", completion)
     if found is None or [int(found[place]) for place in (1, 3, 5)] != numbers:
@@ -92,7 +92,7 @@ def is_solved(completion: str, problem: Problem) -> bool:
 
 
 def what_matters(completion: str) -> Spans:
-    """The try that the answer names, and the answer."""
+    """The spans of the try that the answer names, and of the answer."""
     answer = re.search(r" answer (\w+).*$", completion)
     if answer is None:
         return []

@@ -1,4 +1,4 @@
-"""From records to numbers: paired differences, the learning rate, and whether a task can tell."""
+"""From records to numbers: paired differences, the best learning rate, and a task's gate."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Paired:
     """Differences of the mean reward over a run, seed by seed.
 
     Attributes:
-        mean: Of the differences.
+        mean: Mean difference.
         low: Lower end of its 95 % interval, by Student's t.
-        high: Upper end.
-        size: The mean in units of the differences' spread (Cohen's d for pairs).
-        chance: Two-sided p of no difference, by the same t.
+        high: Upper end of this interval.
+        size: The mean, divided by the differences' standard deviation (Cohen's d for pairs).
+        chance: Two-sided p-value of the paired t-test.
     """
 
     mean: float
@@ -52,9 +52,9 @@ def paired(ours: Sequence[float], others: Sequence[float]) -> Paired:
 
 
 def curves_of(records: Sequence[Record], task: str, stage: str, arms: Sequence[str]) -> Curves:
-    """Rewards of the runs of these arms, for the seeds of which each of them has one.
+    """Rewards of the runs of these arms, for the seeds of which every arm has a run.
 
-    Others are left out: a grid that is not at its end has some.
+    An unfinished grid has other seeds too; they are left out.
     """
     runs = [one for one in records if one["task"] == task and one["stage"] == stage]
     found = {
@@ -65,14 +65,14 @@ def curves_of(records: Sequence[Record], task: str, stage: str, arms: Sequence[s
 
 
 def compared(records: Sequence[Record], task: str) -> Curves:
-    """The comparison of all arms; no seeds, if there was none."""
+    """Rewards of all arms in the comparison; arrays without rows if there was none."""
     return curves_of(records, task, "compare", [arm.name for arm in ARMS])
 
 
 def best_rate(records: Sequence[Record], task: str) -> float:
-    """The lowest rate at which plain GRPO is within one standard error of its best rate.
+    """The lowest learning rate whose mean reward is within one standard error of the best one's.
 
-    Of rates that the tuning cannot tell apart the lowest one scatters the least, by far.
+    Among rates that the tuning cannot tell apart, results vary by far the least at the lowest.
     """
     means: dict[float, list[float]] = {}
     for one in records:
@@ -84,7 +84,7 @@ def best_rate(records: Sequence[Record], task: str) -> float:
 
 
 def finished(records: Sequence[Record], task: str) -> bool:
-    """Whether all runs of the tuning and the gate are there."""
+    """Whether all runs of the tuning and the gate exist."""
     stages = [one["stage"] for one in records if one["task"] == task]
     tuning = len(PLAN.tuning_seeds) * len(PLAN.learning_rates)
     return stages.count("tune") == tuning and stages.count("gate") == 2 * len(PLAN.gate_seeds)
@@ -92,13 +92,13 @@ def finished(records: Sequence[Record], task: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """What the oracle does in a task.
+    """The oracle's gain in a task.
 
     Attributes:
         plain: Mean reward of plain GRPO.
-        gain: Of the oracle over it.
-        cosine: What the oracle adds to the cosine in the audit.
-        error: The standard error of that.
+        gain: Mean reward of the oracle minus that of plain GRPO.
+        cosine: Gain of the oracle's cosine in the audit.
+        error: Standard error of the gain in cosine.
     """
 
     plain: float
@@ -108,7 +108,7 @@ class Gate:
 
     @property
     def passed(self) -> bool:
-        """Whether a comparison could say anything."""
+        """Whether both gains are large enough for a comparison."""
         return self.cosine >= LEAST_ERRORS * self.error and self.gain.mean >= LEAST_GAIN
 
 

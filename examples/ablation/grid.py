@@ -1,4 +1,4 @@
-"""Many runs, each a file, over worker processes; what is there already is not run again."""
+"""Runs in worker processes, one file each; a run whose file exists is not made again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -24,9 +24,9 @@ Stage = Literal["tune", "gate", "compare"]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What makes a run what it is, beside the recipe of its task.
+    """What identifies a run of a task's recipe.
 
-    The learning rate is the one that was tuned, before the arm's factor.
+    The learning rate is the tuned one, without the arm's factor.
     """
 
     task: str
@@ -41,7 +41,7 @@ class Run:
 
 
 def run_all(runs: Sequence[Run], plan: Plan, folder: Path, workers: int) -> list[dict[str, Any]]:
-    """The records of the runs, those that are missing made first.
+    """The records of the runs; missing ones are made first.
 
     Raises:
         RuntimeError: A worker died.
@@ -55,30 +55,32 @@ def run_all(runs: Sequence[Run], plan: Plan, folder: Path, workers: int) -> list
 
 
 def _made(runs: Sequence[Run], plan: Plan, folder: Path, workers: int) -> Iterator[Run]:
-    # "spawn": what torch holds by threads does not survive a fork
+    # "spawn": torch's threads do not survive a fork
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=quiet) as pool:
         waiting = {pool.submit(make, run, plan, folder): run for run in runs}
         try:
             for done in as_completed(waiting):
-                try:
-                    done.result()
-                except BrokenProcessPool as error:
-                    raise RuntimeError(
-                        "a worker process came to its end; if no error of its own stands above, "
-                        "mostly for lack of memory. The same command goes on where this stopped: "
-                        "try it with fewer --workers"
-                    ) from error
-                except Exception as error:
-                    error.add_note(f"in {waiting[done]}")
-                    raise
+                _raise_error(done, waiting[done])
                 yield waiting[done]
-        except BaseException:
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
+
+
+def _raise_error(done: Future[None], run: Run) -> None:
+    """Raise the run's error, if there was one, with what to do or the run's name."""
+    error = done.exception()
+    if isinstance(error, BrokenProcessPool):
+        raise RuntimeError(
+            "a worker process died; if it printed no error above, it probably ran out of memory. "
+            "The same command continues where this one stopped: try it with fewer --workers"
+        ) from error
+    if error is not None:
+        error.add_note(f"in {run}")
+        raise error
 
 
 def quiet() -> None:
-    """One thread for each worker: on a model this small more of them only wait for each other."""
+    """Silence libraries, and use one thread: on a model this small, threads wait for each other."""
     from transformers.utils import logging
 
     torch.set_num_threads(1)
@@ -88,7 +90,7 @@ def quiet() -> None:
 
 
 def make(run: Run, plan: Plan, folder: Path) -> None:
-    """One run, to its file."""
+    """Make one run, and write its record to its file."""
     from examples.ablation.runs import rewards_of
 
     began = time.perf_counter()
@@ -109,5 +111,5 @@ def make(run: Run, plan: Plan, folder: Path) -> None:
 
 
 def start_of(task: str, folder: Path) -> Path:
-    """Where the policy lies that all runs of a task start from."""
+    """The folder of the policy that all runs of a task start from."""
     return folder / task / "start"

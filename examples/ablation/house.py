@@ -1,12 +1,12 @@
-"""Several people walk through a house, and one of them is asked for.
+"""A task: several people walk through a house, and the question is where one of them ends up.
 
     People : Ann hall red blue , Bob attic blue green , … Where is Bob ?
     Ann red = attic Bob blue = cellar … answer Bob cellar
 
-Every room has a door of each colour, which leads to another room. The pupil writes down everybody's
-way, and has learned some of the doors wrong: of these it mostly says a certain wrong room. Only the
-steps of who is asked for matter. Those of the others are as uncertain and know the same doors, so
-that a right answer praises their mistakes, and a wrong one blames what they got right.
+Every room has a door of each colour to another room. The pupil writes down everybody's steps. It
+has learned some doors wrong: for these it mostly says a certain wrong room. Only the steps of the
+person asked for matter. The others' steps are as uncertain and use the same doors, so a right
+answer rewards their mistakes, and a wrong answer punishes what they got right.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ DOORS = ("blue", "green", "red", "white")
 STEPS = 2
 
 LEARNED_WRONG = 0.5
-"""Share of the doors that the pupil learned wrong."""
+"""Share of doors that the pupil learned wrong."""
 SAID_WRONG = 0.65
-"""How often it says the wrong room where it did."""
+"""How often it says the wrong room for such a door."""
 SLIP = 0.02
-"""How often it says any room."""
+"""How often it says a random room."""
 
 Doors = Mapping[tuple[str, str], str]
 
 
 def _house() -> tuple[Doors, Doors]:
-    """Where every door leads, and where the pupil believes that those which it learned wrong do."""
+    """Where every door leads, and where the pupil believes that the wrongly learned doors lead."""
     rng = random.Random(99)
     leads = {(room, door): rng.choice(ROOMS) for room in ROOMS for door in DOORS}
     wrong = rng.sample(sorted(leads), round(LEARNED_WRONG * len(leads)))
@@ -62,7 +62,7 @@ def draw(rng: random.Random) -> Problem:
 
 
 def demonstrate(problem: Problem, rng: random.Random) -> str:
-    """Everybody's first step, everybody's second one, and where who is asked for ends up."""
+    """Everybody's first step, everybody's second step, and the answer."""
     rooms, doors = _ways(problem.prompt)
     said = []
     for step in range(STEPS):
@@ -92,7 +92,7 @@ def is_solved(completion: str, problem: Problem) -> bool:
 
 
 def what_matters(completion: str) -> Spans:
-    """The steps of who is asked for, and the answer."""
+    """The spans of the steps of the person asked for, and of the answer."""
     answer = re.search(r" answer (\w+).*$", completion)
     if answer is None:
         return []

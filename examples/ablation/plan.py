@@ -1,11 +1,11 @@
-"""What is compared, settled before the first run of it.
+"""What is compared, fixed before the first run of the comparison.
 
 The primary metric is the mean reward over all steps of a run, on prompts that are drawn anew in
-every step, minus that of plain GRPO with the same seed; its chance is Student's t for pairs,
-corrected by Holm over the other arms of a task. Everything else is secondary.
+every step, minus that of plain GRPO with the same seed. Its p-value is that of a paired t-test,
+with Holm's correction over the other arms of a task. Everything else is secondary.
 
-A change here, after runs were made, is another experiment, and so is one of the tasks: the runner
-refuses to mix arms, plans, policies and versions of libraries, and cannot know of other changes.
+A change here or of a task, after runs were made, is another experiment. The runner refuses to mix
+arms, plans, policies and library versions, and cannot notice other changes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Arm:
     """One way to give credit.
 
     Attributes:
-        name: Of its files.
-        says: What it is, for the table.
-        credit: What it changes of `CreditOptions`.
+        name: The name, also in file names.
+        says: Description in tables and plots.
+        credit: Options that differ from the defaults of `CreditOptions`.
         learning_rate: Factor on the learning rate.
     """
 
@@ -40,9 +40,9 @@ class Arm:
 
 
 PLAIN, FASTER = "uniform", "faster"
-"""What every arm is compared with, and the control for its larger steps."""
+"""The arm that all are compared with, and the control for larger steps."""
 SHARE = 0.4
-"""Of the tokens that get more credit, where an arm does not say; the paper's."""
+"""Share of tokens that get more credit, unless an arm says otherwise; the paper's."""
 
 ARMS = (
     Arm(name="uniform", says="plain GRPO", credit={"scorer": "uniform"}),
@@ -64,21 +64,21 @@ ARMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How every run is made, and how many there are.
+    """The settings and seeds of all runs.
 
     Attributes:
-        rank: Of the LoRA that is trained, see `pupil.adapters`.
-        steps: Of GRPO, one update for each batch of rollouts.
-        prompts: Of a batch.
-        completions: Of a prompt.
+        rank: Rank of the LoRA that is trained, see `pupil.adapters`.
+        steps: Steps of GRPO, one update for each batch of rollouts.
+        prompts: Prompts in a batch.
+        completions: Completions of a prompt.
         warmup: Steps over which the learning rate rises.
-        learning_rates: Of which all arms get the one that is best for plain GRPO, see `best_rate`.
-        tuning_seeds: With which that is found out.
+        learning_rates: Candidates; all arms get the best one for plain GRPO, see `best_rate`.
+        tuning_seeds: Seeds with which the learning rate is chosen.
         audited: Prompts of the audit in the gate.
-        gate_seeds: With which plain credit and the oracle's are run to see whether a task can tell.
-        seeds: Of the comparison. Arms of one seed see the same prompts. 80 % of the differences of
-            0.02 are found at p < 0.05 with (2.8 spread / 0.02)² + 2 seeds: 10 by the 0.020 between
-            pairs of the gate, of which there are more here, as arms may scatter more.
+        gate_seeds: Seeds with which the gate compares the oracle with plain GRPO.
+        seeds: Seeds of the comparison. Arms of one seed see the same prompts. A difference of 0.02
+            is found with a probability of 80 % at p < 0.05 by (2.8 spread / 0.02)² + 2 seeds: 10
+            for the gate's spread of 0.020 between pairs; there are more, as arms may vary more.
     """
 
     rank: int = 4
@@ -97,7 +97,7 @@ PLAN = Plan()
 
 
 def settled(plan: Plan) -> dict[str, Any]:
-    """The arms and the plan but for the seeds of the comparison, of which there may be more."""
+    """The arms and the plan, without the seeds of the comparison, which may be extended."""
     arms = {arm.name: {"learning_rate": arm.learning_rate, **arm.credit} for arm in ARMS}
     return {
         "arms": arms,
@@ -106,6 +106,6 @@ def settled(plan: Plan) -> dict[str, Any]:
 
 
 LEAST_ERRORS = 4.0
-"""A task is used if its oracle raises the cosine by so many standard errors in the audit ..."""
+"""A task is used if its oracle raises the cosine by at least so many standard errors ..."""
 LEAST_GAIN = 0.02
-"""... and the mean reward over all steps by so much in the runs of the gate."""
+"""... and the mean reward over all steps by at least this in the runs of the gate."""

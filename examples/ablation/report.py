@@ -1,4 +1,4 @@
-"""The tables and the plots, from the records of the runs alone."""
+"""Tables and plots, from the records of the runs alone."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from flowtracer_plugin.audit.summary import holm
 from flowtracer_plugin.files import write_atomically
 
 Tasks = Mapping[str, Record]
-"""What is known of each task beside its runs, see `audits.known`."""
+"""Facts about each task besides its runs, see `audits.known`."""
 
 SAYS = {arm.name: arm.says for arm in ARMS}
 KEPT = ("task", "stage", "arm", "seed", "learning_rate", "rewards")
 SMOOTH = 7
-"""Steps over which curves are averaged."""
+"""Width of the moving average of curves, in steps."""
 
 
 def found_in(folder: Path) -> tuple[list[Record], Tasks]:
-    """The records in a folder of runs, or in one that has been reported on and holds no runs."""
+    """The records in a folder of runs, or in a folder of reports without runs."""
     files = sorted(folder.glob("*/task.json"))
     if not files:
         lines = (folder / "runs.jsonl").read_text().splitlines()
@@ -38,14 +38,14 @@ def found_in(folder: Path) -> tuple[list[Record], Tasks]:
 
 
 def _place(record: Record) -> tuple[object, ...]:
-    """An order that no worker has a say in."""
+    """A sort key, so that the order does not depend on the workers."""
     arms = [arm.name for arm in ARMS]
     numbers = (record["learning_rate"], record["seed"], arms.index(record["arm"]))
     return (record["task"], record["stage"], *numbers)
 
 
 def write_report(records: Sequence[Record], tasks: Tasks, folder: Path) -> None:
-    """The records in one file, what is known of the tasks in another, the tables and the plots."""
+    """Write the records, the facts about the tasks, the tables and the plots."""
     lines = "".join(f"{json.dumps(one)}\n" for one in records)
     write_atomically(folder / "runs.jsonl", lines.encode())
     write_atomically(folder / "tasks.json", json.dumps(tasks, indent=1).encode() + b"\n")
@@ -56,24 +56,24 @@ def write_report(records: Sequence[Record], tasks: Tasks, folder: Path) -> None:
 
 
 def document(records: Sequence[Record], tasks: Tasks) -> str:
-    """All tables."""
+    """The page with all tables, in Markdown."""
     parts = [
         "# The ablation, in figures",
-        "Made by `make ablation` from the records beside it; how it is done is in "
-        "`docs/ablation.md`. Differences are of the mean reward over all steps, between runs of "
-        "one seed, with 95 % intervals by Student's t, which no correction widens; d is the mean "
-        "difference in units of its spread over seeds.",
+        "`make ablation` writes this page from the records beside it; `docs/ablation.md` explains "
+        "it. Differences are between mean rewards over all steps of runs with the same seed, with "
+        "95 % intervals by Student's t, without correction for several comparisons; d is the mean "
+        "difference, divided by its standard deviation over seeds.",
         "## The gate",
         f"A task is used if its oracle raises the cosine by at least {LEAST_ERRORS:g} standard "
-        f"errors and the mean reward by at least {LEAST_GAIN:g}. Greedy and sampled are how often "
-        "the policy is right that all runs start from.",
+        f"errors and the mean reward by at least {LEAST_GAIN:g}. Greedy and sampled are the "
+        "accuracies of the policy that all runs start from.",
         gate_table(records, tasks),
     ]
     for task, known in tasks.items():
         seeds = _seeds(records, task)
         if seeds > 1:
             parts += [
-                f"## {task.capitalize()}: {seeds} seeds, {len(PLAN.seeds)} were planned",
+                f"## {task.capitalize()}: {seeds} of {len(PLAN.seeds)} planned seeds",
                 table(records, task, known["audit"]),
                 f"![Differences from plain GRPO, and rewards by step]({task}.svg)",
             ]
@@ -81,7 +81,7 @@ def document(records: Sequence[Record], tasks: Tasks) -> str:
 
 
 def gate_table(records: Sequence[Record], tasks: Tasks) -> str:
-    """What the oracle does in each task, and whether that is enough."""
+    """The oracle's gains in each task, and whether they are large enough."""
     rows = [
         "| task | greedy | sampled | learning rate | plain GRPO | oracle − plain GRPO "
         "| cosine, audit | used |",
@@ -101,7 +101,7 @@ def gate_table(records: Sequence[Record], tasks: Tasks) -> str:
 
 
 def table(records: Sequence[Record], task: str, audit: Mapping[str, Record]) -> str:
-    """The comparison: one row for each arm, the primary metric first."""
+    """The comparison, with one row for each arm and the primary metric first."""
     means = {arm: curve.mean(1) for arm, curve in compared(records, task).items()}
     over = {arm: paired(means[arm], means[PLAIN]) for arm in means if arm != PLAIN}
     adjusted = dict(zip(over, holm([one.chance for one in over.values()]), strict=True))
@@ -135,7 +135,7 @@ def _seeds(records: Sequence[Record], task: str) -> int:
 
 
 def plot(records: Sequence[Record], task: str, folder: Path) -> Path:
-    """Differences from plain GRPO, each seed and the interval of the mean; rewards by step."""
+    """Plot differences from plain GRPO (seeds, and intervals of the mean) and rewards by step."""
     curves = compared(records, task)
     figure, (left, right) = linear_panels(2)
     arms = [arm for arm in reversed(curves) if arm != PLAIN]

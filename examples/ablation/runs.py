@@ -1,4 +1,4 @@
-"""One run: GRPO from the pupil's policy, with one arm's credit and one seed."""
+"""One run: GRPO from the taught policy, with one arm's credit and one seed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def rewards_of(
     """The mean reward of every step, before its update. Arms of one seed share their prompts.
 
     Args:
-        task: Whose problems are solved.
-        arm: How credit is given.
-        plan: How the run is made.
-        seed: Of the prompts and of all that is drawn.
-        learning_rate: Before the arm's factor.
-        start: The policy to begin with.
+        task: The source of problems.
+        arm: The way to give credit.
+        plan: Settings that all runs share.
+        seed: Seed of the prompts and of all random draws.
+        learning_rate: Learning rate without the arm's factor.
+        start: Folder of the policy to start from.
     """
     set_seed(seed)
     rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""What a task is: problems, a pupil's demonstrations, and what matters in a completion."""
+"""What a task consists of: problems, a pupil's demonstrations, and what matters in a completion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Spans = list[tuple[int, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A prompt, and what a right completion says at the end."""
+    """A prompt, and the text with which a right completion ends."""
 
     prompt: str
     answer: str
@@ -23,17 +23,17 @@ class Task:
     """A source of problems, with a pupil who solves some of them.
 
     Attributes:
-        name: Of its files.
-        words: All that a text is made of, besides the first word of a prompt.
-        first_word: That one, the only one without a space before it.
-        draw: From a source of chance to a problem.
-        demonstrate: From a problem to what the pupil says, right or wrong.
-        is_solved: Whether a completion solves a problem.
-        answer: A pattern for the answer, in a completion.
-        what_matters: Where in a completion the tokens are that its reward depends on.
+        name: The name, also in file names.
+        words: All words of the texts, except the first word of a prompt.
+        first_word: The first word of a prompt, the only one without a space before it.
+        draw: Function from a random generator to a problem.
+        demonstrate: Function from a problem to the pupil's solution, right or wrong.
+        is_solved: Function that says whether a completion solves a problem.
+        answer: Pattern for the answer in a completion.
+        what_matters: Function from a completion to the spans that its reward depends on.
         taught: Steps of imitation after which the policy is right less than half of the time.
-        answer_tokens: How many tokens a demonstration has from the announcement of its answer on.
-        max_new_tokens: Of a completion.
+        answer_tokens: Tokens of a demonstration from the word `answer` to the end token.
+        max_new_tokens: Longest completion, in tokens.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Little stories about what somebody owns, with solutions: right ones and a sloppy pupil's."""
+"""Short stories about what somebody owns, with right solutions and those of a sloppy pupil."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Split = Literal["train", "held_out"]
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A sentence of a story: `Ann sells 2.`, or an idle one that changes nothing: `Ann sees 2.`"""
+    """A sentence of a story, `Ann sells 2.`, or an idle one without effect, `Ann sees 2.`"""
 
     verb: str
     amount: int
@@ -41,7 +41,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A story and a question about it; idle events are there to distract."""
+    """A story with a question about it; idle events distract."""
 
     name: str
     thing: str
@@ -73,7 +73,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Sloppiness:
-    """How often the pupil goes wrong, per occasion."""
+    """Probabilities of the pupil's mistakes, each time one can happen."""
 
     misread: float = 0.6
     distracted: float = 0.12
@@ -81,7 +81,7 @@ class Sloppiness:
 
 
 def make_problem(rng: random.Random) -> Problem:
-    """One story: three to five events that matter, and one or two that do not."""
+    """A story of three to five events that matter and one or two that do not."""
     matters = [True] * rng.randint(3, 5) + [False] * rng.randint(1, 2)
     rng.shuffle(matters)
     start = rng.randint(2, 12)
@@ -94,7 +94,7 @@ def make_problem(rng: random.Random) -> Problem:
 
 
 def make_problems(count: int, seed: int, split: Split = "train") -> list[Problem]:
-    """`count` stories of one split; a prompt belongs to the same split whatever the seed."""
+    """`count` stories of one split; a prompt belongs to the same split for every seed."""
     stream = stream_problems(random.Random(seed), split)
     return [next(stream) for _ in range(count)]
 
@@ -107,12 +107,12 @@ def stream_problems(rng: random.Random, split: Split) -> Iterator[Problem]:
 
 
 def split_of(prompt: str) -> Split:
-    """The split of a prompt, read from its checksum: the splits cannot overlap."""
+    """The split of a prompt, by its checksum, so that splits cannot overlap."""
     return "train" if zlib.crc32(prompt.encode()) % HELD_OUT_SHARE else "held_out"
 
 
 def sloppy_response(problem: Problem, rng: random.Random, sloppiness: Sloppiness) -> str:
-    """What a pupil writes who takes lending for getting, minds idle events, and miscounts."""
+    """The solution of a pupil who takes lending for getting, counts idle events, and miscounts."""
     value, steps = problem.start, []
     for event in problem.events:
         change = _sloppy_change(event, rng, sloppiness)
@@ -124,7 +124,7 @@ def sloppy_response(problem: Problem, rng: random.Random, sloppiness: Sloppiness
 
 
 def find_answer(text: str) -> int | None:
-    """The number in the last `\\boxed{}` of a text, if there is one."""
+    """The number in the last `\\boxed{}` of a text, or None."""
     found = re.findall(r"\\boxed\{(\d+)\}", text)
     return int(found[-1]) if found else None
 

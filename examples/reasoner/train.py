@@ -1,4 +1,4 @@
-"""Make the embedded reasoner: a tiny language model that solves `problems.py`, and often errs."""
+"""Train the embedded reasoner: a tiny language model that solves `problems.py`, and often errs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-if not __package__:  # run as a script, this file would not find its neighbour
+if not __package__:  # as a script, this file does not find its neighbours
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.reasoner.problems import (
@@ -43,13 +43,12 @@ from examples.reasoner.problems import (
 MODEL_DIR = Path(__file__).parent / "model"
 SEED = 20260610
 HELD_OUT_SEED = 7
-# the tensors are so small that a second thread mostly waits for the first
-THREADS = 1
+THREADS = 1  # tensors are so small that a second thread mostly waits for the first
 IGNORED = -100
 CONTEXT_LENGTH = 128
 MAX_NEW_TOKENS = 52
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
-# a space belongs to the piece that follows it, so that gluing the pieces gives the text back
+# A space belongs to the piece after it, so that joining the pieces gives the text back.
 PIECE = r"\n| ?\\boxed\{| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]"
 
 
@@ -68,7 +67,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tokenizer_of_pieces(pieces: list[str], pattern: str) -> PreTrainedTokenizerFast:
-    """A token for each of the pieces into which the pattern cuts a text."""
+    """A tokenizer with one token for each piece; `pattern` splits texts into pieces."""
     vocabulary = {piece: index for index, piece in enumerate([*SPECIAL_TOKENS, *pieces])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = Split(Regex(pattern), behavior="isolated")
@@ -117,16 +116,30 @@ def build_model(tokenizer: PreTrainedTokenizerFast, width: int = 80) -> LlamaFor
 def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int
 ) -> None:
+    def losses() -> Iterator[Tensor]:
+        for input_ids, labels in _batches(tokenizer, recipe, random.Random(seed)):
+            logits = model(input_ids=input_ids).logits[:, :-1].flatten(0, 1)
+            yield cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED)
+
+    minimise(losses(), model, steps=recipe.steps, learning_rate=recipe.learning_rate)
+
+
+def minimise(
+    losses: Iterable[Tensor],
+    model: PreTrainedModel,
+    *,
+    steps: int,
+    learning_rate: float,
+    title: str = "training",
+) -> None:
+    """Take one step of AdamW for each loss; losses are computed one by one, as steps are taken."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01
     )
-    schedule = OneCycleLR(optimizer, recipe.learning_rate, recipe.steps, pct_start=0.1)
-    batches = _batches(tokenizer, recipe, random.Random(seed))
+    schedule = OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
     model.train()
-    progress = tqdm(batches, total=recipe.steps, desc="training", unit="step")
-    for input_ids, labels in progress:
-        logits = model(input_ids=input_ids).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    progress = tqdm(losses, total=steps, desc=title, unit="step")
+    for loss in progress:
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -152,7 +165,7 @@ def _batches(
 def _collate(
     tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
 ) -> tuple[Tensor, Tensor]:
-    """Token ids padded on the right, and labels that leave out the prompt."""
+    """Token ids, padded on the right, and labels, which ignore the prompt."""
     rows, labels = [], []
     for prompt, response in pairs:
         prompt_ids = tokenizer.encode(prompt)
@@ -168,22 +181,18 @@ def _collate(
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    problems: list[Problem],
+    prompts: list[str],
     *,
     sample: bool,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
-    """One completion for each problem, at temperature 1 or greedy."""
+    """One completion for each prompt, at temperature 1 or greedy."""
     model.eval()
-    prompts = tokenizer(
-        [problem.prompt for problem in problems],
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-    )
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     # top_k=0: the distribution itself, as in reinforcement learning
     choice = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sample else {"do_sample": False}
-    sequences = model.generate(**prompts, **choice, max_new_tokens=MAX_NEW_TOKENS)
-    completion_ids = sequences[:, prompts["input_ids"].shape[1] :]
+    sequences = model.generate(**inputs, **choice, max_new_tokens=max_new_tokens)
+    completion_ids = sequences[:, inputs["input_ids"].shape[1] :]
     return tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
 
 
@@ -194,13 +203,14 @@ def accuracy(
     *,
     sample: bool,
 ) -> float:
-    completions = answer(model, tokenizer, problems, sample=sample)
+    prompts = [problem.prompt for problem in problems]
+    completions = answer(model, tokenizer, prompts, sample=sample)
     hits = map(is_correct, completions, [problem.answer for problem in problems])
     return sum(hits) / len(problems)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Weights are stored in half precision and loaded in single: the configuration says so."""
+    """Save weights in half precision, with a configuration that loads them in single precision."""
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config_file = folder / "config.json"
@@ -209,7 +219,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def report(folder: Path, count: int = 2000) -> None:
-    """Measure the model as it was saved."""
+    """Print the accuracy of the saved model."""
     model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     problems = make_problems(count, HELD_OUT_SEED, "held_out")

@@ -1,4 +1,4 @@
-"""What the benchmarks of training and of other tools measure, at sizes that take seconds."""
+"""The benchmarks of training and of FlashTrace, at sizes that take seconds."""
 
 import inspect
 import sys
@@ -17,10 +17,10 @@ from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
-# Half of TrainingArguments' fields do not hold what they declare, which the suite's checker minds.
+# The values of TRL's fields do not match their types, which the tests' type checks refuse.
 FlowGRPOConfig.__init__ = inspect.unwrap(FlowGRPOConfig.__init__)
 
-TOKENS = 52  # the reasoner would end before, if it were let
+TOKENS = 52  # the reasoner would end earlier if it could
 OBEYS = """
 import os, sys, time
 print('{"ok": null}', flush=True)
@@ -31,7 +31,7 @@ for line in sys.stdin:
     answer = {"full": '{"unbearable": "needs more than 1 GiB of memory"}'}.get(sys.argv[1])
     print(answer or f'{{"ok": {3.5 if line.strip() == "peak" else "null"}}}', flush=True)
 """
-"""A process as `Elsewhere` wants it, and in several ways not."""
+"""A process as `Elsewhere` expects it, or one that fails in the given way."""
 
 
 def elsewhere(how, limit=30.0):
@@ -39,7 +39,7 @@ def elsewhere(how, limit=30.0):
 
 
 @pytest.mark.parametrize("tokens", [60, 61, 200])
-def test_a_solution_has_exactly_so_many_tokens_and_ends_with_its_answer(tokens):
+def test_a_solution_has_the_exact_number_of_tokens_and_ends_with_its_answer(tokens):
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     text = solution(tokenizer, tokens)
     assert len(text.prompt_ids) == tokens // 4
@@ -56,7 +56,7 @@ def test_a_text_that_a_tokenizer_cannot_make_is_refused():
         solution(tiny_tokenizer(), 164)
 
 
-def test_what_runs_elsewhere_is_measured_there():
+def test_a_way_in_another_process_is_measured_there():
     way = elsewhere("works")
     way()
     assert harness.peak_of(way) == 3.5
@@ -70,11 +70,11 @@ def test_what_runs_elsewhere_is_measured_there():
     ("how", "reason"),
     [
         ("slow", "took more than 1 s"),
-        ("killed", "was killed, as the system does when memory ends"),
+        ("killed", "was killed, as the system does when memory runs out"),
         ("full", "needs more than 1 GiB of memory"),
     ],
 )
-def test_what_cannot_be_borne_is_noted_and_the_others_go_on(how, reason):
+def test_an_unbearable_way_is_noted_and_the_others_go_on(how, reason):
     ways = {"good": lambda: None, "bad": elsewhere(how, limit=1.0)}
     samples = harness.interleaved(ways, 2)
     assert samples["bad"] == reason
@@ -87,14 +87,14 @@ def test_what_cannot_be_borne_is_noted_and_the_others_go_on(how, reason):
         ways["bad"].close()
 
 
-def test_a_process_starts_anew_after_it_took_too_long():
+def test_a_process_that_took_too_long_starts_again():
     way = elsewhere("slow", limit=0.5)
     for _ in range(2):
         with pytest.raises(UnbearableError, match="took more than"):
             way()
 
 
-def test_a_process_that_fails_is_no_lack_of_memory():
+def test_a_failing_process_is_not_taken_for_a_lack_of_memory():
     with pytest.raises(RuntimeError, match="failed with code 3"):
         elsewhere("fails")()
 
@@ -111,7 +111,7 @@ def test_a_missing_model_says_what_to_set(monkeypatch, tmp_path):
 
 
 class Counted:
-    """Forwards of a trainer's model, and whether its weights moved."""
+    """Counts forward passes of a trainer's model, and notices changed weights."""
 
     def __init__(self, trainer):
         self.model, self.forwards = trainer.model, 0
@@ -130,7 +130,7 @@ class Counted:
 @pytest.mark.parametrize(
     ("read", "more", "steps"), [("training", 0, 1), ("scoring", 0, 2), ("extra", 1, 1)]
 )
-def test_two_trainers_do_equal_work_but_for_the_credit(monkeypatch, read, more, steps):
+def test_two_trainers_do_equal_work_except_for_the_credit(monkeypatch, read, more, steps):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     ways = grpo_step.ways(model="reasoner", tokens=TOKENS, read=read, rollouts=8)
     for way in ways.values():
@@ -153,7 +153,7 @@ def test_two_trainers_do_equal_work_but_for_the_credit(monkeypatch, read, more, 
         way.close()
 
 
-def test_the_extra_pass_alone_reads_what_credit_reads():
+def test_the_extra_pass_runs_alone():
     ways = grpo_step.ways(model="reasoner", tokens=TOKENS, read="extra alone", rollouts=8)
     for way in ways.values():
         way()

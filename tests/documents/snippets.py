@@ -1,4 +1,4 @@
-"""Code in documents: its blocks, and what a reader has at hand who comes to them."""
+"""Code blocks of documents, and the names that a reader has defined before a snippet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; `printed` is a block of text that follows at once."""
+    """A fenced block; `printed` is the block of text right after it, if there is one."""
 
     language: str
     text: str
@@ -43,7 +43,7 @@ def blocks(document: Path) -> list[Block]:
 
 
 def run(block: Block, names: dict[str, Any], document: str) -> str:
-    """Run it and return what it printed; a traceback shows the document's lines."""
+    """Run a block and return its output; a traceback shows the document's lines."""
     output = io.StringIO()
     code = compile("\n" * (block.line - 1) + block.text, document, "exec")
     with contextlib.redirect_stdout(output):
@@ -52,7 +52,7 @@ def run(block: Block, names: dict[str, Any], document: str) -> str:
 
 
 def commands(document: Path, program: str = "flowtracer") -> Iterator[list[str]]:
-    """The arguments of every call of `program` in blocks for a shell and in running text."""
+    """The arguments of every call of `program`, in shell blocks and in running text."""
     text = document.read_text(encoding="utf-8")
     shell = "\n".join(block.text for block in blocks(document) if block.language == "bash")
     inline = re.findall(rf"`({program} [^`]+)`", _BLOCK.sub("", text))
@@ -69,7 +69,7 @@ def load_reasoner() -> tuple[Any, Any]:
 
 
 def names_at_hand(model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """For snippets that do not begin at the beginning."""
+    """Names for snippets that continue earlier code."""
     from datasets import Dataset
     from trl import GRPOTrainer
 

@@ -1,4 +1,4 @@
-"""What the documentation shows, carried out: its code, its commands, its numbers."""
+"""The code, commands and numbers of the documentation: all run, and give what it shows."""
 
 import inspect
 import re
@@ -30,7 +30,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [*PAGES, ROOT / "README.md", ROOT / "adapters/README.md", ROOT / "CONTRIBUTING.md"]
 WITH_COMMANDS = [document for document in DOCUMENTS if list(commands(document))]
 
-# These pages are looked up in the middle of something: a reader has a model, a trainer, a trace.
+# Code on these pages assumes that the reader has a model, a trainer and a trace.
 CONTINUED = {"credit", "exports", "long_texts", "rewards"}
 WITH_CODE = {"method", "quickstart", "look", "train", "faithfulness", "audit", *CONTINUED}
 
@@ -41,7 +41,7 @@ FUTURE = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def clone(tmp_path, monkeypatch):
-    """A folder that looks like a clone, for what is read; what is written stays in it."""
+    """A working folder that looks like a clone, and takes the files that are written."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -49,7 +49,7 @@ def clone(tmp_path, monkeypatch):
 
 @pytest.fixture
 def trl(monkeypatch):
-    """TRL's own fields do not hold what they declare, which the type checks of the tests refuse."""
+    """Turn off the tests' type checks for TRL's fields, whose values do not match their types."""
     monkeypatch.setattr(FlowGRPOConfig, "__init__", inspect.unwrap(FlowGRPOConfig.__init__))
 
 
@@ -71,7 +71,7 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_says(name, clone, trl)
 
 
 def substituted(words):
-    """The command with a model that is here in place of one that is on the hub, or anybody's."""
+    """The command with the reasoner in place of any model from the hub."""
     model = re.compile(r"MODEL|[\w.-]+/[\w.-]+")
     return [
         str(REASONER) if model.fullmatch(word) and not (ROOT / word).exists() else word
@@ -91,7 +91,7 @@ def test_every_command_is_shown():
 def test_the_commands_of_a_document_run_in_their_order(document, clone, trl):
     (clone / "run.yaml").write_text("output_dir: out")
     for words in commands(document):
-        if words[0] == "train":  # for hours, on data of the hub: only what it is told is looked at
+        if words[0] == "train":  # would take hours and data of the hub: only parse its options
             parse(words[1:])
             continue
         result = CliRunner().invoke(app, substituted(words))
@@ -99,7 +99,7 @@ def test_the_commands_of_a_document_run_in_their_order(document, clone, trl):
 
 
 def table(page: Path, heading: str) -> list[list[str]]:
-    """The rows of the table whose first column has that heading."""
+    """The rows of the table whose first column has this heading."""
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in page.read_text().partition(f"| {heading} |")[2].partition("\n\n")[0].split("\n")
@@ -127,12 +127,12 @@ def test_the_example_of_the_method_is_right_by_definition(clone):
     np.testing.assert_allclose(flows, wanted["edge_flow"])
 
 
-def test_the_finders_that_a_page_lists_are_those_there_are():
+def test_a_page_lists_all_finders():
     listed = [row[0].strip("`") for row in table(ROOT / "docs/look.md", "finder")]
     assert listed == list(FINDERS)
 
 
-def test_the_scorers_that_a_page_lists_are_those_there_are():
+def test_a_page_lists_all_scorers():
     page = ROOT / "docs/credit.md"
     wanted = [[f"`{one.name}`", one.formula, one.source, one.cost] for one in SCORERS.values()]
     assert table(page, "scorer") == wanted

@@ -1,4 +1,4 @@
-"""That docs/exports.md is true."""
+"""The tables of docs/exports.md match the schema."""
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.report.figures.figure import KINDS
@@ -13,7 +13,7 @@ def rows(title):
     return [line for line in part.splitlines() if line.startswith("| `")]
 
 
-def test_the_tables_are_those_of_the_schema():
+def test_the_tables_match_the_schema():
     assert rows("Fields of a token") == [
         f"| `{name}` | {kind} | {text} |" for name, (kind, text) in token_fields().items()
     ]

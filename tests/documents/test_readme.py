@@ -1,4 +1,4 @@
-"""What the documents promise."""
+"""README.md: its programs, its length, its links, and the commands and options that it names."""
 
 import inspect
 import re
@@ -9,18 +9,7 @@ import pytest
 from tests.documents.snippets import ROOT, blocks, load_reasoner, names_at_hand, run
 
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = [
-    ROOT / name
-    for name in (
-        "README.md",
-        "CONTRIBUTING.md",
-        "adapters/README.md",
-        "benchmarks/README.md",
-        "docs/exports.md",
-        "docs/long_texts.md",
-        "docs/rewards.md",
-    )
-]
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *ROOT.glob("docs/*.md")]
 BLOCKS = blocks(ROOT / "README.md")
 
 
@@ -36,7 +25,7 @@ def test_the_first_program_prints_what_the_readme_says(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 def test_the_later_snippets_run(tmp_path, monkeypatch):
-    # TRL's own fields do not hold what they declare, which the type checks of the tests refuse.
+    # The values of TRL's fields do not match their types, which the tests' type checks refuse.
     from flowtracer_plugin.grpo import FlowGRPOConfig
 
     monkeypatch.setattr(FlowGRPOConfig, "__init__", inspect.unwrap(FlowGRPOConfig.__init__))
@@ -55,10 +44,13 @@ def test_the_readme_is_short_and_shows_its_output_early():
     assert README.index(BLOCKS[1].text) < len("\n".join(lines[:30]))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.parent.name + "-" + path.stem)
-def test_links_between_documents_lead_somewhere(document):
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text())
-    assert [target for target in targets if not (document.parent / target).exists()] == []
+def test_links_between_documents_lead_somewhere():
+    links = [
+        document.parent / target
+        for document in DOCUMENTS
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text())
+    ]
+    assert [link for link in links if not link.exists()] == []
 
 
 def test_the_commands_that_the_documents_name_exist():

@@ -1,4 +1,4 @@
-"""The site of the documentation: no warning, no dead link, nothing loaded from elsewhere."""
+"""The documentation site: it builds without warnings, has no dead links, and loads nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def site(tmp_path_factory) -> Path:
 
 
 class Document(HTMLParser):
-    """What a page links to, what it loads, and where one can link to in it."""
+    """The links, loaded files and anchors of a page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

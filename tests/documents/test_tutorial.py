@@ -1,4 +1,4 @@
-"""The tutorial runs from start to end, and what its cells show lasts without a kernel."""
+"""The tutorial runs from start to end, and its outputs work without a kernel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.documents.snippets import ROOT
 
 NOTEBOOK = ROOT / "examples" / "tutorial.ipynb"
 
-# A process of its own: Jupyter's event loop and the browser's cannot share one.
+# In another process: Jupyter's event loop and the browser's cannot share one.
 EXECUTE = """
 import sys, nbformat
 from nbclient import NotebookClient
@@ -48,7 +48,7 @@ def executed(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def outputs(executed) -> list[Any]:
-    """Of all cells, as a reader finds them in the file."""
+    """The outputs of all cells, as the file stores them."""
     notebook = nbformat.read(executed, as_version=4)
     nbformat.validate(notebook)
     return [output for cell in notebook.cells for output in cell.get("outputs", ())]
@@ -94,7 +94,7 @@ def test_traces_show_themselves_and_still_do_in_the_saved_file(frames):
 
 
 @pytest.mark.slow
-def test_what_the_cells_show_cannot_clash(frames):
+def test_traces_in_a_notebook_share_no_names(frames):
     for frame in frames:
         outside = re.sub(r' srcdoc="[^"]*"', "", frame)
         assert "srcdoc" in frame
@@ -102,7 +102,7 @@ def test_what_the_cells_show_cannot_clash(frames):
 
 
 @pytest.mark.slow
-def test_what_the_prose_says_of_the_numbers_is_so(outputs):
+def test_the_prose_matches_the_numbers(outputs):
     printed = "".join(one["text"] for one in outputs if one["output_type"] == "stream")
     for step, source in {
         "5 + 3 = 8": "Ann gets 3.",

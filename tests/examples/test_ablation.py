@@ -1,177 +1,29 @@
-"""The ablation: its tasks know what is right, its grid goes on, its tables are of its records."""
+"""The runs of the ablation, its gate, and its grid, which continues where it stopped."""
 
 import json
-import math
+import multiprocessing
 import os
-import random
-import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import product
-from pathlib import Path
+from dataclasses import asdict, replace
 
-import numpy as np
 import pytest
 import torch
-from scipy.stats import t as student
 
-from examples.ablation import __main__ as command, countdown, gate, grid, house, report
-from examples.ablation.audits import accuracy, audited
+from examples.ablation import __main__ as command, audits, gate, grid, house, report
 from examples.ablation.grid import Run, make, run_all, start_of
-from examples.ablation.plan import ARMS, PLAN, TASKS, settled
-from examples.ablation.pupil import teach, tokenizer_of
+from examples.ablation.plan import ARMS, PLAN
+from examples.ablation.pupil import teach
 from examples.ablation.runs import credit_of, rewards_of
+from tests.examples.records import oracle_gains, record
 
-RESULTS = Path(house.__file__).parent / "results"
-SMALL = replace(PLAN, steps=3, prompts=2, completions=4, audited=16, warmup=0)
-BOTH = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-
-
-def problems(task, count=200, seed=1):
-    rng = random.Random(seed)
-    return [task.draw(rng) for _ in range(count)]
+SMALL = replace(PLAN, steps=3, prompts=2, completions=4, audited=8, warmup=0)
 
 
-def demonstrations(task, count=200, seed=2):
-    rng = random.Random(seed)
-    return [(problem, task.demonstrate(problem, rng)) for problem in problems(task, count)]
-
-
-# --- the tasks ---
-
-
-@BOTH
-def test_a_text_is_one_token_for_each_word_and_none_is_unknown(task):
-    tokenizer = tokenizer_of(task)
-    lengths = set()
-    for problem, said in demonstrations(task):
-        ids = tokenizer.encode(problem.prompt + said)
-        assert len(ids) == 1 + len((problem.prompt + said).split())
-        assert tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(ids, skip_special_tokens=True) == problem.prompt + said
-        lengths.add((len(problem.prompt.split()), len(said.split())))
-        assert len(said.split()) + 1 <= task.max_new_tokens
-    assert len(lengths) == 1  # which is why imitation pads nothing
-
-
-@BOTH
-def test_a_pupil_is_right_sometimes_and_the_answer_is_found_where_it_is(task):
-    solved = [task.is_solved(said, problem) for problem, said in demonstrations(task, 600)]
-    assert 0.25 < np.mean(solved) < 0.6
-    for _, said in demonstrations(task, 20):
-        found = task.answer.search(said)
-        assert said.endswith(found[1])
-        words = said[said.index(" answer") :].split()
-        assert len(words) + 1 == task.answer_tokens  # and the end token
-
-
-@BOTH
-def test_what_breaks_off_is_not_solved_and_nothing_in_it_matters(task):
-    for problem, said in demonstrations(task, 20):
-        assert not task.is_solved(said[:40], problem)
-        assert task.what_matters(said[:40]) == []
-        assert not task.is_solved(said + " answer", problem)
-
-
-def test_in_the_house_the_answer_is_where_the_doors_lead():
-    for problem in problems(house.HOUSE):
-        asked = re.search(r"Where is (\w+) \?", problem.prompt)[1]
-        way = re.search(rf"{asked} (\w+) (\w+) (\w+)", problem.prompt).groups()
-        room = way[0]
-        for door in way[1:]:
-            room = house.LEADS[room, door]
-        assert problem.answer == f"{asked} {room}"
-        assert house.is_solved(f" … answer {asked} {room}", problem)
-        assert not house.is_solved(f" … answer {asked} roof", problem)
-
-
-def test_in_the_house_steps_follow_from_each_other_and_are_wrong_as_learned():
-    wrong = total = 0
-    for problem, said in demonstrations(house.HOUSE, 400):
-        at = dict(re.findall(r"(\w+) (\w+) \w+ \w+ [,.]", problem.prompt))
-        for person, door, room in re.findall(r"(\w+) (\w+) = (\w+)", said):
-            wrong += room != house.LEADS[at[person], door]
-            total += 1
-            at[person] = room
-    expected = house.LEARNED_WRONG * house.SAID_WRONG + house.SLIP / 2
-    assert wrong / total == pytest.approx(expected, abs=0.08)
-
-
-def test_in_the_house_what_matters_are_the_steps_of_who_is_asked_for_and_the_answer():
-    for problem, said in demonstrations(house.HOUSE, 50):
-        asked = problem.answer.split()[0]
-        matters = "".join(said[start:end] for start, end in house.what_matters(said)).split()
-        steps = [words for words in re.findall(r"\w+ \w+ = \w+", said) if words.startswith(asked)]
-        assert matters == " ".join(steps).split() + said.split()[-3:]
-        assert len(steps) == house.STEPS
-
-
-def test_in_countdown_every_sum_is_true_and_a_solution_makes_the_target():
-    for problem, said in demonstrations(countdown.COUNTDOWN):
-        numbers = problem.prompt.split()[1:4]
-        sums = re.findall(r"(-?\d+) ([+-]) (\d+) = (?=(-?\d+))", said)
-        assert len(sums) == 2 * len(countdown.TRIES)
-        for first, sign, second, result in sums:
-            assert int(first) + int(sign + second) == int(result)
-        words = said.split()
-        expression = words[words.index("answer") + 2 :]
-        assert expression[::2] == numbers
-        value = sum(int(one) for one in re.findall(r"[+-]?\d+", "".join(expression)))
-        assert countdown.is_solved(said, problem) == (value == int(problem.answer))
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        " answer two 3 + 5",  # not all numbers
-        " answer two 5 + 3 - 2",  # another order
-        " answer two 3 + 5 - 2 + 2",  # one too many
-        " two 3 + 5 = 8 - 2 = 6",  # no answer
-        "",
-    ],
-)
-def test_in_countdown_an_expression_of_other_numbers_is_no_solution(said):
-    problem = countdown.Problem(prompt="Numbers 3 5 2 make 6 .", answer="6")
-    assert countdown.is_solved(" answer two 3 + 5 - 2", problem)
-    assert not countdown.is_solved(said, problem)
-
-
-def test_in_countdown_what_matters_are_the_try_that_is_named_and_the_answer():
-    said = " one 3 + 5 = 8 - 2 = 6 two 3 - 5 = -2 + 2 = 0 three 3 + 5 = 8 + 2 = 10 answer two 3 - 5"
-    parts = [said[start:end] for start, end in countdown.what_matters(said)]
-    assert parts == [" two 3 - 5 = -2 + 2 = 0", " answer two 3 - 5"]
-    assert countdown.what_matters(" answer two 3 - 5") == [(0, 17)]
-
-
-# --- the runs ---
-
-
-def test_the_arms_are_those_that_were_registered():
-    paper = {"scorer": "flow", "side": "top", "share": 0.4, "rate": 1.0}
-    expected = {
-        "uniform": paper | {"scorer": "uniform"},
-        "faster": paper | {"scorer": "uniform", "rate": 1.2},
-        "flow": paper,
-        "sharp": paper | {"scorer": "flow:sharp"},
-        "product": paper | {"scorer": "flow*entropy", "share": 0.1},
-        "bottom": paper | {"side": "bottom"},
-        "shuffled": paper | {"scorer": "shuffled"},
-        "random": paper | {"scorer": "random"},
-        "one_hop": paper | {"scorer": "attention"},
-        "entropy": paper | {"scorer": "entropy", "share": 0.2},
-        "oracle": paper | {"scorer": "oracle"},
-    }
-    found = {}
-    for arm in ARMS:
-        credit = credit_of(house.HOUSE, arm)
-        assert credit.gamma == 1.5
-        found[arm.name] = {
-            "scorer": credit.scorer,
-            "side": credit.side,
-            "share": credit.top_fraction,
-            "rate": arm.learning_rate,
-        }
-    assert found == expected
+def test_arms_differ_from_the_papers_credit_in_their_options_alone():
+    paper = {"scorer": "flow", "side": "top", "top_fraction": 0.4, "gamma": 1.5}
+    for arm in ARMS:  # their options are those of the records, see below
+        credit = asdict(credit_of(house.HOUSE, arm))
+        assert paper | arm.credit == {name: credit[name] for name in paper}
 
 
 def test_no_seed_is_used_for_two_things():
@@ -188,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def drawn(completion, _problem):
-    """A reward that a policy which knows nothing gets, too, and no two texts alike."""
+    """A reward that even an untaught policy gets, and that differs between texts."""
     return sum(map(ord, completion)) % 97 / 97
 
 
@@ -197,7 +49,7 @@ def a_run(arm, seed=0):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_is_what_its_arm_its_seed_and_its_rate_say(folder):
+def test_a_run_depends_on_its_arm_its_seed_and_its_rate_alone(folder, monkeypatch):
     seen = set()
 
     def noted(completion, problem):
@@ -214,7 +66,13 @@ def test_a_run_is_what_its_arm_its_seed_and_its_rate_say(folder):
     uniform = rewards("uniform")
     assert len(uniform) == SMALL.steps
     assert len(seen) == SMALL.steps * SMALL.prompts  # none twice
-    assert rewards("uniform") == uniform
+    monkeypatch.setattr(grid, "TASKS", {"house": task})
+    run = replace(a_run("uniform"), learning_rate=0.02)
+    make(run, SMALL, folder)
+    record = json.loads(run.file(folder).read_text())
+    assert record.pop("seconds") > 0
+    assert record == {**asdict(run), "rewards": [round(one, 6) for one in uniform]}
+    assert set(report.KEPT) == set(record)
     others = {arm: rewards(arm) for arm in ("faster", "flow", "oracle")}
     others["slow"] = rewards("uniform", rate=1e-3)
     for found in others.values():
@@ -224,57 +82,36 @@ def test_a_run_is_what_its_arm_its_seed_and_its_rate_say(folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_record_says_what_was_run(folder, monkeypatch):
-    monkeypatch.setattr(grid, "TASKS", {"house": replace(house.HOUSE, is_solved=drawn)})
-    make(a_run("flow", seed=5), SMALL, folder)
-    record = json.loads(a_run("flow", seed=5).file(folder).read_text())
-    assert [record[name] for name in ("task", "stage", "arm", "seed", "learning_rate")] == [
-        "house", "compare", "flow", 5, 1e-3,
-    ]  # fmt: skip
-    assert len(record["rewards"]) == SMALL.steps
-    assert set(report.KEPT) <= set(record)
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_an_audit_weighs_what_each_arm_does(folder):
     task = replace(house.HOUSE, is_solved=drawn)
-    summary = audited(task, SMALL, start_of("house", folder), progress=False)
+    summary = audits.audited(task, SMALL, start_of("house", folder))
     found = {one.scorer: one for one in summary.scorers}
     assert set(found) == {arm.name for arm in ARMS} - {"uniform", "faster"}
     shares = {"product": 0.1, "entropy": 0.2, "flow": 0.4, "bottom": 0.4, "random": 0.4}
     for arm, share in shares.items():
-        # of a completion that has no answer to trace, flow chooses nothing
+        # flow chooses nothing in a completion without an answer
         assert found[arm].chosen <= share + 0.03
     assert found["random"].chosen == pytest.approx(0.4, abs=0.03)
     assert found["entropy"].chosen == pytest.approx(0.2, abs=0.03)
     assert summary.batches >= 2
 
 
-def test_an_accuracy_is_the_share_that_is_solved(folder):
+def test_an_accuracy_is_the_share_that_is_solved(folder, monkeypatch):
+    monkeypatch.setattr(audits, "ASKED", 64)
     start = start_of("house", folder)
-    assert accuracy(house.HOUSE, start, greedy=True) == 0  # two steps teach nothing
+    assert audits.accuracy(house.HOUSE, start, greedy=True) == 0  # two steps teach nothing
     everything = replace(house.HOUSE, is_solved=lambda *_: True)
-    assert accuracy(everything, start, greedy=False) == 1
+    assert audits.accuracy(everything, start, greedy=False) == 1
 
 
 # --- the gate ---
-
-
-def oracle_gains(gain):
-    """Pairs that spread by 0.001."""
-    runs = []
-    for seed in range(8):
-        base = 0.5 + 0.01 * seed
-        runs.append(record("uniform", seed, base, "gate"))
-        runs.append(record("oracle", seed, base + gain + 0.001 * (-1) ** seed, "gate"))
-    return runs
 
 
 @pytest.mark.parametrize(
     ("cosine", "gain", "passed"),
     [(0.041, 0.021, True), (0.039, 0.021, False), (0.041, 0.019, False)],
 )
-def test_a_gate_wants_both_a_turned_gradient_and_a_gain(cosine, gain, passed):
+def test_the_gate_asks_for_both_a_turned_gradient_and_a_gain(cosine, gain, passed):
     audit = {"oracle": {"cosine": cosine, "error": 0.01}}
     found = gate.gate_of(oracle_gains(gain), "house", audit)
     assert found.gain.mean == pytest.approx(gain)
@@ -308,7 +145,7 @@ def test_arms_are_compared_only_behind_the_gate(tmp_path, monkeypatch, passed):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """A grid whose runs are quick, in this process."""
+    """A grid of quick runs in this process."""
     made = []
 
     def pretend(run, plan, folder):
@@ -334,7 +171,7 @@ def test_a_grid_makes_what_is_missing_and_nothing_twice(tmp_path, counted):
     assert [one["seed"] for one in records] == [0, 0, 1, 1]
 
 
-def test_what_was_made_before_an_error_stays_and_the_error_names_its_run(tmp_path, counted):
+def test_runs_made_before_an_error_stay_and_the_error_names_its_run(tmp_path, counted):
     made, made_to_fail = counted
     made_to_fail.add(1)
     runs = [a_run("flow", seed) for seed in (0, 1, 2)]
@@ -348,14 +185,16 @@ def test_what_was_made_before_an_error_stays_and_the_error_names_its_run(tmp_pat
     assert before in (1, 2)
 
 
-def test_a_worker_that_dies_is_named_with_the_way_out(tmp_path):
-    # a spawned worker cannot find this task: it dies with the process it is in, not by an error
-    with pytest.raises(RuntimeError, match=r"came to its end.*fewer --workers"):
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_the_error_for_a_dead_worker_says_what_to_do(tmp_path, monkeypatch):
+    # A forked worker need not import everything again; it dies before it computes anything.
+    monkeypatch.setattr(grid, "get_context", lambda _: multiprocessing.get_context("fork"))
+    with pytest.raises(RuntimeError, match=r"worker process died.*fewer --workers"):
         list(grid._made([Killed()], PLAN, tmp_path, 1))
 
 
 class Killed:
-    """A run that takes its process with it."""
+    """A run that ends its process."""
 
     @property
     def task(self):
@@ -388,189 +227,8 @@ SMALL_STEPS = replace(PLAN, steps=2)
 
 
 @pytest.mark.parametrize("seeds", ["1", "101", "-3"])
-def test_numbers_of_seeds_that_say_nothing_or_were_used_are_refused(seeds, monkeypatch, capsys):
+def test_too_few_seeds_and_seeds_of_the_tuning_are_refused(seeds, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["ablation", "--seeds", seeds])
     with pytest.raises(SystemExit):
         command.main()
     assert f"wanted 2 to 100, found {seeds}" in capsys.readouterr().err
-
-
-# --- the tables ---
-
-
-def record(arm, seed, reward, stage="compare", rate=1e-3):
-    return {
-        "task": "house", "stage": stage, "arm": arm, "seed": seed,
-        "learning_rate": rate, "rewards": [reward, reward + 0.2],
-    }  # fmt: skip
-
-
-def planted(seeds=10):
-    """A world in which the oracle gains 0.05, sharp 0.004, and larger steps lose 0.1."""
-    noise = np.random.default_rng(0).normal(0, 1, (len(ARMS), seeds))
-    noise = 0.005 * (noise - noise.mean(1, keepdims=True)) / noise.std(1, ddof=1, keepdims=True)
-    gains = {"oracle": 0.05, "sharp": 0.004, "faster": -0.1}
-    return [
-        record(arm.name, seed, 0.5 + 0.02 * seed + (arm.name != "uniform") * noise[place, seed]
-               + gains.get(arm.name, 0))
-        for place, arm in enumerate(ARMS)
-        for seed in range(seeds)
-    ]  # fmt: skip
-
-
-AUDIT = {arm.name: {"cosine": 0.03, "error": 0.004, "chosen": 0.31} for arm in ARMS}
-
-
-def test_paired_differences_are_those_of_the_textbook():
-    ours, others = [0.5, 0.7, 0.6, 0.9], [0.4, 0.65, 0.62, 0.7]
-    differences = [a - b for a, b in zip(ours, others, strict=True)]
-    mean = sum(differences) / 4
-    spread = math.sqrt(sum((one - mean) ** 2 for one in differences) / 3)
-    reach = student.ppf(0.975, 3) * spread / 2
-    found = gate.paired(ours, others)
-    assert found.mean == pytest.approx(mean)
-    assert (found.low, found.high) == pytest.approx((mean - reach, mean + reach))
-    assert found.size == pytest.approx(mean / spread)
-    assert found.chance == pytest.approx(2 * student.sf(mean / spread * 2, 3))
-
-
-def test_the_table_tells_what_is_planted():
-    rows = report.table(planted(), "house", AUDIT).splitlines()[2:]
-    cells = {row.split(" | ")[0].strip("| "): row.strip("|").split("|")[1:] for row in rows}
-    assert len(cells) == len(ARMS)
-    plain, oracle = cells["plain GRPO"], cells["what matters, as the task knows it"]
-    assert [cell.strip() for cell in plain[:4]] == ["0.690", "", "", ""]
-    assert plain[4].strip() == "+0.100 (+0.096 to +0.104)"
-    assert oracle[0].strip() == "0.740"
-    assert oracle[1].strip() == "+0.050 (+0.046 to +0.054)"
-    assert oracle[2].strip() == "+10.00"
-    assert oracle[3].strip() == "< 0.001"
-    assert oracle[5].strip() == "31%"
-    assert oracle[6].strip() == "+0.030 ± 0.004"
-    # alone it would be found, p = 0.03; of ten comparisons it is not
-    sharp = cells["flow, preset `sharp`"]
-    t = 0.004 / (0.005 / math.sqrt(10))
-    assert 2 * student.sf(t, 9) < 0.05 < float(sharp[3])
-    assert float(sharp[3]) == pytest.approx(8 * 2 * student.sf(t, 9), abs=0.001)
-
-
-def test_a_seed_that_an_arm_lacks_is_left_out_of_all():
-    runs = [one for one in planted() if (one["arm"], one["seed"]) != ("flow", 3)]
-    assert {len(curve) for curve in gate.compared(runs, "house").values()} == {9}
-    assert {len(curve) for curve in gate.compared([], "house").values()} == {0}
-
-
-@pytest.mark.parametrize(("at_2", "chosen"), [(0.6, 2e-3), (0.591, 2e-3), (0.589, 4e-3)])
-def test_the_learning_rate_is_the_lowest_within_an_error_of_the_best_for_plain_grpo(at_2, chosen):
-    tuned = [
-        record("uniform", seed, reward, "tune", rate)
-        for seed, shift in ((0, -0.01), (1, 0.01))  # a standard error of 0.01
-        for rate, reward in ((4e-3, 0.6 + shift), (2e-3, at_2 + shift), (1e-3, 0.5))
-    ]
-    assert gate.best_rate(tuned, "house") == chosen
-
-
-def files_of(runs, known, folder):
-    for task in known:
-        (folder / task).mkdir(parents=True)
-        (folder / task / "task.json").write_text(json.dumps(known[task]))
-    for one in runs:
-        run = Run(**{name: one[name] for name in ("task", "stage", "arm", "seed", "learning_rate")})
-        run.file(folder).parent.mkdir(parents=True, exist_ok=True)
-        run.file(folder).write_text(json.dumps({**one, "seconds": 1.0}))
-
-
-def test_a_report_is_of_all_that_is_in_a_folder_and_is_made_again_from_its_records(tmp_path):
-    gates = oracle_gains(0.05)
-    tuned = [
-        record("uniform", seed, 0.5 + seed / 100, "tune", rate)
-        for seed, rate in product(PLAN.tuning_seeds, PLAN.learning_rates)
-    ]
-    runs = [*planted(), *gates, *tuned]
-    others = [{**one, "task": "countdown"} for one in gates[1:]]  # has not got that far
-    known = {"greedy": 0.3, "sampled": 0.4, "audit": AUDIT}
-    files_of(runs + others, {"house": known, "countdown": known}, tmp_path / "runs")
-    out, again = tmp_path / "out", tmp_path / "again"
-    report.write_report(*report.found_in(tmp_path / "runs"), out)
-    text = (out / "README.md").read_text()
-    assert "| house | 0.30 | 0.40 |" in text
-    assert "| countdown | 0.30 | 0.40 | not finished |" in text
-    assert "## House: 10 seeds, 16 were planned" in text
-    assert "## Countdown" not in text
-    report.write_report(*report.found_in(out), again)
-    for file in out.iterdir():
-        assert file.read_bytes() == (again / file.name).read_bytes()
-    assert {file.name for file in out.iterdir()} == {
-        "README.md", "house.svg", "runs.jsonl", "tasks.json",
-    }  # fmt: skip
-
-
-# --- what is in the repository ---
-
-
-def test_the_tables_and_plots_in_the_repository_are_of_the_records_there(tmp_path):
-    report.write_report(*report.found_in(RESULTS), tmp_path)
-    made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    assert made == {file.name: file.read_bytes() for file in RESULTS.iterdir()}
-
-
-def test_the_records_in_the_repository_are_of_the_plan_there():
-    records, tasks = report.found_in(RESULTS)
-    assert set(tasks) == set(TASKS)
-    plan = json.loads(json.dumps(settled(PLAN)))
-    for task, known in tasks.items():
-        assert {name: known["recipe"][name] for name in plan} == plan
-        assert 0.3 <= round(known["greedy"], 2) <= 0.5
-        runs = [one for one in records if one["task"] == task]
-        assert {len(one["rewards"]) for one in runs} == {PLAN.steps}
-        tuned = {(one["seed"], one["learning_rate"]) for one in runs if one["stage"] == "tune"}
-        assert tuned == set(product(PLAN.tuning_seeds, PLAN.learning_rates))
-        rate = gate.best_rate(records, task)
-        rest = [one for one in runs if one["stage"] != "tune"]
-        assert {one["learning_rate"] for one in rest} == {rate}
-        gates = {(one["arm"], one["seed"]) for one in rest if one["stage"] == "gate"}
-        assert gates == set(product(("uniform", "oracle"), PLAN.gate_seeds))
-        found = {(one["arm"], one["seed"]) for one in rest if one["stage"] == "compare"}
-        every = set(product((arm.name for arm in ARMS), PLAN.seeds))
-        assert found == (every if gate.gate_of(records, task, known["audit"]).passed else set())
-
-
-def shown(value):
-    return f"{value:+.3f}".replace("-", "−")
-
-
-@pytest.mark.parametrize(
-    ("document", "arms"),
-    [
-        ("README.md", ("flow", "oracle")),
-        ("docs/ablation.md", ("flow", "oracle", "sharp", "product")),
-    ],
-)
-def test_the_documents_say_what_the_records_say(document, arms):
-    text = (RESULTS.parents[2] / document).read_text().replace("\n  ", " ")
-    records, _ = report.found_in(RESULTS)
-    means = {arm: curve.mean(1) for arm, curve in gate.compared(records, "house").items()}
-    over = {arm: gate.paired(means[arm], means["uniform"]) for arm in means if arm != "uniform"}
-    for arm in arms:
-        one = over[arm]
-        assert shown(one.mean) in text
-        assert f"{shown(one.low)} to {shown(one.high)}" in text
-    assert {arm for arm, found in over.items() if found.chance < 0.05} == {"oracle"}
-
-
-def test_the_page_says_of_gate_and_spread_what_the_records_say():
-    text = (RESULTS.parents[2] / "docs" / "ablation.md").read_text().replace("\n  ", " ")
-    records, tasks = report.found_in(RESULTS)
-    for task in TASKS:
-        assert shown(gate.gate_of(records, task, tasks[task]["audit"]).gain.mean) in text
-    assert not gate.gate_of(records, "countdown", tasks["countdown"]["audit"]).passed
-    curves = gate.compared(records, "house")
-    spread = (curves["flow"].mean(1) - curves["uniform"].mean(1)).std(ddof=1)
-    assert f"the spread was {spread:.3f}" in text
-    collapsed = {}
-    for arm, runs in curves.items():
-        means = np.array([np.convolve(run, np.ones(7) / 7, "valid") for run in runs])
-        falls = np.maximum.accumulate(means, axis=1) - means
-        collapsed[arm] = int((falls.max(1) > 0.3).sum())
-    some = {"flow": 1, "sharp": 1, "shuffled": 1, "product": 1, "random": 2, "faster": 3}
-    assert collapsed == dict.fromkeys(curves, 0) | some

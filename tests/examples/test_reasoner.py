@@ -1,4 +1,4 @@
-"""The embedded reasoner: its stories, its tokenizer, and the model as it is shipped."""
+"""The embedded reasoner: its stories, its tokenizer, and the model in the repository."""
 
 import random
 import re
@@ -30,7 +30,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def solve(prompt: str) -> tuple[int, list[int]]:
-    """The answer and the running values, read from the words of the prompt alone."""
+    """The answer and all intermediate values, from the words of the prompt alone."""
     sentences = re.findall(r"[A-Z]\w+ (\w+) (\d+)", prompt)
     assert sentences[0][0] == "has"
     values = [int(sentences[0][1])]

@@ -1,0 +1,188 @@
+"""The ablation's tables, plots and documents, which match its records."""
+
+import json
+import math
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import t as student
+
+from examples.ablation import gate, report
+from examples.ablation.grid import Run
+from examples.ablation.plan import ARMS, PLAN, TASKS, settled
+from tests.examples.records import oracle_gains, record
+
+RESULTS = Path(report.__file__).parent / "results"
+
+
+def planted(seeds=10):
+    """Records in which the oracle gains 0.05, sharp 0.004, and larger steps lose 0.1."""
+    noise = np.random.default_rng(0).normal(0, 1, (len(ARMS), seeds))
+    noise = 0.005 * (noise - noise.mean(1, keepdims=True)) / noise.std(1, ddof=1, keepdims=True)
+    gains = {"oracle": 0.05, "sharp": 0.004, "faster": -0.1}
+    return [
+        record(arm.name, seed, 0.5 + 0.02 * seed + (arm.name != "uniform") * noise[place, seed]
+               + gains.get(arm.name, 0))
+        for place, arm in enumerate(ARMS)
+        for seed in range(seeds)
+    ]  # fmt: skip
+
+
+AUDIT = {arm.name: {"cosine": 0.03, "error": 0.004, "chosen": 0.31} for arm in ARMS}
+
+
+def test_paired_differences_are_those_of_the_textbook():
+    ours, others = [0.5, 0.7, 0.6, 0.9], [0.4, 0.65, 0.62, 0.7]
+    differences = [a - b for a, b in zip(ours, others, strict=True)]
+    mean = sum(differences) / 4
+    spread = math.sqrt(sum((one - mean) ** 2 for one in differences) / 3)
+    reach = student.ppf(0.975, 3) * spread / 2
+    found = gate.paired(ours, others)
+    assert found.mean == pytest.approx(mean)
+    assert (found.low, found.high) == pytest.approx((mean - reach, mean + reach))
+    assert found.size == pytest.approx(mean / spread)
+    assert found.chance == pytest.approx(2 * student.sf(mean / spread * 2, 3))
+
+
+def test_the_table_shows_the_planted_differences():
+    rows = report.table(planted(), "house", AUDIT).splitlines()[2:]
+    cells = {row.split(" | ")[0].strip("| "): row.strip("|").split("|")[1:] for row in rows}
+    assert len(cells) == len(ARMS)
+    plain, oracle = cells["plain GRPO"], cells["what matters, as the task knows it"]
+    assert [cell.strip() for cell in plain[:4]] == ["0.690", "", "", ""]
+    assert plain[4].strip() == "+0.100 (+0.096 to +0.104)"
+    assert oracle[0].strip() == "0.740"
+    assert oracle[1].strip() == "+0.050 (+0.046 to +0.054)"
+    assert oracle[2].strip() == "+10.00"
+    assert oracle[3].strip() == "< 0.001"
+    assert oracle[5].strip() == "31%"
+    assert oracle[6].strip() == "+0.030 ± 0.004"
+    # p = 0.03 alone, but not significant among ten comparisons
+    sharp = cells["flow, preset `sharp`"]
+    t = 0.004 / (0.005 / math.sqrt(10))
+    assert 2 * student.sf(t, 9) < 0.05 < float(sharp[3])
+    assert float(sharp[3]) == pytest.approx(8 * 2 * student.sf(t, 9), abs=0.001)
+
+
+def test_a_seed_that_an_arm_lacks_is_left_out_of_all():
+    runs = [one for one in planted() if (one["arm"], one["seed"]) != ("flow", 3)]
+    assert {len(curve) for curve in gate.compared(runs, "house").values()} == {9}
+    assert {len(curve) for curve in gate.compared([], "house").values()} == {0}
+
+
+@pytest.mark.parametrize(("at_2", "chosen"), [(0.6, 2e-3), (0.591, 2e-3), (0.589, 4e-3)])
+def test_the_learning_rate_is_the_lowest_within_an_error_of_the_best_for_plain_grpo(at_2, chosen):
+    tuned = [
+        record("uniform", seed, reward, "tune", rate)
+        for seed, shift in ((0, -0.01), (1, 0.01))  # a standard error of 0.01
+        for rate, reward in ((4e-3, 0.6 + shift), (2e-3, at_2 + shift), (1e-3, 0.5))
+    ]
+    assert gate.best_rate(tuned, "house") == chosen
+
+
+def files_of(runs, known, folder):
+    for task in known:
+        (folder / task).mkdir(parents=True)
+        (folder / task / "task.json").write_text(json.dumps(known[task]))
+    for one in runs:
+        run = Run(**{name: one[name] for name in ("task", "stage", "arm", "seed", "learning_rate")})
+        run.file(folder).parent.mkdir(parents=True, exist_ok=True)
+        run.file(folder).write_text(json.dumps({**one, "seconds": 1.0}))
+
+
+def test_a_report_covers_a_folder_and_can_be_made_again_from_its_records(tmp_path):
+    gates = oracle_gains(0.05)
+    tuned = [
+        record("uniform", seed, 0.5 + seed / 100, "tune", rate)
+        for seed, rate in product(PLAN.tuning_seeds, PLAN.learning_rates)
+    ]
+    runs = [*planted(), *gates, *tuned]
+    others = [{**one, "task": "countdown"} for one in gates[1:]]  # an unfinished gate
+    known = {"greedy": 0.3, "sampled": 0.4, "audit": AUDIT}
+    files_of(runs + others, {"house": known, "countdown": known}, tmp_path / "runs")
+    out, again = tmp_path / "out", tmp_path / "again"
+    report.write_report(*report.found_in(tmp_path / "runs"), out)
+    text = (out / "README.md").read_text()
+    assert "| house | 0.30 | 0.40 |" in text
+    assert "| countdown | 0.30 | 0.40 | not finished |" in text
+    assert "## House: 10 of 16 planned seeds" in text
+    assert "## Countdown" not in text
+    report.write_report(*report.found_in(out), again)
+    for file in out.iterdir():
+        assert file.read_bytes() == (again / file.name).read_bytes()
+    assert {file.name for file in out.iterdir()} == {
+        "README.md", "house.svg", "runs.jsonl", "tasks.json",
+    }  # fmt: skip
+
+
+# --- the records in the repository ---
+
+
+def test_tables_and_plots_in_the_repository_match_its_records(tmp_path):
+    report.write_report(*report.found_in(RESULTS), tmp_path)
+    made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert made == {file.name: file.read_bytes() for file in RESULTS.iterdir()}
+
+
+def test_records_in_the_repository_match_its_plan():
+    records, tasks = report.found_in(RESULTS)
+    assert set(tasks) == set(TASKS)
+    plan = json.loads(json.dumps(settled(PLAN)))
+    for task, known in tasks.items():
+        assert {name: known["recipe"][name] for name in plan} == plan
+        assert 0.3 <= round(known["greedy"], 2) <= 0.5
+        runs = [one for one in records if one["task"] == task]
+        assert {len(one["rewards"]) for one in runs} == {PLAN.steps}
+        tuned = {(one["seed"], one["learning_rate"]) for one in runs if one["stage"] == "tune"}
+        assert tuned == set(product(PLAN.tuning_seeds, PLAN.learning_rates))
+        rate = gate.best_rate(records, task)
+        rest = [one for one in runs if one["stage"] != "tune"]
+        assert {one["learning_rate"] for one in rest} == {rate}
+        gates = {(one["arm"], one["seed"]) for one in rest if one["stage"] == "gate"}
+        assert gates == set(product(("uniform", "oracle"), PLAN.gate_seeds))
+        found = {(one["arm"], one["seed"]) for one in rest if one["stage"] == "compare"}
+        every = set(product((arm.name for arm in ARMS), PLAN.seeds))
+        assert found == (every if gate.gate_of(records, task, known["audit"]).passed else set())
+
+
+def shown(value):
+    return f"{value:+.3f}".replace("-", "−")
+
+
+@pytest.mark.parametrize(
+    ("document", "arms"),
+    [
+        ("README.md", ("flow", "oracle")),
+        ("docs/ablation.md", ("flow", "oracle", "sharp", "product")),
+    ],
+)
+def test_the_documents_say_what_the_records_say(document, arms):
+    text = (RESULTS.parents[2] / document).read_text().replace("\n  ", " ")
+    records, _ = report.found_in(RESULTS)
+    means = {arm: curve.mean(1) for arm, curve in gate.compared(records, "house").items()}
+    over = {arm: gate.paired(means[arm], means["uniform"]) for arm in means if arm != "uniform"}
+    for arm in arms:
+        one = over[arm]
+        assert shown(one.mean) in text
+        assert f"{shown(one.low)} to {shown(one.high)}" in text
+    assert {arm for arm, found in over.items() if found.chance < 0.05} == {"oracle"}
+
+
+def test_the_page_says_of_gate_and_spread_what_the_records_say():
+    text = (RESULTS.parents[2] / "docs" / "ablation.md").read_text().replace("\n  ", " ")
+    records, tasks = report.found_in(RESULTS)
+    for task in TASKS:
+        assert shown(gate.gate_of(records, task, tasks[task]["audit"]).gain.mean) in text
+    assert not gate.gate_of(records, "countdown", tasks["countdown"]["audit"]).passed
+    curves = gate.compared(records, "house")
+    spread = (curves["flow"].mean(1) - curves["uniform"].mean(1)).std(ddof=1)
+    assert f"the spread was {spread:.3f}" in text
+    collapsed = {}
+    for arm, runs in curves.items():
+        means = np.array([np.convolve(run, np.ones(7) / 7, "valid") for run in runs])
+        falls = np.maximum.accumulate(means, axis=1) - means
+        collapsed[arm] = int((falls.max(1) > 0.3).sum())
+    some = {"flow": 1, "sharp": 1, "shuffled": 1, "product": 1, "random": 2, "faster": 3}
+    assert collapsed == dict.fromkeys(curves, 0) | some
