@@ -75,7 +75,7 @@ class FlowCredit:
         self._trainer = trainer
         self._checked = check_trainer(trainer)
         self._log = CreditLog(trainer, options)
-        self._reader = self._rollout_reader()
+        self._scoring = self._rollout_scorer()
         self._begun = False
         self._gamma: float | None = None  # None for plain credit
         self._policy: Any = None
@@ -147,7 +147,7 @@ class FlowCredit:
         if not given.keys() >= _READ or not self._is_policy(given["model"]):
             return forward(*args, **kwargs)
         if self._hears is not None:
-            if "entropy" in self._reader.scorer.needs:
+            if "entropy" in self._scoring.scorer.needs:
                 kwargs = {**kwargs, "compute_entropy": True}
             returned, heard = self._listen(partial(forward, *args, **kwargs), given)
             self._hears.append(heard)
@@ -169,13 +169,13 @@ class FlowCredit:
         self._gamma = self.options.gamma_at(step) if started else None
         self._policy = _adapters(self._trainer.model)
         # Sharding wraps the model in another root when the training starts.
-        if self._reader.tracer.model is not unwrapped(self._trainer.model):
-            self._reader = self._rollout_reader()
-        if started and self._reader.attends:
+        if self._scoring.tracer.model is not unwrapped(self._trainer.model):
+            self._scoring = self._rollout_scorer()
+        if started and self._scoring.attends:
             # With the head that TRL uses: ZeRO-3 needs the same modules in every pass.
-            self._reader.tracer.reader.verify(lambda ids: {"labels": ids, "fused_lm_head": True})
+            self._scoring.tracer.reader.verify(lambda ids: {"labels": ids, "fused_lm_head": True})
         if started:
-            self._reader.prepare()
+            self._scoring.prepare()
 
     def _is_policy(self, model: Any) -> bool:
         """Whether `model` is the policy and not a reference, which may differ in adapters only."""
@@ -199,7 +199,7 @@ class FlowCredit:
         ids, visible = given["input_ids"], given["attention_mask"].bool()
         prompt_length = ids.shape[1] - given["logits_to_keep"]
         size = given.get("batch_size") or len(ids)
-        listen = partial(self._reader.listen, call, ids, visible, prompt_length, size)
+        listen = partial(self._scoring.listen, call, ids, visible, prompt_length, size)
         result = self._attempted(listen, excused=lambda: bool(returned) or not began)
         if not returned:
             call()
@@ -212,11 +212,11 @@ class FlowCredit:
         size, kept = trainer.args.per_device_train_batch_size, rollouts["completion_ids"].shape[1]
         others = {name: rollouts[name] for name in _SCORING if name in rollouts}
         with profiling_context(trainer, "flow_credit"), torch.no_grad():
-            whole = bool(self._reader.scorer.needs & LATE) or not may_stop(trainer.model)
+            whole = bool(self._scoring.scorer.needs & LATE) or not may_stop(trainer.model)
             if not others and not whole:
                 prompt_length = ids.shape[1] - kept
                 return self._attempted(
-                    partial(self._reader.read, ids, visible, prompt_length, size)
+                    partial(self._scoring.read, ids, visible, prompt_length, size)
                 )
             # Images, entropies and sharded models need TRL's own pass through the whole model.
             self._hears = []
@@ -274,7 +274,7 @@ class FlowCredit:
         """The scores with the scorer's choice, which ignores the sign of the advantage."""
         started = perf_counter()
         rollouts = replace(found.rollouts, competing=competing)
-        boost = self._reader.scorer.choose(found.features, rollouts, self.options.top_fraction)
+        boost = self._scoring.scorer.choose(found.features, rollouts, self.options.top_fraction)
         return replace(found, boost=boost, seconds=found.seconds + perf_counter() - started)
 
     def _signed(self, per_token: Float[Tensor, " batch #completion"]) -> Bool[Tensor, "..."]:
@@ -283,7 +283,7 @@ class FlowCredit:
             return torch.ones_like(per_token, dtype=torch.bool)
         return per_token > 0 if self.options.sign == "positive" else per_token < 0
 
-    def _rollout_reader(self) -> RolloutScorer:
+    def _rollout_scorer(self) -> RolloutScorer:
         options, trainer = self.options, self._trainer
         scorer = options.chosen_scorer
         if "heads" in scorer.needs and tensor_parallel_group(trainer.model) is not None:

@@ -87,7 +87,7 @@ def test_an_extra_pass_ends_after_the_last_layer_that_is_read(policy, tmp_path):
     shared = {"max_steps": 2, "rollout_func": scripted(TEXTS)}
     trainer = build(FlowGRPOTrainer, policy, tmp_path, flow_pass="extra", **shared)
     plain = build(GRPOTrainer, policy, tmp_path, **shared)
-    trainer._flow_credit._reader.tracer.reader.verify()
+    trainer._flow_credit._scoring.tracer.reader.verify()
     passes, wanted = forwards(trainer), forwards(plain)
     heads: list[int] = []
     trainer.model.model.layers[4].register_forward_pre_hook(lambda *_: heads.append(1))
@@ -160,7 +160,7 @@ def test_nnsight_reads_the_training_pass_too(tmp_path):
     weights = {}
     for chosen in ("training", "extra"):
         trainer, seen = trained(deepcopy(model), tmp_path, flow_pass=chosen, max_steps=2)
-        assert trainer._flow_credit._reader.tracer.reader.backend.name == "nnsight"
+        assert trainer._flow_credit._scoring.tracer.reader.backend.name == "nnsight"
         weights[chosen] = torch.cat([step[WEIGHTS].flatten() for step in seen])
     assert torch.equal(weights["training"], weights["extra"])
     assert len(weights["training"].unique()) == 2
@@ -219,7 +219,7 @@ def test_a_failure_can_cost_one_batch_only(policy, tmp_path, monkeypatch, where,
     trainer = build(
         FlowGRPOTrainer, policy, tmp_path, max_steps=3, flow_on_error="uniform", **options
     )
-    trainer._flow_credit._reader.tracer.reader.verify()
+    trainer._flow_credit._scoring.tracer.reader.verify()
     seen = watched(trainer)
     monkeypatch.setattr(*place, fails_once)
     trainer.train()
@@ -236,7 +236,7 @@ def test_a_failure_can_cost_one_batch_only(policy, tmp_path, monkeypatch, where,
 
 def test_a_failing_model_is_not_a_failing_flow(policy, tmp_path):
     trainer = build(FlowGRPOTrainer, policy, tmp_path, flow_on_error="uniform")
-    trainer._flow_credit._reader.tracer.reader.verify()
+    trainer._flow_credit._scoring.tracer.reader.verify()
     passes: list[int] = []
 
     def fail(*_):
@@ -254,7 +254,7 @@ def test_attached_credit_reads_the_training_pass_too(policy, tmp_path):
     plain = build(GRPOTrainer, policy, tmp_path, max_steps=2, rollout_func=scripted(TEXTS))
     trainer = attach_flow_credit(plain)
     passes = forwards(trainer)
-    trainer._flow_credit._reader.tracer.reader.verify()
+    trainer._flow_credit._scoring.tracer.reader.verify()
     passes.clear()
     trainer.train()
     assert all(passes)

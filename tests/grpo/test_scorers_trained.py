@@ -53,7 +53,7 @@ def test_scorers_that_use_no_attention_read_none(policy, tmp_path, monkeypatch, 
     def fail(*_, **__):
         raise AssertionError("attention was read")
 
-    monkeypatch.setattr(trainer._flow_credit._reader.tracer.reader, "listen", fail)
-    monkeypatch.setattr(trainer._flow_credit._reader.tracer.reader, "verify", fail)
+    monkeypatch.setattr(trainer._flow_credit._scoring.tracer.reader, "listen", fail)
+    monkeypatch.setattr(trainer._flow_credit._scoring.tracer.reader, "verify", fail)
     trainer.train()
     assert len(logged(trainer, "weight_mean")) == 2

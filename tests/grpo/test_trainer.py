@@ -433,8 +433,8 @@ def test_every_option_can_be_attached(policy, tmp_path):
     rollouts, plain = score(trainer)
     assert trainer._metrics["train"]["flow/answer_found"] == [0.5]
     assert sorted(quotient(rollouts["advantages"], plain).unique().tolist()) in ([1, 2], [1])
-    assert trainer._flow_credit._reader.tracer.layers == (0, 5)
-    assert trainer._flow_credit._reader.tracer.options.target == "decision"
+    assert trainer._flow_credit._scoring.tracer.layers == (0, 5)
+    assert trainer._flow_credit._scoring.tracer.options.target == "decision"
 
 
 def test_attaching_twice_is_an_error(policy, tmp_path):
@@ -452,7 +452,7 @@ def test_a_model_that_was_wrapped_anew_is_traced(policy, tmp_path):
     trainer.model = AutoModelForCausalLM.from_pretrained(policy)
     torch.nn.init.normal_(trainer.model.model.embed_tokens.weight)
     after = weights(trainer)
-    assert trainer._flow_credit._reader.tracer.model is trainer.model
+    assert trainer._flow_credit._scoring.tracer.model is trainer.model
     assert not torch.equal(before, after)
 
 
