@@ -165,7 +165,7 @@ def load_tracer(source: ModelOptions, tracing: TracingOptions) -> FlowTracer:
 
 def demo_model() -> Path:
     """The folder of the tiny model: in an installed package, or in a clone of the repository."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     folders = package / "reasoner", package.parent / "examples" / "reasoner" / "model"
     for folder in folders:
         if folder.is_dir():

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import flowtracer_plugin as ft
-from flowtracer_plugin.cli import commands as cli, loading as cli_loading
+from flowtracer_plugin.cli import commands as cli
 from flowtracer_plugin.cli.mistakes import sentence
 from flowtracer_plugin.cli.options import writable
-from flowtracer_plugin.result import storage
+from flowtracer_plugin.model import loading
 from flowtracer_plugin.trace import memory
 from tests.cli.command_line import Ran, assert_failed, in_a_process
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_written_is_named(flowtracer, saved, tmp_path, mon
     monkeypatch.setattr("flowtracer_plugin.report.pages.trace_page.write_atomically", refuse)
     ran = flowtracer("report", saved, "--html", page)
     assert_failed(ran, 1, f"cannot write '{page}': Permission denied; name a file in a folder")
-    assert storage.load(saved)
+    assert ft.load(saved)
 
 
 def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(
@@ -152,12 +152,12 @@ def test_the_hub_is_asked_where_its_address_is_known(monkeypatch, known):
         if not known:
             raise socket.gaierror
 
-    monkeypatch.setattr(cli_loading, "getproxies", dict)
-    monkeypatch.setattr(cli_loading.socket, "getaddrinfo", addresses)
-    assert cli_loading._without_hub("nobody/nothing") != known
-    assert not cli_loading._without_hub("/")
-    monkeypatch.setattr(cli_loading, "getproxies", lambda: {"https": "http://proxy"})
-    assert not cli_loading._without_hub("nobody/nothing")
+    monkeypatch.setattr(loading, "getproxies", dict)
+    monkeypatch.setattr(loading.socket, "getaddrinfo", addresses)
+    assert loading._without_hub("nobody/nothing") != known
+    assert not loading._without_hub("/")
+    monkeypatch.setattr(loading, "getproxies", lambda: {"https": "http://proxy"})
+    assert not loading._without_hub("nobody/nothing")
 
 
 # memory
@@ -243,7 +243,7 @@ def test_mistakes_of_no_user_show_where_they_arose(flowtracer, monkeypatch, save
     def broken(_):
         raise AttributeError("of ours")
 
-    monkeypatch.setattr(storage, "load", broken)
+    monkeypatch.setattr(ft, "load", broken)
     with pytest.raises(AttributeError, match="of ours"):
         flowtracer("report", saved)
 
@@ -291,7 +291,7 @@ def test_ctrl_c_is_not_a_mistake(flowtracer, monkeypatch, saved, where):
         raise KeyboardInterrupt
 
     if where == "a command":
-        monkeypatch.setattr(storage, "load", interrupted)
+        monkeypatch.setattr(ft, "load", interrupted)
     else:
         monkeypatch.setattr(cli, "app", interrupted)
     ran = flowtracer("report", saved)

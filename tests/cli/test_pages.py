@@ -11,6 +11,7 @@ import pytest
 import flowtracer_plugin as ft
 from flowtracer_plugin import report
 from flowtracer_plugin.cli import pages as cli_pages, tracing as cli_tracing
+from flowtracer_plugin.report.pages import comparison_page
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from tests.cli.command_line import EVERYTHING, Ran, assert_failed, in_a_process
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
@@ -199,7 +200,7 @@ def comparing(monkeypatch):
         path.write_text(" ".join(trace.spans.answer_text for trace in traces))
         return path
 
-    monkeypatch.setattr(report, "write_comparison", write, raising=False)
+    monkeypatch.setattr(comparison_page, "write_comparison", write)
     return seen
 
 
@@ -260,7 +261,7 @@ def test_the_demo_traces_a_question_and_writes_its_page(flowtracer, tmp_path, mo
 
 
 def test_the_model_of_the_demo_is_found_in_a_package_and_in_a_clone(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_tracing, "__file__", str(tmp_path / "package" / "cli_tracing.py"))
+    monkeypatch.setattr(cli_tracing, "__file__", str(tmp_path / "package/cli/tracing.py"))
     with pytest.raises(FileNotFoundError, match=r"is not in .*; install flowtracer-plugin anew"):
         cli_tracing.demo_model()
     clone, installed = tmp_path / "examples/reasoner/model", tmp_path / "package/reasoner"
