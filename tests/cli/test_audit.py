@@ -113,7 +113,7 @@ def test_all_scorers_that_are_compared_by_default_are_there():
         (("--scorers", "love"), 2, "scorer must be one of flow, .*got 'love'"),
         (("--scorers", "oracle"), 2, "the scorer oracle needs a pattern"),
         (("--batches", "5"), 1, "batches must be an even number of at least 4, got 5"),
-        (("--parameters", "love"), 1, "no trainable parameter has a name that 'love' finds"),
+        (("--parameters", "love"), 1, "no trainable parameter has a name that matches 'love'"),
         (("--reward", "love"), 1, "there is no reward 'love'"),
         (("--top-fraction", "0"), 1, "top_fraction must be above 0"),
         (("--oracle", "("), 2, "'\\(' is no pattern: missing \\)"),

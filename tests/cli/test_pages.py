@@ -1,5 +1,6 @@
 """`flowtracer generate`, `report`, `compare` and `demo`, and the files that commands write."""
 
+import io
 import json
 import re
 import sys
@@ -81,7 +82,7 @@ def test_options_of_the_flow_reach_the_trace(flowtracer, plain_model, option, na
     assert found == pytest.approx(wanted, abs=1e-5)
 
 
-def test_how_the_model_is_read_can_be_chosen(flowtracer, plain_model, monkeypatch):
+def test_options_of_reading_reach_the_tracer(flowtracer, plain_model, monkeypatch):
     seen = []
     load = cli_tracing.load_tracer
 
@@ -104,13 +105,6 @@ def test_how_the_model_is_read_can_be_chosen(flowtracer, plain_model, monkeypatc
     assert not ft.wrap(tiny_llama(), verify=True).reader.verified
 
 
-def test_the_wrong_adapter_is_named(flowtracer, plain_model):
-    given = ["trace", "--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE]
-    ran = flowtracer(*given, "--adapter", "falcon")
-    assert_failed(ran, 1, "'falcon' is not for LlamaForCausalLM", "leave --adapter out")
-    assert_failed(flowtracer(*given, "--adapter", "nothing"), 2, "found 'nothing'")
-
-
 # report
 
 
@@ -121,16 +115,17 @@ def test_a_saved_trace_gets_a_page_beside_it(flowtracer, files, traces):
     assert "answer '2' found by rule 'phrase'" in ran.out
 
 
-def test_the_page_can_go_elsewhere(flowtracer, files):
+def test_the_page_can_be_written_elsewhere(flowtracer, files):
     ran = flowtracer("report", files[0], "--html", "new/page.html")
     assert (ran.code, ran.err) == (0, "wrote new/page.html\n")
     assert "<html" in Path("new/page.html").read_text(encoding="utf-8")
     assert not Path("first.html").exists()
 
 
-def test_json_of_a_saved_trace_is_its_document(flowtracer, files, traces):
+def test_the_json_of_a_saved_trace_is_its_document_on_one_line(flowtracer, files, traces):
     ran = flowtracer("report", files[0], "--json")
     assert (ran.code, ran.err) == (0, "")
+    assert re.fullmatch(r"\{.*\}\n", ran.out)
     assert json.loads(ran.out) == json.loads(traces[0].to_json())
     assert not Path("first.html").exists()
 
@@ -171,7 +166,7 @@ def test_every_kind_of_file_is_written_by_the_method_of_its_name(
     assert Path("a.graphml").read_text() == f"graphml of {PROMPT + RESPONSE}"
 
 
-def test_an_extra_that_is_missing_is_named_after_the_trace_is_saved(
+def test_a_missing_extra_is_named_after_the_trace_is_saved(
     flowtracer, files, plain_model, monkeypatch
 ):
     def lacking(self, path):
@@ -192,7 +187,7 @@ def test_an_extra_that_is_missing_is_named_after_the_trace_is_saved(
 
 @pytest.fixture
 def comparing(monkeypatch):
-    """What the page of a comparison and its numbers are asked for."""
+    """The labels and the right answers that the page of a comparison gets."""
     seen = []
 
     def write(traces, path, *, labels=None, right=None):
@@ -222,7 +217,7 @@ def test_the_right_answer_and_names_can_be_given(flowtracer, files, comparing):
     assert [line.split()[-1] for line in ran.out.splitlines()[1:]] == ["wrong", "right"]
 
 
-def test_what_is_compared_can_be_had_as_json(flowtracer, files, traces, comparing):
+def test_a_comparison_is_printed_as_json(flowtracer, files, traces, comparing):
     from flowtracer_plugin.comparison.traces import compare
 
     ran = flowtracer("compare", *files, "--right", "2", "--json")
@@ -232,7 +227,7 @@ def test_what_is_compared_can_be_had_as_json(flowtracer, files, traces, comparin
     assert not Path("comparison.html").exists()
 
 
-def test_files_of_one_name_are_told_apart_by_their_folders():
+def test_labels_of_files_with_one_name_contain_their_folders():
     files = [Path("a/x.flow"), Path("b/x.flow")]
     assert cli_pages._labels(files) == ["a/x.flow", "b/x.flow"]
 
@@ -270,30 +265,36 @@ def test_the_model_of_the_demo_is_found_in_a_package_and_in_a_clone(tmp_path, mo
         assert cli_tracing.demo_model() == folder
 
 
-# one way in and out
+# the module, and the terminal
 
 
-def test_the_module_does_the_same_as_the_command(flowtracer, files):
+def test_the_module_is_the_same_command():
     ran = in_a_process("report", "nowhere.flow", "--html", "/")
-    assert ran.returncode == 2
-    assert "Usage: flowtracer report" in ran.stderr
-    ran = in_a_process("report", files[0].resolve(), "--json")
-    assert ran.stdout == flowtracer("report", files[0], "--json").out
+    assert ran.code == 2
+    assert "Usage: flowtracer report" in ran.err
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_json_is_utf_8_in_any_terminal(encoding, tmp_path):
+def test_json_is_utf_8_in_any_terminal(flowtracer, encoding, tmp_path, monkeypatch):
     prompt = "Zoë hat 3 Äpfel 🍎, 三. Wie viele?"
     tracer = ft.wrap(tiny_llama(), tiny_tokenizer())
     file = tracer.trace(prompt, RESPONSE).save(tmp_path / "a.flow")
-    ran = in_a_process("report", file, "--json", PYTHONIOENCODING=encoding)
-    assert json.loads(ran.stdout)["text"] == prompt + RESPONSE
-    shown = in_a_process("report", file, encoding=encoding, PYTHONIOENCODING=encoding)
-    assert (shown.returncode, shown.stderr) == (0, f"wrote {tmp_path / 'a.html'}\n")
-    assert "answer '2' found by rule 'phrase'" in shown.stdout
+
+    def shown(*view):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+        ran = flowtracer("report", file, *view)
+        sys.stdout.flush()
+        return ran, written.getvalue()
+
+    ran, written = shown("--json")
+    assert json.loads(written.decode())["text"] == prompt + RESPONSE
+    ran, written = shown()
+    assert (ran.code, ran.err) == (0, f"wrote {tmp_path / 'a.html'}\n")
+    assert "answer '2' found by rule 'phrase'" in written.decode(encoding)
 
 
-def test_half_a_surrogate_pair_does_no_harm(flowtracer, traces, tmp_path):
+def test_half_a_surrogate_pair_is_escaped(flowtracer, traces, tmp_path):
     from dataclasses import replace
 
     file = replace(traces[0], model="\udcff").save(tmp_path / "a.flow")
@@ -303,10 +304,14 @@ def test_half_a_surrogate_pair_does_no_harm(flowtracer, traces, tmp_path):
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_a_view_is_as_wide_as_its_terminal_and_plain_where_colour_is_unwanted(files, width):
-    ran = in_a_process("report", files[0].resolve(), COLUMNS=str(width), NO_COLOR="1")
-    assert max(map(len, ran.stdout.splitlines())) <= width
-    assert "\x1b" not in ran.stdout
+def test_a_view_fits_its_terminal_and_is_plain_without_colour(
+    flowtracer, files, width, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    ran = flowtracer("report", files[0])
+    assert max(map(len, ran.out.splitlines())) <= width
+    assert "\x1b" not in ran.out
 
 
 def test_a_bar_is_shown_in_a_terminal_only(flowtracer, plain_model, monkeypatch):
@@ -325,7 +330,3 @@ def test_a_bar_is_shown_in_a_terminal_only(flowtracer, plain_model, monkeypatch)
         given = ["--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE]
         assert flowtracer("trace", *given).code == 0
     assert shown == [True, False]
-
-
-def test_the_first_line_of_a_document_is_all_of_it(flowtracer, files):
-    assert re.fullmatch(r"\{.*\}\n", flowtracer("report", files[0], "--json").out)
