@@ -59,11 +59,6 @@ class Group:
     rewards: tuple[float, ...]
 
     @property
-    def tokens(self) -> int:
-        """The number of tokens in all completions."""
-        return sum(map(len, self.completions))
-
-    @property
     def advantages(self) -> Float[Tensor, " completion"]:
         """Each reward minus the mean, divided by the standard deviation."""
         rewards = torch.tensor(self.rewards, dtype=torch.float64)

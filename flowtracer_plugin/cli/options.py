@@ -163,11 +163,6 @@ class GenerationOptions:
     seed: Annotated[int, _generating(min=0, max=2**32 - 1, help="Random seed of sampling.")] = 0
 
     def __post_init__(self) -> None:
-        """Check that the options agree.
-
-        Raises:
-            typer.BadParameter: There is a temperature, but nothing is sampled.
-        """
         if self.temperature is not None and not self.do_sample:
             raise typer.BadParameter("--temperature is for sampling: pass --do-sample too")
 
@@ -253,11 +248,6 @@ class OutputOptions:
     ] = "ribbon"
 
     def __post_init__(self) -> None:
-        """Check that the options agree.
-
-        Raises:
-            typer.BadParameter: Two files have one name, or there is a kind and no figure.
-        """
         names = [value for value in vars(self).values() if isinstance(value, Path)]
         if len(set(names)) < len(names):
             raise typer.BadParameter("two files have the same name: each needs its own")
@@ -278,11 +268,6 @@ class NewTraceOptions(OutputOptions):
     ] = None
 
     def __post_init__(self) -> None:
-        """Check that the options agree.
-
-        Raises:
-            typer.BadParameter: As `OutputOptions`; there are scores and no page, or no such score.
-        """
         super().__post_init__()
         if self.scores is None:
             return

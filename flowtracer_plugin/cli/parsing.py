@@ -1,4 +1,4 @@
-"""What does the text of an option mean? Each parser refuses what it cannot read."""
+"""What does the text of an option mean? Whatever cannot be read raises typer.BadParameter."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def answer_rule(text: str) -> str | re.Pattern[str]:
-    """The name of an answer finder, or the pattern after `re:`.
-
-    Raises:
-        typer.BadParameter: There is no such finder, or the pattern does not have one group.
-    """
+    """The name of an answer finder, or the pattern after `re:`."""
     from flowtracer_plugin.text.answers import check_finder
 
     names = answer_rules()
@@ -41,11 +37,7 @@ def answer_rules() -> list[str]:
 
 
 def layer_selection(text: str) -> str | list[int]:
-    """Layers by name or by number. Only the model can tell whether it has them.
-
-    Raises:
-        typer.BadParameter: The text is neither.
-    """
+    """Layers by name or by number. Only the model can tell whether it has them."""
     from flowtracer_plugin.model.layers import select_layers
 
     parts = text.split(",")
@@ -59,11 +51,7 @@ def layer_selection(text: str) -> str | list[int]:
 
 
 def head_selection(text: str) -> str | float | tuple[tuple[int, int], ...]:
-    """Heads as `wrap` takes them. Only the model can tell whether it has them.
-
-    Raises:
-        typer.BadParameter: The text is neither all, nor a share, nor pairs.
-    """
+    """Heads as `wrap` takes them. Only the model can tell whether it has them."""
     if text == "all":
         return text
     try:
@@ -85,11 +73,7 @@ def names(text: str) -> list[str]:
 
 
 def pattern(text: str | None) -> str | None:
-    """A regular expression that compiles.
-
-    Raises:
-        typer.BadParameter: It does not.
-    """
+    """A regular expression that compiles."""
     try:
         re.compile(text or "")
     except re.error as error:
@@ -98,11 +82,7 @@ def pattern(text: str | None) -> str | None:
 
 
 def writable(path: Path | None) -> Path | None:
-    """A file that can be written, checked before the long work rather than after it.
-
-    Raises:
-        typer.BadParameter: Its folder, or the nearest existing one above it, is not writable.
-    """
+    """A file that can be written, checked before the long work rather than after it."""
     if path is None:
         return None
     target = path.resolve()
@@ -117,11 +97,7 @@ def writable(path: Path | None) -> Path | None:
 
 
 def figure_file(path: Path | None) -> Path | None:
-    """A file that can be written, and whose suffix names a kind of figure.
-
-    Raises:
-        typer.BadParameter: As `writable`, or the suffix names none.
-    """
+    """A file that can be written, and whose suffix names a kind of figure."""
     if path is not None and path.suffix.lower() not in FIGURE_SUFFIXES:
         raise typer.BadParameter(
             f"wanted .png, .svg or .pdf, found {path.suffix!r} in {path.name!r}"

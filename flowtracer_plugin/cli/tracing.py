@@ -53,7 +53,7 @@ def trace(
     ] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Show which tokens carried the answer of a response, a given one or the model's own.
+    """Show which tokens carried the answer of a given or generated response.
 
     For example:
 

@@ -162,10 +162,9 @@ def test_help_shows_the_whole_names_of_options(path, flowtracer, monkeypatch):
     assert all(name in shown for name in names)
 
 
-def examples(command):
+def example(command):
     """The example in a command's help."""
-    _, _, example = inspect.cleandoc(command.help).partition("For example:\n\n")
-    return [" ".join(example.split())] if example else []
+    return " ".join(inspect.cleandoc(command.help).partition("For example:\n\n")[2].split())
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
@@ -183,8 +182,7 @@ def test_the_help_of_every_command_shows_an_example(path, width, flowtracer, mon
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_the_example_can_be_run(path):
-    (example,) = examples(COMMANDS[path])
-    program, *words = shlex.split(example)
+    program, *words = shlex.split(example(COMMANDS[path]))
     assert program == "flowtracer"
     command, context = ROOT, None
     while hasattr(command, "commands"):
@@ -201,8 +199,8 @@ def test_the_example_of_training_can_be_parsed(monkeypatch):
 
     # TRL's own fields do not hold what they declare, which the type checks of the tests refuse.
     monkeypatch.setattr(FlowGRPOConfig, "__init__", inspect.unwrap(FlowGRPOConfig.__init__))
-    (example,) = examples(COMMANDS["train",])
-    assert parse(shlex.split(example)[2:])[0].reward_funcs == ["math_answer"]
+    words = shlex.split(example(COMMANDS["train",]))
+    assert parse(words[2:])[0].reward_funcs == ["math_answer"]
 
 
 # completion

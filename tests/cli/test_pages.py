@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import flowtracer_plugin as ft
 from flowtracer_plugin import report
@@ -65,16 +66,22 @@ def test_options_of_generation_reach_the_model(flowtracer, plain_model, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("option", "name", "value"),
+    ("option", "text", "value"),
     [
-        ("--question-weights", "question_weights", "reach"),
-        ("--boundary", "boundary", "absorbing"),
-        ("--first-token", "first_token", "drop"),
+        ("--layers", "1, 4", [1, 4]),
+        ("--layers", "0", [0]),
+        ("--layers", "all:2", "all:2"),
+        ("--target", "decision", "decision"),
+        ("--question", "all", "all"),
+        ("--question-weights", "reach", "reach"),
+        ("--boundary", "absorbing", "absorbing"),
+        ("--first-token", "drop", "drop"),
     ],
 )
-def test_options_of_the_flow_reach_the_trace(flowtracer, plain_model, option, name, value):
+def test_options_of_the_flow_reach_the_trace(flowtracer, plain_model, option, text, value):
     given = ["--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE, "--json"]
-    document = json.loads(flowtracer("trace", *given, option, value).out)
+    document = json.loads(flowtracer("trace", *given, option, text).out)
+    name = option[2:].replace("-", "_")
     assert document["options"][name] == value
     tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), **{name: value})
     wanted = tracer.trace(PROMPT, RESPONSE).throughput.tolist()
@@ -86,15 +93,23 @@ def test_options_of_reading_reach_the_tracer(flowtracer, plain_model, monkeypatc
     seen = []
     load = cli_tracing.load_tracer
 
-    def kept(*given):
-        seen.append(load(*given))
+    def kept(*given, **options):
+        seen.append(load(*given, **options))
         return seen[0]
 
     monkeypatch.setattr(cli_tracing, "load_tracer", kept)
     ran = flowtracer(
         *("trace", "--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE, "--json"),
         *("--backend", "interface", "--adapter", "interface", "--block", 8, "--mode", "streamed"),
-        *("--attn-implementation", "eager", "--no-verify"),
+        *(
+            "--attn-implementation",
+            "eager",
+            "--dtype",
+            "bfloat16",
+            "--device",
+            "cpu",
+            "--no-verify",
+        ),
     )
     assert ran.code == 0
     (tracer,) = seen
@@ -102,6 +117,7 @@ def test_options_of_reading_reach_the_tracer(flowtracer, plain_model, monkeypatc
     assert tracer.reader.adapter.name == "interface"
     assert (tracer.reader.block, tracer.mode) == (8, "streamed")
     assert tracer.model.config._attn_implementation == "eager"
+    assert tracer.model.dtype == torch.bfloat16
     assert not ft.wrap(tiny_llama(), verify=True).reader.verified
 
 
