@@ -210,7 +210,7 @@ class _GroupPass(NamedTuple):
 
 @dataclass(frozen=True)
 class _Policy:
-    """A policy with the parameters and scorers of an audit; `finished` is told of each group."""
+    """A policy with the parameters and scorers of an audit; `finished` is called per group."""
 
     tracer: FlowTracer
     scorers: Sequence[Scorer]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from flowtracer_plugin.cli.loading import check_adapter, load_model, named_adapter
+from flowtracer_plugin.cli.loading import load_with_adapter
 from flowtracer_plugin.cli.options import (
     Adapter,
     AsJson,
@@ -85,12 +85,10 @@ def check(
 
     flowtracer adapters check Qwen/Qwen3-0.6B
     """
-    chosen = named_adapter(adapter)
-    loaded = load_model(model, loading)
+    loaded, chosen = load_with_adapter(model, loading, adapter)
     from flowtracer_plugin.reading.diagnosis import diagnose
     from flowtracer_plugin.reading.reader import AttentionReader
 
-    check_adapter(chosen, loaded)
     reader = AttentionReader(loaded, chosen, backend=backend)
     diagnosis = diagnose(reader)
     show = _print_check_json if json else _print_check
@@ -162,17 +160,8 @@ def _print_check(reader: AttentionReader, diagnosis: Diagnosis) -> None:
     typer.echo(f"model    {facts['model']}, {facts['dtype']}, {facts['attn_implementation']}")
     typer.echo(f"adapter  {entry.name} from {entry.source}{offered}")
     typer.echo(f"backend  {facts['backend']}\n")
-    heads = (
-        "layer",
-        "module",
-        "function",
-        "heads",
-        "differs",
-        "allowed",
-        "row sum",
-        "ahead",
-        "verdict",
-    )
+    numbers = ("heads", "differs", "allowed", "row sum", "ahead")
+    heads = ("layer", "module", "function", *numbers, "verdict")
     print_table(heads, map(_row, diagnosis.sites))
     typer.echo()
     for line in _findings(diagnosis):

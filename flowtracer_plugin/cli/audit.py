@@ -24,12 +24,13 @@ from flowtracer_plugin.cli.options import (
     flattened,
 )
 from flowtracer_plugin.cli.outputs import print_document, print_results
-from flowtracer_plugin.cli.parsing import names, pattern
+from flowtracer_plugin.cli.parsing import names, pattern, wrong_usage
 from flowtracer_plugin.cli.questions import DataOptions, ResultOptions, load_prompts
 
 if TYPE_CHECKING:
     from flowtracer_plugin.audit.results_file import AuditFile
     from flowtracer_plugin.audit.sampling import Group
+    from flowtracer_plugin.audit.summary import AuditSummary
     from flowtracer_plugin.credit.scorers import Scorer
     from flowtracer_plugin.evaluation.run import Example
     from flowtracer_plugin.trace.tracer import FlowTracer
@@ -101,11 +102,11 @@ def audit(
     flowtracer audit Qwen/Qwen3-0.6B questions.jsonl --reward math_answer --parameters layers.20
     """
     tokenizer = load_tokenizer(model, loading)
-    from flowtracer_plugin.audit import verdict
     from flowtracer_plugin.audit.policy_gradient import check_memory, named_parameters
     from flowtracer_plugin.audit.results_file import AuditFile
     from flowtracer_plugin.audit.run import AuditOptions, audit as audited
     from flowtracer_plugin.audit.summary import summarise_audit
+    from flowtracer_plugin.audit.verdict import document
     from flowtracer_plugin.rewards.named import named_reward
 
     scorers = _scorers(credit)
@@ -132,24 +133,31 @@ def audit(
     }
     file = AuditFile(results.output, settings)
     groups = _groups(tracer, examples, rollouts, reward, file)
-    known, shown = set(file.batches), sys.stderr.isatty()
-    for batch in audited(
-        tracer, groups, scorers, parameters, options,
-        oracle=credit.oracle, done=known, progress=shown,
-    ):  # fmt: skip
+    how: dict[str, Any] = {
+        "oracle": credit.oracle,
+        "done": set(file.batches),
+        "progress": sys.stderr.isatty(),
+    }
+    for batch in audited(tracer, groups, scorers, parameters, options, **how):
         file.add(batch)
     batches = [file.batches[number] for number in sorted(file.batches)]
     summary = summarise_audit(batches, gammas=tuple(dict.fromkeys((credit.gamma, 3.0, math.inf))))
     if results.json:
-        print_document(verdict.document(summary, groups, settings))
-        return
-    for line in verdict.overview(summary, groups):
+        print_document(document(summary, groups, settings))
+    else:
+        _print_verdict(summary, groups)
+
+
+def _print_verdict(summary: AuditSummary, groups: Sequence[Group]) -> None:
+    from flowtracer_plugin.audit.verdict import overview, table, verdict
+
+    for line in overview(summary, groups):
         typer.echo(line)
-    heads, *rows = verdict.table(summary)
+    heads, *rows = table(summary)
     title = "What each scorer changes of that cosine (± standard error), and what it chooses"
     print_results(title, heads, rows, numbers="right")
     typer.echo()
-    for line in verdict.verdict(summary):
+    for line in verdict(summary):
         typer.echo(line)
 
 
@@ -157,10 +165,8 @@ def _scorers(credit: CreditAuditOptions) -> tuple[Scorer, ...]:
     from flowtracer_plugin.credit.scorers import find_scorer
 
     wanted = names(credit.scorers) + ([] if credit.oracle is None else ["oracle"])
-    try:
+    with wrong_usage("--scorers"):
         found = tuple(find_scorer(name) for name in dict.fromkeys(wanted) if name != "uniform")
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--scorers") from error
     if credit.oracle is None and any("oracle" in scorer.needs for scorer in found):
         raise typer.BadParameter(
             r"the scorer oracle needs a pattern of what matters, such as --oracle '= (\d+)'",

@@ -25,7 +25,7 @@ from flowtracer_plugin.cli.options import (
     flattened,
 )
 from flowtracer_plugin.cli.outputs import print_document, print_results, write_file
-from flowtracer_plugin.cli.parsing import names
+from flowtracer_plugin.cli.parsing import names, wrong_usage
 from flowtracer_plugin.cli.questions import DataOptions, ResultOptions, load_prompts
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ class ProtocolOptions:
     oracle: Oracle = None
     seed: Annotated[int, _cutting(min=0, help="Random seed of the draws and of the intervals.")] = 0
     batch_size: Annotated[
-        int | None,
-        _cutting(min=1, help="Texts per forward pass; by default as many as fit."),
+        int | None, _cutting(min=1, help="Texts per forward pass; by default as many as fit.")
     ] = None
 
 
@@ -183,10 +182,8 @@ def _protocols(text: str) -> tuple[str, ...]:
     from flowtracer_plugin.evaluation.protocols import PROTOCOLS, check_protocols
 
     chosen = tuple(PROTOCOLS) if text == "all" else tuple(names(text))
-    try:
+    with wrong_usage("--protocols"):
         check_protocols(chosen)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--protocols") from error
     return tuple(name for name in PROTOCOLS if name in chosen)
 
 

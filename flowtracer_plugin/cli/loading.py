@@ -67,22 +67,34 @@ def load_tracer(
     """
     with waiting("importing PyTorch, transformers and nnsight"):
         from flowtracer_plugin.trace.tracer import wrap
-    chosen = named_adapter(adapter)
-    model = load_model(name, options, wanted="model and tokenizer")
-    check_adapter(chosen, model)
+    wanted = "model and tokenizer"
+    model, chosen = load_with_adapter(name, options, adapter, wanted=wanted)
     return wrap(model, tokenizer, adapter=chosen, **given)
 
 
-def named_adapter(name: str | None) -> AttentionAdapter | None:
-    """The adapter of that name; None for None.
+def load_with_adapter(
+    name: str, options: LoadingOptions, adapter: str | None, **others: Any
+) -> tuple[Any, AttentionAdapter | None]:
+    """A model as by `load_model`, and the adapter of this name, which must fit it; None for None.
 
     Raises:
-        typer.BadParameter: There is none, or it cannot be used.
+        UnsupportedArchitectureError: The adapter does not fit the model.
     """
+    from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
+
+    chosen = None if adapter is None else _named_adapter(adapter)
+    model = load_model(name, options, **others)
+    if chosen is not None and not chosen.matches(model):
+        raise UnsupportedArchitectureError(
+            f"the adapter {chosen.name!r} is not for {type(model).__name__}: its matches() says "
+            "no; leave --adapter out, or fix it"
+        )
+    return model, chosen
+
+
+def _named_adapter(name: str) -> AttentionAdapter:
     from flowtracer_plugin.attention.adapter import adapter_entries
 
-    if name is None:
-        return None
     entries = adapter_entries()
     found = [entry for entry in entries if entry.name == name]
     for entry in found:
@@ -93,18 +105,3 @@ def named_adapter(name: str | None) -> AttentionAdapter | None:
         f"{name} is skipped: {found[0].skipped}" if found else f"wanted {known}, found {name!r}",
         param_hint="--adapter",
     )
-
-
-def check_adapter(adapter: AttentionAdapter | None, model: Any) -> None:
-    """Refuse an adapter that does not fit the model.
-
-    Raises:
-        UnsupportedArchitectureError: Its `matches` says so.
-    """
-    from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
-
-    if adapter is not None and not adapter.matches(model):
-        raise UnsupportedArchitectureError(
-            f"the adapter {adapter.name!r} is not for {type(model).__name__}: its matches() says "
-            "no; leave --adapter out, or mend it"
-        )

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import re
 
-MISTAKES = (
-    ValueError,
-    LookupError,
-    TypeError,
-    OSError,
-    RuntimeError,
-    ImportError,
-    MemoryError,
-)
+MISTAKES = (ValueError, LookupError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 """Errors that a user can cause. Any other is a bug of this package, and shows its traceback."""
 
 EXTRAS = {
@@ -60,7 +52,7 @@ def sentence(error: BaseException) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python or PyTorch ran out of memory, which `TooLittleMemoryError` does not mean."""
+    """Whether memory ran out; `TooLittleMemoryError` comes earlier, with its own advice."""
     said = str(error)
     return (
         type(error) is MemoryError

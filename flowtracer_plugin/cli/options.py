@@ -275,11 +275,9 @@ class NewTraceOptions(OutputOptions):
             raise typer.BadParameter("--scores are for the page: name its file with --html too")
         from flowtracer_plugin.credit.token_scores import token_score
 
-        for name in self.score_names:
-            try:
+        with parsing.wrong_usage("--scores"):
+            for name in self.score_names:
                 token_score(name)
-            except ValueError as error:
-                raise typer.BadParameter(str(error), param_hint="--scores") from error
 
     @property
     def score_names(self) -> list[str]:

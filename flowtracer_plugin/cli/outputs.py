@@ -26,14 +26,14 @@ def deliver(
     """Write the files of a trace, then show it; `scores` are for the page."""
     # Files first, and the trace before all others: what was computed must not be lost to a full
     # disk, a missing extra, or a closed standard output.
+    given: dict[str, dict[str, Any]] = {"figure": {"kind": outputs.figure_kind}}
+    if scores:
+        given["html"] = {"scores": scores}
     for name in ("save", "html", "parquet", "graphml", "figure"):
         path = vars(outputs).get(name)  # nnsight adds an attribute "save" to every object
         if path is not None:
             write = getattr(trace, name if name == "save" else f"to_{name}")
-            more: dict[str, Any] = {"kind": outputs.figure_kind} if name == "figure" else {}
-            if name == "html" and scores:
-                more = {"scores": scores}
-            write_file(partial(write, **more), path)
+            write_file(partial(write, **given.get(name, {})), path)
     if outputs.json:
         print_document(trace.to_dict())
     else:

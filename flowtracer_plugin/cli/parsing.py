@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 """The kinds of figures. Listed here, because matplotlib takes a second to import."""
+
+
+@contextmanager
+def wrong_usage(option: str) -> Iterator[None]:
+    """Turn a `ValueError` into wrong usage of this option."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def answer_rule(text: str) -> str | re.Pattern[str]:

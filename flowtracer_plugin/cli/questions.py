@@ -60,11 +60,7 @@ class ResultOptions:
 def load_prompts(
     options: DataOptions, tokenizer: Any, limit: int | None, **others: Any
 ) -> Sequence[Example]:
-    """The questions; `others` go to `evaluation.examples.load_examples`.
-
-    Raises:
-        ValueError, ModuleNotFoundError: As `load_examples`.
-    """
+    """The questions; `others` go to `evaluation.examples.load_examples`."""
     from flowtracer_plugin.evaluation.examples import load_examples
 
     return load_examples(

@@ -67,16 +67,6 @@ def test_standard_output_holds_the_json_alone_in_utf_8(plain_model, tmp_path):
     assert ft.load(tmp_path / "a.flow").text == document["text"]
 
 
-def test_the_model_answers_itself(trace):
-    greedy = [
-        json.loads(trace(*flags, "--json", "--max-new-tokens", 6, "--answer", EVERYTHING).out)
-        for flags in ([], ["--generate"])
-    ]
-    assert greedy[0] == greedy[1]
-    assert 12 < len(greedy[0]["tokens"]) <= 18
-    assert greedy[0]["answer"]["rule"] == "regex"
-
-
 def test_the_memory_of_a_trace_is_estimated(flowtracer, plain_model):
     ran = flowtracer("estimate", "--model", plain_model, "--tokens", 40_000, "--batch", 2)
     assert re.fullmatch(
@@ -357,10 +347,10 @@ def test_the_traceback_can_be_shown(flowtracer, arguments, message, monkeypatch)
 def test_a_page_that_cannot_be_written_does_not_lose_the_trace(
     flowtracer, plain_model, tmp_path, monkeypatch
 ):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("flowtracer_plugin.report.pages.trace_page.write_atomically", full)
+    monkeypatch.setattr(ft.FlowTrace, "to_html", full)
     page = tmp_path / "x.html"
     ran = flowtracer(
         *("trace", "--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE),

@@ -83,10 +83,10 @@ def test_a_damaged_trace_is_named(flowtracer, saved, tmp_path, kept):
 def test_a_file_that_cannot_be_written_is_named(flowtracer, saved, tmp_path, monkeypatch):
     page = tmp_path / "x.html"
 
-    def refuse(path, content):
+    def refuse(trace, path):
         raise PermissionError(13, "Permission denied", ".0123.part")
 
-    monkeypatch.setattr("flowtracer_plugin.report.pages.trace_page.write_atomically", refuse)
+    monkeypatch.setattr(ft.FlowTrace, "to_html", refuse)
     ran = flowtracer("report", saved, "--html", page)
     assert_failed(ran, 1, f"cannot write '{page}': Permission denied; name a file in a folder")
     assert ft.load(saved)

@@ -42,8 +42,11 @@ def files(traces, tmp_path, monkeypatch):
 def test_generate_is_trace_without_a_response(flowtracer, plain_model):
     given = ["--model", plain_model, "--prompt", PROMPT, "--json", "--answer", EVERYTHING]
     given += ["--max-new-tokens", 6]
-    documents = [json.loads(flowtracer(name, *given).out) for name in ("trace", "generate")]
-    assert documents[0] == documents[1]
+    commands = (["generate"], ["trace"], ["trace", "--generate"])
+    document, *others = [json.loads(flowtracer(*command, *given).out) for command in commands]
+    assert others == [document, document]
+    assert 12 < len(document["tokens"]) <= 18
+    assert document["answer"]["rule"] == "regex"
     assert_failed(
         flowtracer("generate", *given, "--response", RESPONSE), 2, "No such option: --response"
     )
