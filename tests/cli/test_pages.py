@@ -13,7 +13,6 @@ import torch
 import flowtracer_plugin as ft
 from flowtracer_plugin import report
 from flowtracer_plugin.cli import pages as cli_pages, tracing as cli_tracing
-from flowtracer_plugin.report.pages import comparison_page
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from tests.cli.command_line import EVERYTHING, Ran, assert_failed, in_a_process
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
@@ -204,39 +203,27 @@ def test_a_missing_extra_is_named_after_the_trace_is_saved(
 # compare
 
 
-@pytest.fixture
-def comparing(monkeypatch):
-    """The labels and the right answers that the page of a comparison gets."""
-    seen = []
-
-    def write(traces, path, *, labels=None, right=None):
-        seen.append((labels, right))
-        path.write_text(" ".join(trace.spans.answer_text for trace in traces))
-        return path
-
-    monkeypatch.setattr(comparison_page, "write_comparison", write)
-    return seen
-
-
-def test_traces_are_compared_on_one_page(flowtracer, files, comparing):
+def test_traces_are_compared_on_one_page(flowtracer, files, traces):
     ran = flowtracer("compare", *files)
     assert (ran.code, ran.err) == (0, "wrote comparison.html\n")
-    assert Path("comparison.html").read_text() == "2 3"
-    assert comparing == [(["first", "second"], None)]
+    wanted = report.render_comparison(traces, labels=["first", "second"])
+    assert Path("comparison.html").read_text("utf-8") == wanted
     heads, *rows = [line.split() for line in ran.out.splitlines()]
     assert heads[:2] == ["trace", "answer"]
     assert [row[:2] for row in rows] == [["first", "2"], ["second", "3"]]
 
 
-def test_the_right_answer_and_names_can_be_given(flowtracer, files, comparing):
+def test_the_right_answer_and_labels_can_be_given(flowtracer, files, traces):
     given = ["--right", " 3", "--label", "a", "--label", "b", "--html", "x.html"]
     ran = flowtracer("compare", *files, *given)
     assert (ran.code, ran.err) == (0, "wrote x.html\n")
-    assert comparing == [(["a", "b"], [False, True])]
-    assert [line.split()[-1] for line in ran.out.splitlines()[1:]] == ["wrong", "right"]
+    wanted = report.render_comparison(traces, labels=["a", "b"], right=[False, True])
+    assert Path("x.html").read_text("utf-8") == wanted
+    rows = [line.split() for line in ran.out.splitlines()[1:]]
+    assert [(row[0], row[-1]) for row in rows] == [("a", "wrong"), ("b", "right")]
 
 
-def test_a_comparison_is_printed_as_json(flowtracer, files, traces, comparing):
+def test_a_comparison_is_printed_as_json(flowtracer, files, traces):
     from flowtracer_plugin.comparison.traces import compare
 
     ran = flowtracer("compare", *files, "--right", "2", "--json")
