@@ -45,7 +45,7 @@ model.save_pretrained(sys.argv[1])
 READ = """
 import sys, torch, flowtracer_plugin as ft
 from flowtracer_plugin.attention import find_adapter
-from flowtracer_plugin.cli.loading import load_model
+from flowtracer_plugin.model.loading import load_model
 model = load_model(sys.argv[1], "cpu", "auto")
 tracer = ft.wrap(model, layers="all")
 assert find_adapter(model).name == "fox"

@@ -1,4 +1,4 @@
-"""Which credit would teach? The policy gradient that each scorer's weights give."""
+"""Which credit would help training? The policy gradients that each scorer's weights give."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Policy gradients of a group's tokens, each with a weight of its own."""
+"""Which way does a group's policy gradient point if every token has its own weight?"""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from flowtracer_plugin.trace.memory import FLOAT, SPARE, TooLittleMemoryError, r
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class Chances:
-    """What a policy thought of its completions; 0 at padding.
+class TokenProbabilities:
+    """How probable the policy finds the tokens of its completions; 0 at padding.
 
     Attributes:
-        log_probs: Of each token, in nats, with the graph of the forward pass.
-        entropies: Of the choice of each token, in nats.
+        log_probs: Log-probability of each token, in nats, with the graph of the forward pass.
+        entropies: Entropy of the distribution that each token was drawn from, in nats.
     """
 
     log_probs: Float[Tensor, "completion token"]
@@ -36,7 +36,7 @@ class Chances:
 
 
 def named_parameters(model: nn.Module, pattern: str | None) -> dict[str, nn.Parameter]:
-    """The trainable parameters whose name the pattern finds, all by default.
+    """The trainable parameters whose names contain a match of the pattern; all by default.
 
     Raises:
         ValueError: There is none.
@@ -46,30 +46,30 @@ def named_parameters(model: nn.Module, pattern: str | None) -> dict[str, nn.Para
     if not found:
         some = ", ".join(list(every)[:3]) or "no trainable ones"
         raise ValueError(
-            f"no trainable parameter has a name that {pattern!r} finds; the model has {some}, …"
+            f"no trainable parameter has a name that matches {pattern!r}; the model has {some}, …"
         )
     return found
 
 
 def check_memory(model: nn.Module, parameters: Sequence[nn.Parameter], *, vectors: int) -> None:
-    """Refuse parameters of which so many gradients would not fit in the memory that is free.
+    """Refuse to hold this many gradients of the parameters if the free memory is too small.
 
     Raises:
-        TooLittleMemoryError: They would not.
+        TooLittleMemoryError: They do not fit.
     """
     wanted = vectors * FLOAT * sum(one.numel() for one in parameters)
     free = free_memory(input_device(model))
     if wanted > SPARE * free:
         raise TooLittleMemoryError(
             f"{vectors} gradients of all these parameters would take {readable(wanted)}, and "
-            f"{readable(free)} are free; look at some of them, such as one layer's, with "
+            f"{readable(free)} are free; choose some of the parameters, such as one layer's, with "
             "--parameters, or compare fewer scorers"
         )
 
 
 @contextmanager
-def only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """The model in evaluation mode, with gradients for these parameters and no others."""
+def gradients_for(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Put the model in evaluation mode, with gradients for these parameters and no others."""
     chosen = set(map(id, parameters))
     frozen = [one for one in model.parameters() if one.requires_grad and id(one) not in chosen]
     for one in frozen:
@@ -82,46 +82,46 @@ def only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]
             one.requires_grad_(True)
 
 
-def chances_of(
+def token_probabilities(
     model: nn.Module,
     ids: Int[Tensor, "completion whole"],
     visible: Bool[Tensor, "completion whole"],
     prompt_length: int,
     temperature: float,
-) -> Chances:
-    """Run the policy on a prompt with its completions, padded behind the text."""
-    # The last tokens of the prompt and of all but the end of the completions are what is asked of.
-    asked = ids.shape[1] - prompt_length + 1
+) -> TokenProbabilities:
+    """The result of one forward pass over a prompt's completions, padded after the text."""
+    # Each token is predicted one position earlier, so that the last position predicts none of them.
+    kept = ids.shape[1] - prompt_length + 1
     inputs = {
         "input_ids": ids,
         "attention_mask": visible.long(),
         "use_cache": False,
-        "logits_to_keep": asked,
+        "logits_to_keep": kept,
     }
     accepted = accepted_inputs(model)
     given = {name: value for name, value in inputs.items() if name in accepted}
-    logits = first_output(model(**given))[:, -asked:-1].float() / temperature
+    logits = first_output(model(**given))[:, -kept:-1].float() / temperature
     every = logits.log_softmax(-1)
     said, shown = ids[:, prompt_length:], visible[:, prompt_length:]
     with torch.no_grad():
         entropies = torch.special.entr(every.exp()).sum(-1)
-    return Chances(
+    return TokenProbabilities(
         log_probs=every.gather(-1, said[..., None])[..., 0].masked_fill(~shown, 0.0),
         entropies=entropies.masked_fill(~shown, 0.0),
     )
 
 
 def weighted_gradient(
-    chances: Chances,
+    log_probs: Float[Tensor, "completion token"],
     weights: Float[Tensor, "completion token"],
     parameters: Sequence[nn.Parameter],
 ) -> Float[Tensor, " parameter"]:
-    """The gradient of `Σ weight · log p` by all parameters in a row, float32.
+    """The gradient of `Σ weight · log p`, for all parameters in one float32 vector.
 
-    The graph stays, for other weights.
+    The graph is kept, so that other weights can follow.
     """
     parts = torch.autograd.grad(
-        chances.log_probs, parameters, weights, retain_graph=True, allow_unused=True
+        log_probs, parameters, weights, retain_graph=True, allow_unused=True
     )
     return torch.cat(
         [

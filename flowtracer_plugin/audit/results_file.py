@@ -1,11 +1,11 @@
-"""An audit on disk: settings in the first line, then rollouts and batches as they come.
+"""An audit on disk: settings in the first line, then every group and batch as it is finished.
 
-A run that was interrupted goes on where it stopped, and rollouts are sampled once.
+An interrupted audit continues where it stopped and samples no rollout twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from flowtracer_plugin.files import RecordFile
 
 
 class AuditFile:
-    """What is known of an audit, in a file if there is a path.
+    """The finished parts of an audit, kept in a file if there is a path, else in memory only.
 
     Attributes:
-        groups: By the row of their prompt.
-        batches: By their number.
+        groups: The groups, by the row of their prompt.
+        batches: The batches, by their number.
 
     Raises:
         ValueError: As `RecordFile`, or a record is damaged.
@@ -41,8 +41,22 @@ class AuditFile:
                 f"got {error!r}; write to another file"
             ) from error
 
+    def has_group(self, row: int, prompt_ids: Sequence[int]) -> bool:
+        """Whether the completions of this prompt are known.
+
+        Raises:
+            ValueError: The row is known with another prompt.
+        """
+        known = self.groups.get(row)
+        if known is not None and known.prompt_ids != tuple(prompt_ids):
+            raise ValueError(
+                f"the file holds row {row} with another prompt: the data have changed; "
+                "write to another file"
+            )
+        return known is not None
+
     def add(self, found: Group | BatchAudit) -> None:
-        """Write down what was found."""
+        """Write a group or a batch to the file."""
         name = "group" if isinstance(found, Group) else "batch"
         self._file.add({name: asdict(found)})
         self._keep(found)

@@ -1,12 +1,12 @@
-"""Does weighing tokens by a score turn the policy gradient where it should go? Before training.
+"""Do a score's token weights turn the policy gradient in the right direction?
 
-A large batch of rollouts gives a reference, GRPO's own gradient. In small batches of other prompts,
-each score's weights tilt the gradient, and the cosine with the reference says whether they tilt it
-towards what many more rollouts would have said: credit that tells signal from noise raises it, and
-credit that only makes steps larger leaves it.
+A large batch of rollouts gives a reference: GRPO's own gradient. In small batches of other prompts,
+each score's weights tilt the gradient, and its cosine with the reference says whether they tilt it
+towards what many more rollouts would have said. Credit that tells signal from noise raises the
+cosine; credit that only makes steps larger leaves it as it is.
 
 The gradient is linear in the weights, `g(1 + (gamma − 1) · boost) = g(1) + (gamma − 1) · g(boost)`,
-so that one backward pass for each scorer and batch serves every gamma, and the chosen tokens alone.
+so one backward pass per scorer and batch serves every gamma, and the chosen tokens alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +23,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flowtracer_plugin.audit.policy_gradient import Chances, chances_of, only, weighted_gradient
+from flowtracer_plugin.audit.policy_gradient import (
+    TokenProbabilities,
+    gradients_for,
+    token_probabilities,
+    weighted_gradient,
+)
 from flowtracer_plugin.audit.sampling import Group, padded
 from flowtracer_plugin.credit.read_rollouts import Late, ReadRollouts
 from flowtracer_plugin.credit.scorers import SCORERS, Scorer
@@ -41,14 +48,14 @@ class NoSignalError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuditOptions:
-    """What is compared.
+    """How an audit compares scorers.
 
     Attributes:
-        batches: Into how many the prompts are cut; an even number. Those of each half have the
-            other half as their reference.
+        batches: Number of batches that the prompts are split into; even. The reference of each
+            half of the batches is the gradient of the other half.
         top_fraction: Share of a completion's tokens that a scorer chooses.
-        temperature: That completions were sampled with.
-        seed: Of scorers that draw.
+        temperature: Temperature at which the completions were sampled.
+        seed: Seed of scorers that draw at random.
     """
 
     batches: int = 16
@@ -57,7 +64,7 @@ class AuditOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse values that no option has.
+        """Check the values.
 
         Raises:
             ValueError: A value is out of range.
@@ -70,16 +77,16 @@ class AuditOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tilt:
-    """What a scorer's choice does to the gradient of one batch, and what it chose; plain numbers.
+    """What a scorer chose in one batch, and how that tilts the gradient; plain numbers.
 
     Attributes:
         with_reference: `⟨g(boost), r⟩` with the other half's gradient `r`, scaled to length 1.
         with_uniform: `⟨g(boost), g(1)⟩`.
         squared: `‖g(boost)‖²`.
         chosen: Sum of the boosts.
-        entropy: The same, times the entropy of each token, in nats.
-        classes: The same, by the class of the token, see `faithfulness.CLASS_NAMES`.
-        answer: The same, of the answer's own tokens.
+        entropy: Sum of the boosts times the entropy of each token, in nats.
+        classes: Sum of the boosts in each class of tokens, see `faithfulness.CLASS_NAMES`.
+        answer: Sum of the boosts of the answer's own tokens.
     """
 
     with_reference: float
@@ -93,16 +100,16 @@ class Tilt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchAudit:
-    """What was found in one batch; plain numbers.
+    """The findings of one batch; plain numbers.
 
     Attributes:
-        number: Of the batch.
+        number: Number of the batch.
         with_reference: `⟨g(1), r⟩`.
         squared: `‖g(1)‖²`.
-        tokens: That competed, in groups whose rewards differ.
-        classes: The same, by class.
-        entropy: Sum of their entropies, in nats.
-        tilts: Of every scorer.
+        tokens: Number of tokens that scorers could choose, in groups whose rewards differ.
+        classes: Number of these tokens in each class.
+        entropy: Sum of the entropies of these tokens, in nats.
+        tilts: The tilt of every scorer, by its name.
     """
 
     number: int
@@ -114,20 +121,21 @@ class BatchAudit:
     tilts: Mapping[str, Tilt] = field(default_factory=dict)
 
 
-def cut(groups: Sequence[Group], batches: int) -> tuple[tuple[Group, ...], ...]:
-    """The groups in so many batches, neighbours apart, so that both halves see all of the data.
+def split_into_batches(groups: Sequence[Group], batches: int) -> list[list[Group]]:
+    """The batches, each without the groups that have no signal.
+
+    Neighbours in the data go to different batches, so that both halves cover all of the data.
 
     Raises:
-        NoSignalError: No group has rewards that differ, in a whole half.
+        NoSignalError: One half of the batches has no group with signal.
     """
-    parts = tuple(tuple(groups[start::batches]) for start in range(batches))
-    for half in (0, 1):
-        if not any(group.tells for part in parts[half::2] for group in part):
-            raise NoSignalError(
-                f"of {len(groups)} prompts, none in one half got completions with different "
-                "rewards, so no token is any better than another; take more prompts or "
-                "completions, or ones that the model gets right sometimes"
-            )
+    parts = [[one for one in groups[start::batches] if one.has_signal] for start in range(batches)]
+    if not (any(parts[0::2]) and any(parts[1::2])):
+        raise NoSignalError(
+            f"of {len(groups)} prompts, none in one half got completions with different "
+            "rewards, so no token is any better than another; take more prompts or "
+            "completions, or ones that the model gets right sometimes"
+        )
     return parts
 
 
@@ -142,185 +150,181 @@ def audit(
     done: Iterable[int] = (),
     progress: bool = False,
 ) -> Iterator[BatchAudit]:
-    """Audit batch by batch. Batches without any signal, as all rewards are equal, are left out.
+    """The findings of each batch, first of those with even numbers, then of those with odd ones.
+
+    Batches in which all rewards of each prompt are equal are left out.
 
     Args:
-        tracer: Of the policy.
+        tracer: Tracer of the policy.
         groups: Prompts with their completions and rewards.
-        scorers: What is compared with uniform credit.
-        parameters: Whose gradient is looked at.
-        options: How.
-        oracle: What the scorer `oracle` is told.
-        done: Numbers of batches that are known already.
-        progress: Show a bar.
+        scorers: Scorers that are compared with uniform credit.
+        parameters: Parameters whose gradient is measured.
+        options: How scorers are compared.
+        oracle: Finder of the tokens that the scorer `oracle` chooses.
+        done: Numbers of batches that need not be measured again.
+        progress: Show a progress bar.
 
     Raises:
-        NoSignalError: As `cut`.
+        NoSignalError: As `split_into_batches`.
         ValueError: A scorer lacks what it needs.
     """
-    parts, known = cut(groups, options.batches), set(done)
-    every = [group for part in parts for group in part if group.tells]
-    wanted = [group for number, part in enumerate(parts) if number not in known for group in part]
-    steps = len(every) + sum(group.tells for group in wanted)
+    batches, known = split_into_batches(groups, options.batches), set(done)
+    left = {number for number, batch in enumerate(batches) if batch} - known
+    if not left:
+        return
+    # Odd batches run twice, since holding all their gradients would take too much memory: first for
+    # the reference of the even ones, whose own sum is then the reference of the odd ones.
+    passes = [*batches[0::2], *batches[1::2], *(batches[n] for n in left if n % 2)]
     with (
-        only(tracer.model, parameters),
-        tqdm(total=steps, desc="auditing", unit="prompt", disable=not progress) as bar,
+        gradients_for(tracer.model, parameters),
+        tqdm(
+            total=sum(map(len, passes)), desc="auditing", unit="prompt", disable=not progress
+        ) as bar,
     ):
-        policy = _Policy(tracer, parameters, options, bar.update)
-        references = [
-            _unit(policy.gradient([group for part in parts[half::2] for group in part]))
-            for half in (0, 1)
-        ]
-        for number, part in enumerate(parts):
-            if number not in known and any(group.tells for group in part):
-                reference = references[1 - number % 2]
-                yield policy.audited(number, part, scorers, reference, oracle)
+        policy = _Policy(tracer, scorers, parameters, options, oracle, bar.update)
+        reference = _unit(policy.gradient(chain.from_iterable(batches[1::2])))
+        total = policy.zeros()
+        for number in range(0, options.batches, 2):
+            if number in left:
+                yield policy.measure(number, batches[number], reference, total)
+            else:
+                total += policy.gradient(batches[number])
+        reference = _unit(total)
+        for number in sorted(one for one in left if one % 2):
+            yield policy.measure(number, batches[number], reference, total)
 
 
 def _unit(vector: Vector) -> Vector:
     return vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny)
 
 
+class _GroupPass(NamedTuple):
+    """A group as a padded batch, and one forward pass over it."""
+
+    group: Group
+    ids: Int[Tensor, "completion whole"]
+    visible: Bool[Tensor, "completion whole"]
+    probabilities: TokenProbabilities
+    advantages: Float[Tensor, "completion token"]
+
+
+@dataclass(frozen=True)
 class _Policy:
-    """The gradients of a policy by some of its parameters."""
+    """A policy with the parameters and scorers of an audit; `finished` is called per group."""
 
-    def __init__(
-        self,
-        tracer: FlowTracer,
-        parameters: Sequence[nn.Parameter],
-        options: AuditOptions,
-        finished: Callable[[], object],
-    ) -> None:
-        self._tracer, self._parameters = tracer, parameters
-        self._options, self._finished = options, finished
+    tracer: FlowTracer
+    scorers: Sequence[Scorer]
+    parameters: Sequence[nn.Parameter]
+    options: AuditOptions
+    oracle: SpanFinder | None
+    finished: Callable[[], object]
 
-    def gradient(self, groups: Sequence[Group]) -> Vector:
-        """`Σ A log p` over all tokens of the groups; of the direction alone anything is asked."""
-        total = self._nothing()
+    def gradient(self, groups: Iterable[Group]) -> Vector:
+        """`Σ A log p` over all tokens of the groups, differentiated; only its direction matters."""
+        total = self.zeros()
         for group in groups:
-            if group.tells:
-                _, _, chances, advantages = self._run(group)
-                total += weighted_gradient(chances, advantages, self._parameters)
-                self._finished()
+            run = self._run(group)
+            total += self._weighted(run, run.advantages)
+            self.finished()
         return total
 
-    def audited(
-        self,
-        number: int,
-        groups: Sequence[Group],
-        scorers: Sequence[Scorer],
-        reference: Vector,
-        oracle: SpanFinder | None,
+    def measure(
+        self, number: int, groups: Sequence[Group], reference: Vector, total: Vector
     ) -> BatchAudit:
-        """What each scorer does to the gradient of a batch."""
-        plain = self._nothing()
-        tilted = {scorer.name: self._nothing() for scorer in scorers}
-        counts = {scorer.name: np.zeros(_COUNTS) for scorer in scorers}
-        total = np.zeros(_COUNTS)
+        """The findings of one batch, whose uniform gradient is added to `total`."""
+        plain = self.zeros()
+        tilted = {scorer.name: self.zeros() for scorer in self.scorers}
+        sums = {scorer.name: np.zeros(_SUMS) for scorer in self.scorers}
+        everything = np.zeros(_SUMS)
         for group in groups:
-            if not group.tells:
-                continue
-            ids, visible, chances, advantages = self._run(group)
-            read = self._read(group, ids, visible, chances, oracle)
-            plain += weighted_gradient(chances, advantages, self._parameters)
-            kinds = _Kinds(self._tracer, group, read, chances)
-            total += kinds.counted(read.rollouts(_UNIFORM).competing.float())
-            for scorer in scorers:
-                rollouts = read.rollouts(scorer)
-                boost = scorer.boost(rollouts, self._options.top_fraction)
-                counts[scorer.name] += kinds.counted(boost)
+            run = self._run(group)
+            read = self._read(run)
+            plain += self._weighted(run, run.advantages)
+            uniform = read.rollouts(_UNIFORM)
+            tokens = _Tokens(self.tracer, run, uniform.answer)
+            everything += tokens.sums(uniform.competing.float())
+            for scorer in self.scorers:
+                boost = scorer.boost(read.rollouts(scorer), self.options.top_fraction)
+                sums[scorer.name] += tokens.sums(boost)
                 if bool(boost.any()):
-                    tilted[scorer.name] += weighted_gradient(
-                        chances, advantages * boost, self._parameters
-                    )
-            self._finished()
+                    tilted[scorer.name] += self._weighted(run, run.advantages * boost)
+            self.finished()
+        total += plain
         return BatchAudit(
             number=number,
             with_reference=float(plain @ reference),
             squared=float(plain @ plain),
-            tokens=int(total[0]),
-            entropy=float(total[1]),
-            classes=tuple(int(one) for one in total[3:]),
+            tokens=int(everything[0]),
+            entropy=float(everything[1]),
+            classes=tuple(int(one) for one in everything[3:]),
             tilts={
                 name: Tilt(
                     with_reference=float(vector @ reference),
                     with_uniform=float(vector @ plain),
                     squared=float(vector @ vector),
-                    chosen=float(counts[name][0]),
-                    entropy=float(counts[name][1]),
-                    answer=float(counts[name][2]),
-                    classes=tuple(counts[name][3:].tolist()),
+                    chosen=float(sums[name][0]),
+                    entropy=float(sums[name][1]),
+                    answer=float(sums[name][2]),
+                    classes=tuple(sums[name][3:].tolist()),
                 )
                 for name, vector in tilted.items()
             },
         )
 
-    def _nothing(self) -> Vector:
-        size = sum(one.numel() for one in self._parameters)
-        return torch.zeros(size, device=self._parameters[0].device)
+    def zeros(self) -> Vector:
+        size = sum(one.numel() for one in self.parameters)
+        return torch.zeros(size, device=self.parameters[0].device)
 
-    def _run(
-        self, group: Group
-    ) -> tuple[
-        Int[Tensor, "completion whole"],
-        Bool[Tensor, "completion whole"],
-        Chances,
-        Float[Tensor, "completion token"],
-    ]:
-        """A group's ids and mask, what the policy thought of it, and each token's advantage."""
-        model, start = self._tracer.model, len(group.prompt_ids)
+    def _weighted(self, run: _GroupPass, weights: Float[Tensor, "completion token"]) -> Vector:
+        return weighted_gradient(run.probabilities.log_probs, weights, self.parameters)
+
+    def _run(self, group: Group) -> _GroupPass:
+        model, start = self.tracer.model, len(group.prompt_ids)
         ids, visible = padded(group, input_device(model))
-        chances = chances_of(model, ids, visible, start, self._options.temperature)
-        return ids, visible, chances, group.advantages.to(ids.device)[:, None] * visible[:, start:]
+        temperature = self.options.temperature
+        probabilities = token_probabilities(model, ids, visible, start, temperature)
+        advantages = group.advantages.to(ids.device)[:, None] * visible[:, start:]
+        return _GroupPass(group, ids, visible, probabilities, advantages)
 
-    def _read(
-        self,
-        group: Group,
-        ids: Int[Tensor, "completion whole"],
-        visible: Bool[Tensor, "completion whole"],
-        chances: Chances,
-        oracle: SpanFinder | None,
-    ) -> ReadRollouts:
-        """A group as scorers see it."""
-        tracer, start = self._tracer, len(group.prompt_ids)
+    def _read(self, run: _GroupPass) -> ReadRollouts:
+        """A group as scorers need it."""
+        tracer, start = self.tracer, len(run.group.prompt_ids)
         masks = rollout_masks(
-            tracer.require_tokenizer(), ids, visible, start, tracer.options, tracer.answer
+            tracer.require_tokenizer(), run.ids, run.visible, start, tracer.options, tracer.answer
         )
-        late = partial(Late, chances.entropies, -chances.log_probs.detach())
+        surprisals = -run.probabilities.log_probs.detach()
         return ReadRollouts(
             tracer,
-            ids,
-            visible,
+            run.ids,
+            run.visible,
             start,
             masks,
-            late=late,
-            oracle=oracle,
-            seed=self._options.seed,
+            late=partial(Late, run.probabilities.entropies, surprisals),
+            oracle=self.oracle,
+            seed=self.options.seed,
         )
 
 
 _UNIFORM = SCORERS["uniform"]
-_COUNTS = 3 + len(CLASS_NAMES)
+_SUMS = 3 + len(CLASS_NAMES)
 
 
-class _Kinds:
-    """What kinds of tokens a group has."""
+class _Tokens:
+    """The entropy and the class of each completion token of a group, and whether it answers."""
 
     def __init__(
-        self, tracer: FlowTracer, group: Group, read: ReadRollouts, chances: Chances
+        self, tracer: FlowTracer, run: _GroupPass, answer: Bool[Tensor, "completion whole"]
     ) -> None:
-        plain = read.rollouts(_UNIFORM)
-        start = len(group.prompt_ids)
-        self._entropies = chances.entropies.cpu().double().numpy()
-        self._answer = plain.answer[:, start:].cpu().numpy()
+        self._entropies = run.probabilities.entropies.cpu().double().numpy()
+        self._answer = answer[:, len(run.group.prompt_ids) :].cpu().numpy()
         self._classes = np.full(self._answer.shape, -1)
         tokenizer = tracer.require_tokenizer()
-        for row, ids in enumerate(group.completions):
+        for row, ids in enumerate(run.group.completions):
             pieces = decode_tokens(tokenizer, ids).pieces
             self._classes[row, : len(ids)] = token_classes(pieces)
 
-    def counted(self, boost: Float[Tensor, "completion token"]) -> Float[np.ndarray, " count"]:
-        """Sums of the boost: in all, times entropy, of the answers, and of each class."""
+    def sums(self, boost: Float[Tensor, "completion token"]) -> Float[np.ndarray, " sum"]:
+        """Sums of the boost: plain, times entropy, of the answers, and of each class."""
         weights = boost.cpu().double().numpy()
         by_class = [float(weights[self._classes == kind].sum()) for kind in range(len(CLASS_NAMES))]
         whole = [weights.sum(), (weights * self._entropies).sum(), weights[self._answer].sum()]

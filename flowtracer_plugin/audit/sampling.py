@@ -1,4 +1,4 @@
-"""Completions that a policy samples for a prompt, with their rewards, as GRPO has them."""
+"""Groups as in GRPO: a prompt, completions sampled from the policy, and their rewards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flowtracer_plugin.model.causal_lm import check_length, context_length, eval
 from flowtracer_plugin.text.encoding import Prompt
 
 Reward = Callable[..., Sequence[float | None]]
-"""A reward function by TRL's contract: it is called with keywords, and `None` does not count."""
+"""A reward function as TRL defines it: it is called with keywords, and may return `None`."""
 
 PLAIN: Mapping[str, float] = MappingProxyType(
     {
@@ -35,22 +35,22 @@ PLAIN: Mapping[str, float] = MappingProxyType(
         "no_repeat_ngram_size": 0,
     }
 )
-"""Settings with which `generate` draws from the policy: what is left out, it takes from the model,
-and so would sample from another distribution than the one whose gradient is looked at."""
+"""Settings that make `generate` draw from the policy itself. It would take any that is missing from
+the model's configuration, and so sample from another distribution than the audited one."""
 
 SMALLEST = 1e-4
-"""Added to the spread that rewards are divided by, as TRL does."""
+"""TRL adds this to the standard deviation before it divides by it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """The completions of one prompt; plain values.
+    """One prompt with its completions and their rewards; plain values.
 
     Attributes:
         row: Number of the prompt in the data.
-        prompt_ids: As the model saw it.
-        completions: Ids of each, with the end token that it chose.
-        rewards: Of each.
+        prompt_ids: Token ids of the prompt.
+        completions: Token ids of each completion, with the end token if there is one.
+        rewards: Reward of each completion.
     """
 
     row: int
@@ -59,26 +59,21 @@ class Group:
     rewards: tuple[float, ...]
 
     @property
-    def tokens(self) -> int:
-        """Of all completions."""
-        return sum(map(len, self.completions))
-
-    @property
     def advantages(self) -> Float[Tensor, " completion"]:
-        """Rewards without their mean, in units of their spread."""
+        """Each reward minus the mean, divided by the standard deviation."""
         rewards = torch.tensor(self.rewards, dtype=torch.float64)
         return ((rewards - rewards.mean()) / (rewards.std() + SMALLEST)).float()
 
     @property
-    def tells(self) -> bool:
-        """Whether rewards differ: else no token is any better than another."""
+    def has_signal(self) -> bool:
+        """Whether the rewards differ; if they do not, no token is better than another."""
         return max(self.rewards) > min(self.rewards)
 
 
 def padded(
     group: Group, device: torch.device
 ) -> tuple[Int[Tensor, "completion token"], Bool[Tensor, "completion token"]]:
-    """Prompt and completions as a batch, padded behind the text, and what is no padding."""
+    """The ids of prompt and completions as one batch, padded after the text, and their mask."""
     rows = [torch.tensor([*group.prompt_ids, *said]) for said in group.completions]
     visible = [torch.ones_like(row, dtype=torch.bool) for row in rows]
     ids = pad_sequence(rows, batch_first=True)
@@ -95,9 +90,10 @@ def sample(
     temperature: float,
     seed: Sequence[int],
 ) -> tuple[tuple[int, ...], ...]:
-    """Ids of so many completions, from the policy itself, whatever the model is configured to.
+    """The token ids of completions that are drawn from the policy itself.
 
-    They follow from `seed`, and leave every random state as it is.
+    The model's own sampling settings are ignored. `seed` alone decides what is drawn, and no random
+    state changes.
 
     Raises:
         ValueError: The prompt fills the context.
@@ -128,10 +124,10 @@ def rewarded(
     completions: Sequence[Sequence[int]],
     columns: Mapping[str, Any],
 ) -> tuple[float, ...]:
-    """What a reward function gives completions of a prompt; `None` counts as 0.
+    """The rewards that a function gives the completions of a prompt; `None` counts as 0.
 
     Raises:
-        ValueError: It returns anything but one number for each.
+        ValueError: The function does not return one finite number for each completion.
     """
     said: list[Any] = [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in completions]
     if not isinstance(prompt, str):
@@ -153,7 +149,7 @@ def rewarded(
 
 @contextmanager
 def _seeded(seed: Sequence[int]) -> Iterator[None]:
-    """Random states that follow from the numbers, and as they were before afterwards."""
+    """Set the random state by these numbers, and restore it afterwards."""
     number = np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]
     with torch.random.fork_rng():
         torch.manual_seed(int(number >> np.uint64(1)))
@@ -168,6 +164,6 @@ def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _until_end(ids: Sequence[int], ends: set[int]) -> tuple[int, ...]:
-    """Up to the first end token, which belongs to it: the policy chose it too."""
-    stop = next((place + 1 for place, one in enumerate(ids) if one in ends), len(ids))
+    """The ids up to and with the first end token, which the policy chose like all others."""
+    stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
     return tuple(ids[:stop])

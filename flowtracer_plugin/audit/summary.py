@@ -1,4 +1,4 @@
-"""What an audit found, over its batches: cosines, what they differ by, and what was chosen."""
+"""What did an audit find? Cosines, their differences with errors, and what each scorer chose."""
 
 from __future__ import annotations
 
@@ -13,28 +13,24 @@ from scipy.stats import t as student
 from flowtracer_plugin.audit.run import BatchAudit
 from flowtracer_plugin.evaluation.faithfulness import CLASS_NAMES
 
-GAMMAS = (1.5, 3.0)
-"""Weights of the chosen tokens that are looked at: the paper's, and a stronger one. Beside these
-also no other tokens at all, `math.inf`."""
+GAMMAS = (1.5, 3.0, math.inf)
+"""Weights of the chosen tokens: the paper's, a stronger one, and the chosen tokens alone."""
 
 CONFIDENCE = 0.95
-
-BASELINES = {"random": "random", "one_hop": "attention"}
-"""What every scorer is compared with beside uniform credit, if it was audited as well."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """A scorer's cosine with the reference, against another's in the same batches.
+    """A scorer's cosine with the reference, minus another scorer's in the same batches.
 
     Attributes:
-        gamma: Weight of the chosen tokens; infinite, if the others have none.
-        cosine: The mean over the batches.
-        mean: Of the differences.
+        gamma: Weight of the chosen tokens; infinite if the others have weight 0.
+        cosine: Mean of the scorer's cosine over the batches.
+        mean: Mean of the differences.
         error: Standard error of that mean.
         low: Lower end of its 95 % interval, by Student's t.
-        high: Upper end.
-        chance: Two-sided p of no difference, by the same.
+        high: Upper end of that interval.
+        chance: Two-sided p value of no difference, by Student's t.
     """
 
     gamma: float
@@ -48,23 +44,23 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScorerAudit:
-    """What one scorer does.
+    """The findings about one scorer.
 
     Attributes:
-        scorer: Its name.
-        differences: Of its cosine from that of uniform credit, for each gamma.
-        over_random: The same from random choice, at the first gamma.
-        over_one_hop: The same from one hop of attention.
-        signal: Share of uniform credit's projection on the reference that the chosen tokens hold
-            alone. Shares of disjoint choices add up; one can be above 1, or below 0.
-        noise: Size of the chosen tokens' gradient across the reference, as a share of that of
-            uniform credit. Where signal is above noise, the chosen tokens alone point closer to the
-            reference than all do; a gamma near 1 helps already where signal is above the square of
-            noise, if what the others add to the noise is independent.
+        scorer: Name of the scorer.
+        differences: Its cosine minus that of uniform credit, for each gamma.
+        over_random: Its cosine minus that of `random`, at the first gamma, if both were audited.
+        over_one_hop: Its cosine minus that of `attention`, in the same way.
+        signal: The chosen tokens' projection on the reference, as a share of that of all tokens.
+            Shares of disjoint choices add up to 1; one can be above 1, or below 0.
+        noise: The size of the chosen tokens' gradient across the reference, as a share of that of
+            all tokens. Where signal is above noise, the chosen tokens alone point closer to the
+            reference than all tokens do. A gamma near 1 already helps where signal is above the
+            square of noise, if the noise of the other tokens is independent.
         chosen: Share of the tokens that are chosen.
-        entropy: Of the chosen tokens, their mean in nats.
-        answer: Share of the chosen tokens that are the answer's own.
-        classes: Share of the chosen tokens that are of each class.
+        entropy: Mean entropy of the chosen tokens, in nats.
+        answer: Share of the chosen tokens that belong to the answer.
+        classes: Share of the chosen tokens in each class.
     """
 
     scorer: str
@@ -81,15 +77,15 @@ class ScorerAudit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuditSummary:
-    """What an audit found.
+    """The findings of an audit.
 
     Attributes:
-        batches: That had any signal.
-        cosine: Of uniform credit with the reference, the mean over the batches.
-        tokens: That competed.
-        entropy: Their mean, in nats.
-        classes: Share of them that are of each class.
-        scorers: In their order.
+        batches: Number of batches with signal.
+        cosine: Cosine of uniform credit with the reference, the mean over the batches.
+        tokens: Number of tokens that scorers could choose.
+        entropy: Mean entropy of these tokens, in nats.
+        classes: Share of these tokens in each class.
+        scorers: The findings about each scorer, in the order of the audit.
     """
 
     batches: int
@@ -101,12 +97,12 @@ class AuditSummary:
 
 
 def summarise_audit(
-    batches: Sequence[BatchAudit], *, gammas: Sequence[float] = (*GAMMAS, math.inf)
+    batches: Sequence[BatchAudit], *, gammas: Sequence[float] = GAMMAS
 ) -> AuditSummary:
-    """Means over batches, each of which counts the same.
+    """The means over all batches, each with the same weight.
 
-    Differences are taken within batches. Batches of one half share a reference, so that the errors
-    are those that other batches would make against the same references.
+    Differences are taken within batches. The batches of one half share a reference, so the errors
+    say how other batches would differ with the same references.
 
     Raises:
         ValueError: There are fewer than two batches.
@@ -131,18 +127,18 @@ def summarise_audit(
 def _scorer(name: str, batches: Sequence[BatchAudit], gammas: Sequence[float]) -> ScorerAudit:
     tilts = [batch.tilts[name] for batch in batches]
     own = np.array([tilt.with_reference for tilt in tilts])
-    plain = np.array([batch.with_reference for batch in batches])
+    whole = np.array([batch.with_reference for batch in batches])
     across = np.array([tilt.squared for tilt in tilts]) - own**2
-    plainly_across = np.array([batch.squared for batch in batches]) - plain**2
+    whole_across = np.array([batch.squared for batch in batches]) - whole**2
     chosen = sum(tilt.chosen for tilt in tilts)
     classes = np.sum([tilt.classes for tilt in tilts], axis=0) / max(chosen, 1e-12)
     return ScorerAudit(
         scorer=name,
         differences=tuple(_difference(name, None, batches, gamma) for gamma in gammas),
-        over_random=_over("random", name, batches, gammas[0]),
-        over_one_hop=_over("one_hop", name, batches, gammas[0]),
-        signal=float(own.sum() / plain.sum()),
-        noise=math.sqrt(max(0.0, float(across.sum() / plainly_across.sum()))),
+        over_random=_versus("random", name, batches, gammas[0]),
+        over_one_hop=_versus("attention", name, batches, gammas[0]),
+        signal=float(own.sum() / whole.sum()),
+        noise=math.sqrt(max(0.0, float(across.sum() / whole_across.sum()))),
         chosen=chosen / max(1, sum(batch.tokens for batch in batches)),
         entropy=sum(tilt.entropy for tilt in tilts) / max(chosen, 1e-12),
         answer=sum(tilt.answer for tilt in tilts) / max(chosen, 1e-12),
@@ -150,10 +146,9 @@ def _scorer(name: str, batches: Sequence[BatchAudit], gammas: Sequence[float]) -
     )
 
 
-def _over(
-    baseline: str, name: str, batches: Sequence[BatchAudit], gamma: float
+def _versus(
+    other: str, name: str, batches: Sequence[BatchAudit], gamma: float
 ) -> Difference | None:
-    other = BASELINES[baseline]
     if other == name or other not in batches[0].tilts:
         return None
     return _difference(name, other, batches, gamma)
@@ -162,7 +157,7 @@ def _over(
 def _difference(
     name: str, other: str | None, batches: Sequence[BatchAudit], gamma: float
 ) -> Difference:
-    """From another scorer, or from uniform credit."""
+    """The difference from another scorer, or from uniform credit."""
     cosines = tilted_cosines(name, batches, gamma)
     others = _uniform(batches) if other is None else tilted_cosines(other, batches, gamma)
     differences = cosines - others
@@ -184,7 +179,7 @@ def _difference(
 def tilted_cosines(
     name: str, batches: Sequence[BatchAudit], gamma: float
 ) -> Float[np.ndarray, " batch"]:
-    """Cosine of `g(1) + (gamma − 1) · g(boost)` with the reference; 0 where nothing is left."""
+    """The cosine of `g(1) + (gamma − 1) · g(boost)` with the reference; 0 for an empty gradient."""
     found = []
     for batch in batches:
         tilt = batch.tilts[name]
@@ -202,7 +197,7 @@ def _uniform(batches: Sequence[BatchAudit]) -> Float[np.ndarray, " batch"]:
 
 
 def holm(chances: Sequence[float]) -> tuple[float, ...]:
-    """The p values of several tests, adjusted so that any false finding is as rare as one (Holm).
+    """The p values of several tests, adjusted for their number by Holm's step-down method.
 
     Examples:
         >>> [round(p, 4) for p in holm([0.01, 0.04, 0.03])]

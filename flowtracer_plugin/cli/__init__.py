@@ -1,4 +1,4 @@
-"""The command `flowtracer`: the public API from a shell, and nothing else."""
+"""The command `flowtracer`: the public API in a shell."""
 
 import lazy_loader
 

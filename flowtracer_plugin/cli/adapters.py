@@ -1,24 +1,24 @@
-"""`flowtracer adapters`: which adapters there are, and whether one reads a model rightly."""
+"""`flowtracer adapters`: which adapters are installed, and does one read a model correctly?"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
 
-from flowtracer_plugin.cli.loading import (
-    Device,
-    Implementation,
-    Precision,
-    RemoteCode,
+from flowtracer_plugin.cli.loading import load_with_adapter
+from flowtracer_plugin.cli.options import (
+    Adapter,
+    AsJson,
+    Backend,
+    ModelArgument,
+    ReadingOptions,
     Traceback,
-    check_adapter,
-    load_model,
-    named_adapter,
+    flattened,
 )
 from flowtracer_plugin.cli.outputs import print_document, print_table
 
@@ -29,28 +29,26 @@ if TYPE_CHECKING:
 
 
 class _ListFirst(TyperGroup):
-    """Without a command, the adapters are listed."""
+    """A group whose default command is `list`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         command = args and (not args[0].startswith("-") or args[0] == "--help")
-        command = command or ctx.resilient_parsing  # a shell asks what there is
+        command = command or ctx.resilient_parsing  # a shell asks for completions
         return super().parse_args(ctx, args if command else ["list", *args])
 
 
 adapters_app = typer.Typer(
     name="adapters",
     cls=_ListFirst,
-    help="List the adapters that are installed, or check one on a model.\n\n"
+    help="List the installed adapters, or check one on a model.\n\n"
     "For example:\n\nflowtracer adapters check Qwen/Qwen3-0.6B",
     pretty_exceptions_enable=False,
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print the same as JSON.")]
-
 
 @adapters_app.command("list")
 def list_adapters(json: AsJson = False, traceback: Traceback = False) -> None:
-    """List the adapters that are installed, in the order in which models are shown to them.
+    """List the installed adapters, in the order in which they are tried on a model.
 
     For example:
 
@@ -72,34 +70,25 @@ def list_adapters(json: AsJson = False, traceback: Traceback = False) -> None:
 
 
 @adapters_app.command()
+@flattened
 def check(
-    model: Annotated[str, typer.Argument(help="Folder of a model, or its id on the hub.")],
-    adapter: Annotated[
-        str | None, typer.Option(help="Name of an adapter; without it, the one that wrap finds.")
-    ] = None,
-    backend: Annotated[
-        Literal["nnsight", "interface"], typer.Option(help="How the model is read.")
-    ] = "nnsight",
-    attn_implementation: Implementation = None,
-    dtype: Precision = "auto",
-    device: Device = "auto",
-    trust_remote_code: RemoteCode = False,
+    model: ModelArgument,
+    loading: ReadingOptions,
+    adapter: Adapter = None,
+    backend: Backend = "nnsight",
     json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
-    """Check that an adapter reads a model rightly, layer by layer.
+    """Check that an adapter reads a model correctly, layer by layer.
 
     For example:
 
     flowtracer adapters check Qwen/Qwen3-0.6B
     """
-    chosen = None if adapter is None else named_adapter(adapter)
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    loaded = load_model(model, device, dtype, trust_remote_code=trust_remote_code, **options)
+    loaded, chosen = load_with_adapter(model, loading, adapter)
     from flowtracer_plugin.reading.diagnosis import diagnose
     from flowtracer_plugin.reading.reader import AttentionReader
 
-    check_adapter(chosen, loaded)
     reader = AttentionReader(loaded, chosen, backend=backend)
     diagnosis = diagnose(reader)
     show = _print_check_json if json else _print_check
@@ -156,7 +145,7 @@ def _site_facts(found: SiteFinding) -> dict[str, Any]:
         name: getattr(found.report, name, None)
         for name in ("heads", "groups", "difference", "tolerance", "row_sum", "ahead", "padding")
     }
-    # JSON has no word for what is not a number.
+    # JSON has no infinity and no NaN.
     finite = {
         name: value if value is None or math.isfinite(value) else str(value)
         for name, value in numbers.items()
@@ -171,17 +160,8 @@ def _print_check(reader: AttentionReader, diagnosis: Diagnosis) -> None:
     typer.echo(f"model    {facts['model']}, {facts['dtype']}, {facts['attn_implementation']}")
     typer.echo(f"adapter  {entry.name} from {entry.source}{offered}")
     typer.echo(f"backend  {facts['backend']}\n")
-    heads = (
-        "layer",
-        "module",
-        "function",
-        "heads",
-        "differs",
-        "allowed",
-        "row sum",
-        "ahead",
-        "verdict",
-    )
+    numbers = ("heads", "differs", "allowed", "row sum", "ahead")
+    heads = ("layer", "module", "function", *numbers, "verdict")
     print_table(heads, map(_row, diagnosis.sites))
     typer.echo()
     for line in _findings(diagnosis):
@@ -207,7 +187,7 @@ def _row(found: SiteFinding) -> tuple[str, ...]:
 
 
 def _findings(diagnosis: Diagnosis) -> Iterable[str]:
-    """What is wrong, each kind once, and where to look."""
+    """The lines that name each kind of problem once, and where to look."""
     from flowtracer_plugin.reading.diagnosis import ADVICE
 
     for verdict, advice in ADVICE.items():

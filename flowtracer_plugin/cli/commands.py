@@ -1,4 +1,4 @@
-"""The command `flowtracer`: the public API from a shell, and nothing else."""
+"""The command `flowtracer` with all its commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flowtracer_plugin.cli.pages import compare, report
 from flowtracer_plugin.cli.tracing import demo, estimate, generate, trace
 
 app = typer.Typer(
-    help="Trace which tokens carried a language model's answer.",
+    help="Find out which tokens carried a language model's answer.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -24,15 +24,15 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line.
 
-    Mistakes end in one sentence on stderr and exit code 1, wrong usage in exit code 2, and Ctrl-C
-    in exit code 130.
+    A mistake ends with one sentence on stderr and exit code 1, wrong usage with exit code 2, and
+    Ctrl-C with exit code 130.
     """
-    # A terminal that cannot show a character shows a question mark; stderr does so by itself.
+    # Show a question mark for characters that the terminal cannot show, as stderr does by default.
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure:
         reconfigure(errors="replace")
     try:
-        app(prog_name="flowtracer")  # also of python -m flowtracer_plugin
+        app(prog_name="flowtracer")  # the same name for python -m flowtracer_plugin
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except MISTAKES as error:
@@ -68,11 +68,11 @@ def _root(
     pass
 
 
-# TRL's parser knows these options, and importing TRL to list them takes seconds.
+# TRL's own parser reads the options: to list them here would take seconds to import TRL.
 def train(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="--OPTION VALUE ...")] = None,
 ) -> None:
-    """Train a model by GRPO with flow credit; its --help shows every option.
+    """Train a model with GRPO and flow credit; its --help shows every option.
 
     For example:
 

@@ -1,4 +1,4 @@
-"""`flowtracer evaluate`: does knocking out what a score ranks on top change the answers?"""
+"""`flowtracer evaluate`: do answers change without each score's highest-ranked tokens?"""
 
 from __future__ import annotations
 
@@ -11,10 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flowtracer_plugin.cli.loading import Traceback, load_model, load_tokenizer
-from flowtracer_plugin.cli.options import Layers, PageFile, answer_rule, flattened
-from flowtracer_plugin.cli.outputs import print_document, write_file
-from flowtracer_plugin.cli.questions import DataOptions, RunOptions, load_prompts
+from flowtracer_plugin.cli.loading import load_tokenizer, load_tracer
+from flowtracer_plugin.cli.options import (
+    SCORES,
+    AnswerRule,
+    Layers,
+    LoadingOptions,
+    MaxNewTokens,
+    ModelArgument,
+    Oracle,
+    PageFile,
+    Traceback,
+    flattened,
+)
+from flowtracer_plugin.cli.outputs import print_document, print_results, write_file
+from flowtracer_plugin.cli.parsing import names, wrong_usage
+from flowtracer_plugin.cli.questions import DataOptions, ResultOptions, load_prompts
 
 if TYPE_CHECKING:
     from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
@@ -29,100 +41,93 @@ _data = partial(typer.Option, rich_help_panel="Data")
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions:
-    """Which answers are judged."""
+    """Which answers are evaluated."""
 
-    limit: Annotated[int | None, _data(min=1, help="Read only the first rows.")] = None
+    limit: Annotated[int | None, _data(min=1, help="Read this many rows; by default all.")] = None
     response_column: Annotated[
         str | None,
-        _data(help="Column of given responses; by default response. Else the model answers."),
+        _data(
+            help="Column of given responses; by default response. Where there is none, the model "
+            "generates a response."
+        ),
     ] = None
-    max_new_tokens: Annotated[int, _answers(min=1, help="Length of the model's own answers.")] = 256
+    max_new_tokens: MaxNewTokens = 256
     predicted_only: Annotated[
         bool,
         _answers(
             "--predicted-only/--any-answer",
-            help="Leave out given responses whose answer the model would not have chosen.",
+            help="Leave out given responses whose answer the model itself would not have chosen.",
         ),
     ] = True
     setting: Annotated[
         Literal["given", "compute"],
         _data(
             metavar="WHICH",
-            help="given: responses as they are; compute: cut where the answer has to be computed.",
+            help="given: whole responses; compute: cut where the model has to compute the answer.",
         ),
     ] = "given"
-    answer: Annotated[
-        Any,
-        _answers(
-            parser=answer_rule, metavar="RULE", help="How to find answers, as in flowtracer trace."
-        ),
-    ] = "auto"
+    answer: AnswerRule = "auto"
     layers: Layers = "middle"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolOptions:
-    """What is done to the texts."""
+    """What is cut, and how often."""
 
     protocols: Annotated[
-        str, _cutting(help="knock_out, curves, lines, edges, regeneration, or all.")
+        str, _cutting(help="Protocols: knock_out, curves, lines, edges, regeneration, or all.")
     ] = "knock_out"
     rows: Annotated[
         Literal["future", "answer"],
         _cutting(help="Hide tokens from all later ones, or from those that predict the answer."),
     ] = "future"
-    percents: Annotated[str, _cutting(help="Shares of the tokens that are knocked out.")] = (
-        "1,2,5,10,20"
-    )
+    percents: Annotated[
+        str, _cutting(help="Percentages of the tokens to knock out; each is measured.")
+    ] = "1,2,5,10,20"
     gaps: Annotated[
         str,
-        _cutting(help="How many tokens right before the answer are spared; each is measured."),
+        _cutting(help="Numbers of tokens to spare right before the answer; each is measured."),
     ] = "0,5"
-    draws: Annotated[int, _cutting(min=1, help="Random sets of each control and share.")] = 20
-    scores: Annotated[
-        str | None,
-        _cutting(help="Such as flow,flow:sharp,recency; docs/credit.md lists all scorers."),
-    ] = None
-    oracle: Annotated[
-        str | None,
-        _cutting(help="Pattern of what matters in a response: adds the score oracle."),
-    ] = None
-    seed: Annotated[int, _cutting(min=0, help="Seed of the draws and of the intervals.")] = 0
+    draws: Annotated[int, _cutting(min=1, help="Random sets for each control and percentage.")] = 20
+    scores: Annotated[str | None, SCORES] = None
+    oracle: Oracle = None
+    seed: Annotated[int, _cutting(min=0, help="Random seed of the draws and of the intervals.")] = 0
     batch_size: Annotated[
-        int | None, _cutting(min=1, help="Cuts at once; as many as memory allows by default.")
+        int | None, _cutting(min=1, help="Texts per forward pass; by default as many as fit.")
     ] = None
 
 
 @flattened
 def evaluate(
-    run: RunOptions,
+    model: ModelArgument,
     data: DataOptions,
+    results: ResultOptions,
+    loading: LoadingOptions,
     answers: AnswerOptions,
     chosen: ProtocolOptions,
     html: PageFile = None,
     traceback: Traceback = False,
 ) -> None:
-    """Knock out the tokens that each score ranks on top, and see whether the answers change.
+    """Knock out each score's highest-ranked tokens, and see whether the answers change.
 
-    Scores are those of docs/credit.md and recency; by default flow, flow:decision, flow:sharp,
-    reach, reach:decision, reach:sharp, attention, attention:decision, attention:sharp,
+    Scores are those of docs/credit.md and recency. By default they are flow, flow:decision,
+    flow:sharp, reach, reach:decision, reach:sharp, attention, attention:decision, attention:sharp,
     attention_power, rollout, fai, waad, grad_x_input, entropy, surprisal and recency.
 
     For example:
 
     flowtracer evaluate Qwen/Qwen3-0.6B questions.jsonl --limit 50 --output results.jsonl
     """
-    tokenizer = load_tokenizer(run.model, trust_remote_code=run.trust_remote_code)
+    tokenizer = load_tokenizer(model, loading)
     options = _options(chosen)
     protocols, scores = _protocols(chosen.protocols), _scores(chosen, options.matched)
     examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)
-    loaded = load_model(run.model, run.device, run.dtype, trust_remote_code=run.trust_remote_code)
     from flowtracer_plugin.evaluation.overview import Evaluation
-    from flowtracer_plugin.trace.tracer import wrap
 
-    tracer = wrap(loaded, tokenizer, layers=answers.layers, answer=answers.answer, mode="dense")
+    how = {"layers": answers.layers, "answer": answers.answer, "mode": "dense"}
+    tracer = load_tracer(model, loading, tokenizer, **how)
     settings = {
-        "model": run.model,
+        "model": model,
         "data": data.data,
         "dtype": str(tracer.model.dtype),
         "layers": list(tracer.layers),
@@ -140,7 +145,7 @@ def evaluate(
         examples,
         options,
         settings,
-        run.output,
+        results.output,
         scores=scores,
         protocols=protocols,
         setting=answers.setting,
@@ -148,7 +153,8 @@ def evaluate(
         predicted_only=answers.predicted_only,
         batch_size=chosen.batch_size,
     )
-    _deliver(Evaluation(settings=settings, examples=examples, outcomes=outcomes), html, run.json)
+    evaluation = Evaluation(settings=settings, examples=examples, outcomes=outcomes)
+    _deliver(evaluation, html, as_json=results.json)
 
 
 def _options(chosen: ProtocolOptions) -> KnockOutOptions:
@@ -175,27 +181,24 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 def _protocols(text: str) -> tuple[str, ...]:
     from flowtracer_plugin.evaluation.protocols import PROTOCOLS, check_protocols
 
-    names = tuple(PROTOCOLS) if text == "all" else tuple(part.strip() for part in text.split(","))
-    try:
-        check_protocols(names)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--protocols") from error
-    return tuple(name for name in PROTOCOLS if name in names)
+    chosen = tuple(PROTOCOLS) if text == "all" else tuple(names(text))
+    with wrong_usage("--protocols"):
+        check_protocols(chosen)
+    return tuple(name for name in PROTOCOLS if name in chosen)
 
 
 def _scores(chosen: ProtocolOptions, needed: str) -> Mapping[str, Any]:
     from flowtracer_plugin.credit.token_scores import NAMES, token_score
     from flowtracer_plugin.evaluation.summaries import BASELINES
 
-    names = list(NAMES)
+    wanted = list(NAMES)
     if chosen.scores is not None:
-        # Controls are matched to the flow, and everything is compared with one hop.
-        asked = (name.strip() for name in chosen.scores.split(","))
-        names = [*asked, needed, BASELINES["one_hop"]]
+        # The controls are matched to the flow, and all scores are compared with one hop.
+        wanted = [*names(chosen.scores), needed, BASELINES["one_hop"]]
     if chosen.oracle is not None:
-        names.append("oracle")
+        wanted.append("oracle")
     try:
-        return {name: token_score(name, oracle=chosen.oracle) for name in dict.fromkeys(names)}
+        return {name: token_score(name, oracle=chosen.oracle) for name in dict.fromkeys(wanted)}
     except ValueError as error:
         raise typer.BadParameter(f"{error} (or recency)", param_hint="--scores") from error
 
@@ -220,7 +223,7 @@ def _run(
     return evaluate_to_file(outcomes, examples, output, settings, progress=progress)
 
 
-def _deliver(evaluation: Evaluation, html: Path | None, as_json: bool) -> None:
+def _deliver(evaluation: Evaluation, html: Path | None, *, as_json: bool) -> None:
     from flowtracer_plugin.evaluation.overview import document
     from flowtracer_plugin.evaluation.page import write_evaluation
 
@@ -235,19 +238,9 @@ def _deliver(evaluation: Evaluation, html: Path | None, as_json: bool) -> None:
 
 
 def _print_tables(evaluation: Evaluation) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from flowtracer_plugin.evaluation.tables import cell, counts, tables
 
     for line in counts(evaluation):
         typer.echo(line)
-    console = Console(width=None if sys.stdout.isatty() else 200)
     for found in tables(evaluation):
-        table = Table(title=found.title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for head in found.heads:
-            table.add_column(head)
-        for row in found.rows:
-            table.add_row(*map(cell, row))
-        console.print()
-        console.print(table)
+        print_results(found.title, found.heads, (tuple(map(cell, row)) for row in found.rows))

@@ -1,43 +1,23 @@
-"""Loading a model for a command, with mistakes in one sentence."""
+"""How does a command get its tokenizer, model and tracer? Mistakes end in one sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from flowtracer_plugin.cli.options import LoadingOptions
+
 if TYPE_CHECKING:
     from flowtracer_plugin.attention.adapter import AttentionAdapter
-
-_loading = partial(typer.Option, rich_help_panel="Loading the model")
-
-ModelName = Annotated[str, typer.Option(help="Folder of a model, or its id on the hub.")]
-Device = Annotated[
-    str,
-    _loading(
-        help="auto, cpu, cuda, cuda:1, mps.",
-        autocompletion=lambda: ["auto", "cpu", "cuda", "mps"],
-    ),
-]
-Precision = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    _loading(help="Precision of the model; auto is that of its files."),
-]
-Implementation = Annotated[
-    str | None, _loading(help="Load the model with this: sdpa, eager, flash_attention_2, …")
-]
-RemoteCode = Annotated[
-    bool, _loading("--trust-remote-code", help="Run the model code that its files bring along.")
-]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where errors arise.")]
+    from flowtracer_plugin.trace.tracer import FlowTracer
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """A sign of life in a terminal, while something takes seconds that nobody can foretell."""
+    """Show a spinner in a terminal during work of unknown length."""
     from rich.console import Console
     from rich.text import Text
 
@@ -45,10 +25,22 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
+def load_tokenizer(name: str, options: LoadingOptions) -> Any:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        ValueError: The tokenizer cannot be loaded.
+    """
+    with waiting("importing PyTorch and transformers"):
+        from flowtracer_plugin.model import loading
+
+    return loading.load_tokenizer(name, trust_remote_code=options.trust_remote_code)
+
+
 def load_model(
-    name: str, device: str, dtype: str, *, wanted: str = "a causal language model", **options: Any
+    name: str, options: LoadingOptions, *, wanted: str = "a causal language model"
 ) -> Any:
-    """A causal language model, for inference. `options` are transformers' own.
+    """A causal language model in evaluation mode; `wanted` names it in messages.
 
     Raises:
         typer.BadParameter: There is no such device.
@@ -57,26 +49,50 @@ def load_model(
     with waiting("importing PyTorch and transformers"):
         from flowtracer_plugin.model import loading
 
+    given = {key: value for key, value in vars(options).items() if value is not None}
     try:
-        return loading.load_model(name, device, dtype, wanted=wanted, **options)
+        return loading.load_model(name, wanted=wanted, **given)
     except loading.UnknownDeviceError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from error
 
 
-def load_tokenizer(name: str, **options: Any) -> Any:
-    """The tokenizer that belongs to a model. `options` are transformers' own."""
-    with waiting("importing PyTorch and transformers"):
-        from flowtracer_plugin.model import loading
-
-    return loading.load_tokenizer(name, **options)
-
-
-def named_adapter(name: str) -> AttentionAdapter:
-    """The adapter of that name.
+def load_tracer(
+    name: str, options: LoadingOptions, tokenizer: Any, *, adapter: str | None = None, **given: Any
+) -> FlowTracer:
+    """A tracer of a model with its tokenizer; `given` goes to `wrap`.
 
     Raises:
-        typer.BadParameter: There is none, or it cannot be used.
+        typer.BadParameter: There is no such device or adapter.
+        ValueError: The model cannot be loaded, or the adapter does not fit it.
     """
+    with waiting("importing PyTorch, transformers and nnsight"):
+        from flowtracer_plugin.trace.tracer import wrap
+    wanted = "model and tokenizer"
+    model, chosen = load_with_adapter(name, options, adapter, wanted=wanted)
+    return wrap(model, tokenizer, adapter=chosen, **given)
+
+
+def load_with_adapter(
+    name: str, options: LoadingOptions, adapter: str | None, **others: Any
+) -> tuple[Any, AttentionAdapter | None]:
+    """A model as by `load_model`, and the adapter of this name, which must fit it; None for None.
+
+    Raises:
+        UnsupportedArchitectureError: The adapter does not fit the model.
+    """
+    from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
+
+    chosen = None if adapter is None else _named_adapter(adapter)
+    model = load_model(name, options, **others)
+    if chosen is not None and not chosen.matches(model):
+        raise UnsupportedArchitectureError(
+            f"the adapter {chosen.name!r} is not for {type(model).__name__}: its matches() says "
+            "no; leave --adapter out, or fix it"
+        )
+    return model, chosen
+
+
+def _named_adapter(name: str) -> AttentionAdapter:
     from flowtracer_plugin.attention.adapter import adapter_entries
 
     entries = adapter_entries()
@@ -89,18 +105,3 @@ def named_adapter(name: str) -> AttentionAdapter:
         f"{name} is skipped: {found[0].skipped}" if found else f"wanted {known}, found {name!r}",
         param_hint="--adapter",
     )
-
-
-def check_adapter(adapter: AttentionAdapter | None, model: Any) -> None:
-    """Refuse an adapter that does not know the model.
-
-    Raises:
-        UnsupportedArchitectureError: It says so itself.
-    """
-    from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
-
-    if adapter is not None and not adapter.matches(model):
-        raise UnsupportedArchitectureError(
-            f"the adapter {adapter.name!r} is not for {type(model).__name__}: its matches() says "
-            "no; leave --adapter out, or mend it"
-        )

@@ -1,19 +1,11 @@
-"""What went wrong, in one sentence that says what to do."""
+"""How is an error told to a user? In one sentence that says what to do."""
 
 from __future__ import annotations
 
 import re
 
-MISTAKES = (
-    ValueError,
-    LookupError,
-    TypeError,
-    OSError,
-    RuntimeError,
-    ImportError,
-    MemoryError,
-)
-"""What a user can cause. Anything else is a mistake of this package, and shows where it arose."""
+MISTAKES = (ValueError, LookupError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
+"""Errors that a user can cause. Any other is a bug of this package, and shows its traceback."""
 
 EXTRAS = {
     "trl": "trl",
@@ -24,17 +16,16 @@ EXTRAS = {
     "networkx": "viz",
     "pyarrow": "viz",
 }
-"""Packages that not everyone has, and the extra that brings each."""
-
+"""Optional packages, each with the extra that installs it."""
 
 _PYTHON = re.compile(
     r"(?:wrap\(\.\.\., )?\b(mode|layers|question|backend|batch_size)=(['\"]?)([\w:]+)\2\)?"
 )
-"""How messages of the Python API name options that the command line has too."""
+"""How messages of the Python API name options that are also on the command line."""
 
 
 def sentence(error: BaseException) -> str:
-    """The mistake on one line."""
+    """The error's message on one line, in terms of the command line."""
     said = " ".join(str(error).split()) or type(error).__name__
     missing = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and missing in EXTRAS and "pip install" not in said:
@@ -61,7 +52,7 @@ def sentence(error: BaseException) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python or PyTorch ran out of memory; `TooLittleMemoryError` knows better advice."""
+    """Whether memory ran out; `TooLittleMemoryError` comes earlier, with its own advice."""
     said = str(error)
     return (
         type(error) is MemoryError

@@ -1,10 +1,8 @@
-"""The options that commands share, with the names and defaults of the Python API."""
+"""Which options do several commands share? Their names and defaults are those of the Python API."""
 
 from __future__ import annotations
 
 import inspect
-import os
-import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
@@ -13,15 +11,18 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from flowtracer_plugin.cli.loading import Device, Implementation, ModelName, Precision, RemoteCode
+from flowtracer_plugin.cli import parsing
 
+_loading = partial(typer.Option, rich_help_panel="Loading the model")
 _generating = partial(typer.Option, rich_help_panel="The model's answer")
 _tracing = partial(typer.Option, rich_help_panel="Flow")
+_scoring = partial(typer.Option, rich_help_panel="Scores")
 _output = partial(typer.Option, rich_help_panel="Output")
+_file = partial(_output, dir_okay=False, callback=parsing.writable)
 
 
 def flattened(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer wants it: the fields of its dataclass parameters are its options."""
+    """The command as typer wants it: each field of a dataclass parameter becomes an option."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters: list[inspect.Parameter] = []
@@ -55,93 +56,94 @@ def _field_parameters(group: Any) -> list[inspect.Parameter]:
     ]
 
 
-def answer_rule(text: str) -> str | re.Pattern[str]:
-    """A finder of answers: its name, or the pattern after `re:`.
-
-    Raises:
-        typer.BadParameter: There is no such finder, or the pattern has not one group.
-    """
-    from flowtracer_plugin.text.answers import FINDERS, check_finder
-
-    names = ["auto", *FINDERS]
-    if text in names:
-        return text
-    if not text.startswith("re:"):
-        raise typer.BadParameter(f"wanted {', '.join(names)} or re:PATTERN, found {text!r}")
-    try:
-        pattern = re.compile(text.removeprefix("re:"))
-        check_finder(pattern)
-    except (ValueError, re.error) as error:
-        raise typer.BadParameter(f"{error}, in {text!r}") from error
-    return pattern
-
-
-def layer_selection(text: str) -> str | list[int]:
-    """Layers by name or by number; whether the model has these, only the model can tell.
-
-    Raises:
-        typer.BadParameter: It is neither.
-    """
-    from flowtracer_plugin.model.layers import select_layers
-
-    parts = text.split(",")
-    if all(part.strip().isdecimal() for part in parts):
-        return [int(part) for part in parts]
-    try:
-        select_layers(text, [0])
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    return text
-
-
-def head_selection(text: str) -> str | float | tuple[tuple[int, int], ...]:
-    """Heads as `wrap` takes them; whether the model has these, only the model can tell.
-
-    Raises:
-        typer.BadParameter: They are neither all, nor a share, nor pairs.
-    """
-    if text == "all":
-        return text
-    try:
-        if ":" not in text:
-            share = float(text)
-            if 0 < share <= 1:
-                return share
-        pairs = [part.split(":") for part in text.split(",")]
-        return tuple((int(layer), int(head)) for layer, head in pairs)
-    except ValueError:
-        raise typer.BadParameter(
-            f"wanted all, a share above 0 and up to 1, or pairs such as 12:3,15:0, found {text!r}"
-        ) from None
-
-
-def _beginning_with(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
-    """What a shell may complete a word to."""
+def _starting_with(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
+    """A completion for shells: the names that start with the incomplete word."""
     return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
 
 
-def _answer_rules() -> list[str]:
-    from flowtracer_plugin.text.answers import FINDERS
-
-    return ["auto", *FINDERS]
+_MODEL = "Folder of a model, or its id on the Hugging Face hub."
+ModelName = Annotated[str, typer.Option(help=_MODEL)]
+ModelArgument = Annotated[str, typer.Argument(help=_MODEL)]
+Backend = Annotated[
+    Literal["nnsight", "interface"],
+    _tracing(help="How attention is read: with nnsight, or through transformers' own functions."),
+]
+Adapter = Annotated[
+    str | None,
+    _tracing(help="Name of the adapter to use; by default the first that fits the model."),
+]
+Layers = Annotated[
+    Any,
+    _tracing(
+        parser=parsing.layer_selection,
+        metavar="LAYERS",
+        help="Layers to read: middle, early, late, all, middle:5, or numbers such as 4,5,6.",
+        autocompletion=_starting_with(lambda: ["middle", "early", "late", "all"]),
+    ),
+]
+AnswerRule = Annotated[
+    Any,
+    _tracing(
+        parser=parsing.answer_rule,
+        metavar="RULE",
+        help="How to find the answer in a response: auto, boxed, answer_tag, hash, phrase, "
+        "after_think, last_number, last_word, or re:PATTERN with one group.",
+        autocompletion=_starting_with(parsing.answer_rules),
+    ),
+]
+MaxNewTokens = Annotated[
+    int, _generating(min=1, help="The most tokens that the model generates for one response.")
+]
+SCORES = _scoring(help="Scores, such as flow,flow:sharp,entropy; docs/credit.md lists them all.")
+Oracle = Annotated[
+    str | None,
+    _scoring(
+        callback=parsing.pattern,
+        help="Regular expression for the tokens that matter; adds a score named oracle.",
+    ),
+]
+AsJson = Annotated[bool, _output("--json", help="Print the result as one JSON document.")]
+PageFile = Annotated[Path | None, _file(help="Write an HTML page to this file.")]
+Traceback = Annotated[
+    bool, typer.Option("--traceback", help="Show the full traceback of an error.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Which model, and how it is loaded."""
+class LoadingOptions:
+    """How a model is loaded."""
 
-    model: ModelName
-    device: Device = "auto"
-    dtype: Precision = "auto"
-    attn_implementation: Implementation = None
-    trust_remote_code: RemoteCode = False
+    device: Annotated[
+        str,
+        _loading(
+            help="auto, cpu, cuda, cuda:1 or mps.",
+            autocompletion=_starting_with(lambda: ["auto", "cpu", "cuda", "mps"]),
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        _loading(help="Precision of the model; auto keeps that of its files."),
+    ] = "auto"
+    trust_remote_code: Annotated[
+        bool, _loading("--trust-remote-code", help="Run model code that comes with the files.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions(LoadingOptions):
+    """How a model is loaded, and how it computes attention."""
+
+    attn_implementation: Annotated[
+        str | None,
+        _loading(help="Attention implementation: sdpa, eager, flash_attention_2, …"),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
     """What the model is asked."""
 
-    prompt: Annotated[str, typer.Option(help="The question; - reads it from standard input.")]
+    prompt: Annotated[str, typer.Option(help="The prompt; - reads it from standard input.")]
     chat: Annotated[
         bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
     ] = True
@@ -149,59 +151,46 @@ class PromptOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How the model answers: those of `FlowTracer.generate`."""
+    """How the model generates its answer: the options of `FlowTracer.generate`."""
 
-    max_new_tokens: Annotated[int, _generating(min=1, help="Length of a generated answer.")] = 256
+    max_new_tokens: MaxNewTokens = 256
     do_sample: Annotated[
         bool, _generating("--do-sample", help="Sample instead of decoding greedily.")
     ] = False
     temperature: Annotated[
-        float | None, _generating(help="Of the sampling, instead of the model's own.")
+        float | None, _generating(help="Sampling temperature; by default the model's own.")
     ] = None
-    seed: Annotated[int, _generating(min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0
+    seed: Annotated[int, _generating(min=0, max=2**32 - 1, help="Random seed of sampling.")] = 0
 
-
-Layers = Annotated[
-    Any,
-    _tracing(
-        parser=layer_selection,
-        metavar="LAYERS",
-        help="middle, early, late, all, middle:5, or numbers such as 4,5,6.",
-        autocompletion=_beginning_with(lambda: ["middle", "early", "late", "all"]),
-    ),
-]
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not self.do_sample:
+            raise typer.BadParameter("--temperature is for sampling: pass --do-sample too")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TracingOptions:
-    """How the flow is traced: those of `wrap`."""
+    """How the flow is traced: the options of `wrap`."""
 
     preset: Annotated[
         Literal["paper", "decision", "sharp"],
-        _tracing(help="What the next options are if they are left out."),
+        _tracing(help="Sets defaults of --target, --question-weights, --heads and --edges."),
     ] = "paper"
     layers: Layers = "middle"
     question: Annotated[
         Literal["prompt", "all", "user"],
-        _tracing(help="Trace from the prompt, also from its special tokens, or from --prompt."),
-    ] = "prompt"
-    answer: Annotated[
-        Any,
         _tracing(
-            parser=answer_rule,
-            metavar="RULE",
-            help="How to find the answer: auto, boxed, answer_tag, hash, phrase, after_think, "
-            "last_number, last_word, or re:PATTERN with one group.",
-            autocompletion=_beginning_with(_answer_rules),
+            help="Where flow starts: the prompt, the prompt with its special tokens, or the text "
+            "of --prompt alone."
         ),
-    ] = "auto"
+    ] = "prompt"
+    answer: AnswerRule = "auto"
     target: Annotated[
         Literal["answer", "decision"] | None,
-        _tracing(help="Trace to the answer, or to the tokens whose logits choose it."),
+        _tracing(help="Where flow ends: the answer's tokens, or those whose logits choose them."),
     ] = None
     question_weights: Annotated[
         Literal["uniform", "reach"] | None,
-        _tracing(help="Start with equal parts, or in proportion to the influence on the answer."),
+        _tracing(help="Flow starts in equal parts, or in proportion to influence on the answer."),
     ] = None
     boundary: Annotated[
         Literal["literal", "absorbing"] | None,
@@ -209,121 +198,76 @@ class TracingOptions:
     ] = None
     first_token: Annotated[
         Literal["keep", "drop"] | None,
-        _tracing(help="Keep or drop what is paid to the first token, a common attention sink."),
+        _tracing(help="Keep or drop attention to the first token, a common attention sink."),
     ] = None
     heads: Annotated[
         Any,
         _tracing(
-            parser=head_selection,
+            parser=parsing.head_selection,
             metavar="HEADS",
-            help="all, the share that looks most at the reasoning, as 0.3, or pairs as 12:3,15:0.",
+            help="all, a share such as 0.3 (the heads that attend most to the reasoning), or "
+            "pairs of layer and head such as 12:3,15:0.",
         ),
     ] = None
     edges: Annotated[
         Literal["attention", "value"] | None,
-        _tracing(help="Weigh attention alone, or times what each head moves."),
+        _tracing(
+            help="Edge weights: attention, or attention times the size of what each head moves."
+        ),
     ] = None
-    adapter: Annotated[
-        str | None,
-        _tracing(help="Name of an adapter (flowtracer adapters), not the one that fits."),
-    ] = None
-    backend: Annotated[Literal["nnsight", "interface"], _tracing(help="How the model is read.")] = (
-        "nnsight"
-    )
-    block: Annotated[int, _tracing(min=1, help="Query rows that are computed at a time.")] = 64
+    adapter: Adapter = None
+    backend: Backend = "nnsight"
+    block: Annotated[int, _tracing(min=1, help="Number of query rows to compute at a time.")] = 64
     mode: Annotated[
         Literal["auto", "dense", "streamed"],
-        _tracing(help="Hold the attention between all pairs of tokens, or compute it in blocks."),
+        _tracing(help="dense keeps the whole attention matrix, streamed computes it in blocks."),
     ] = "auto"
     verify: Annotated[
-        bool, _tracing(help="Check first that what is read is what the model computes.")
+        bool, _tracing(help="First check that what is read is what the model computes.")
     ] = True
-
-
-def writable(path: Path | None) -> Path | None:
-    """The file, if one can be made there: better refused now than after the long work.
-
-    Raises:
-        typer.BadParameter: Its folder, or the nearest there is above it, may not be written to.
-    """
-    if path is None:
-        return None
-    target = path.resolve()
-    special = target.exists() and not target.is_file()  # a device or a pipe
-    place = target if special else next(one for one in target.parents if one.exists())
-    if not (special or place.is_dir()) or not os.access(place, os.W_OK):
-        raise typer.BadParameter(
-            f"cannot write {str(path)!r}: nothing can be made in {str(place)!r}; name a file in a "
-            "folder that you may write to"
-        )
-    return path
-
-
-SUFFIXES = (".png", ".svg", ".pdf")
-"""Of figures; matplotlib, which writes them, takes a second to import."""
-
-
-def _figure(path: Path | None) -> Path | None:
-    if path is not None and path.suffix.lower() not in SUFFIXES:
-        raise typer.BadParameter(
-            f"wanted .png, .svg or .pdf, found {path.suffix!r} in {path.name!r}"
-        )
-    return writable(path)
-
-
-_file = partial(_output, dir_okay=False, callback=writable)
-
-AsJson = Annotated[bool, _output("--json", help="Print the trace as JSON.")]
-PageFile = Annotated[Path | None, _file(help="Write a page.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """What becomes of a trace: those of its methods `to_…`."""
+    """Where a trace goes: to the methods `to_…` of `FlowTrace`."""
 
     json: AsJson = False
     html: PageFile = None
-    parquet: Annotated[Path | None, _file(help="Write the tokens as a table.")] = None
-    graphml: Annotated[Path | None, _file(help="Write the graph of the flow.")] = None
+    parquet: Annotated[Path | None, _file(help="Write the tokens as a Parquet table.")] = None
+    graphml: Annotated[Path | None, _file(help="Write the flow graph as GraphML.")] = None
     figure: Annotated[
-        Path | None, _file(callback=_figure, help="Write a figure: .png, .svg or .pdf.")
+        Path | None,
+        _file(callback=parsing.figure_file, help="Write a figure: .png, .svg or .pdf."),
     ] = None
     figure_kind: Annotated[
         Literal["ribbon", "river", "steps", "overview"],
-        _output(help="Flow along the text, across its cuts, between its lines, or all three."),
+        _output(
+            help="The figure shows flow along the text, across its cuts, between its lines, or "
+            "all three."
+        ),
     ] = "ribbon"
 
     def __post_init__(self) -> None:
-        """Refuse what would write less than it says.
-
-        Raises:
-            typer.BadParameter: Two files have one name, or there is a kind and no figure.
-        """
         names = [value for value in vars(self).values() if isinstance(value, Path)]
         if len(set(names)) < len(names):
             raise typer.BadParameter("two files have the same name: each needs its own")
         if self.figure is None and self.figure_kind != "ribbon":
-            raise typer.BadParameter("--figure-kind is of --figure: name its file too")
+            raise typer.BadParameter("--figure-kind is for --figure: name its file too")
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewTraceOptions(OutputOptions):
-    """What becomes of a trace that is not on disk yet."""
+    """Where a trace goes that is not on disk yet."""
 
-    save: Annotated[Path | None, _file(help="Write the trace itself, for flowtracer report.")] = (
-        None
-    )
+    save: Annotated[
+        Path | None, _file(help="Save the trace itself; flowtracer report reads it.")
+    ] = None
     scores: Annotated[
         str | None,
-        _output(help="Shade the page by these too, as attention,flow:sharp; docs/credit.md."),
+        _output(help="More scores for the page, such as attention,flow:sharp; see docs/credit.md."),
     ] = None
 
     def __post_init__(self) -> None:
-        """Refuse what would write less than it says.
-
-        Raises:
-            typer.BadParameter: As `OutputOptions`; there are scores and no page, or no such score.
-        """
         super().__post_init__()
         if self.scores is None:
             return
@@ -331,13 +275,11 @@ class NewTraceOptions(OutputOptions):
             raise typer.BadParameter("--scores are for the page: name its file with --html too")
         from flowtracer_plugin.credit.token_scores import token_score
 
-        for name in self.score_names:
-            try:
+        with parsing.wrong_usage("--scores"):
+            for name in self.score_names:
                 token_score(name)
-            except ValueError as error:
-                raise typer.BadParameter(str(error), param_hint="--scores") from error
 
     @property
-    def score_names(self) -> tuple[str, ...]:
-        """The scores that are asked for."""
-        return tuple(name.strip() for name in (self.scores or "").split(",") if name.strip())
+    def score_names(self) -> list[str]:
+        """The names in `scores`."""
+        return [name for name in parsing.names(self.scores or "") if name]

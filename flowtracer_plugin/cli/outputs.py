@@ -1,4 +1,4 @@
-"""What becomes of a trace: files, then the terminal or one JSON document."""
+"""Where do results go? To files, then to the terminal or into one JSON document."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 def deliver(
     trace: FlowTrace, outputs: OutputOptions, scores: Mapping[str, Any] | None = None
 ) -> None:
-    """Write every file that is asked for, then show the trace; `scores` are for the page."""
+    """Write the files of a trace, then show it; `scores` are for the page."""
     # Files first, and the trace before all others: what was computed must not be lost to a full
-    # disk, to an extra that is missing, or to a reader of standard output that has gone.
+    # disk, a missing extra, or a closed standard output.
+    given: dict[str, dict[str, Any]] = {"figure": {"kind": outputs.figure_kind}}
+    if scores:
+        given["html"] = {"scores": scores}
     for name in ("save", "html", "parquet", "graphml", "figure"):
-        path = vars(outputs).get(name)  # nnsight gives every object an attribute "save"
+        path = vars(outputs).get(name)  # nnsight adds an attribute "save" to every object
         if path is not None:
             write = getattr(trace, name if name == "save" else f"to_{name}")
-            more: dict[str, Any] = {"kind": outputs.figure_kind} if name == "figure" else {}
-            if name == "html" and scores:
-                more = {"scores": scores}
-            write_file(partial(write, **more), path)
+            write_file(partial(write, **given.get(name, {})), path)
     if outputs.json:
         print_document(trace.to_dict())
     else:
@@ -41,10 +41,10 @@ def deliver(
 
 
 def write_file(write: Callable[[Path], object], path: Path) -> None:
-    """Write one file, and say so on stderr.
+    """Write one file, and name it on stderr.
 
     Raises:
-        OSError: It cannot be written; the message names the file and the way out.
+        OSError: The file cannot be written; the message names it and says what to do.
     """
     try:
         with waiting(f"writing {path}"):
@@ -58,11 +58,11 @@ def write_file(write: Callable[[Path], object], path: Path) -> None:
 
 
 def print_document(document: Any) -> None:
-    """Print one JSON document on one line, in UTF-8 whatever the terminal speaks."""
+    """Print one JSON document on one line, in UTF-8 whatever the encoding of the terminal."""
     import json
 
     text = json.dumps(document, ensure_ascii=False, allow_nan=False)
-    # Half a surrogate pair, as in an undecodable file name, cannot be written but as an escape.
+    # Half a surrogate pair, as in an undecodable file name, can only be written as an escape.
     typer.echo(text.encode(errors="backslashreplace"))
 
 
@@ -74,7 +74,7 @@ def show(renderable: Any) -> None:
 
 
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[str | None]]) -> None:
-    """A table: in a terminal as wide as that, elsewhere as wide as its longest line."""
+    """Print a table no wider than the terminal, or elsewhere as wide as its longest line."""
     from rich.console import Console
 
     kept, cells = list(heads), [[cell or "" for cell in row] for row in rows]
@@ -85,6 +85,27 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[str | None]]) -> N
         console.print(_table(kept, cells))
     for line in captured.get().splitlines():
         typer.echo(line.rstrip())
+
+
+def print_results(
+    title: str,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    numbers: Literal["left", "right"] = "left",
+) -> None:
+    """Print a table with a title, a first column of names, and columns of numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for place, head in enumerate(heads):
+        table.add_column(head, justify=numbers if place else "left")
+    for row in rows:
+        table.add_row(*row, style="dim" if row[0] == "uniform" else None)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print()
+    console.print(table)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -101,7 +122,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def _constants_above(heads: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """What is the same in every row is said once, above a table that is too wide."""
+    """Print once, above a table that is too wide, what every row repeats; return the rest."""
     varied = [
         len({row[n] for row in rows}) > 1 or n in {0, len(heads) - 1} for n in range(len(heads))
     ]

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowtracer_plugin.cli.loading import Traceback, waiting
-from flowtracer_plugin.cli.options import OutputOptions, PageFile, flattened
+from flowtracer_plugin.cli.loading import waiting
+from flowtracer_plugin.cli.options import AsJson, OutputOptions, PageFile, Traceback, flattened
 from flowtracer_plugin.cli.outputs import deliver, print_document, print_table, show, write_file
 
 if TYPE_CHECKING:
     from flowtracer_plugin.comparison.traces import ComparedTrace
     from flowtracer_plugin.trace.flow_trace import FlowTrace
 
-TraceFiles = Annotated[list[Path], typer.Argument(metavar="FILE", help="Traces that --save wrote.")]
+TraceFiles = Annotated[list[Path], typer.Argument(metavar="FILE", help="Traces saved with --save.")]
 
 
 @flattened
 def report(files: TraceFiles, outputs: OutputOptions, traceback: Traceback = False) -> None:
-    """Show saved traces, and write a page beside each, or what else is asked for.
+    """Show saved traces, and write a page beside each, or the files that the options name.
 
     For example:
 
@@ -45,16 +45,15 @@ def report(files: TraceFiles, outputs: OutputOptions, traceback: Traceback = Fal
 def compare(
     files: TraceFiles,
     label: Annotated[
-        list[str] | None, typer.Option(help="What a trace is called; once for each file, in order.")
+        list[str] | None,
+        typer.Option(help="Label of a trace; once for each file, in order."),
     ] = None,
     right: Annotated[
         str | None,
-        typer.Option(help="The right answer; traces with another one are wrong."),
+        typer.Option(help="The right answer; traces with any other answer are wrong."),
     ] = None,
     html: PageFile = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print what the page compares as JSON.")
-    ] = False,
+    json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
     """Compare saved traces, such as right and wrong answers to one question, on one page.
@@ -90,7 +89,7 @@ def load_trace(file: Path) -> FlowTrace:
 
 
 def page_beside(file: Path) -> Path:
-    """`x.html` for `x.flow`; any other file keeps its whole name, so that none is overwritten."""
+    """The page `x.html` of `x.flow`; other files keep their whole name, so none is overwritten."""
     return file.with_name(f"{file.stem if file.suffix == '.flow' else file.name}.html")
 
 
@@ -104,7 +103,7 @@ def _check_files(files: list[Path], label: list[str] | None) -> None:
 
 
 def _labels(files: list[Path]) -> list[str]:
-    """The names of the files, with as much of their folders as tells them apart."""
+    """The names of the files, or their paths if two have the same name."""
     stems = [file.stem for file in files]
     return stems if len(set(stems)) == len(files) else [str(file) for file in files]
 

@@ -1,4 +1,4 @@
-"""The options of commands that go through questions: where they come from, and how they are put."""
+"""Which questions does a command go through, and how are they put to the model?"""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowtracer_plugin.cli.loading import Device, Precision, RemoteCode
-from flowtracer_plugin.cli.options import writable
+from flowtracer_plugin.cli.options import AsJson
+from flowtracer_plugin.cli.parsing import writable
 
 if TYPE_CHECKING:
     from flowtracer_plugin.evaluation.run import Example
@@ -24,9 +24,9 @@ class DataOptions:
     """Questions, and how they are put to a model."""
 
     data: Annotated[
-        str, typer.Argument(help="A file of JSON lines, another file, or a data set on the hub.")
+        str, typer.Argument(help="A JSON Lines file, another data file, or a dataset on the hub.")
     ]
-    split: Annotated[str, _data(help="Split of a data set.")] = "train"
+    split: Annotated[str, _data(help="Split of the dataset.")] = "train"
     prompt_column: Annotated[
         str | None, _data(help="Column of the prompts; by default prompt or question.")
     ] = None
@@ -36,39 +36,31 @@ class DataOptions:
     prompt_template: Annotated[
         str | None, _data(help="hash, boxed, or a text with {prompt} where the question goes.")
     ] = None
-    system_prompt: Annotated[str | None, _data(help="A system message before every prompt.")] = None
+    system_prompt: Annotated[str | None, _data(help="System message before every prompt.")] = None
     chat: Annotated[
         bool, _data(help="Put prompts into the model's chat template, if it has one.")
     ] = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Which model goes through the questions, and where what it says is kept."""
+class ResultOptions:
+    """Where the results go."""
 
-    model: Annotated[str, typer.Argument(help="Folder of a model, or its id on the hub.")]
     output: Annotated[
         Path | None,
         typer.Option(
             dir_okay=False,
             callback=writable,
-            help="Write results here as they come, and go on from there.",
+            help="Write each result to this file once it is known; the same command continues.",
         ),
     ] = None
-    device: Device = "auto"
-    dtype: Precision = "auto"
-    trust_remote_code: RemoteCode = False
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False
+    json: AsJson = False
 
 
 def load_prompts(
     options: DataOptions, tokenizer: Any, limit: int | None, **others: Any
 ) -> Sequence[Example]:
-    """The questions; `others` go to `evaluation_data.load_examples`.
-
-    Raises:
-        ValueError, ModuleNotFoundError: As that.
-    """
+    """The questions; `others` go to `evaluation.examples.load_examples`."""
     from flowtracer_plugin.evaluation.examples import load_examples
 
     return load_examples(

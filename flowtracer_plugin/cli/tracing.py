@@ -1,4 +1,4 @@
-"""`flowtracer trace`, `generate`, `demo` and `estimate`: the commands that load a model."""
+"""`flowtracer trace`, `generate`, `demo` and `estimate`: which tokens carried an answer?"""
 
 from __future__ import annotations
 
@@ -9,27 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowtracer_plugin.cli.loading import (
-    Device,
-    ModelName,
-    Precision,
-    RemoteCode,
-    Traceback,
-    check_adapter,
-    load_model,
-    load_tokenizer,
-    named_adapter,
-    waiting,
-)
+from flowtracer_plugin.cli.loading import load_model, load_tokenizer, load_tracer
 from flowtracer_plugin.cli.options import (
     AsJson,
     GenerationOptions,
     Layers,
-    ModelOptions,
+    LoadingOptions,
+    ModelName,
     NewTraceOptions,
     OutputOptions,
     PageFile,
     PromptOptions,
+    ReadingOptions,
+    Traceback,
     TracingOptions,
     flattened,
 )
@@ -46,27 +38,29 @@ DEMO_QUESTION = (
 
 @flattened
 def trace(
-    source: ModelOptions,
+    model: ModelName,
     asked: PromptOptions,
+    loading: ReadingOptions,
     generation: GenerationOptions,
     tracing: TracingOptions,
     outputs: NewTraceOptions,
     response: Annotated[
-        str | None, typer.Option(help="An answer to trace; without one the model generates it.")
+        str | None, typer.Option(help="Response to trace; by default the model generates one.")
     ] = None,
     generate: Annotated[
-        bool, typer.Option("--generate", help="Let the model answer (as without --response).")
+        bool,
+        typer.Option("--generate", help="Let the model respond, as it does without --response."),
     ] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Show which tokens carried an answer, a given one or the model's own.
+    """Show which tokens carried the answer of a given or generated response.
 
     For example:
 
     flowtracer trace --model Qwen/Qwen3-0.6B --prompt "2 + 2 = ?" --response "4."
     """
     if response is None:
-        _deliver(*_generated(source, asked, generation, tracing), outputs)
+        _deliver(*_generated(model, asked, loading, generation, tracing), outputs)
         return
     if generate or generation != GenerationOptions():
         raise typer.BadParameter(
@@ -74,27 +68,28 @@ def trace(
             "--generate, --max-new-tokens, --do-sample, --temperature and --seed"
         )
     text, response = _prompt_text(asked), _checked("response", response)
-    tracer = load_tracer(source, tracing)
+    tracer = _load_tracer(model, loading, tracing)
     prompt = _messages(tracer, text, asked)
     _deliver(tracer, tracer.trace(prompt, response, progress=sys.stderr.isatty()), outputs)
 
 
 @flattened
 def generate(
-    source: ModelOptions,
+    model: ModelName,
     asked: PromptOptions,
+    loading: ReadingOptions,
     generation: GenerationOptions,
     tracing: TracingOptions,
     outputs: NewTraceOptions,
     traceback: Traceback = False,
 ) -> None:
-    """Let the model answer, and show which tokens carried its answer.
+    """Let the model respond, and show which tokens carried its answer.
 
     For example:
 
     flowtracer generate --model Qwen/Qwen3-0.6B --prompt "What is 17 * 3?"
     """
-    _deliver(*_generated(source, asked, generation, tracing), outputs)
+    _deliver(*_generated(model, asked, loading, generation, tracing), outputs)
 
 
 @flattened
@@ -103,15 +98,15 @@ def demo(
     json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
-    """Trace a question with a tiny model that comes along, and write its page. Needs no network.
+    """Trace a question with a tiny model that is part of this package; no network is needed.
 
     For example:
 
     flowtracer demo --html apples.html
     """
-    source = ModelOptions(model=str(demo_model()), device="cpu")
     asked = PromptOptions(prompt=DEMO_QUESTION)
-    _, made = _generated(source, asked, GenerationOptions(), TracingOptions())
+    loading = ReadingOptions(device="cpu")
+    _, made = _generated(str(demo_model()), asked, loading, GenerationOptions(), TracingOptions())
     deliver(made, OutputOptions(html=html, json=json))
     typer.echo(
         "your own model: flowtracer generate --model FOLDER_OR_ID --prompt TEXT --html trace.html",
@@ -122,22 +117,20 @@ def demo(
 @flattened
 def estimate(
     model: ModelName,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of prompt and response.")],
-    batch: Annotated[int, typer.Option(min=1, help="Texts that are traced at once.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens in prompt and response.")],
+    loading: LoadingOptions,
+    batch: Annotated[int, typer.Option(min=1, help="Number of texts traced at once.")] = 1,
     layers: Layers = "middle",
-    device: Device = "auto",
-    dtype: Precision = "auto",
-    trust_remote_code: RemoteCode = False,
-    json: Annotated[bool, typer.Option("--json", help="Print bytes as JSON.")] = False,
+    json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
-    """Show what tracing texts of a length would take beside the model, and what is free.
+    """Show how much memory tracing would take beside the model, and how much is free.
 
     For example:
 
     flowtracer estimate --model Qwen/Qwen3-0.6B --tokens 32768
     """
-    loaded = load_model(model, device, dtype, wanted="a model", trust_remote_code=trust_remote_code)
+    loaded = load_model(model, loading)
     import flowtracer_plugin as ft
 
     found = ft.wrap(loaded, layers=layers).estimate(tokens, batch=batch)
@@ -147,25 +140,9 @@ def estimate(
     print_document({**asdict(found), "mode": found.mode})
 
 
-def load_tracer(source: ModelOptions, tracing: TracingOptions) -> FlowTracer:
-    """A tracer of the model that is named, with its tokenizer."""
-    with waiting("importing PyTorch, transformers and nnsight"):
-        from flowtracer_plugin.trace.tracer import wrap
-    chosen = None if tracing.adapter is None else named_adapter(tracing.adapter)
-    shared: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
-    tokenizer = load_tokenizer(source.model, **shared)
-    if source.attn_implementation is not None:
-        shared["attn_implementation"] = source.attn_implementation
-    wanted = "model and tokenizer"
-    model = load_model(source.model, source.device, source.dtype, wanted=wanted, **shared)
-    check_adapter(chosen, model)
-    options: dict[str, Any] = asdict(tracing) | {"adapter": chosen}
-    return wrap(model, tokenizer, **options)
-
-
 def demo_model() -> Path:
-    """The folder of the tiny model: in an installed package, or in a clone of the repository."""
-    package = Path(__file__).parent
+    """The folder of the tiny model, in an installed package or in a clone of the repository."""
+    package = Path(__file__).parents[1]
     folders = package / "reasoner", package.parent / "examples" / "reasoner" / "model"
     for folder in folders:
         if folder.is_dir():
@@ -175,16 +152,19 @@ def demo_model() -> Path:
     )
 
 
+def _load_tracer(model: str, loading: LoadingOptions, tracing: TracingOptions) -> FlowTracer:
+    return load_tracer(model, loading, load_tokenizer(model, loading), **asdict(tracing))
+
+
 def _generated(
-    source: ModelOptions,
+    model: str,
     asked: PromptOptions,
+    loading: LoadingOptions,
     generation: GenerationOptions,
     tracing: TracingOptions,
 ) -> tuple[FlowTracer, FlowTrace]:
-    if generation.temperature is not None and not generation.do_sample:
-        raise typer.BadParameter("--temperature is of sampling: pass --do-sample too")
     text = _prompt_text(asked)
-    tracer = load_tracer(source, tracing)
+    tracer = _load_tracer(model, loading, tracing)
     from transformers import set_seed
 
     set_seed(generation.seed)
@@ -199,7 +179,7 @@ def _generated(
 
 
 def _deliver(tracer: FlowTracer, trace: FlowTrace, outputs: NewTraceOptions) -> None:
-    """The trace, with the scores that its page is to have."""
+    """Score the trace for its page, then write and show it."""
     from flowtracer_plugin.credit.token_scores import score_text
 
     names = outputs.score_names
@@ -216,12 +196,12 @@ def _prompt_text(asked: PromptOptions) -> str:
 
 
 def _checked(name: str, text: str) -> str:
-    """The text, if a tokenizer can read it; better refused now than when the model is loaded."""
+    """The text, checked for what a tokenizer cannot read before the model is loaded."""
     if not text:
         raise ValueError(f"the {name} is empty, so there is nothing to trace; pass a text")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # what a shell passes on, Python keeps as surrogates
+    except UnicodeEncodeError as error:  # Python keeps undecodable bytes from a shell as surrogates
         raise ValueError(f"the {name} must be UTF-8 text: {error}") from error
     return text
 

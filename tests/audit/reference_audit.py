@@ -10,20 +10,20 @@ from tests.credit.reference_scorers import top
 
 
 def advantages(rewards):
-    """GRPO's: rewards without their mean, in units of their spread (with TRL's 1e-4)."""
+    """Each reward minus the mean, divided by the standard deviation plus TRL's 1e-4."""
     mean, spread = statistics.fmean(rewards), statistics.stdev(rewards)
     return [(reward - mean) / (spread + 1e-4) for reward in rewards]
 
 
 def choices(model, prompt, said, temperature):
-    """The log-probabilities of all ids where each completion token was chosen, float64."""
+    """The log-probabilities of all ids at the position of each completion token, float64."""
     logits = model(torch.tensor([[*prompt, *said]])).logits[0].double() / temperature
     rows = [logits[len(prompt) + number - 1] for number in range(len(said))]
     return [row - torch.log(torch.exp(row - row.max()).sum()) - row.max() for row in rows]
 
 
 def gradient(model, parameters, groups, weigh, temperature):
-    """Of GRPO's loss with a weight for each token: its mean over all tokens, as one vector."""
+    """The gradient of GRPO's loss with token weights, its mean over all tokens, per parameter."""
     tokens = sum(len(said) for group in groups for said in group.completions)
     model.zero_grad()
     for group in groups:
@@ -37,10 +37,11 @@ def gradient(model, parameters, groups, weigh, temperature):
             (loss / tokens).backward()
     found = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
     model.zero_grad()
-    return np.concatenate([one.double().flatten().numpy() for one in found])
+    return [one.double().flatten().numpy() for one in found]
 
 
 def cosine(one, two):
+    one, two = np.concatenate(one), np.concatenate(two)
     return float(one @ two / math.sqrt(one @ one) / math.sqrt(two @ two))
 
 
@@ -51,7 +52,7 @@ def entropies(model, prompt, said, temperature):
 
 
 def most_uncertain(model, temperature, top_fraction):
-    """The boost of the scorer `entropy`."""
+    """The function that returns the boosts of the scorer `entropy`."""
 
     def boost(group, said):
         scores = entropies(model, group.prompt_ids, said, temperature)

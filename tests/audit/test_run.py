@@ -10,8 +10,9 @@ from hypothesis import given, strategies as st
 from scipy.stats import ttest_rel
 
 import flowtracer_plugin as ft
-from flowtracer_plugin.audit.policy_gradient import named_parameters, only
-from flowtracer_plugin.audit.run import AuditOptions, NoSignalError, audit, cut
+from flowtracer_plugin.audit import run as audit_run
+from flowtracer_plugin.audit.policy_gradient import gradients_for, named_parameters
+from flowtracer_plugin.audit.run import AuditOptions, NoSignalError, audit, split_into_batches
 from flowtracer_plugin.audit.sampling import Group
 from flowtracer_plugin.audit.summary import holm, summarise_audit, tilted_cosines
 from flowtracer_plugin.credit.scorers import SCORERS, every, find_scorer
@@ -36,7 +37,7 @@ def tracer():
 
 
 def groups(rewards=((1, 0, 1, 0), (0, 0, 0.5, 1), (1, 1, 1, 1), (0, 1, 0, 0))):
-    """Eight prompts, of which two have nothing to tell."""
+    """Eight prompts, two of them without signal."""
     tokenizer = tiny_tokenizer()
     return [
         Group(
@@ -64,7 +65,7 @@ def audited(tracer, *names, given=None, pattern=None, options=OPTIONS, oracle=DI
 
 
 def boosts(tracer):
-    """What the scorers choose, one rollout at a time."""
+    """The choices of the scorers, one rollout at a time."""
     tokenizer, model = tracer.tokenizer, tracer.model
 
     def digits(group, said):
@@ -84,13 +85,11 @@ def boosts(tracer):
     }
 
 
-@pytest.mark.parametrize("pattern", [None, r"layers\.1\.", r"embed_tokens"])
-def test_gradients_are_those_of_the_slow_definition(tracer, pattern):
-    chosen, boosted = parameters(tracer, pattern), boosts(tracer)
-    found = audited(tracer, *boosted, pattern=pattern)
-    parts = [[group for group in groups()[start::4] if group.tells] for start in range(4)]
-    everywhere = [group for part in parts for group in part]
-    assert len(everywhere) == 6
+def test_gradients_are_those_of_the_slow_definition(tracer):
+    names, boosted = list(named_parameters(tracer.model, None)), boosts(tracer)
+    batches = [[group for group in groups()[start::4] if group.has_signal] for start in range(4)]
+    halves = [batches[0] + batches[2], batches[1] + batches[3]]
+    assert sum(map(len, halves)) == 6
 
     def gradient(part, gamma, boost):
         def weigh(group, said):
@@ -98,31 +97,47 @@ def test_gradients_are_those_of_the_slow_definition(tracer, pattern):
                 return boost(group, said)
             return [1 + (gamma - 1) * one for one in boost(group, said)]
 
-        return reference.gradient(tracer.model, chosen, part, weigh, OPTIONS.temperature)
+        return reference.gradient(
+            tracer.model, parameters(tracer), part, weigh, OPTIONS.temperature
+        )
 
     def nothing(group, said):
         return [0.0] * len(said)
 
-    assert [batch.number for batch in found] == [n for n, part in enumerate(parts) if part]
-    for place, batch in enumerate(found):
-        mine = parts[batch.number]
-        others = [group for part in parts[1 - batch.number % 2 :: 2] for group in part]
-        other = gradient(others, 1.0, nothing)
-        plain = gradient(mine, 1.0, nothing)
-        uniform = batch.with_reference / math.sqrt(batch.squared)
-        assert uniform == pytest.approx(reference.cosine(plain, other), abs=1e-4)
-        for name, boost in boosted.items():
-            for gamma in (1.5, 3.0, math.inf):
-                wanted = reference.cosine(gradient(mine, gamma, boost), other)
-                cosines = tilted_cosines(name, found, gamma)
-                assert cosines[place] == pytest.approx(wanted, abs=1e-4), (name, gamma)
+    sums = [gradient(half, 1.0, nothing) for half in halves]
+    plain = [gradient(batch, 1.0, nothing) for batch in batches]
+    tilted = {
+        (number, name, gamma): gradient(batch, gamma, boost)
+        for number, batch in enumerate(batches)
+        for name, boost in boosted.items()
+        for gamma in (1.5, 3.0, math.inf)
+    }
+    for pattern in (None, r"layers\.1\.", "embed_tokens"):
+        chosen = set(named_parameters(tracer.model, pattern))
+
+        def cosine(vectors, number, chosen=chosen):
+            pairs = zip(names, vectors, sums[1 - number % 2], strict=True)
+            kept = [(one, other) for name, one, other in pairs if name in chosen]
+            return reference.cosine(*zip(*kept, strict=True))
+
+        found = audited(tracer, *boosted, pattern=pattern)
+        assert [batch.number for batch in found] == [n for n in (0, 2, 1, 3) if batches[n]]
+        for batch in found:
+            uniform = batch.with_reference / math.sqrt(batch.squared)
+            wanted = cosine(plain[batch.number], batch.number)
+            assert uniform == pytest.approx(wanted, abs=1e-4)
+        for (number, name, gamma), vectors in tilted.items():
+            place = [batch.number for batch in found].index(number)
+            wanted = cosine(vectors, number)
+            cosines = tilted_cosines(name, found, gamma)
+            assert cosines[place] == pytest.approx(wanted, abs=1e-4), (pattern, name, gamma)
 
 
-def test_what_is_chosen_is_counted(tracer):
+def test_the_summary_counts_what_the_scorers_chose(tracer):
     found = audited(tracer, "entropy", "oracle", "flow")
     tokenizer, boosted = tracer.tokenizer, boosts(tracer)
     summary = summarise_audit(found)
-    told = [group for group in groups() if group.tells]
+    told = [group for group in groups() if group.has_signal]
     said = [(group, one) for group in told for one in group.completions]
     assert summary.tokens == sum(len(one) for _, one in said)
     uncertain = [
@@ -151,14 +166,14 @@ def test_what_is_chosen_is_counted(tracer):
         assert tuple(scorer.classes) == CLASS_NAMES
 
 
-def test_uniform_credit_differs_from_itself_by_nothing(tracer):
+def test_uniform_credit_does_not_differ_from_itself(tracer):
     (uniform,) = summarise_audit(audited(tracer, "uniform"), gammas=(1.5, 3.0)).scorers
     for difference in uniform.differences:
         assert (difference.mean, difference.error, difference.chance) == (0.0, 0.0, 1.0)
     assert (uniform.signal, uniform.noise, uniform.chosen) == (0.0, 0.0, 0.0)
 
 
-def test_choosing_all_tokens_changes_no_direction(tracer):
+def test_choosing_all_tokens_does_not_turn_the_gradient(tracer):
     options = replace(OPTIONS, top_fraction=1.0)
     (drawn,) = summarise_audit(audited(tracer, "random", options=options)).scorers
     assert [one.mean for one in drawn.differences] == pytest.approx([0, 0, 0], abs=1e-6)
@@ -166,7 +181,7 @@ def test_choosing_all_tokens_changes_no_direction(tracer):
 
 
 def by_place(name, remainder):
-    """Chooses every other token."""
+    """A scorer that chooses every other token."""
 
     def measure(rollouts):
         places = torch.arange(rollouts.competing.shape[1])
@@ -216,7 +231,7 @@ def test_holm_is_the_closed_test_of_bonferroni(chances):
 
 
 def planted_groups(seed=0):
-    """The letter after `=` decides the reward, and all others are noise."""
+    """Groups in which the letter after `=` decides the reward, and all others are noise."""
     tokenizer, rng = tiny_tokenizer(), random.Random(seed)
     prompt = tuple(tokenizer.encode(PROMPT))
     found = []
@@ -236,7 +251,7 @@ def planted_groups(seed=0):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_where_one_token_decides_the_oracle_wins_and_chance_does_not(tracer, seed):
+def test_where_one_token_decides_the_oracle_helps_and_random_choice_does_not(tracer, seed):
     options = AuditOptions(batches=8)
     found = audited(
         tracer,
@@ -252,7 +267,7 @@ def test_where_one_token_decides_the_oracle_wins_and_chance_does_not(tracer, see
     assert knowing.signal > 0.5 > 0.45 > knowing.noise
     assert knowing.chosen == pytest.approx(1 / 17)
     assert knowing.over_random.low > 0
-    # Of independent tokens, chance keeps its share of the signal, and the root of it of the noise.
+    # A random share of independent tokens has that share of the signal, and its root of the noise.
     assert all(difference.mean < 0 for difference in chance.differences)
     assert chance.signal == pytest.approx(0.4, abs=0.06)
     assert chance.noise == pytest.approx(math.sqrt(0.4), abs=0.04)
@@ -261,10 +276,25 @@ def test_where_one_token_decides_the_oracle_wins_and_chance_does_not(tracer, see
 # --- halves, parameters, mistakes ---
 
 
-def test_each_half_is_once_the_reference_of_the_other():
-    parts = cut(groups(), 4)
-    assert sorted(group.row for part in parts for group in part) == list(range(8))
-    assert [[group.row for group in part] for part in parts] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+def test_batches_cover_all_of_the_data_and_leave_out_groups_without_signal():
+    parts = split_into_batches(groups(), 4)
+    assert not any(groups()[row].has_signal for row in (2, 5))
+    assert [[group.row for group in part] for part in parts] == [[0, 4], [1], [6], [3, 7]]
+
+
+def test_no_more_forward_passes_are_run_than_memory_demands(tracer, monkeypatch):
+    """One for each group, and one more in the half that is the first reference."""
+    rows, run = [], audit_run.token_probabilities
+
+    def counted(model, ids, *given):
+        rows.append(ids.shape)
+        return run(model, ids, *given)
+
+    monkeypatch.setattr(audit_run, "token_probabilities", counted)
+    found = audited(tracer, "random")
+    assert len(rows) == 6 + 3
+    audited(tracer, "random", done=[batch.number for batch in found])
+    assert len(rows) == 6 + 3
 
 
 def test_batches_that_are_known_are_not_measured_again(tracer):
@@ -278,7 +308,7 @@ def test_rewards_that_never_differ_are_refused(tracer):
         audited(tracer, "random", given=groups(rewards=[(1, 1, 1, 1)] * 4))
 
 
-def test_a_single_batch_says_nothing(tracer):
+def test_a_single_batch_is_refused(tracer):
     with pytest.raises(ValueError, match="at least 2 batches in which rewards differ, found 1"):
         summarise_audit(audited(tracer, "random")[:1])
 
@@ -304,7 +334,7 @@ def test_parameters_are_found_by_a_pattern():
     assert set(named_parameters(model, None)) == {name for name, _ in model.named_parameters()}
     model.model.embed_tokens.requires_grad_(False)
     assert "model.embed_tokens.weight" not in named_parameters(model, None)
-    with pytest.raises(ValueError, match=r"name that 'layers\.9' finds; the model has model"):
+    with pytest.raises(ValueError, match=r"name that matches 'layers\.9'; the model has model"):
         named_parameters(model, "layers.9")
 
 
@@ -313,7 +343,7 @@ def test_a_model_is_left_as_it_was():
     model.lm_head.requires_grad_(False)
     before = {name: one.requires_grad for name, one in model.named_parameters()}
     chosen = list(named_parameters(model, r"layers\.1\.").values())
-    with only(model, chosen):
+    with gradients_for(model, chosen):
         assert not model.training
         asking = {id(one) for one in model.parameters() if one.requires_grad}
         assert asking == set(map(id, chosen))
@@ -328,7 +358,7 @@ def test_an_audit_touches_no_gradient_and_no_random_state(tracer):
     assert all(one.grad is None for one in tracer.model.parameters())
 
 
-def test_of_lora_only_the_adapters_are_looked_at():
+def test_only_the_adapters_of_lora_are_measured():
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
@@ -337,7 +367,7 @@ def test_of_lora_only_the_adapters_are_looked_at():
     assert found
     assert all("lora_" in name for name in found)
     batches = audited(tracer, "entropy")
-    # B is 0 at first, so that A has no gradient: all of it is B's.
+    # B starts at 0, so A has no gradient, and the whole gradient is that of B.
     of_b = audited(tracer, "entropy", pattern="lora_B")
     assert [batch.squared for batch in batches] == pytest.approx([b.squared for b in of_b])
     assert all(batch.squared > 0 for batch in batches)

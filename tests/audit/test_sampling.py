@@ -25,7 +25,7 @@ def drawn(model, seed=(0, 0), completions=6, **others):
     return sample(model, tokenizer, ids, completions=completions, seed=seed, **options)
 
 
-def test_completions_follow_from_the_seed_and_leave_chance_alone(model):
+def test_the_seed_decides_the_completions_and_no_random_state_changes(model):
     state = torch.random.get_rng_state()
     first = drawn(model)
     torch.manual_seed(17)
@@ -52,13 +52,13 @@ def test_completions_follow_from_the_seed_and_leave_chance_alone(model):
     ],
     ids=lambda setting: next(iter(setting)),
 )
-def test_whatever_a_model_is_configured_to_the_policy_itself_is_sampled(model, setting):
+def test_the_sampling_settings_of_a_model_are_ignored(model, setting):
     other = copy.deepcopy(model)
     other.generation_config.update(**setting)
     assert drawn(other) == drawn(model)
 
 
-def test_first_tokens_come_as_often_as_the_policy_says(model):
+def test_first_tokens_are_as_frequent_as_the_policy_says(model):
     sharp = copy.deepcopy(model)
     with torch.no_grad():
         sharp.lm_head.weight *= 40
@@ -104,22 +104,21 @@ def group(rewards=(1.0, 0.0, 0.0), completions=((5, 6), (7,), (8, 9, 10))):
     return Group(row=3, prompt_ids=(1, 2), completions=completions, rewards=rewards)
 
 
-def test_advantages_are_trls():
+def test_advantages_are_those_of_trl():
     rewards = (0.2, 1.0, 0.7)
     mean, spread = statistics.fmean(rewards), statistics.stdev(rewards)
     wanted = [(one - mean) / (spread + 1e-4) for one in rewards]
     assert group(rewards).advantages.tolist() == pytest.approx(wanted)
-    assert group(rewards).tells
+    assert group(rewards).has_signal
     same = group((0.5, 0.5, 0.5))
     assert same.advantages.tolist() == [0, 0, 0]
-    assert not same.tells
+    assert not same.has_signal
 
 
-def test_padding_stands_behind_the_text():
+def test_padding_follows_the_text():
     ids, visible = padded(group(), CPU)
     assert ids.tolist() == [[1, 2, 5, 6, 0], [1, 2, 7, 0, 0], [1, 2, 8, 9, 10]]
     assert visible.sum(-1).tolist() == [4, 3, 5]
-    assert group().tokens == 6
 
 
 # --- rewards ---
@@ -129,7 +128,7 @@ def completions():
     return [tiny_tokenizer().encode(text) for text in (" 2", " 3", " 2 apples")]
 
 
-def test_a_reward_is_called_as_by_trl():
+def test_a_reward_is_called_as_trl_calls_it():
     called = {}
 
     def reward(**given):
@@ -144,7 +143,7 @@ def test_a_reward_is_called_as_by_trl():
     assert called["answer"] == ["2"] * 3
 
 
-def test_completions_of_a_chat_are_messages():
+def test_the_completions_of_a_chat_are_messages():
     def reward(completions, **_):
         return [float(one[0]["content"] == " 2") for one in completions]
 
@@ -152,7 +151,7 @@ def test_completions_of_a_chat_are_messages():
 
 
 @pytest.mark.parametrize("found", [[1.0], [1.0, 0.0, float("nan")], []])
-def test_a_reward_must_give_each_completion_a_number(found):
+def test_a_reward_must_return_one_number_per_completion(found):
     with pytest.raises(ValueError, match="one finite number for each of 3 completions, got"):
         rewarded(lambda **_: found, tiny_tokenizer(), PROMPT, completions(), {})
 
@@ -181,7 +180,7 @@ def batch(number):
     )
 
 
-def test_what_is_written_is_read_again(tmp_path):
+def test_an_audit_file_is_read_as_it_was_written(tmp_path):
     path, settings = tmp_path / "audit.jsonl", {"seed": 1}
     file = AuditFile(path, settings)
     for found in (group(), batch(2), batch(0)):
@@ -195,7 +194,7 @@ def test_what_is_written_is_read_again(tmp_path):
         AuditFile(path, {"seed": 2})
 
 
-def test_without_a_file_all_is_kept_in_memory():
+def test_without_a_file_everything_is_kept_in_memory():
     file = AuditFile(None, {})
     file.add(group())
     assert file.groups == {3: group()}

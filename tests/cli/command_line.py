@@ -1,4 +1,4 @@
-"""The command line in tests: run here or in a process, and what mistakes look like."""
+"""The command line in tests: run in this process or in a new one, and the form of mistakes."""
 
 import io
 import os
@@ -18,7 +18,7 @@ EVERYTHING = r"re:(?s)(.+)"
 class Ran:
     def __init__(self, code, out, err):
         self.code, self.out, self.err = code, out, err
-        # what a box around a message breaks into lines is one sentence
+        # The message as one sentence, without the box and the line breaks around it.
         self.said = " ".join(re.sub(r"[│╭╮╰╯─]", " ", err).split())
 
 
@@ -28,24 +28,26 @@ class Terminal(io.StringIO):
 
 
 def run_here(monkeypatch, capsys, *arguments, stdin=""):
-    """What `flowtracer ARGUMENTS` does, without its start-up time."""
+    """The result of `flowtracer ARGUMENTS`, without its start-up time."""
     monkeypatch.setattr(sys, "argv", ["flowtracer", *map(str, arguments)])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
     with pytest.raises(SystemExit) as left:
         cli.main()
     output = capsys.readouterr()
     return Ran(left.value.code or 0, output.out, output.err)
 
 
-def in_a_process(*arguments, encoding="utf-8", **environment):
-    return subprocess.run(
+def in_a_process(*arguments, **environment):
+    """The same in a new process: takes seconds, so only for what happens at its start or end."""
+    ran = subprocess.run(
         [sys.executable, "-m", "flowtracer_plugin", *map(str, arguments)],
         capture_output=True,
-        encoding=encoding,
+        encoding="utf-8",
         check=False,
         cwd=Path(ft.__file__).parent.parent,
         env={**os.environ, **environment},
     )
+    return Ran(ran.returncode, ran.stdout, ran.stderr)
 
 
 def assert_failed(ran, code, *parts):

@@ -10,12 +10,18 @@ from tests.documents.snippets import REASONER, ROOT
 
 STORIES = ROOT / "examples" / "stories.jsonl"
 QUICK = ("--prompts", "8", "--completions", "4", "--batches", "4", "--max-new-tokens", "52")
-FEW = (*QUICK, "--scorers", "flow,entropy,random,attention:decision")
+FEW = (*QUICK, "--scorers", "flow,entropy,random,attention:decision", "--oracle", r"= (\d+)")
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     return tmp_path_factory.mktemp("audit") / "results.jsonl"
+
+
+@pytest.fixture
+def audit(flowtracer, kept):
+    """An audit that the first test runs, and that later ones read from its file."""
+    return lambda *more: flowtracer("audit", REASONER, STORIES, *FEW, "--output", kept, *more)
 
 
 def test_the_stories_are_those_of_the_reasoner():
@@ -24,8 +30,8 @@ def test_the_stories_are_those_of_the_reasoner():
     assert rows == [{"prompt": one.prompt, "answer": str(one.answer)} for one in made]
 
 
-def test_an_audit_is_printed_as_json(flowtracer):
-    ran = flowtracer("audit", REASONER, STORIES, *FEW, "--oracle", r"= (\d+)", "--json")
+def test_an_audit_is_printed_as_json(audit):
+    ran = audit("--json")
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)
     assert found["prompts"] == 8
@@ -40,43 +46,38 @@ def test_an_audit_is_printed_as_json(flowtracer):
         assert first["low"] < first["mean"] < first["high"]
 
 
-def test_a_table_says_what_can_be_told_from_uniform_credit(flowtracer):
-    ran = flowtracer("audit", REASONER, STORIES, *FEW, "--gamma", "2")
+def test_a_table_for_another_gamma_needs_no_new_gradient(audit, kept):
+    assert audit("--json").code == 0
+    before = kept.read_text()
+    ran = audit("--gamma", "2")
     assert ran.code == 0, ran.err
+    assert kept.read_text() == before
     assert re.match(r"\d of 8 prompts got completions with different rewards", ran.out)
     assert "gamma 2 " in ran.out
     assert "only these" in ran.out
-    scorers = ("flow", "entropy", "random", "attention:decision", "uniform")
+    scorers = ("flow", "entropy", "random", "attention:decision", "oracle", "uniform")
     rows = [line.split()[0] for line in ran.out.splitlines() if re.search(r"\d%", line)]
     assert sorted(rows) == sorted(scorers)
-    assert "(4 scorers compared at gamma 2, p below 0.05 after Holm" in ran.out
+    assert "(5 scorers compared at gamma 2, p below 0.05 after Holm" in ran.out
 
 
-def test_an_audit_goes_on_where_it_stopped(flowtracer, kept):
-    first = flowtracer("audit", REASONER, STORIES, *FEW, "--json", "--output", kept)
+def test_an_audit_continues_where_it_stopped(audit, kept):
+    first = audit("--json")
     assert first.code == 0, first.err
     lines = kept.read_text().splitlines()
     kinds = [next(iter(json.loads(line))) for line in lines]
     assert kinds[:9] == ["format", *["group"] * 8]
     assert set(kinds[9:]) == {"batch"}
     kept.write_text("\n".join([*lines[:5], *lines[9:-1]]) + "\n" + lines[-1][:20])
-    again = flowtracer("audit", REASONER, STORIES, *FEW, "--json", "--output", kept)
+    again = audit("--json")
     assert json.loads(again.out) == json.loads(first.out)
     assert sorted(kept.read_text().splitlines()) == sorted(lines)
-    other = flowtracer("audit", REASONER, STORIES, *FEW, "--output", kept, "--seed", "3")
+    other = audit("--seed", "3")
     assert other.code == 1
     assert "holds results with other settings: seed is 0 there and 3 now" in other.said
 
 
-def test_another_gamma_needs_no_new_gradient(flowtracer, kept):
-    before = kept.read_text()
-    ran = flowtracer("audit", REASONER, STORIES, *FEW, "--output", kept, "--gamma", "1.2", "--json")
-    assert ran.code == 0, ran.err
-    assert kept.read_text() == before
-    assert json.loads(ran.out)["scorers"][0]["differences"][0]["gamma"] == 1.2
-
-
-def test_other_prompts_are_not_taken_for_those_that_are_kept(flowtracer, tmp_path):
+def test_changed_prompts_are_refused(flowtracer, tmp_path):
     data, path = tmp_path / "data.jsonl", tmp_path / "results.jsonl"
     data.write_text(STORIES.read_text())
     command = ("audit", REASONER, data, *QUICK, "--scorers", "random", "--output", path)
@@ -87,7 +88,7 @@ def test_other_prompts_are_not_taken_for_those_that_are_kept(flowtracer, tmp_pat
     assert "holds row 0 with another prompt: the data have changed" in ran.said
 
 
-def test_a_reward_may_be_anybodys_and_sees_the_columns(flowtracer, tmp_path, monkeypatch):
+def test_a_reward_may_be_a_users_own_and_gets_the_columns(flowtracer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "audit_rewards.py").write_text(
         "def near(completions, answer, level, **columns):\n"
@@ -103,7 +104,7 @@ def test_a_reward_may_be_anybodys_and_sees_the_columns(flowtracer, tmp_path, mon
     assert ran.code == 0, ran.err
 
 
-def test_all_scorers_that_are_compared_by_default_are_there():
+def test_all_default_scorers_exist():
     assert [find_scorer(name).name for name in SCORERS.split(",")] == SCORERS.split(",")
 
 
@@ -113,7 +114,7 @@ def test_all_scorers_that_are_compared_by_default_are_there():
         (("--scorers", "love"), 2, "scorer must be one of flow, .*got 'love'"),
         (("--scorers", "oracle"), 2, "the scorer oracle needs a pattern"),
         (("--batches", "5"), 1, "batches must be an even number of at least 4, got 5"),
-        (("--parameters", "love"), 1, "no trainable parameter has a name that 'love' finds"),
+        (("--parameters", "love"), 1, "no trainable parameter has a name that matches 'love'"),
         (("--reward", "love"), 1, "there is no reward 'love'"),
         (("--top-fraction", "0"), 1, "top_fraction must be above 0"),
         (("--oracle", "("), 2, "'\\(' is no pattern: missing \\)"),

@@ -30,7 +30,7 @@ def data(tmp_path_factory):
     return path
 
 
-def test_a_comparison_is_printed_as_json(flowtracer, model, data):
+def test_an_evaluation_is_printed_as_json(flowtracer, model, data):
     ran = flowtracer("evaluate", model, data, *QUICK, "--json")
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)
@@ -73,7 +73,7 @@ def test_scores_may_be_any_scorer_and_products(flowtracer, model, data):
     assert {one["score"] for one in found["knock_out"] if one["side"] == "bottom"} == set(wanted)
 
 
-def test_every_protocol_can_be_asked_for_and_a_page_written(flowtracer, model, data, tmp_path):
+def test_all_protocols_can_be_run_and_a_page_written(flowtracer, model, data, tmp_path):
     page, scores = tmp_path / "page.html", "recency,flow:decision"
     ran = flowtracer(
         "evaluate", model, data, *QUICK, "--protocols", "all", "--scores", scores, "--html", page,
@@ -84,7 +84,7 @@ def test_every_protocol_can_be_asked_for_and_a_page_written(flowtracer, model, d
     assert found["examples"] == 4
     for name in ("knock_out", "curves", "edges"):
         assert found[name], name
-    # Half of these texts is too short to go on from.
+    # Half of these texts is too short to continue.
     assert found["counted"] == {
         "knock_out": 3, "curves": 3, "lines": 0, "edges": 3, "regeneration": 0
     }  # fmt: skip
@@ -96,7 +96,7 @@ def test_every_protocol_can_be_asked_for_and_a_page_written(flowtracer, model, d
     assert "Curves" not in ran.out
 
 
-def test_results_are_kept_and_taken_up_again(flowtracer, model, data, tmp_path):
+def test_results_are_kept_and_continued(flowtracer, model, data, tmp_path):
     path = tmp_path / "results.jsonl"
     first = flowtracer("evaluate", model, data, *QUICK, "--output", path, "--limit", "1")
     assert first.out.startswith("1 of 1 examples measured")

@@ -1,6 +1,8 @@
 """Mistakes end in one sentence that says what to do, and in the right exit code."""
 
+import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,15 +14,15 @@ import pytest
 import torch
 
 import flowtracer_plugin as ft
-from flowtracer_plugin.cli import commands as cli, loading as cli_loading
+from flowtracer_plugin.cli import commands as cli
 from flowtracer_plugin.cli.mistakes import sentence
-from flowtracer_plugin.cli.options import writable
-from flowtracer_plugin.result import storage
+from flowtracer_plugin.cli.parsing import writable
+from flowtracer_plugin.model import loading
 from flowtracer_plugin.trace import memory
-from tests.cli.command_line import Ran, assert_failed, in_a_process
+from tests.cli.command_line import assert_failed, in_a_process
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
 
-ROOT = Path(ft.__file__).parent.parent
+ROOT, SCRIPTS = Path(ft.__file__).parents[1], Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
@@ -45,22 +47,23 @@ def tracing(model, *more):
         (["generate", "--model", "x"], "Missing option '--prompt'"),
         (["report"], "Missing argument 'FILE'"),
         (["compare"], "Missing argument 'FILE'"),
+        (["trace"], "Missing option '--model'"),
         (["estimate", "--model", "x"], "Missing option '--tokens'"),
         (["trace", "--block", "0"], "Invalid value for '--block'"),
     ],
 )
-def test_wrong_usage_is_told_from_mistakes(flowtracer, arguments, message):
+def test_wrong_usage_exits_with_2(flowtracer, arguments, message):
     assert_failed(flowtracer(*arguments), 2, message)
 
 
-def test_a_folder_is_no_file_to_write(flowtracer, saved, tmp_path):
+def test_a_folder_cannot_be_written_as_a_file(flowtracer, saved, tmp_path):
     assert_failed(flowtracer("report", saved, "--html", tmp_path), 2, "is a directory")
 
 
 # files
 
 
-def test_what_is_no_trace_is_named(flowtracer, saved, tmp_path):
+def test_a_file_that_is_no_trace_is_named(flowtracer, saved, tmp_path):
     ran = flowtracer("report", tmp_path / "no.flow")
     assert_failed(ran, 1, "no trace at", "no.flow", "wanted a file that FlowTrace.save()")
     assert_failed(flowtracer("compare", saved, tmp_path), 1, "no trace at", str(tmp_path))
@@ -80,18 +83,16 @@ def test_a_damaged_trace_is_named(flowtracer, saved, tmp_path, kept):
 def test_a_file_that_cannot_be_written_is_named(flowtracer, saved, tmp_path, monkeypatch):
     page = tmp_path / "x.html"
 
-    def refuse(path, content):
+    def refuse(trace, path):
         raise PermissionError(13, "Permission denied", ".0123.part")
 
-    monkeypatch.setattr("flowtracer_plugin.report.pages.assets.write_atomically", refuse)
+    monkeypatch.setattr(ft.FlowTrace, "to_html", refuse)
     ran = flowtracer("report", saved, "--html", page)
     assert_failed(ran, 1, f"cannot write '{page}': Permission denied; name a file in a folder")
-    assert storage.load(saved)
+    assert ft.load(saved)
 
 
-def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(
-    flowtracer, tmp_path, monkeypatch
-):
+def test_unwritable_files_are_refused_before_the_model_is_loaded(flowtracer, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     given = tracing(tmp_path / "nowhere")
     for option in ("--save", "--html", "--parquet", "--graphml"):
@@ -104,7 +105,7 @@ def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(
         assert_failed(ran, 2, option, "nothing can be made in")
 
 
-def test_what_can_be_written_is_not_refused(tmp_path):
+def test_writable_files_are_accepted(tmp_path):
     (tmp_path / "file").touch()
     for path in (None, tmp_path / "file", tmp_path / "new" / "new" / "x", Path("/dev/null")):
         assert writable(path) == path
@@ -123,41 +124,48 @@ def test_files_do_not_overwrite_each_other(flowtracer, tmp_path):
     assert not path.exists()
 
 
-def test_the_kind_of_no_figure_is_refused(flowtracer, saved):
+def test_a_figure_kind_without_a_figure_is_refused(flowtracer, saved):
     ran = flowtracer("report", saved, "--figure-kind", "river")
-    assert_failed(ran, 2, "--figure-kind is of --figure: name its file too")
+    assert_failed(ran, 2, "--figure-kind is for --figure: name its file too")
 
 
 # the hub
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "~/model", "a/b/c", "two words"])
-def test_what_can_be_no_id_is_not_looked_for_on_the_hub(flowtracer, name):
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./no/such/folder", "~/model", "a/b/c", "two words"]
+)
+def test_a_name_that_can_be_no_id_is_not_looked_up_on_the_hub(flowtracer, name):
     ran = flowtracer(*tracing(name))
     assert_failed(ran, 1, f"there is no folder {name!r}; wanted the folder of a Hugging Face model")
 
 
 def test_without_a_network_nobody_waits_for_the_hub(tmp_path):
-    """Its client would try again for minutes, and say so each time."""
+    """Otherwise its client would retry for minutes, with a message each time."""
     proxies = {f"{kind}_proxy": "" for kind in ("http", "https", "all")}
     hub = {"HF_ENDPOINT": "https://hub.invalid", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": ""}
     ran = in_a_process(*tracing("nobody/nothing"), **hub, **proxies)
-    said = Ran(ran.returncode, ran.stdout, ran.stderr)
-    assert_failed(said, 1, "no such model could be had from the hub", "check its id and the conn")
+    assert_failed(ran, 1, "no such model could be had from the hub", "check its id and the conn")
+
+
+def test_a_model_that_is_not_in_the_cache_is_named_offline(flowtracer, monkeypatch):
+    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", True)
+    ran = flowtracer(*tracing("nobody/nothing"))
+    assert_failed(ran, 1, "there is no folder 'nobody/nothing', and no such model could be had")
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_the_hub_is_asked_where_its_address_is_known(monkeypatch, known):
+def test_the_hub_is_asked_if_its_address_is_known(monkeypatch, known):
     def addresses(*_):
         if not known:
             raise socket.gaierror
 
-    monkeypatch.setattr(cli_loading, "getproxies", dict)
-    monkeypatch.setattr(cli_loading.socket, "getaddrinfo", addresses)
-    assert cli_loading._without_hub("nobody/nothing") != known
-    assert not cli_loading._without_hub("/")
-    monkeypatch.setattr(cli_loading, "getproxies", lambda: {"https": "http://proxy"})
-    assert not cli_loading._without_hub("nobody/nothing")
+    monkeypatch.setattr(loading, "getproxies", dict)
+    monkeypatch.setattr(loading.socket, "getaddrinfo", addresses)
+    assert loading._without_hub("nobody/nothing") != known
+    assert not loading._without_hub("/")
+    monkeypatch.setattr(loading, "getproxies", lambda: {"https": "http://proxy"})
+    assert not loading._without_hub("nobody/nothing")
 
 
 # memory
@@ -173,7 +181,7 @@ def test_the_hub_is_asked_where_its_address_is_known(monkeypatch, known):
     ],
     ids=["Python", "CUDA", "CPU", "MPS"],
 )
-def test_used_up_memory_says_what_takes_less(flowtracer, plain_model, monkeypatch, error):
+def test_running_out_of_memory_says_what_takes_less(flowtracer, plain_model, monkeypatch, error):
     def exhausted(*_, **__):
         raise error
 
@@ -185,7 +193,7 @@ def test_used_up_memory_says_what_takes_less(flowtracer, plain_model, monkeypatc
 @pytest.mark.parametrize(
     "remedy", [["--layers", "middle:2"], ["--mode", "streamed"], ["--dtype", "bfloat16"]]
 )
-def test_the_remedies_against_used_up_memory_are_options(flowtracer, plain_model, remedy):
+def test_the_remedies_for_too_little_memory_are_options(flowtracer, plain_model, remedy):
     assert " ".join(remedy) in sentence(MemoryError())
     assert flowtracer(*tracing(plain_model, *remedy)).code == 0
 
@@ -193,10 +201,12 @@ def test_the_remedies_against_used_up_memory_are_options(flowtracer, plain_model
 def test_too_little_memory_keeps_its_own_advice(flowtracer, plain_model, monkeypatch):
     monkeypatch.setattr(memory, "SMALL", 0)
     monkeypatch.setattr(memory, "free_memory", lambda _: 1000)
-    assert_failed(flowtracer(*tracing(plain_model)), 1, "what fits: ")
+    ran = flowtracer(*tracing(plain_model))
+    assert_failed(ran, 1, "what fits: ")
+    assert re.match(r"error: tracing \d+ tokens would take ", ran.err)
 
 
-# what cannot be traced
+# texts that cannot be traced
 
 
 def test_empty_texts_are_refused_before_the_model_is_loaded(flowtracer, tmp_path):
@@ -207,23 +217,17 @@ def test_empty_texts_are_refused_before_the_model_is_loaded(flowtracer, tmp_path
     assert_failed(ran, 1, "the response is empty")
 
 
-@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape"])
-def test_what_is_no_text_is_refused(tmp_path, encoding):
-    command = [sys.executable, "-m", "flowtracer_plugin", "trace", "--model", tmp_path]
-    for name, prompt, response in (("prompt", b"-", b"a"), ("response", b"a", b"\xff")):
-        ran = subprocess.run(
-            [*command, "--prompt", prompt, "--response", response],
-            input=b"\xff",
-            capture_output=True,
-            check=False,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONIOENCODING": encoding},
-        )
-        assert ran.returncode == 1
-        assert ran.stderr.startswith(f"error: the {name} must be UTF-8 text".encode())
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_are_refused(flowtracer, tmp_path, errors):
+    given = ["trace", "--model", tmp_path, "--response"]
+    stdin = io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8", errors=errors)
+    ran = flowtracer(*given, "a", "--prompt", "-", stdin=stdin)
+    assert_failed(ran, 1, "the prompt must be UTF-8 text")
+    ran = flowtracer(*given, os.fsdecode(b"\xff"), "--prompt", "a")
+    assert_failed(ran, 1, "the response must be UTF-8 text")
 
 
-def test_where_no_answer_is_found_an_option_helps(flowtracer, plain_model):
+def test_a_missing_answer_can_be_found_with_an_option(flowtracer, plain_model):
     given = ["trace", "--model", plain_model, "--prompt", PROMPT, "--response", "I do not know."]
     ran = flowtracer(*given)
     assert_failed(
@@ -239,11 +243,11 @@ def test_where_no_answer_is_found_an_option_helps(flowtracer, plain_model):
 # how commands end
 
 
-def test_mistakes_of_no_user_show_where_they_arose(flowtracer, monkeypatch, saved):
+def test_bugs_show_their_traceback(flowtracer, monkeypatch, saved):
     def broken(_):
         raise AttributeError("of ours")
 
-    monkeypatch.setattr(storage, "load", broken)
+    monkeypatch.setattr(ft, "load", broken)
     with pytest.raises(AttributeError, match="of ours"):
         flowtracer("report", saved)
 
@@ -272,11 +276,11 @@ def test_mistakes_of_no_user_show_where_they_arose(flowtracer, monkeypatch, save
         (ModuleNotFoundError("x needs trl; run: pip install y", name="trl"), None),
     ],
 )
-def test_every_mistake_is_one_sentence(error, said):
+def test_every_error_becomes_one_sentence(error, said):
     assert sentence(error) == (said or str(error))
 
 
-def test_a_mistake_is_red_only_in_a_terminal_that_wants_colour(capsys, monkeypatch):
+def test_errors_are_red_only_where_colour_is_wanted(capsys, monkeypatch):
     for colour, wanted in (("NO_COLOR", False), ("FORCE_COLOR", True)):
         monkeypatch.setenv(colour, "1")
         cli._say(ValueError("[red] x"))
@@ -286,12 +290,12 @@ def test_a_mistake_is_red_only_in_a_terminal_that_wants_colour(capsys, monkeypat
 
 
 @pytest.mark.parametrize("where", ["a command", "the start"])
-def test_ctrl_c_is_not_a_mistake(flowtracer, monkeypatch, saved, where):
+def test_ctrl_c_exits_with_130_and_says_nothing(flowtracer, monkeypatch, saved, where):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     if where == "a command":
-        monkeypatch.setattr(storage, "load", interrupted)
+        monkeypatch.setattr(ft, "load", interrupted)
     else:
         monkeypatch.setattr(cli, "app", interrupted)
     ran = flowtracer("report", saved)
@@ -316,15 +320,19 @@ def test_ctrl_c_ends_a_process_quietly(plain_model):
     assert (process.returncode, out, err.strip()) == (130, b"", b"")
 
 
-@pytest.mark.parametrize("view", [[], ["--json"]])
-def test_a_reader_that_has_gone_is_not_told_of(view, tmp_path):
+@pytest.mark.parametrize(
+    "program", [[sys.executable, "-m", "flowtracer_plugin"], [SCRIPTS / "flowtracer"]]
+)
+def test_a_closed_standard_output_loses_no_page_and_shows_no_error(program, tmp_path):
+    """Such as that of `flowtracer report FILE | head`, with more than fits into a pipe."""
     long = ft.wrap(tiny_llama(max_position_embeddings=2000), tiny_tokenizer())
-    file = long.trace(PROMPT * 30, RESPONSE).save(tmp_path / "a.flow")
+    file, page = long.trace(PROMPT * 30, RESPONSE).save(tmp_path / "a.flow"), tmp_path / "x.html"
+    view = ["--json"] if len(program) == 1 else []
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "flowtracer_plugin", "report", file, *view]
+    command = [*program, "report", file, "--html", page, *view]
     ran = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False, cwd=ROOT)
     os.close(writing)
-    said = [line for line in ran.stderr.decode().splitlines() if not line.startswith("wrote")]
-    assert said == []
+    assert ran.stderr.decode() == f"wrote {page}\n"
+    assert "<html" in page.read_text()
     assert ran.returncode in (0, 1)

@@ -12,23 +12,22 @@ import pytest
 from typer.main import get_command
 
 import flowtracer_plugin as ft
-from flowtracer_plugin.cli import commands as cli, options as cli_options
+from flowtracer_plugin.cli import commands as cli, options as cli_options, parsing
 from flowtracer_plugin.cli.mistakes import EXTRAS
 from flowtracer_plugin.evaluation import run as evaluation
 from flowtracer_plugin.evaluation.examples import load_examples
 from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
 from flowtracer_plugin.options import CHOICES, PRESETS, flow_options
 from flowtracer_plugin.reading import runner as running
-from flowtracer_plugin.report import figures
+from flowtracer_plugin.report.figures import figure
 from flowtracer_plugin.text import answers
 from flowtracer_plugin.trace import memory
-from tests.cli.command_line import in_a_process
 
 ROOT = get_command(cli.app)
 
 
 def leaves(group, path=()):
-    """Every command, by what a user types."""
+    """Every command, with the words that a user types for it."""
     for name, command in group.commands.items():
         yield (*path, name), command
         if hasattr(command, "commands"):
@@ -43,9 +42,9 @@ def defaults(command):
 
 
 def choices(name):
-    """The words that an option takes."""
+    """The values that an option takes."""
     parts = get_args(get_type_hints(cli_options.TracingOptions)[name])
-    # An option that a preset may set is one of its words, or None.
+    # An option that a preset may set is also None.
     return get_args(parts[0]) if parts[-1] is type(None) else parts
 
 
@@ -75,7 +74,7 @@ def test_options_have_the_names_and_defaults_of_the_python_functions(command):
     assert flow_options(**{name: options[name] for name in names}) == ft.FlowOptions()
 
 
-def test_what_python_does_not_know_is_not_among_the_options_of_tracing():
+def test_tracing_has_no_options_that_python_lacks():
     fields = {field.name for field in dataclasses.fields(cli_options.TracingOptions)}
     assert fields == set(keywords(ft.wrap))
 
@@ -89,7 +88,7 @@ def test_what_python_does_not_know_is_not_among_the_options_of_tracing():
         ("backend", set(running.BACKENDS)),
     ],
 )
-def test_options_take_the_words_that_python_takes(name, wanted):
+def test_options_take_the_values_that_python_takes(name, wanted):
     assert set(choices(name)) == wanted
 
 
@@ -104,8 +103,8 @@ def test_evaluate_has_the_names_and_defaults_of_python_too():
     python = keywords(evaluation.evaluate) | keywords(load_examples) | keywords(KnockOutOptions)
     for ours, theirs in (("prompt_template", "template"), ("system_prompt", "system")):
         options[theirs] = options.pop(ours)
-    # The first is not the command's to choose, the model's template is used if there is one, and
-    # all scores are compared.
+    # The command does not offer the first, uses the model's template by default, and compares all
+    # scores.
     for name in python.keys() - {"matched", "chat", "scores"}:
         default = python[name]
         listed = ",".join(map(str, default)) if isinstance(default, tuple) else default
@@ -119,23 +118,23 @@ def test_every_command_that_loads_a_model_can_run_its_code(command):
     assert defaults(command)["trust_remote_code"] is False
 
 
-def test_a_figure_is_of_the_kinds_and_by_default_of_the_kind_of_python():
+def test_figures_have_the_kinds_and_the_default_of_python():
     hint = get_type_hints(cli_options.OutputOptions)["figure_kind"]
-    assert get_args(hint) == figures.KINDS
+    assert get_args(hint) == figure.KINDS
     kind = inspect.signature(ft.FlowTrace.to_figure).parameters["kind"]
     assert defaults("report")["figure_kind"] == kind.default
-    assert set(cli_options.SUFFIXES) == set(figures._METADATA)
+    assert set(parsing.FIGURE_SUFFIXES) == set(figure._METADATA)
 
 
 @pytest.mark.parametrize("command", ["trace", "generate", "report"])
-def test_files_are_named_as_the_methods_of_a_trace(command):
+def test_output_options_are_named_after_the_methods_of_a_trace(command):
     options = defaults(command)
     for name in ("json", "html", "parquet", "graphml", "figure"):
         assert name in options
     assert ("save" in options) == (command != "report")
 
 
-def test_the_extras_are_those_that_bring_the_packages():
+def test_the_extras_install_the_optional_packages():
     import tomllib
     from pathlib import Path
 
@@ -147,25 +146,25 @@ def test_the_extras_are_those_that_bring_the_packages():
         for need in extras[extra]
     }
     assert brought.items() <= EXTRAS.items()
-    assert EXTRAS.keys() - brought.keys() == {"datasets"}  # TRL brings it along
+    assert EXTRAS.keys() - brought.keys() == {"datasets"}  # TRL depends on it
 
 
 # help
 
 
 @pytest.mark.parametrize("path", [path for path in COMMANDS if path != ("train",)], ids=" ".join)
-def test_help_shows_the_whole_names_of_options(path):
+def test_help_shows_the_whole_names_of_options(path, flowtracer, monkeypatch):
     """In a terminal of usual width."""
-    shown = in_a_process(*path, "--help", COLUMNS="80").stdout
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = flowtracer(*path, "--help").out
     assert "-…" not in shown
     names = {name for option in COMMANDS[path].params for name in option.secondary_opts}
     assert all(name in shown for name in names)
 
 
-def examples(command):
-    """The example in a command's help, as it stands there."""
-    _, _, example = inspect.cleandoc(command.help).partition("For example:\n\n")
-    return [" ".join(example.split())] if example else []
+def example(command):
+    """The example in a command's help."""
+    return " ".join(inspect.cleandoc(command.help).partition("For example:\n\n")[2].split())
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
@@ -183,8 +182,7 @@ def test_the_help_of_every_command_shows_an_example(path, width, flowtracer, mon
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_the_example_can_be_run(path):
-    (example,) = examples(COMMANDS[path])
-    program, *words = shlex.split(example)
+    program, *words = shlex.split(example(COMMANDS[path]))
     assert program == "flowtracer"
     command, context = ROOT, None
     while hasattr(command, "commands"):
@@ -195,28 +193,33 @@ def test_the_example_can_be_run(path):
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-def test_the_example_of_training_is_one(monkeypatch):
+def test_the_example_of_training_can_be_parsed(monkeypatch):
     from flowtracer_plugin.grpo import FlowGRPOConfig
     from flowtracer_plugin.grpo.script import parse
 
     # TRL's own fields do not hold what they declare, which the type checks of the tests refuse.
     monkeypatch.setattr(FlowGRPOConfig, "__init__", inspect.unwrap(FlowGRPOConfig.__init__))
-    (example,) = examples(COMMANDS["train",])
-    assert parse(shlex.split(example)[2:])[0].reward_funcs == ["math_answer"]
+    words = shlex.split(example(COMMANDS["train",]))
+    assert parse(words[2:])[0].reward_funcs == ["math_answer"]
 
 
 # completion
 
 
-def completed(*words):
-    """What bash is offered for the last word."""
-    ran = in_a_process(
-        _FLOWTRACER_COMPLETE="complete_bash",
-        COMP_WORDS=shlex.join(["flowtracer", *words]).replace("''", ""),
-        COMP_CWORD=str(len(words)),
-    )
-    assert ran.stderr == ""
-    return ran.stdout.split()
+@pytest.fixture
+def completed(flowtracer, monkeypatch):
+    """The words that bash is offered for the last one."""
+
+    def run(*words):
+        typed = shlex.join(["flowtracer", *words]).replace("''", "")
+        monkeypatch.setenv("_FLOWTRACER_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", str(len(words)))
+        ran = flowtracer()
+        assert ran.err == ""
+        return ran.out.split()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -231,21 +234,22 @@ def completed(*words):
         (["report", "--gr"], ["--graphml"]),
     ],
 )
-def test_words_are_completed(words, wanted):
+def test_words_are_completed(completed, words, wanted):
     assert completed(*words) == wanted
 
 
-def test_every_answer_rule_and_every_layer_that_completion_offers_is_one():
+def test_completion_offers_all_answer_rules_and_only_layers_that_exist(completed):
     assert completed("trace", "--answer", "") == ["auto", *answers.FINDERS]
     for name in completed("trace", "--layers", ""):
-        assert cli_options.layer_selection(name) == name
+        assert parsing.layer_selection(name) == name
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_script_for_a_shell_can_be_had(shell):
-    ran = in_a_process(_FLOWTRACER_COMPLETE=f"source_{shell}")
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert f"_FLOWTRACER_COMPLETE=complete_{shell}" in ran.stdout
+def test_there_is_a_completion_script_for_each_shell(flowtracer, monkeypatch, shell):
+    monkeypatch.setenv("_FLOWTRACER_COMPLETE", f"source_{shell}")
+    ran = flowtracer()
+    assert (ran.code, ran.err) == (0, "")
+    assert f"_FLOWTRACER_COMPLETE=complete_{shell}" in ran.out
 
 
 def test_completion_loads_nothing_heavy():

@@ -1,0 +1,116 @@
+"""What does the text of an option mean? Whatever cannot be read raises typer.BadParameter."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
+"""The kinds of figures. Listed here, because matplotlib takes a second to import."""
+
+
+@contextmanager
+def wrong_usage(option: str) -> Iterator[None]:
+    """Turn a `ValueError` into wrong usage of this option."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def answer_rule(text: str) -> str | re.Pattern[str]:
+    """The name of an answer finder, or the pattern after `re:`."""
+    from flowtracer_plugin.text.answers import check_finder
+
+    names = answer_rules()
+    if text in names:
+        return text
+    if not text.startswith("re:"):
+        raise typer.BadParameter(f"wanted {', '.join(names)} or re:PATTERN, found {text!r}")
+    try:
+        pattern = re.compile(text.removeprefix("re:"))
+        check_finder(pattern)
+    except (ValueError, re.error) as error:
+        raise typer.BadParameter(f"{error}, in {text!r}") from error
+    return pattern
+
+
+def answer_rules() -> list[str]:
+    """The names of all answer finders."""
+    from flowtracer_plugin.text.answers import FINDERS
+
+    return ["auto", *FINDERS]
+
+
+def layer_selection(text: str) -> str | list[int]:
+    """Layers by name or by number. Only the model can tell whether it has them."""
+    from flowtracer_plugin.model.layers import select_layers
+
+    parts = text.split(",")
+    if all(part.strip().isdecimal() for part in parts):
+        return [int(part) for part in parts]
+    try:
+        select_layers(text, [0])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return text
+
+
+def head_selection(text: str) -> str | float | tuple[tuple[int, int], ...]:
+    """Heads as `wrap` takes them. Only the model can tell whether it has them."""
+    if text == "all":
+        return text
+    try:
+        if ":" not in text:
+            share = float(text)
+            if 0 < share <= 1:
+                return share
+        pairs = [part.split(":") for part in text.split(",")]
+        return tuple((int(layer), int(head)) for layer, head in pairs)
+    except ValueError:
+        raise typer.BadParameter(
+            f"wanted all, a share above 0 and up to 1, or pairs such as 12:3,15:0, found {text!r}"
+        ) from None
+
+
+def names(text: str) -> list[str]:
+    """The names between commas."""
+    return [name.strip() for name in text.split(",")]
+
+
+def pattern(text: str | None) -> str | None:
+    """A regular expression that compiles."""
+    try:
+        re.compile(text or "")
+    except re.error as error:
+        raise typer.BadParameter(f"{text!r} is no pattern: {error}") from error
+    return text
+
+
+def writable(path: Path | None) -> Path | None:
+    """A file that can be written, checked before the long work rather than after it."""
+    if path is None:
+        return None
+    target = path.resolve()
+    special = target.exists() and not target.is_file()  # a device or a pipe
+    place = target if special else next(one for one in target.parents if one.exists())
+    if not (special or place.is_dir()) or not os.access(place, os.W_OK):
+        raise typer.BadParameter(
+            f"cannot write {str(path)!r}: nothing can be made in {str(place)!r}; name a file in a "
+            "folder that you may write to"
+        )
+    return path
+
+
+def figure_file(path: Path | None) -> Path | None:
+    """A file that can be written, and whose suffix names a kind of figure."""
+    if path is not None and path.suffix.lower() not in FIGURE_SUFFIXES:
+        raise typer.BadParameter(
+            f"wanted .png, .svg or .pdf, found {path.suffix!r} in {path.name!r}"
+        )
+    return writable(path)
