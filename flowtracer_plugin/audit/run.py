@@ -25,7 +25,7 @@ from flowtracer_plugin.audit.policy_gradient import Chances, chances_of, only, w
 from flowtracer_plugin.audit.sampling import Group, padded
 from flowtracer_plugin.credit.read_rollouts import Late, ReadRollouts
 from flowtracer_plugin.credit.scorers import SCORERS, Scorer
-from flowtracer_plugin.evaluation.faithfulness import CLASS_NAMES, token_classes
+from flowtracer_plugin.evaluation.token_sets import CLASS_NAMES, token_classes
 from flowtracer_plugin.model.causal_lm import input_device
 from flowtracer_plugin.text.matched_spans import SpanFinder
 from flowtracer_plugin.text.spans import decode_tokens
@@ -78,7 +78,7 @@ class Tilt:
         squared: `‖g(boost)‖²`.
         chosen: Sum of the boosts.
         entropy: The same, times the entropy of each token, in nats.
-        classes: The same, by the class of the token, see `faithfulness.CLASS_NAMES`.
+        classes: The same, by the class of the token, see `token_sets.CLASS_NAMES`.
         answer: The same, of the answer's own tokens.
     """
 

@@ -1,4 +1,4 @@
-"""One self-contained page of an evaluation: which scores know what the answers hang on?"""
+"""One self-contained page of an evaluation: which scores know what the answers depend on?"""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowtracer_plugin.evaluation.overview import Evaluation
-from flowtracer_plugin.evaluation.run import Example, Outcome
+from flowtracer_plugin.evaluation.examples import Example
+from flowtracer_plugin.evaluation.outcomes import Evaluation, Outcome
 from flowtracer_plugin.evaluation.summaries import BASELINES, Interval, ScoreSummary
 from flowtracer_plugin.evaluation.tables import bottom_of, cell, counts, ranked, tables
 from flowtracer_plugin.files import write_atomically
@@ -17,13 +17,13 @@ from flowtracer_plugin.report.pages.assets import render
 from flowtracer_plugin.text.visible import visible
 
 CHART_WIDTH = 1000
-"""Of the drawings, in units of their own; they stretch."""
+"""Width of the bars in their own units; the browser stretches them."""
 
 SHARES_SIZE = (720, 300)
-"""Of the drawing of drops over shares, in its own units."""
+"""Width and height of the chart of drops over shares, in its own units."""
 
 LINED = {"flow": "flow", BASELINES["one_hop"]: "hop", BASELINES["chance"]: "chance"}
-"""Scores whose lines are told apart by more than a hover."""
+"""Scores with a color and a label of their own."""
 
 
 def write_evaluation(evaluation: Evaluation, path: str | Path) -> Path:
@@ -44,7 +44,7 @@ def render_evaluation(evaluation: Evaluation) -> str:
         "evaluation.html.j2",
         styles=("contrast.css", "evaluation.css"),
         script="page_table.js",
-        title=f"{shorten(visible(evaluation.settings['model']))}: what do its answers hang on?",
+        title=f"{shorten(visible(evaluation.settings['model']))}: what do its answers depend on?",
         settings=evaluation.settings,
         measured=len(evaluation.measured),
         outcomes=evaluation.outcomes,
@@ -62,18 +62,18 @@ def render_evaluation(evaluation: Evaluation) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """A score in the chart, in the chart's units.
+    """A score's bar in the chart, in the chart's units.
 
     Attributes:
         score: Its name.
-        kind: Whether it is flow, one hop, chance, or any.
-        top: Where the top's drop ends.
+        kind: `flow`, `hop`, `chance` or `other`.
+        top: Length of the top's drop.
         low: Lower end of its interval.
-        high: Upper end.
-        bottom: Where the bottom's drop ends; None for controls.
+        high: Upper end of its interval.
+        bottom: Length of the bottom's drop; None for controls.
         chance: Ends of the interval of random sets.
-        said: The drop in words.
-        over: The difference from one hop, in words.
+        said: The drop as text.
+        over: The difference from one hop, as text.
     """
 
     score: str
@@ -125,7 +125,7 @@ def _high(interval: Interval) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ShareLine:
-    """Drops of one score over the shares, as an SVG path, and where its end is."""
+    """Drops of one score over the shares: an SVG path, and the height at which it ends."""
 
     score: str
     kind: str
@@ -135,7 +135,7 @@ class ShareLine:
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """The drawing of drops over shares: lines, and where the shares and the drops are."""
+    """The chart of drops over shares: lines, and the ticks of both axes with their labels."""
 
     lines: Sequence[ShareLine]
     across: Sequence[tuple[float, int]]
@@ -162,7 +162,7 @@ def _shares(evaluation: Evaluation, gap: int) -> Shares | None:
             end=up(one.drop[-1].mean),
         )
 
-    # What is told apart is drawn last, above the others.
+    # Lines with a label are drawn last, above the others.
     lines = sorted(map(line, found), key=lambda one: one.kind != "other")
     upward = [(up(most * part / 4), f"{most * part / 4:.2f}") for part in range(5)]
     return Shares(lines=lines, across=list(zip(across, percents, strict=True)), upward=upward)

@@ -6,10 +6,10 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flowtracer_plugin as ft
-from flowtracer_plugin.evaluation.examples import load_examples
+from flowtracer_plugin.evaluation.examples import Example, load_examples
 from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions, measure_knock_outs
 from flowtracer_plugin.evaluation.results_file import FORMAT, VERSION, evaluate_to_file
-from flowtracer_plugin.evaluation.run import Example, evaluate
+from flowtracer_plugin.evaluation.run import evaluate
 from flowtracer_plugin.files import RecordFile
 from tests.evaluation.planted import planted_model, planted_story, planted_text, planted_tokenizer
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
@@ -75,7 +75,8 @@ def test_a_text_that_does_not_fit_is_left_out_and_the_others_go_on(planted, monk
 def test_a_solution_in_the_data_means_its_answer(planted, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "flowtracer_plugin.evaluation.run.measure", lambda *_, right, **__: seen.append(right) or {}
+        "flowtracer_plugin.evaluation.run.measure_example",
+        lambda _example, _settings, right: seen.append(right) or {},
     )
     asked = replace(example(0), answer="1 + 1 = 2\n#### 2")
     list(evaluate(planted, [asked, example(1)], FEW))
@@ -242,7 +243,7 @@ def test_other_files_are_read_by_datasets(tmp_path):
         ('{"prompt": "q"}\n', {"template": "x"}, "the template must be hash, boxed or a text with"),
     ],
 )
-def test_data_that_are_none_are_refused(tmp_path, text, options, message):
+def test_damaged_data_are_refused(tmp_path, text, options, message):
     path = tmp_path / "data.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
