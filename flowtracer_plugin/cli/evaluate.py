@@ -194,16 +194,13 @@ def _run(
     plain: Mapping[str, Any],
     output: Path | None,
 ) -> Sequence[Outcome]:
-    from flowtracer_plugin.evaluation.results_file import evaluate_to_file, shown
+    from flowtracer_plugin.evaluation.results_file import evaluate_to_file
     from flowtracer_plugin.evaluation.run import evaluate_example
 
     def outcomes(left: Iterable[Example]) -> Iterator[Outcome]:
         return (evaluate_example(tracer, example, settings) for example in left)
 
-    progress = sys.stderr.isatty()
-    if output is None:
-        return tuple(shown(outcomes(examples), len(examples), progress=progress))
-    return evaluate_to_file(outcomes, examples, output, plain, progress=progress)
+    return evaluate_to_file(outcomes, examples, output, plain, progress=sys.stderr.isatty())
 
 
 def _deliver(evaluation: Evaluation, html: Path | None, as_json: bool) -> None:

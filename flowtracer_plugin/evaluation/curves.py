@@ -70,19 +70,14 @@ def measure_curves(
         ValueError: `steps` is below 1, taking all candidates away does not make the answer less
             likely, or as `measure_knock_outs`.
     """
-    example = ScoredExample(tracer=tracer, trace=trace, scores=scores)
-    options = options or KnockOutOptions()
-    return example_curves(example, options, steps=steps, batch_size=batch_size)
+    example = ScoredExample(tracer=tracer, trace=trace, scores=scores, batch_size=batch_size)
+    return example_curves(example, options or KnockOutOptions(), steps=steps)
 
 
 def example_curves(
-    example: ScoredExample,
-    options: KnockOutOptions,
-    *,
-    steps: int = STEPS,
-    batch_size: int | None = None,
+    example: ScoredExample, options: KnockOutOptions, *, steps: int = STEPS
 ) -> tuple[Curve, ...]:
-    """`measure_curves` for an example that other protocols may share."""
+    """`measure_curves` for an example that other protocols share."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps!r}")
     among = example.candidates(options.gaps[0])
@@ -92,8 +87,7 @@ def example_curves(
     orders["random"] = [rng.permutation(len(among)).astype(float) for _ in range(options.draws)]
     drawn = [order for name in orders for order in orders[name]]
     sets = [mask for order in drawn for mask in _sets(order, among, sizes)]
-    found = example.knock_out([*sets, among], rows=options.rows, batch_size=batch_size)
-    drop = found.drop.double().numpy()
+    drop, *_ = example.knock_out([*sets, among], options.rows)
     if drop[-1] <= 0:
         raise ValueError(
             f"the answer {example.trace.spans.answer_text!r} is no less likely without any of the "

@@ -7,9 +7,8 @@ with its top than random tokens do, and less with its bottom.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -18,13 +17,14 @@ from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
 from flowtracer_plugin.evaluation.knockout import ROWS
 from flowtracer_plugin.evaluation.scored_example import ScoredExample
 from flowtracer_plugin.evaluation.token_sets import (
+    ChosenSets,
     Mask,
     matched_draw,
     position_bins,
     ranking,
     set_size,
     token_classes,
-    top_and_bottom,
+    tops_and_bottoms,
 )
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.tracer import FlowTracer
@@ -134,14 +134,12 @@ def measure_knock_outs(
         KnockOutError: The model's attention cannot be cut.
         ValueError: The trace was streamed, `options.matched` is no score, or a score is not finite.
     """
-    example = ScoredExample(tracer=tracer, trace=trace, scores=scores)
-    return example_knock_outs(example, options or KnockOutOptions(), batch_size=batch_size)
+    example = ScoredExample(tracer=tracer, trace=trace, scores=scores, batch_size=batch_size)
+    return example_knock_outs(example, options or KnockOutOptions())
 
 
-def example_knock_outs(
-    example: ScoredExample, options: KnockOutOptions, *, batch_size: int | None = None
-) -> Faithfulness:
-    """`measure_knock_outs` for an example that other protocols may share."""
+def example_knock_outs(example: ScoredExample, options: KnockOutOptions) -> Faithfulness:
+    """`measure_knock_outs` for an example that other protocols share."""
     if options.matched not in example.scores:
         raise ValueError(
             f"controls are matched to one of the scores {', '.join(example.scores)}, got "
@@ -149,76 +147,53 @@ def example_knock_outs(
         )
     candidates = [example.candidates(gap) for gap in options.gaps]
     sets = [
-        chosen
+        (gap, chosen)
         for gap, among in zip(options.gaps, candidates, strict=True)
         for chosen in chosen_sets(example, among, options, gap)
     ]
-    masks = [mask for chosen in sets for mask in chosen.masks]
-    found = example.knock_out(masks, rows=options.rows, batch_size=batch_size)
-    numbers = [part.double().numpy() for part in (found.drop, found.flipped, found.divergence)]
+    numbers = example.knock_out([mask for _, one in sets for mask in one.masks], options.rows)
+    parts = np.split(numbers, np.cumsum([len(one.masks) for _, one in sets])[:-1], axis=1)
+    percents, baseline = len(options.percents), example.baseline
     return Faithfulness(
         answer_tokens=int(example.trace.spans.answer.sum()),
-        log_prob=found.log_prob,
-        predicted=found.predicted,
+        log_prob=baseline.log_prob,
+        predicted=baseline.predicted,
         candidates=tuple(int(among.sum()) for among in candidates),
-        effects=_effects(sets, numbers, len(options.percents)),
+        effects=tuple(
+            _effect(gap, one, part, percents) for (gap, one), part in zip(sets, parts, strict=True)
+        ),
     )
-
-
-class ChosenSets(NamedTuple):
-    """The sets of tokens that one score or control chose, for each of the percents in turn."""
-
-    gap: int
-    score: str
-    side: str
-    masks: list[Mask]
 
 
 def chosen_sets(
     example: ScoredExample, among: Mask, options: KnockOutOptions, gap: int
 ) -> list[ChosenSets]:
-    """Top and bottom of every score, and the draws of the controls, among the candidates."""
+    """The sets among the candidates of every score and control, for each percent in turn."""
     counts = [set_size(int(among.sum()), percent) for percent in options.percents]
-    sets = [
-        ChosenSets(gap, name, side, masks)
-        for name, score in example.values.items()
-        for side, masks in top_and_bottom(score, among, counts).items()
-    ]
+    sets = tops_and_bottoms(example.values, among, counts)
     order = ranking(example.values[options.matched], among)
-    rng = example.rng(options.seed, gap)
+    matched = [order[:count] for count in counts]
     groups = {
         "random": among.astype(np.int64) - 1,
         "random_position": position_bins(among),
         "random_class": np.where(among, token_classes(example.trace.tokens), -1),
     }
+    rng = example.rng(options.seed, gap)
     for name, group in groups.items():
-        draws = [
-            matched_draw(order[:count], group, rng)
-            for count in counts
-            for _ in range(options.draws)
-        ]
-        sets.append(ChosenSets(gap, name, "top", draws))
+        draws = [matched_draw(one, group, rng) for one in matched for _ in range(options.draws)]
+        sets.append(ChosenSets(name, "top", draws))
     return sets
 
 
-def _effects(
-    sets: Sequence[ChosenSets], numbers: Sequence[Float[np.ndarray, " set"]], percents: int
-) -> tuple[Effect, ...]:
-    effects, at = [], 0
-    for chosen in sets:
-        here = slice(at, at + len(chosen.masks))
-        at = here.stop
-        drop, flipped, divergence = (
-            tuple(part[here].reshape(percents, -1).mean(1).tolist()) for part in numbers
-        )
-        effects.append(
-            Effect(
-                gap=chosen.gap,
-                score=chosen.score,
-                side=chosen.side,
-                drop=drop,
-                flipped=flipped,
-                divergence=divergence,
-            )
-        )
-    return tuple(effects)
+def _effect(
+    gap: int, chosen: ChosenSets, numbers: Float[np.ndarray, "3 mask"], percents: int
+) -> Effect:
+    drop, flipped, divergence = map(tuple, numbers.reshape(3, percents, -1).mean(-1).tolist())
+    return Effect(
+        gap=gap,
+        score=chosen.score,
+        side=chosen.side,
+        drop=drop,
+        flipped=flipped,
+        divergence=divergence,
+    )

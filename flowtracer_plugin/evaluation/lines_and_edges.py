@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from scipy.stats import spearmanr
 
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
+from flowtracer_plugin.evaluation.faithfulness import PERCENTS, KnockOutOptions
 from flowtracer_plugin.evaluation.scored_example import ScoredExample
 from flowtracer_plugin.evaluation.token_sets import set_size
 from flowtracer_plugin.trace.flow_trace import FlowTrace
@@ -76,14 +77,12 @@ def knock_out_lines(
         KnockOutError: The model's attention cannot be cut.
         ValueError: There are fewer than 3 lines, or as `measure_knock_outs`.
     """
-    example = ScoredExample(tracer=tracer, trace=trace, scores=scores)
-    return example_lines(example, rows=rows, batch_size=batch_size)
+    example = ScoredExample(tracer=tracer, trace=trace, scores=scores, batch_size=batch_size)
+    return example_lines(example, KnockOutOptions(rows=rows))
 
 
-def example_lines(
-    example: ScoredExample, *, rows: str = "future", batch_size: int | None = None
-) -> LineKnockOuts:
-    """`knock_out_lines` for an example that other protocols may share."""
+def example_lines(example: ScoredExample, options: KnockOutOptions) -> LineKnockOuts:
+    """`knock_out_lines` for an example that other protocols share."""
     lines = _lines(example.trace)
     if len(lines) < FEWEST_LINES:
         raise ValueError(
@@ -92,26 +91,22 @@ def example_lines(
         )
     values, place = example.values, np.arange(len(example.trace.token_ids))
     masks = [(start <= place) & (place < stop) for start, stop in lines]
-    drop = example.knock_out(masks, rows=rows, batch_size=batch_size).drop.double().numpy()
-    return LineKnockOuts(
-        lines=lines,
-        drop=tuple(drop.tolist()),
-        by_sum={
-            name: _agreement([float(score[mask].sum()) for mask in masks], drop)
+    drop, *_ = example.knock_out(masks, options.rows)
+    by_sum, by_max = (
+        {
+            name: _agreement([float(gather(score[mask])) for mask in masks], drop)
             for name, score in values.items()
-        },
-        by_max={
-            name: _agreement([float(score[mask].max()) for mask in masks], drop)
-            for name, score in values.items()
-        },
+        }
+        for gather in (np.sum, np.max)
     )
+    return LineKnockOuts(lines=lines, drop=tuple(drop.tolist()), by_sum=by_sum, by_max=by_max)
 
 
 def knock_out_backbone(
     tracer: FlowTracer,
     trace: FlowTrace,
     *,
-    percents: tuple[int, ...] = (1, 2, 5, 10, 20),
+    percents: tuple[int, ...] = PERCENTS,
     draws: int = 10,
     seed: int = 0,
     batch_size: int | None = None,
@@ -124,41 +119,34 @@ def knock_out_backbone(
 
     Raises:
         KnockOutError: The model's attention cannot be cut.
-        ValueError: The trace was streamed, or `draws` is below 1.
+        ValueError: The trace was streamed, or as `KnockOutOptions`.
     """
-    example = ScoredExample(tracer=tracer, trace=trace, scores={})
-    return example_edges(example, percents=percents, draws=draws, seed=seed, batch_size=batch_size)
+    options = KnockOutOptions(percents=percents, draws=draws, seed=seed)
+    example = ScoredExample(tracer=tracer, trace=trace, scores={}, batch_size=batch_size)
+    return example_edges(example, options)
 
 
-def example_edges(
-    example: ScoredExample,
-    *,
-    percents: tuple[int, ...],
-    draws: int,
-    seed: int,
-    batch_size: int | None = None,
-) -> tuple[EdgeKnockOuts, ...]:
-    """`knock_out_backbone` for an example that other protocols may share."""
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws!r}")
-    trace, rng = example.trace, example.rng(seed)
+def example_edges(example: ScoredExample, options: KnockOutOptions) -> tuple[EdgeKnockOuts, ...]:
+    """`knock_out_backbone` for an example that other protocols share."""
+    trace, rng = example.trace, example.rng(options.seed)
     flow, attention = np.asarray(trace.flow.edge_flow()), trace.attention
     queries, keys = _inner_edges(trace)
     flows, paid = flow[queries, keys], np.asarray(attention)[queries, keys]
     order = np.argsort(-flows, kind="stable")
     chosen: list[Int[np.ndarray, " edge"]] = []
-    for percent in percents:
+    for percent in options.percents:
         count = set_size(len(order), percent)
         top, rest = order[:count], order[count:]
         chosen.append(top)
         chosen += [
-            _as_heavy(rng.permutation(rest), paid, float(paid[top].sum())) for _ in range(draws)
+            _as_heavy(rng.permutation(rest), paid, float(paid[top].sum()))
+            for _ in range(options.draws)
         ]
     cut = torch.zeros(len(chosen), *flow.shape, dtype=torch.bool)
     for one, edges in zip(cut, chosen, strict=True):
         one[queries[edges], keys[edges]] = True
-    found = example.baseline.cut_edges(cut, batch_size=batch_size)
-    drops = found.drop.double().numpy().reshape(len(percents), draws + 1)
+    found = example.baseline.cut_edges(cut, batch_size=example.batch_size)
+    drops = found.drop.double().numpy().reshape(len(options.percents), options.draws + 1)
     sizes = np.array([len(edges) for edges in chosen]).reshape(drops.shape)
     masses = np.array([paid[edges].sum() for edges in chosen]).reshape(drops.shape)
     return tuple(
@@ -171,7 +159,7 @@ def example_edges(
             other_edges=float(size[1:].mean()),
             other_attention=float(mass[1:].mean()),
         )
-        for percent, drop, size, mass in zip(percents, drops, sizes, masses, strict=True)
+        for percent, drop, size, mass in zip(options.percents, drops, sizes, masses, strict=True)
     )
 
 

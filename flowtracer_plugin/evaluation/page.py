@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,34 +59,8 @@ def render_evaluation(evaluation: Evaluation) -> str:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bar:
-    """A score's bar in the chart, in the chart's units.
-
-    Attributes:
-        score: Its name.
-        kind: `flow`, `hop`, `chance` or `other`.
-        top: Length of the top's drop.
-        low: Lower end of its interval.
-        high: Upper end of its interval.
-        bottom: Length of the bottom's drop; None for controls.
-        chance: Ends of the interval of random sets.
-        said: The drop as text.
-        over: The difference from one hop, as text.
-    """
-
-    score: str
-    kind: str
-    top: float
-    low: float
-    high: float
-    bottom: float | None
-    chance: tuple[float, float]
-    said: str
-    over: str
-
-
-def _bars(evaluation: Evaluation, gap: int) -> list[Bar]:
+def _bars(evaluation: Evaluation, gap: int) -> list[dict[str, Any]]:
+    """Bars of the chart; lengths and places are in the chart's units."""
     found = ranked(evaluation, gap)
     if not found:
         return []
@@ -98,21 +71,20 @@ def _bars(evaluation: Evaluation, gap: int) -> list[Bar]:
     def at(value: float) -> float:
         return round(CHART_WIDTH * max(0.0, value) / most, 1)
 
-    def bar(one: ScoreSummary) -> Bar:
-        bottom = bottom_of(evaluation, one)
-        return Bar(
-            score=one.score,
-            kind=LINED.get(one.score, "other"),
-            top=at(one.aopc.mean),
-            low=at(_low(one.aopc)),
-            high=at(_high(one.aopc)),
-            bottom=None if bottom is None else at(bottom.aopc.mean),
-            chance=(at(_low(chance)), at(_high(chance))),
-            said=cell(one.aopc),
-            over=cell(one.over_one_hop),
-        )
-
-    return [bar(one) for one in found]
+    return [
+        {
+            "score": one.score,
+            "kind": LINED.get(one.score, "other"),
+            "top": at(one.aopc.mean),
+            "low": at(_low(one.aopc)),
+            "high": at(_high(one.aopc)),
+            "bottom": None if bottom is None else at(bottom.aopc.mean),
+            "chance": (at(_low(chance)), at(_high(chance))),
+            "said": cell(one.aopc),
+            "over": cell(one.over_one_hop),
+        }
+        for one, bottom in zip(found, bottoms, strict=True)
+    ]
 
 
 def _low(interval: Interval) -> float:
@@ -123,26 +95,8 @@ def _high(interval: Interval) -> float:
     return interval.mean if interval.high is None else interval.high
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShareLine:
-    """Drops of one score over the shares: an SVG path, and the height at which it ends."""
-
-    score: str
-    kind: str
-    path: str
-    end: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shares:
+def _shares(evaluation: Evaluation, gap: int) -> dict[str, Any] | None:
     """The chart of drops over shares: lines, and the ticks of both axes with their labels."""
-
-    lines: Sequence[ShareLine]
-    across: Sequence[tuple[float, int]]
-    upward: Sequence[tuple[float, str]]
-
-
-def _shares(evaluation: Evaluation, gap: int) -> Shares | None:
     percents, found = evaluation.settings["options"]["percents"], ranked(evaluation, gap)
     if len(percents) < 2 or not found:
         return None
@@ -153,33 +107,23 @@ def _shares(evaluation: Evaluation, gap: int) -> Shares | None:
     def up(value: float) -> float:
         return round(height * (1 - max(0.0, value) / most), 1)
 
-    def line(one: ScoreSummary) -> ShareLine:
+    def line(one: ScoreSummary) -> dict[str, Any]:
         points = [f"{x} {up(interval.mean)}" for x, interval in zip(across, one.drop, strict=True)]
-        return ShareLine(
-            score=one.score,
-            kind=LINED.get(one.score, "other"),
-            path=f"M{'L'.join(points)}",
-            end=up(one.drop[-1].mean),
-        )
+        return {
+            "score": one.score,
+            "kind": LINED.get(one.score, "other"),
+            "path": f"M{'L'.join(points)}",
+            "end": up(one.drop[-1].mean),
+        }
 
     # Lines with a label are drawn last, above the others.
-    lines = sorted(map(line, found), key=lambda one: one.kind != "other")
+    lines = sorted(map(line, found), key=lambda one: one["kind"] != "other")
     upward = [(up(most * part / 4), f"{most * part / 4:.2f}") for part in range(5)]
-    return Shares(lines=lines, across=list(zip(across, percents, strict=True)), upward=upward)
+    return {"lines": lines, "across": list(zip(across, percents, strict=True)), "upward": upward}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExampleRow:
-    """An example in the table; drops are means over the shares, in nats per token."""
-
-    outcome: Outcome
-    asked: str
-    answer_tokens: int
-    log_prob: float
-    drops: Mapping[str, float]
-
-
-def _rows(evaluation: Evaluation, gap: int) -> list[ExampleRow]:
+def _rows(evaluation: Evaluation, gap: int) -> list[dict[str, Any]]:
+    """Rows of the table of examples; drops are means over the shares, in nats per token."""
     return [
         _row(example, outcome, outcome.measured["knock_out"], gap)
         for example, outcome in zip(evaluation.examples, evaluation.outcomes, strict=True)
@@ -187,7 +131,9 @@ def _rows(evaluation: Evaluation, gap: int) -> list[ExampleRow]:
     ]
 
 
-def _row(example: Example, outcome: Outcome, measured: Mapping[str, Any], gap: int) -> ExampleRow:
+def _row(
+    example: Example, outcome: Outcome, measured: Mapping[str, Any], gap: int
+) -> dict[str, Any]:
     asked = example.prompt
     if not isinstance(asked, str):
         asked = str(asked[-1]["content"])
@@ -196,10 +142,9 @@ def _row(example: Example, outcome: Outcome, measured: Mapping[str, Any], gap: i
         for effect in measured["effects"]
         if effect["gap"] == gap and effect["side"] == "top" and effect["score"] in LINED
     }
-    return ExampleRow(
-        outcome=outcome,
-        asked=shorten(visible(" ".join(asked.split())), 110),
-        answer_tokens=measured["answer_tokens"],
-        log_prob=measured["log_prob"],
-        drops=drops,
-    )
+    return {
+        "outcome": outcome,
+        "asked": shorten(visible(" ".join(asked.split())), 110),
+        "log_prob": measured["log_prob"],
+        "drops": drops,
+    }

@@ -46,58 +46,26 @@ class EvaluationSettings:
         check_protocols(self.protocols)
 
 
-Protocol = Callable[[ScoredExample, EvaluationSettings, str | None], Any]
-"""What one test finds in an example, as plain values; the last argument is the right answer."""
+Protocol = Callable[[ScoredExample, EvaluationSettings], Any]
 
 
-def _knock_out(example: ScoredExample, settings: EvaluationSettings, _right: str | None) -> Any:
-    found = example_knock_outs(example, settings.options, batch_size=settings.batch_size)
-    return asdict(found)
-
-
-def _curves(example: ScoredExample, settings: EvaluationSettings, _right: str | None) -> Any:
+def _curves(example: ScoredExample, settings: EvaluationSettings) -> Any:
     # Without the tokens right before the answer, often a template that any answer needs.
     options = replace(settings.options, gaps=(max(settings.options.gaps),))
-    found = example_curves(example, options, batch_size=settings.batch_size)
-    return [asdict(curve) for curve in found]
+    return example_curves(example, options)
 
 
-def _lines(example: ScoredExample, settings: EvaluationSettings, _right: str | None) -> Any:
-    rows = settings.options.rows
-    return asdict(example_lines(example, rows=rows, batch_size=settings.batch_size))
-
-
-def _edges(example: ScoredExample, settings: EvaluationSettings, _right: str | None) -> Any:
-    options = settings.options
-    found = example_edges(
-        example,
-        percents=options.percents,
-        draws=options.draws,
-        seed=options.seed,
-        batch_size=settings.batch_size,
-    )
-    return [asdict(one) for one in found]
-
-
-def _regeneration(example: ScoredExample, settings: EvaluationSettings, right: str | None) -> Any:
-    options = settings.options
-    found = example_regeneration(
-        example,
-        right=right,
-        percent=max(options.percents),
-        draws=options.draws,
-        seed=options.seed,
-        max_new_tokens=settings.max_new_tokens,
-    )
-    return [asdict(one) for one in found]
+def _regeneration(example: ScoredExample, settings: EvaluationSettings) -> Any:
+    length = settings.max_new_tokens
+    return example_regeneration(example, settings.options, max_new_tokens=length)
 
 
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
-        FIRST: _knock_out,
+        FIRST: lambda example, settings: example_knock_outs(example, settings.options),
         "curves": _curves,
-        "lines": _lines,
-        "edges": _edges,
+        "lines": lambda example, settings: example_lines(example, settings.options),
+        "edges": lambda example, settings: example_edges(example, settings.options),
         "regeneration": _regeneration,
     }
 )
@@ -144,21 +112,25 @@ def measure(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
-    example = ScoredExample(tracer=tracer, trace=trace, scores=scores)
-    return measure_example(example, settings, right)
+    example = ScoredExample(
+        tracer=tracer, trace=trace, scores=scores, right=right, batch_size=batch_size
+    )
+    return measure_example(example, settings)
 
 
-def measure_example(
-    example: ScoredExample, settings: EvaluationSettings, right: str | None
-) -> dict[str, Any]:
+def measure_example(example: ScoredExample, settings: EvaluationSettings) -> dict[str, Any]:
     """`measure` for an example with whole settings."""
     _ = example.values  # a score that fails is an error, and no reason to skip a protocol
     found: dict[str, Any] = {}
     for name in settings.protocols:
         try:
-            found[name] = PROTOCOLS[name](example, settings, right)
+            found[name] = _plain(PROTOCOLS[name](example, settings))
         except ValueError as error:  # such as a text of two lines, whose order says nothing
             if name == FIRST:
                 raise
             found[name] = {"skipped": str(error)}
     return found
+
+
+def _plain(found: Any) -> Any:
+    return [asdict(one) for one in found] if isinstance(found, tuple) else asdict(found)

@@ -7,16 +7,23 @@ share of the tokens before the answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
+from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
 from flowtracer_plugin.evaluation.knockout import hidden_edges
 from flowtracer_plugin.evaluation.scored_example import ScoredExample
-from flowtracer_plugin.evaluation.token_sets import Mask, matched_draw, set_size, top_and_bottom
+from flowtracer_plugin.evaluation.token_sets import (
+    ChosenSets,
+    Mask,
+    matched_draw,
+    set_size,
+    tops_and_bottoms,
+)
 from flowtracer_plugin.model.cutting import check_model, cutting
 from flowtracer_plugin.model.generation import generate_ids
 from flowtracer_plugin.text.answers import same_answer
@@ -78,44 +85,27 @@ def regenerate(
         KnockOutError: The model's attention cannot be cut.
         ValueError: `keep` is not above 0 and at most 1, or as `measure_knock_outs`.
     """
-    example = ScoredExample(tracer=tracer, trace=trace, scores=scores)
-    return example_regeneration(
-        example,
-        right=right,
-        percent=percent,
-        keep=keep,
-        draws=draws,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-    )
+    options = KnockOutOptions(percents=(percent,), draws=draws, seed=seed)
+    example = ScoredExample(tracer=tracer, trace=trace, scores=scores, right=right)
+    return example_regeneration(example, options, keep=keep, max_new_tokens=max_new_tokens)
 
 
 def example_regeneration(
-    example: ScoredExample,
-    *,
-    right: str | None,
-    percent: int,
-    keep: float = 0.5,
-    draws: int,
-    seed: int,
-    max_new_tokens: int,
+    example: ScoredExample, options: KnockOutOptions, *, keep: float = 0.5, max_new_tokens: int
 ) -> tuple[Regeneration, ...]:
-    """`regenerate` for an example that other protocols may share."""
+    """`regenerate` for an example that other protocols share; the largest percent counts."""
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be above 0 and at most 1, got {keep!r}")
     check_model(example.tracer.model)
     start, first = example.trace.spans.prompt_length, int(example.trace.spans.answer.argmax())
     stop = start + round(keep * (first - start))
     among = example.candidates(first - stop)
-    count = set_size(int(among.sum()), percent)
-    sets = {
-        (name, side): masks
-        for name, score in example.values.items()
-        for side, masks in top_and_bottom(score, among, [count]).items()
-    }
-    rng, group = example.rng(seed), among.astype(np.int64) - 1
+    count = set_size(int(among.sum()), max(options.percents))
+    sets = tops_and_bottoms(example.values, among, [count])
+    rng, group = example.rng(options.seed), among.astype(np.int64) - 1
     some = np.flatnonzero(among)[:count]
-    sets["random", "top"] = [matched_draw(some, group, rng) for _ in range(draws)]
+    draws = [matched_draw(some, group, rng) for _ in range(options.draws)]
+    sets.append(ChosenSets("random", "top", draws))
     known: dict[bytes, str | None] = {}  # scores often agree
 
     def answer(hidden: Mask) -> str | None:
@@ -126,20 +116,20 @@ def example_regeneration(
 
     usual = answer(np.zeros_like(among))
     return tuple(
-        _compared(name, side, tuple(map(answer, masks)), usual, right)
-        for (name, side), masks in sets.items()
+        _compared(name, side, tuple(map(answer, masks)), usual, example.right)
+        for name, side, masks in sets
     )
 
 
 def _compared(
-    name: str, side: str, answers: Sequence[str | None], usual: str | None, right: str | None
+    name: str, side: str, answers: tuple[str | None, ...], usual: str | None, right: str | None
 ) -> Regeneration:
     changed = [not same_answer(one, usual) for one in answers]
     turned = [same_answer(one, right) != same_answer(usual, right) for one in answers]
     return Regeneration(
         score=name,
         side=side,
-        answers=tuple(answers),
+        answers=answers,
         changed=sum(changed) / len(changed),
         reversed=None if right is None else sum(turned) / len(turned),
     )

@@ -28,15 +28,7 @@ Evaluate = Callable[[Iterable[Example]], Iterator[Outcome]]
 def plain_settings(
     tracer: FlowTracer, settings: EvaluationSettings, *, model: str, data: str, oracle: str | None
 ) -> dict[str, Any]:
-    """All that the results depend on, as plain values.
-
-    Args:
-        tracer: The tracer that reads the texts.
-        settings: What is measured, and how.
-        model: The model's name.
-        data: The name of the data.
-        oracle: The pattern of the score `oracle`.
-    """
+    """All that the results depend on, as plain values; `oracle` is the pattern of that score."""
     return {
         "model": model,
         "data": data,
@@ -56,7 +48,7 @@ def plain_settings(
 def evaluate_to_file(
     evaluate: Evaluate,
     examples: Sequence[Example],
-    path: Path,
+    path: Path | None,
     settings: Mapping[str, Any],
     *,
     progress: bool = False,
@@ -69,7 +61,8 @@ def evaluate_to_file(
     Args:
         evaluate: Measures the examples that are left.
         examples: All of them.
-        path: A new file, or one that an earlier run with the same settings wrote.
+        path: A new file, or one that an earlier run with the same settings wrote. Without a path
+            nothing is written.
         settings: All that the results depend on, as `plain_settings`.
         progress: Show a bar.
 
@@ -86,14 +79,20 @@ def evaluate_to_file(
                 "write to another file"
             )
     left = [example for example in examples if example.row not in done]
-    before = len(examples) - len(left)
-    for outcome in shown(evaluate(left), len(examples), before=before, progress=progress):
+    for outcome in tqdm(
+        evaluate(left),
+        total=len(examples),
+        initial=len(examples) - len(left),
+        desc="evaluating",
+        unit="example",
+        disable=not progress,
+    ):
         file.add(asdict(outcome))
         done[outcome.row] = outcome
     return tuple(done[example.row] for example in examples)
 
 
-def _outcomes(file: RecordFile, path: Path) -> dict[int, Outcome]:
+def _outcomes(file: RecordFile, path: Path | None) -> dict[int, Outcome]:
     try:
         found = [Outcome(**record) for record in file.records]
     except TypeError as error:
@@ -102,19 +101,3 @@ def _outcomes(file: RecordFile, path: Path) -> dict[int, Outcome]:
             "write to another file"
         ) from error
     return {outcome.row: outcome for outcome in found}
-
-
-def shown(
-    outcomes: Iterable[Outcome], total: int, *, before: int = 0, progress: bool
-) -> Iterator[Outcome]:
-    """The outcomes, counted by a progress bar if `progress`."""
-    return iter(
-        tqdm(
-            outcomes,
-            total=total,
-            initial=before,
-            desc="evaluating",
-            unit="example",
-            disable=not progress,
-        )
-    )

@@ -79,7 +79,13 @@ def evaluate_example(tracer: FlowTracer, example: Example, settings: EvaluationS
     right, answer = _right_answer(example.answer), trace.spans.answer_text
     if right is not None:
         outcome = replace(outcome, correct=same_answer(answer, right))
-    scored = ScoredExample(tracer=tracer, trace=trace, scores=settings.scores)
+    scored = ScoredExample(
+        tracer=tracer,
+        trace=trace,
+        scores=settings.scores,
+        right=right,
+        batch_size=settings.batch_size,
+    )
     if settings.predicted_only and not scored.baseline.predicted:
         doubt = (
             f"the tokens of {answer!r} have a mean log-probability of "
@@ -87,7 +93,7 @@ def evaluate_example(tracer: FlowTracer, example: Example, settings: EvaluationS
         )
         return replace(outcome, left_out="not_predicted", detail=doubt)
     try:
-        return replace(outcome, measured=measure_example(scored, settings, right))
+        return replace(outcome, measured=measure_example(scored, settings))
     except TooFewTokensError as error:
         return replace(outcome, left_out="few_tokens", detail=str(error))
 

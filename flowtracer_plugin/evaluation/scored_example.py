@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from flowtracer_plugin.credit.token_scores import TokenScore, read_text
-from flowtracer_plugin.evaluation.knockout import Baseline, KnockOut
+from flowtracer_plugin.evaluation.knockout import Baseline
 from flowtracer_plugin.evaluation.token_sets import Mask, Scores
 from flowtracer_plugin.text.spans import special_ids
 from flowtracer_plugin.trace.flow_trace import FlowTrace
@@ -32,11 +33,15 @@ class ScoredExample:
         tracer: The tracer that made the trace.
         trace: The text, with its attention: `wrap(..., mode="dense")`.
         scores: By name. A score is a function of `ScoredText` to one number for each token.
+        right: The right answer, if it is known.
+        batch_size: Cuts in one forward pass; as many as memory allows by default.
     """
 
     tracer: FlowTracer
     trace: FlowTrace
     scores: Mapping[str, TokenScore]
+    right: str | None = None
+    batch_size: int | None = None
 
     @cached_property
     def values(self) -> Mapping[str, Scores]:
@@ -67,19 +72,13 @@ class ScoredExample:
         special = sorted(special_ids(self.tracer.require_tokenizer()))
         return candidate_tokens(self.trace, np.isin(self.trace.token_ids, special), gap=gap)
 
-    def knock_out(
-        self, masks: Sequence[Mask], *, rows: str = "future", batch_size: int | None = None
-    ) -> KnockOut:
-        """The effect of each set in turn; equal sets are measured once."""
+    def knock_out(self, masks: Sequence[Mask], rows: str) -> Float[np.ndarray, "3 mask"]:
+        """Drop, flip and divergence of each set in turn; equal sets are measured once."""
         unique, place = np.unique(np.stack(masks), axis=0, return_inverse=True)
-        found = self.baseline.knock_out(torch.from_numpy(unique), rows=rows, batch_size=batch_size)
-        at = torch.from_numpy(place.reshape(-1))
-        return replace(
-            found,
-            drop=found.drop[at],
-            flipped=found.flipped[at],
-            divergence=found.divergence[at],
-        )
+        sets, size = torch.from_numpy(unique), self.batch_size
+        found = self.baseline.knock_out(sets, rows=rows, batch_size=size)
+        parts = [found.drop, found.flipped, found.divergence]
+        return np.stack([part.double().numpy()[place.reshape(-1)] for part in parts])
 
     def rng(self, *seed: int) -> np.random.Generator:
         """Random numbers that depend on the seed and on the text alone."""

@@ -294,6 +294,7 @@ def _summaries(
     rows, *others = [[{key: one[key] for key in keys} for one in records] for records in examples]
     if any(other != rows for other in others):
         raise ValueError("examples hold effects of different scores or gaps; measure them alike")
+    places = {tuple(row.values()): place for place, row in enumerate(rows)}
 
     def means(values: Column | None, place: int) -> Interval | tuple[Interval, ...] | None:
         if values is None:
@@ -303,10 +304,10 @@ def _summaries(
 
     def difference(field: str, place: int) -> Interval | None:
         baseline = {"score": BASELINES[field.removeprefix("over_")], "side": "top"}
-        other = rows[place] | {key: baseline[key] for key in keys if key in baseline}
-        if other == rows[place] or other not in rows:
+        other = places.get(tuple(baseline.get(key, rows[place][key]) for key in keys))
+        if other is None or other == place:
             return None
-        paired = over[field][:, place] - over[field][:, rows.index(other)]
+        paired = over[field][:, place] - over[field][:, other]
         return interval(paired if paired.ndim == 1 else paired.mean(1))
 
     return tuple(

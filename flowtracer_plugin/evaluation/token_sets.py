@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -44,6 +45,25 @@ def top_and_bottom(scores: Scores, among: Mask, counts: Sequence[int]) -> dict[s
         "top": [marked(order[:count]) for count in counts],
         "bottom": [marked(order[len(order) - count :]) for count in counts],
     }
+
+
+class ChosenSets(NamedTuple):
+    """Sets of tokens that one score or control chose, from its `"top"` or its `"bottom"`."""
+
+    score: str
+    side: str
+    masks: list[Mask]
+
+
+def tops_and_bottoms(
+    values: Mapping[str, Scores], among: Mask, counts: Sequence[int]
+) -> list[ChosenSets]:
+    """`top_and_bottom` of every score."""
+    return [
+        ChosenSets(name, side, masks)
+        for name, scores in values.items()
+        for side, masks in top_and_bottom(scores, among, counts).items()
+    ]
 
 
 def position_bins(among: Mask) -> Int[np.ndarray, " token"]:

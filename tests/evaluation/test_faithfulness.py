@@ -1,4 +1,3 @@
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +27,7 @@ from flowtracer_plugin.evaluation.token_sets import (
     top_and_bottom,
 )
 from tests.evaluation import reference_knockout as slow
-from tests.evaluation.planted import planted_model, planted_text, planted_tokenizer
+from tests.evaluation.planted import planted_text
 from tests.tiny import PROMPT, RESPONSE, eager_attention, tiny_llama, tiny_tokenizer
 
 TRUE = ("far", "near")
@@ -36,28 +35,12 @@ FEW = KnockOutOptions(percents=(10, 30), gaps=(0,), draws=4)
 
 
 @pytest.fixture(scope="module")
-def planted():
-    answer = re.compile(r"=(.)$")
-    return ft.wrap(planted_model(), planted_tokenizer(), answer=answer, mode="dense")
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return ft.wrap(tiny_llama(), tiny_tokenizer(), mode="dense")
-
-
-@pytest.fixture(scope="module")
-def trace(tiny):
-    return tiny.trace(PROMPT, RESPONSE)
-
-
-@pytest.fixture(scope="module")
 def scored(tiny, trace):
     return read_text(tiny, trace)
 
 
-def masks(sets):
-    return [set(np.flatnonzero(mask)) for mask in sets.masks]
+def places(masks):
+    return [set(np.flatnonzero(mask)) for mask in masks]
 
 
 # --- a model whose weights were written by hand ---
@@ -133,11 +116,6 @@ def test_tops_and_bottoms_are_those_of_the_definition(data):
     assert set(np.flatnonzero(found["bottom"])) == slow.bottom(scores, among, percent)
 
 
-def test_sets_grow_by_whole_tokens():
-    assert [set_size(100, percent) for percent in (1, 2, 5, 29, 100)] == [1, 2, 5, 29, 100]
-    assert [set_size(11, percent) for percent in (1, 10, 20)] == [1, 2, 3]
-
-
 def test_tokens_have_classes():
     tokens = ["12", " 3", "3rd", " +", "=", " × ", ".", " (", "\n", "  ", "", "apples", " He", "'s"]
     words = ["number"] * 3 + ["operator"] * 3 + ["mark"] * 2 + ["space"] * 3 + ["word"] * 3
@@ -187,7 +165,7 @@ def test_each_gap_score_side_and_control_has_its_sets(tiny, trace):
     scores = {name: TOKEN_SCORES[name] for name in ("flow", "recency")}
     example = ScoredExample(tracer=tiny, trace=trace, scores=scores)
     sets = chosen_sets(example, among, FEW, 0)
-    found = {(one.score, one.side): masks(one) for one in sets}
+    found = {(one.score, one.side): places(one.masks) for one in sets}
     for name, score in example.values.items():
         for n, percent in enumerate(FEW.percents):
             assert found[name, "top"][n] == slow.top(score, among, percent)
@@ -206,7 +184,7 @@ def test_each_gap_score_side_and_control_has_its_sets(tiny, trace):
                 assert among[list(drawn)].all()
     again = chosen_sets(example, among, FEW, 0)
     other = chosen_sets(example, among, replace(FEW, seed=1), 0)
-    assert masks(sets[-1]) == masks(again[-1]) != masks(other[-1])
+    assert places(sets[-1].masks) == places(again[-1].masks) != places(other[-1].masks)
 
 
 def test_effects_are_those_of_the_sets(tiny, trace):

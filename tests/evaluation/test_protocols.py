@@ -1,9 +1,6 @@
-import re
-
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, read_text
@@ -15,36 +12,18 @@ from flowtracer_plugin.evaluation.regeneration import regenerate
 from flowtracer_plugin.evaluation.scored_example import TooFewTokensError
 from flowtracer_plugin.model.cutting import cutting
 from flowtracer_plugin.text.answers import same_answer
-from tests.evaluation.planted import planted_model, planted_text, planted_tokenizer
+from tests.evaluation.planted import planted_text
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
 
-REASONER = "examples/reasoner/model"
 STORY = "Ann has 4 apples. Ann buys 1. Ann gets 3. Ann sees 6. Ann buys 6. How many apples?\n"
 FLOW = {"flow": TOKEN_SCORES["flow"]}
 
 
 @pytest.fixture(scope="module")
-def planted():
-    answer = re.compile(r"=(.)$")
+def planted(planted):
     return ft.wrap(
-        planted_model(), planted_tokenizer(), answer=answer, mode="dense", target="decision"
+        planted.model, planted.tokenizer, answer=planted.answer, mode="dense", target="decision"
     )
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return ft.wrap(tiny_llama(), tiny_tokenizer(), mode="dense")
-
-
-@pytest.fixture(scope="module")
-def trace(tiny):
-    return tiny.trace(PROMPT, RESPONSE)
-
-
-@pytest.fixture(scope="module")
-def reasoner():
-    model = AutoModelForCausalLM.from_pretrained(REASONER)
-    return ft.wrap(model, AutoTokenizer.from_pretrained(REASONER), mode="dense")
 
 
 def known(seed):
