@@ -1,4 +1,4 @@
-"""Deletion and insertion: the answer as a score's top is taken away, or given back, bit by bit.
+"""How fast does the answer fall as a score's top is deleted, and rise as it is inserted?
 
 After RISE (Petsiuk et al. 2018): a score that knows what the answer depends on loses it early when
 its top is deleted first, and regains it early when its top is inserted first. Tokens are taken away
@@ -85,19 +85,21 @@ def example_curves(
     rng = example.rng(options.seed)
     orders = {name: [score] for name, score in example.values.items()}
     orders["random"] = [rng.permutation(len(among)).astype(float) for _ in range(options.draws)]
-    drawn = [order for name in orders for order in orders[name]]
-    sets = [mask for order in drawn for mask in _sets(order, among, sizes)]
-    drop, *_ = example.knock_out([*sets, among], options.rows)
-    if drop[-1] <= 0:
+    sets = [
+        [mask for order in drawn for mask in _sets(order, among, sizes)]
+        for drawn in orders.values()
+    ]
+    *drops, [lost] = (drop for drop, *_ in example.knock_out([*sets, [among]], options.rows))
+    if lost <= 0:
         raise ValueError(
             f"the answer {example.trace.spans.answer_text!r} is no less likely without any of the "
             f"{int(among.sum())} tokens before it: there is nothing to lose along a curve"
         )
-    heights = np.clip(1 - drop[:-1] / drop[-1], 0, 1).reshape(len(drawn), 2, steps + 1)
     shares = tuple((sizes / among.sum()).tolist())
-    parts = np.split(heights, np.cumsum([len(orders[name]) for name in orders])[:-1])
-    named = zip(orders, parts, strict=True)
-    return tuple(_curve(name, shares, part) for name, part in named)
+    return tuple(
+        _curve(name, shares, np.clip(1 - drop / lost, 0, 1).reshape(-1, 2, steps + 1))
+        for name, drop in zip(orders, drops, strict=True)
+    )
 
 
 def _sets(scores: Scores, among: Mask, sizes: np.ndarray) -> list[Mask]:

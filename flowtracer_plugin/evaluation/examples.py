@@ -114,9 +114,9 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"line {number} of {str(path)!r} is no JSON: {error}") from error
+                raise ValueError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} of {str(path)!r} is no JSON object: {row!r:.80}")
+                raise ValueError(f"line {number} of {str(path)!r} is not an object: {row!r:.80}")
             yield row
 
 
@@ -132,7 +132,7 @@ def _column(row: Mapping[str, Any], named: str | None, usual: Sequence[str]) -> 
 
 def _value(row: Mapping[str, Any], column: str, number: int) -> Any:
     if row.get(column) is None:
-        raise ValueError(f"row {number} of the data has no {column!r}; leave it out")
+        raise ValueError(f"row {number} of the data has no {column!r}; leave that row out")
     return row[column]
 
 
@@ -141,5 +141,5 @@ def _text(row: Mapping[str, Any], column: str | None, number: int) -> str | None
     if isinstance(value, str | None):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{column!r} of row {number} is no text: {value!r:.80}")
+        raise ValueError(f"{column!r} of row {number} is not text: {value!r:.80}")
     return str(value)

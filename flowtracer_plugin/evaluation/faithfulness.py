@@ -151,8 +151,7 @@ def example_knock_outs(example: ScoredExample, options: KnockOutOptions) -> Fait
         for gap, among in zip(options.gaps, candidates, strict=True)
         for chosen in chosen_sets(example, among, options, gap)
     ]
-    numbers = example.knock_out([mask for _, one in sets for mask in one.masks], options.rows)
-    parts = np.split(numbers, np.cumsum([len(one.masks) for _, one in sets])[:-1], axis=1)
+    numbers = example.knock_out([one.masks for _, one in sets], options.rows)
     percents, baseline = len(options.percents), example.baseline
     return Faithfulness(
         answer_tokens=int(example.trace.spans.answer.sum()),
@@ -160,7 +159,8 @@ def example_knock_outs(example: ScoredExample, options: KnockOutOptions) -> Fait
         predicted=baseline.predicted,
         candidates=tuple(int(among.sum()) for among in candidates),
         effects=tuple(
-            _effect(gap, one, part, percents) for (gap, one), part in zip(sets, parts, strict=True)
+            _effect(gap, one, part, percents)
+            for (gap, one), part in zip(sets, numbers, strict=True)
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Do the lines of a response, and the edges of its graph, matter as much as the flow says?"""
+"""Do the lines that scores rank highest, and the edges with the most flow, matter to the answer?"""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def example_lines(example: ScoredExample, options: KnockOutOptions) -> LineKnock
         )
     values, place = example.values, np.arange(len(example.trace.token_ids))
     masks = [(start <= place) & (place < stop) for start, stop in lines]
-    drop, *_ = example.knock_out(masks, options.rows)
+    [(drop, *_)] = example.knock_out([masks], options.rows)
     by_sum, by_max = (
         {
             name: _agreement([float(gather(score[mask])) for mask in masks], drop)

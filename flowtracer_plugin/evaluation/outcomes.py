@@ -15,7 +15,7 @@ from flowtracer_plugin.evaluation.summaries import EvaluationSummary, Measured, 
 REASONS: Mapping[str, str] = MappingProxyType(
     {
         "no_answer": "no answer was found in the response",
-        "not_computed": "the answer is not computed, or stands in the response before it is",
+        "not_computed": "the answer is not computed, or appears before it is computed",
         "not_predicted": "the model itself would have given another answer",
         "few_tokens": "too few tokens before the answer",
         "not_traced": "the text cannot be traced",

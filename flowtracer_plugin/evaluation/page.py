@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flowtracer_plugin.evaluation.examples import Example
-from flowtracer_plugin.evaluation.outcomes import Evaluation, Outcome
+from flowtracer_plugin.evaluation.outcomes import Evaluation
 from flowtracer_plugin.evaluation.summaries import BASELINES, Interval, ScoreSummary
 from flowtracer_plugin.evaluation.tables import bottom_of, cell, counts, ranked, tables
 from flowtracer_plugin.files import write_atomically
@@ -26,7 +25,7 @@ LINED = {"flow": "flow", BASELINES["one_hop"]: "hop", BASELINES["chance"]: "chan
 
 
 def write_evaluation(evaluation: Evaluation, path: str | Path) -> Path:
-    """Write `render_evaluation` to `path`, whole or not at all, and return `path`.
+    """The path, after `render_evaluation` was written to it, whole or not at all.
 
     Raises:
         IsADirectoryError: `path` is a directory.
@@ -125,26 +124,21 @@ def _shares(evaluation: Evaluation, gap: int) -> dict[str, Any] | None:
 def _rows(evaluation: Evaluation, gap: int) -> list[dict[str, Any]]:
     """Rows of the table of examples; drops are means over the shares, in nats per token."""
     return [
-        _row(example, outcome, outcome.measured["knock_out"], gap)
+        {
+            "outcome": outcome,
+            "asked": shorten(visible(" ".join(_question(example).split())), 110),
+            "log_prob": outcome.measured["knock_out"]["log_prob"],
+            "drops": {
+                effect["score"]: sum(effect["drop"]) / len(effect["drop"])
+                for effect in outcome.measured["knock_out"]["effects"]
+                if effect["gap"] == gap and effect["side"] == "top" and effect["score"] in LINED
+            },
+        }
         for example, outcome in zip(evaluation.examples, evaluation.outcomes, strict=True)
         if outcome.measured is not None and "knock_out" in outcome.measured
     ]
 
 
-def _row(
-    example: Example, outcome: Outcome, measured: Mapping[str, Any], gap: int
-) -> dict[str, Any]:
+def _question(example: Example) -> str:
     asked = example.prompt
-    if not isinstance(asked, str):
-        asked = str(asked[-1]["content"])
-    drops = {
-        effect["score"]: sum(effect["drop"]) / len(effect["drop"])
-        for effect in measured["effects"]
-        if effect["gap"] == gap and effect["side"] == "top" and effect["score"] in LINED
-    }
-    return {
-        "outcome": outcome,
-        "asked": shorten(visible(" ".join(asked.split())), 110),
-        "log_prob": measured["log_prob"],
-        "drops": drops,
-    }
+    return asked if isinstance(asked, str) else str(asked[-1]["content"])

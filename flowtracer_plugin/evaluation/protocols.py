@@ -1,9 +1,9 @@
-"""The protocols by name, the settings of an evaluation, and `measure`, which runs protocols."""
+"""What is measured in a text: the protocols by name, and the settings of an evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -27,13 +27,13 @@ SETTINGS = ("given", "compute")
 class EvaluationSettings:
     """What is measured in every example, and how; `evaluate` describes each of them."""
 
-    options: KnockOutOptions = field(default_factory=KnockOutOptions)
-    scores: Mapping[str, TokenScore] = field(default_factory=lambda: TOKEN_SCORES)
-    protocols: Sequence[str] = (FIRST,)
+    options: KnockOutOptions
+    scores: Mapping[str, TokenScore]
+    protocols: Sequence[str]
+    max_new_tokens: int
+    batch_size: int | None
     setting: str = "given"
-    max_new_tokens: int = 256
     predicted_only: bool = True
-    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check the names.
@@ -44,6 +44,16 @@ class EvaluationSettings:
         if self.setting not in SETTINGS:
             raise ValueError(f"setting must be one of {', '.join(SETTINGS)}, got {self.setting!r}")
         check_protocols(self.protocols)
+
+    def example(self, tracer: FlowTracer, trace: FlowTrace, right: str | None) -> ScoredExample:
+        """A text with the scores that are compared."""
+        return ScoredExample(
+            tracer=tracer,
+            trace=trace,
+            scores=self.scores,
+            right=right,
+            batch_size=self.batch_size,
+        )
 
 
 Protocol = Callable[[ScoredExample, EvaluationSettings], Any]
@@ -69,7 +79,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
         "regeneration": _regeneration,
     }
 )
-"""The tests by name: `faithfulness`, `curves`, `lines_and_edges` and `regeneration` hold them."""
+"""The protocols of the modules `faithfulness`, `curves`, `lines_and_edges` and `regeneration`."""
 
 
 def check_protocols(names: Sequence[str]) -> None:
@@ -112,14 +122,11 @@ def measure(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
-    example = ScoredExample(
-        tracer=tracer, trace=trace, scores=scores, right=right, batch_size=batch_size
-    )
-    return measure_example(example, settings)
+    return measure_example(settings.example(tracer, trace, right), settings)
 
 
 def measure_example(example: ScoredExample, settings: EvaluationSettings) -> dict[str, Any]:
-    """`measure` for an example with whole settings."""
+    """`measure` for an example and settings."""
     _ = example.values  # a score that fails is an error, and no reason to skip a protocol
     found: dict[str, Any] = {}
     for name in settings.protocols:

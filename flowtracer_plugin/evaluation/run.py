@@ -1,4 +1,4 @@
-"""The protocols over a data set: every example is measured, or left out with the reason."""
+"""Evaluate a data set: every example is measured, or left out with the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowtracer_plugin.evaluation.examples import Example
 from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
 from flowtracer_plugin.evaluation.outcomes import Outcome
 from flowtracer_plugin.evaluation.protocols import FIRST, EvaluationSettings, measure_example
-from flowtracer_plugin.evaluation.scored_example import ScoredExample, TooFewTokensError
+from flowtracer_plugin.evaluation.scored_example import TooFewTokensError
 from flowtracer_plugin.text.answers import find_answer, same_answer
 from flowtracer_plugin.text.result_cut import NotComputedError, cut_at_result
 from flowtracer_plugin.text.spans import AnswerNotFoundError
@@ -79,13 +79,7 @@ def evaluate_example(tracer: FlowTracer, example: Example, settings: EvaluationS
     right, answer = _right_answer(example.answer), trace.spans.answer_text
     if right is not None:
         outcome = replace(outcome, correct=same_answer(answer, right))
-    scored = ScoredExample(
-        tracer=tracer,
-        trace=trace,
-        scores=settings.scores,
-        right=right,
-        batch_size=settings.batch_size,
-    )
+    scored = settings.example(tracer, trace, right)
     if settings.predicted_only and not scored.baseline.predicted:
         doubt = (
             f"the tokens of {answer!r} have a mean log-probability of "
@@ -99,8 +93,8 @@ def evaluate_example(tracer: FlowTracer, example: Example, settings: EvaluationS
 
 
 _TOO_LONG = (
-    "the attention between all pairs of its tokens, which scores are compared on, takes more "
-    "memory than is free"
+    "scores need the attention between all pairs of its tokens, which takes more memory than is "
+    "free"
 )
 
 

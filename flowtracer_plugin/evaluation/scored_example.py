@@ -72,13 +72,17 @@ class ScoredExample:
         special = sorted(special_ids(self.tracer.require_tokenizer()))
         return candidate_tokens(self.trace, np.isin(self.trace.token_ids, special), gap=gap)
 
-    def knock_out(self, masks: Sequence[Mask], rows: str) -> Float[np.ndarray, "3 mask"]:
-        """Drop, flip and divergence of each set in turn; equal sets are measured once."""
-        unique, place = np.unique(np.stack(masks), axis=0, return_inverse=True)
+    def knock_out(
+        self, groups: Sequence[Sequence[Mask]], rows: str
+    ) -> list[Float[np.ndarray, "3 mask"]]:
+        """Drop, flip and divergence of the sets of each group; equal sets are measured once."""
+        masks = np.stack([mask for group in groups for mask in group])
+        unique, place = np.unique(masks, axis=0, return_inverse=True)
         sets, size = torch.from_numpy(unique), self.batch_size
         found = self.baseline.knock_out(sets, rows=rows, batch_size=size)
         parts = [found.drop, found.flipped, found.divergence]
-        return np.stack([part.double().numpy()[place.reshape(-1)] for part in parts])
+        numbers = np.stack([part.double().numpy()[place.reshape(-1)] for part in parts])
+        return np.split(numbers, np.cumsum([len(group) for group in groups])[:-1], axis=1)
 
     def rng(self, *seed: int) -> np.random.Generator:
         """Random numbers that depend on the seed and on the text alone."""

@@ -88,6 +88,6 @@ def planted_text(seed):
 
 
 def planted_story(seed):
-    """The same as text."""
+    """Prompt and response of `planted_text` as strings."""
     prompt, response, *_ = planted_text(seed)
     return tuple("".join(VOCABULARY[token] for token in ids) for ids in (prompt, response))

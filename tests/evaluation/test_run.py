@@ -218,9 +218,9 @@ def test_other_files_are_read_by_datasets(tmp_path):
         ('{"a": 1}\n', {}, "has no column 'prompt' or 'question', it has 'a'"),
         ('{"prompt": "q"}\n', {"answer_column": "x"}, "have no column 'x', they have 'prompt'"),
         ('{"prompt": null}\n', {}, "row 0 of the data has no 'prompt'"),
-        ('{"prompt": "q"}\nnope\n', {}, "line 2 of .* is no JSON"),
-        ("[1]\n", {}, "line 1 of .* is no JSON object"),
-        ('{"prompt": "q", "response": [1]}\n', {}, "'response' of row 0 is no text"),
+        ('{"prompt": "q"}\nnope\n', {}, "line 2 of .* is not JSON"),
+        ("[1]\n", {}, "line 1 of .* is not an object"),
+        ('{"prompt": "q", "response": [1]}\n', {}, "'response' of row 0 is not text"),
         ('{"prompt": "q"}\n', {"template": "x"}, "the template must be hash, boxed or a text with"),
     ],
 )
