@@ -78,7 +78,7 @@ class Tilt:
         squared: `‖g(boost)‖²`.
         chosen: Sum of the boosts.
         entropy: The same, times the entropy of each token, in nats.
-        classes: The same, by the class of the token, see `token_sets.CLASS_NAMES`.
+        classes: The same, by the class of the token, see `faithfulness.CLASS_NAMES`.
         answer: The same, of the answer's own tokens.
     """
 
