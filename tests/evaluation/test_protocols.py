@@ -4,10 +4,12 @@ import torch
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, read_text
+from flowtracer_plugin.evaluation import knockout
 from flowtracer_plugin.evaluation.curves import measure_curves
 from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
 from flowtracer_plugin.evaluation.knockout import cut_edges, hidden_edges, knock_out
 from flowtracer_plugin.evaluation.lines_and_edges import knock_out_backbone, knock_out_lines
+from flowtracer_plugin.evaluation.protocols import measure
 from flowtracer_plugin.evaluation.regeneration import regenerate
 from flowtracer_plugin.evaluation.scored_example import TooFewTokensError
 from flowtracer_plugin.model.cutting import cutting
@@ -38,6 +40,17 @@ def known(seed):
 
 def parts(trace):
     return torch.from_numpy(trace.token_ids), torch.from_numpy(trace.spans.answer)
+
+
+def test_protocols_share_the_scores_and_the_text_without_a_cut(reasoner, monkeypatch):
+    asked, read, real = [], [], knockout.read_prefix
+    monkeypatch.setattr(knockout, "read_prefix", lambda *text: read.append(0) or real(*text))
+    scores = {"flow": lambda text: asked.append(0) or FLOW["flow"](text)}
+    options = KnockOutOptions(percents=(20,), draws=1)
+    protocols = ("knock_out", "curves", "lines", "edges")
+    found = measure(reasoner, reasoner.generate(STORY), options, protocols=protocols, scores=scores)
+    assert not any("skipped" in found[name] for name in protocols)
+    assert len(asked) == len(read) == 1
 
 
 # --- deletion and insertion ---
