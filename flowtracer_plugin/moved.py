@@ -23,7 +23,7 @@ MOVED = {
     "curves": ("evaluation.curves",),
     "cutting": ("model.cutting",),
     "document": ("result.document",),
-    "evaluation_report": ("evaluation.overview",),
+    "evaluation_report": ("evaluation.outcomes",),
     "faithfulness": ("evaluation.faithfulness",),
     "graph": ("flow.graph",),
     "interception": ("reading.interface_backend",),

@@ -32,7 +32,7 @@ from flowtracer_plugin.audit.policy_gradient import (
 from flowtracer_plugin.audit.sampling import Group, padded
 from flowtracer_plugin.credit.read_rollouts import Late, ReadRollouts
 from flowtracer_plugin.credit.scorers import SCORERS, Scorer
-from flowtracer_plugin.evaluation.faithfulness import CLASS_NAMES, token_classes
+from flowtracer_plugin.evaluation.token_sets import CLASS_NAMES, token_classes
 from flowtracer_plugin.model.causal_lm import input_device
 from flowtracer_plugin.text.matched_spans import SpanFinder
 from flowtracer_plugin.text.spans import decode_tokens

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from scipy.stats import t as student
 
 from flowtracer_plugin.audit.run import BatchAudit
-from flowtracer_plugin.evaluation.faithfulness import CLASS_NAMES
+from flowtracer_plugin.evaluation.token_sets import CLASS_NAMES
 
 GAMMAS = (1.5, 3.0, math.inf)
 """Weights of the chosen tokens: the paper's, a stronger one, and the chosen tokens alone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,9 +29,10 @@ from flowtracer_plugin.cli.parsing import names, wrong_usage
 from flowtracer_plugin.cli.questions import DataOptions, ResultOptions, load_prompts
 
 if TYPE_CHECKING:
+    from flowtracer_plugin.evaluation.examples import Example
     from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
-    from flowtracer_plugin.evaluation.overview import Evaluation
-    from flowtracer_plugin.evaluation.run import Example, Outcome
+    from flowtracer_plugin.evaluation.outcomes import Evaluation, Outcome
+    from flowtracer_plugin.evaluation.protocols import EvaluationSettings
     from flowtracer_plugin.trace.tracer import FlowTracer
 
 _answers = partial(typer.Option, rich_help_panel="Answers")
@@ -122,30 +123,14 @@ def evaluate(
     options = _options(chosen)
     protocols, scores = _protocols(chosen.protocols), _scores(chosen, options.matched)
     examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)
-    from flowtracer_plugin.evaluation.overview import Evaluation
+    from flowtracer_plugin.evaluation.outcomes import Evaluation
+    from flowtracer_plugin.evaluation.protocols import EvaluationSettings
+    from flowtracer_plugin.evaluation.results_file import plain_settings
 
     how = {"layers": answers.layers, "answer": answers.answer, "mode": "dense"}
     tracer = load_tracer(model, loading, tokenizer, **how)
-    settings = {
-        "model": model,
-        "data": data.data,
-        "dtype": str(tracer.model.dtype),
-        "layers": list(tracer.layers),
-        "answer": tracer.options.answer,
-        "setting": answers.setting,
-        "protocols": list(protocols),
-        "scores": list(scores),
-        "oracle": chosen.oracle,
-        "max_new_tokens": answers.max_new_tokens,
-        "predicted_only": answers.predicted_only,
-        "options": asdict(options),
-    }
-    outcomes = _run(
-        tracer,
-        examples,
-        options,
-        settings,
-        results.output,
+    settings = EvaluationSettings(
+        options=options,
         scores=scores,
         protocols=protocols,
         setting=answers.setting,
@@ -153,7 +138,9 @@ def evaluate(
         predicted_only=answers.predicted_only,
         batch_size=chosen.batch_size,
     )
-    evaluation = Evaluation(settings=settings, examples=examples, outcomes=outcomes)
+    plain = plain_settings(tracer, settings, model=model, data=data.data, oracle=chosen.oracle)
+    outcomes = _run(tracer, examples, settings, plain, results.output)
+    evaluation = Evaluation(settings=plain, examples=examples, outcomes=outcomes)
     _deliver(evaluation, html, as_json=results.json)
 
 
@@ -206,25 +193,21 @@ def _scores(chosen: ProtocolOptions, needed: str) -> Mapping[str, Any]:
 def _run(
     tracer: FlowTracer,
     examples: Sequence[Example],
-    options: KnockOutOptions,
-    settings: Mapping[str, Any],
+    settings: EvaluationSettings,
+    plain: Mapping[str, Any],
     output: Path | None,
-    **others: Any,
 ) -> Sequence[Outcome]:
-    from flowtracer_plugin.evaluation.results_file import evaluate_to_file, shown
-    from flowtracer_plugin.evaluation.run import evaluate as measured
+    from flowtracer_plugin.evaluation.results_file import evaluate_to_file
+    from flowtracer_plugin.evaluation.run import evaluate_example
 
     def outcomes(left: Iterable[Example]) -> Iterator[Outcome]:
-        return measured(tracer, left, options, **others)
+        return (evaluate_example(tracer, example, settings) for example in left)
 
-    progress = sys.stderr.isatty()
-    if output is None:
-        return tuple(shown(outcomes(examples), len(examples), progress=progress))
-    return evaluate_to_file(outcomes, examples, output, settings, progress=progress)
+    return evaluate_to_file(outcomes, examples, output, plain, progress=sys.stderr.isatty())
 
 
 def _deliver(evaluation: Evaluation, html: Path | None, *, as_json: bool) -> None:
-    from flowtracer_plugin.evaluation.overview import document
+    from flowtracer_plugin.evaluation.outcomes import document
     from flowtracer_plugin.evaluation.page import write_evaluation
 
     if as_json:

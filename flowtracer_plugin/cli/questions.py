@@ -14,7 +14,7 @@ from flowtracer_plugin.cli.options import AsJson
 from flowtracer_plugin.cli.parsing import writable
 
 if TYPE_CHECKING:
-    from flowtracer_plugin.evaluation.run import Example
+    from flowtracer_plugin.evaluation.examples import Example
 
 _data = partial(typer.Option, rich_help_panel="Data")
 

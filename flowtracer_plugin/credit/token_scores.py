@@ -1,7 +1,4 @@
-"""Scores of the tokens of one text, which knocking tokens out compares: flow, and its rivals.
-
-Every scorer of training is one, by the same name, and so is `recency`.
-"""
+"""Scores of the tokens of one text: every scorer of training under its name, and `recency`."""
 
 from __future__ import annotations
 
@@ -28,15 +25,15 @@ from flowtracer_plugin.trace.tracer import FlowTracer
 Scores = Float[np.ndarray, " token"]
 
 COUPLED_SHARE = 0.4
-"""Share of the tokens that `coupled` chooses as anchors: it scores by its choice."""
+"""Share of the tokens that `coupled` chooses as anchors; its score says which it chose."""
 
 
 class ScoredText:
-    """A traced text, and what scores look at: it is read when the first score asks for it.
+    """A traced text as scores see it; the model reads it again when a score first needs that.
 
     Attributes:
-        tracer: Of its model.
-        trace: Of the text.
+        tracer: The tracer that made the trace.
+        trace: The trace of the text.
     """
 
     def __init__(self, tracer: FlowTracer, trace: FlowTrace) -> None:
@@ -44,7 +41,7 @@ class ScoredText:
         self._ids = self._row(trace.token_ids)
 
     def rollouts(self, scorer: Scorer, oracle: SpanFinder | None = None) -> Rollouts:
-        """The text as a batch of one, with what a scorer needs."""
+        """The text as a batch of one, with all that a scorer needs."""
         if oracle is None:
             return self._read.rollouts(scorer)
         start, tokenizer = self.trace.spans.prompt_length, self.tracer.require_tokenizer()
@@ -103,8 +100,8 @@ def read_text(tracer: FlowTracer, trace: FlowTrace) -> ScoredText:
     """
     if trace.attention is None:
         raise ValueError(
-            "scores are compared on all attention of a text, and this trace was streamed; make it "
-            "with wrap(..., mode='dense')"
+            "scores need all attention of a text, and this trace was streamed; make it with "
+            "wrap(..., mode='dense')"
         )
     return ScoredText(tracer, trace)
 
@@ -117,7 +114,7 @@ def token_score(name: str, *, oracle: SpanFinder | None = None) -> TokenScore:
         oracle: Finds the tokens that matter in a response, for the scorer `oracle`.
 
     Raises:
-        ValueError: There is no such scorer, or the scorer `oracle` is told nothing.
+        ValueError: There is no such scorer, or the scorer `oracle` is given no `oracle`.
     """
     if name == "recency":
         return recency
@@ -140,7 +137,7 @@ def score_text(
     *,
     oracle: SpanFinder | None = None,
 ) -> dict[str, Scores]:
-    """Some scores of a traced text, by their names: for `FlowTrace.to_html(scores=)`, or a look.
+    """Scores of a traced text by their names, such as for `FlowTrace.to_html(scores=)`.
 
     Raises:
         ValueError: As `token_score` and `read_text`.
@@ -151,12 +148,12 @@ def score_text(
 
 
 def recency(text: ScoredText) -> Scores:
-    """The latest first."""
+    """The place of each token: later ones score higher."""
     return np.arange(len(text.trace.token_ids), dtype=np.float64)
 
 
 def _values(scorer: Scorer, rollouts: Rollouts) -> Scores:
-    """What the scorer measures, or where it chooses by more than one number, how it chooses."""
+    """What the scorer measures; how it chooses, if it chooses by more than one number."""
     features = scorer.measure(rollouts)
     score = features[0]
     if scorer.choose is coupled:
@@ -189,7 +186,7 @@ NAMES = (
     "surprisal",
     "recency",
 )
-"""What is compared unless somebody asks for others."""
+"""The scores that are compared by default."""
 
 TOKEN_SCORES: Mapping[str, TokenScore] = MappingProxyType(
     {name: token_score(name) for name in NAMES}

@@ -1,4 +1,4 @@
-"""Does a score find the tokens that the answer depends on? Knock-outs over texts and data."""
+"""Does a score find the tokens that an answer depends on? Knock-outs in one text or a data set."""
 
 import lazy_loader
 

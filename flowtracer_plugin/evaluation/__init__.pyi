@@ -1,4 +1,5 @@
 from .curves import Curve as Curve, measure_curves as measure_curves
+from .examples import Example as Example
 from .faithfulness import (
     Effect as Effect,
     Faithfulness as Faithfulness,
@@ -12,11 +13,11 @@ from .lines_and_edges import (
     knock_out_backbone as knock_out_backbone,
     knock_out_lines as knock_out_lines,
 )
-from .overview import Evaluation as Evaluation
+from .outcomes import Evaluation as Evaluation, Outcome as Outcome
 from .page import render_evaluation as render_evaluation, write_evaluation as write_evaluation
 from .protocols import measure as measure
 from .regeneration import Regeneration as Regeneration, regenerate as regenerate
-from .run import Example as Example, Outcome as Outcome, evaluate as evaluate
+from .run import evaluate as evaluate
 from .summaries import (
     CurveSummary as CurveSummary,
     EdgeSummary as EdgeSummary,

@@ -1,18 +1,45 @@
-"""Questions to evaluate, out of a file of JSON lines or a data set."""
+"""Examples to evaluate, from a file of JSON lines or a data set."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from flowtracer_plugin.evaluation.run import Example
 from flowtracer_plugin.text.data_sets import TEMPLATES, as_prompt, load_rows
+from flowtracer_plugin.text.encoding import Prompt
 
 PROMPTS = ("prompt", "question")
-"""Columns that are taken for the prompt, the first that there is."""
+"""Columns that may hold the prompt; the first of them that the data have is used."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One question.
+
+    Attributes:
+        row: Its number in the data.
+        prompt: Text or chat messages.
+        response: The text that is traced; None if the model is to answer.
+        answer: The right one, if it is known.
+        columns: The other columns of the data, for reward functions.
+    """
+
+    row: int
+    prompt: Prompt
+    response: str | None = None
+    answer: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """A hash of the texts, the same in every process."""
+        said = json.dumps([self.prompt, self.response, self.answer])
+        return blake2b(said.encode(), digest_size=8).hexdigest()
 
 
 def load_examples(
@@ -27,24 +54,24 @@ def load_examples(
     system: str | None = None,
     chat: bool = False,
 ) -> tuple[Example, ...]:
-    """Examples of a `.jsonl` file, another file or a data set's name, in their order.
+    """The examples of a `.jsonl` file, another file or a data set, in their order.
 
     Args:
-        data: What `datasets` can load; files of JSON lines are read without it.
-        split: Of a data set.
+        data: A file or name that `datasets` can load; files of JSON lines are read without it.
+        split: The split of a data set.
         limit: How many rows are read.
         prompt_column: By default `prompt` or `question`.
-        response_column: By default `response`, if there is one. Rows without a response are for the
-            model to answer.
+        response_column: By default `response`, if there is one. The model answers rows without a
+            response.
         answer_column: By default `answer`, if there is one. Longer answers may end as a response
             would, such as with `#### 72`.
-        template: A key of `training_data.TEMPLATES`, or a text with `{prompt}` in it.
-        system: What a first message of the system says.
+        template: A key of `data_sets.TEMPLATES`, or a text with `{prompt}` in it.
+        system: The system message that comes first.
         chat: Whether texts become messages of a user.
 
     Raises:
         ValueError: There is no such file, data set or column, no row, or a row is damaged.
-        ModuleNotFoundError: datasets is missing, and data is no file of JSON lines.
+        ModuleNotFoundError: datasets is missing, and `data` is no file of JSON lines.
     """
     text = TEMPLATES.get(template or "", template)
     if text is not None and "{prompt}" not in text:
@@ -87,9 +114,9 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"line {number} of {str(path)!r} is no JSON: {error}") from error
+                raise ValueError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} of {str(path)!r} is no JSON object: {row!r:.80}")
+                raise ValueError(f"line {number} of {str(path)!r} is not an object: {row!r:.80}")
             yield row
 
 
@@ -105,7 +132,7 @@ def _column(row: Mapping[str, Any], named: str | None, usual: Sequence[str]) -> 
 
 def _value(row: Mapping[str, Any], column: str, number: int) -> Any:
     if row.get(column) is None:
-        raise ValueError(f"row {number} of the data has no {column!r}; leave it out")
+        raise ValueError(f"row {number} of the data has no {column!r}; leave that row out")
     return row[column]
 
 
@@ -114,5 +141,5 @@ def _text(row: Mapping[str, Any], column: str | None, number: int) -> str | None
     if isinstance(value, str | None):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{column!r} of row {number} is no text: {value!r:.80}")
+        raise ValueError(f"{column!r} of row {number} is not text: {value!r:.80}")
     return str(value)

@@ -1,61 +1,51 @@
-"""Does knocking out the tokens that a score ranks on top change the answer?
+"""Does knocking out the tokens that a score ranks highest change the answer?
 
-Attention to a share of the response's tokens is cut, those with the highest and those with the
-lowest scores, and compared with what chance would have chosen. A score that knows what the answer
-stands on hurts it more with its top than chance does, and less with its bottom.
+Attention to a share of the response's tokens is cut: to those with the highest scores, to those
+with the lowest, and to random ones. A score that knows what the answer depends on costs it more
+with its top than random tokens do, and less with its bottom.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
-from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore, read_text
-from flowtracer_plugin.evaluation.knockout import ROWS, knock_out
-from flowtracer_plugin.text.spans import special_ids
+from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
+from flowtracer_plugin.evaluation.knockout import ROWS
+from flowtracer_plugin.evaluation.scored_example import ScoredExample
+from flowtracer_plugin.evaluation.token_sets import (
+    ChosenSets,
+    Mask,
+    matched_draw,
+    position_bins,
+    ranking,
+    set_size,
+    token_classes,
+    tops_and_bottoms,
+)
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.tracer import FlowTracer
 
 PERCENTS = (1, 2, 5, 10, 20)
 """Shares of the candidates that are knocked out."""
 
-CONTROLS = ("random", "random_position", "random_class")
-"""Sets that chance chooses: of all candidates, or as many as a score did of those at a like
-distance to the answer, or of the same class of token."""
-
-BINS = 10
-"""Parts of the candidates, by their distance to the answer."""
-
-FEWEST = 10
-"""Candidates below which shares of them mean nothing."""
-
-Mask = Bool[np.ndarray, " token"]
-Scores = Float[np.ndarray, " token"]
-
-
-class TooFewTokensError(ValueError):
-    """A response has hardly any tokens before its answer that could be knocked out."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnockOutOptions:
-    """What is knocked out, and how. Of equal scores, the earlier token ranks higher.
+    """Which tokens are knocked out, and how. Of equal scores, the earlier token ranks higher.
 
     Attributes:
-        rows: From which tokens those that are knocked out are hidden: `"future"`, all later ones,
-            or `"answer"`, those that predict the answer.
-        percents: How many of the candidates, rounded up.
+        rows: Which tokens no longer see those that are knocked out: `"future"`, all later ones, or
+            `"answer"`, those that predict the answer.
+        percents: Shares of the candidates that are knocked out, rounded up to whole tokens.
         gaps: How many tokens right before the answer are no candidates: they often are a template
             such as "The answer is", whose loss hurts whatever the answer. Each gap is measured.
-        draws: Of each control.
-        matched: The score that the matched controls are matched to.
-        seed: Of the draws.
+        draws: Random sets of each control.
+        matched: The score whose sets the controls `random_position` and `random_class` match.
+        seed: Seed of the draws.
     """
 
     rows: str = "future"
@@ -66,7 +56,7 @@ class KnockOutOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse values that no option has.
+        """Check the values.
 
         Raises:
             ValueError: A value is not among the choices.
@@ -83,15 +73,16 @@ class KnockOutOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Effect:
-    """What knocking out one kind of set did, for each of the percents; of draws, their mean.
+    """The effect of knocking out one kind of set, for each of the percents; a mean over draws.
 
     Attributes:
-        gap: Tokens before the answer that were no candidates.
-        score: By what the tokens were chosen: the name of a score or of a control.
-        side: Its `"top"` or its `"bottom"`; for controls it is `"top"`.
-        drop: Of the mean log-probability of the answer's tokens, in nats per token.
-        flipped: Share of the sets under which the greedy answer changed.
-        divergence: KL divergence of the next-token distribution where the answer is predicted.
+        gap: Tokens right before the answer that were no candidates.
+        score: The score or control that chose the tokens.
+        side: `"top"` or `"bottom"` of the score; `"top"` for controls.
+        drop: How far the mean log-probability of the answer's tokens falls, in nats per token.
+        flipped: Share of the sets under which the greedy answer changes.
+        divergence: KL divergence of the next-token distribution where the answer is predicted, in
+            nats.
     """
 
     gap: int
@@ -104,14 +95,14 @@ class Effect:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Faithfulness:
-    """What became of one answer.
+    """The effects of all knock-outs on one answer.
 
     Attributes:
-        answer_tokens: Tokens of the answer.
-        log_prob: The mean of theirs without a cut, in nats.
-        predicted: Whether the model would have given this answer, token by token.
-        candidates: How many tokens competed, for each gap.
-        effects: Of every score and control.
+        answer_tokens: Number of the answer's tokens.
+        log_prob: Their mean log-probability without a cut, in nats.
+        predicted: Whether greedy decoding gives every answer token.
+        candidates: Number of candidates, for each gap.
+        effects: One for each gap, score or control, and side.
     """
 
     answer_tokens: int
@@ -129,12 +120,12 @@ def measure_knock_outs(
     scores: Mapping[str, TokenScore] = TOKEN_SCORES,
     batch_size: int | None = None,
 ) -> Faithfulness:
-    """Knock out the top and the bottom of every score in one traced text, and what chance chooses.
+    """The effects of knocking out every score's top and bottom, and random tokens, in one text.
 
     Args:
-        tracer: Of the model that the trace is of.
+        tracer: The tracer that made the trace.
         trace: With its attention, `wrap(..., mode="dense")`.
-        options: What is knocked out.
+        options: Which tokens are knocked out, and how.
         scores: By name. A score is a function of `ScoredText` to one number for each token.
         batch_size: Cuts in one forward pass; as many as memory allows by default.
 
@@ -143,191 +134,66 @@ def measure_knock_outs(
         KnockOutError: The model's attention cannot be cut.
         ValueError: The trace was streamed, `options.matched` is no score, or a score is not finite.
     """
-    options = options or KnockOutOptions()
-    if options.matched not in scores:
+    example = ScoredExample(tracer=tracer, trace=trace, scores=scores, batch_size=batch_size)
+    return example_knock_outs(example, options or KnockOutOptions())
+
+
+def example_knock_outs(example: ScoredExample, options: KnockOutOptions) -> Faithfulness:
+    """`measure_knock_outs` for an example that other protocols share."""
+    if options.matched not in example.scores:
         raise ValueError(
-            f"controls are matched to one of the scores {', '.join(scores)}, got "
+            f"controls are matched to one of the scores {', '.join(example.scores)}, got "
             f"{options.matched!r}"
         )
-    special = np.isin(trace.token_ids, sorted(special_ids(tracer.require_tokenizer())))
-    candidates = [candidate_tokens(trace, special, gap=gap) for gap in options.gaps]
-    text = read_text(tracer, trace)
-    values = {name: checked_scores(name, score(text)) for name, score in scores.items()}
+    candidates = [example.candidates(gap) for gap in options.gaps]
     sets = [
-        chosen
+        (gap, chosen)
         for gap, among in zip(options.gaps, candidates, strict=True)
-        for chosen in chosen_sets(values, among, trace, options, gap)
+        for chosen in chosen_sets(example, among, options, gap)
     ]
-    ids, answer = torch.from_numpy(trace.token_ids), torch.from_numpy(trace.spans.answer)
-    unique, place = unique_sets([mask for chosen in sets for mask in chosen.masks])
-    found = knock_out(tracer.model, ids, answer, unique, rows=options.rows, batch_size=batch_size)
-    numbers = [
-        part.double().numpy()[place] for part in (found.drop, found.flipped, found.divergence)
-    ]
+    numbers = example.knock_out([one.masks for _, one in sets], options.rows)
+    percents, baseline = len(options.percents), example.baseline
     return Faithfulness(
-        answer_tokens=int(answer.sum()),
-        log_prob=found.log_prob,
-        predicted=found.predicted,
+        answer_tokens=int(example.trace.spans.answer.sum()),
+        log_prob=baseline.log_prob,
+        predicted=baseline.predicted,
         candidates=tuple(int(among.sum()) for among in candidates),
-        effects=_effects(sets, numbers, len(options.percents)),
+        effects=tuple(
+            _effect(gap, one, part, percents)
+            for (gap, one), part in zip(sets, numbers, strict=True)
+        ),
     )
 
 
-def candidate_tokens(trace: FlowTrace, special: Mask, *, gap: int) -> Mask:
-    """Response tokens before the answer that are not special, without the last `gap` before it.
-
-    Raises:
-        TooFewTokensError: There are fewer than 10 of them.
-    """
-    spans, place = trace.spans, np.arange(len(trace.token_ids))
-    first = int(spans.answer.argmax())
-    among = spans.response & ~special & (place < first - gap)
-    if among.sum() < FEWEST:
-        raise TooFewTokensError(
-            f"only {int(among.sum())} tokens of the response could be knocked out, {gap} before "
-            f"the answer {spans.answer_text!r} left out; wanted at least {FEWEST}"
-        )
-    return among
-
-
-class ChosenSets(NamedTuple):
-    """Sets of tokens that one score or control chose, for each of the percents in turn."""
-
-    gap: int
-    score: str
-    side: str
-    masks: list[Mask]
-
-
 def chosen_sets(
-    scores: Mapping[str, Scores],
-    among: Mask,
-    trace: FlowTrace,
-    options: KnockOutOptions,
-    gap: int,
+    example: ScoredExample, among: Mask, options: KnockOutOptions, gap: int
 ) -> list[ChosenSets]:
-    """Top and bottom of every score, and the draws of the controls, among the candidates."""
+    """The sets among the candidates of every score and control, for each percent in turn."""
     counts = [set_size(int(among.sum()), percent) for percent in options.percents]
-    ranked = {name: ranking(score, among) for name, score in scores.items()}
-    size = len(among)
-    sets = []
-    for name, order in ranked.items():
-        top = [_mask(order[:count], size) for count in counts]
-        bottom = [_mask(order[len(order) - count :], size) for count in counts]
-        sets += [ChosenSets(gap, name, "top", top), ChosenSets(gap, name, "bottom", bottom)]
-    matched = [ranked[options.matched][:count] for count in counts]
-    rng = np.random.default_rng([options.seed, gap, *trace.token_ids.tolist()])
+    sets = tops_and_bottoms(example.values, among, counts)
+    order = ranking(example.values[options.matched], among)
+    matched = [order[:count] for count in counts]
     groups = {
         "random": among.astype(np.int64) - 1,
         "random_position": position_bins(among),
-        "random_class": np.where(among, token_classes(trace.tokens), -1),
+        "random_class": np.where(among, token_classes(example.trace.tokens), -1),
     }
+    rng = example.rng(options.seed, gap)
     for name, group in groups.items():
         draws = [matched_draw(one, group, rng) for one in matched for _ in range(options.draws)]
-        sets.append(ChosenSets(gap, name, "top", draws))
+        sets.append(ChosenSets(name, "top", draws))
     return sets
 
 
-def set_size(candidates: int, percent: int) -> int:
-    """`⌈percent · candidates / 100⌉`.
-
-    Examples:
-        >>> set_size(70, 10), set_size(71, 10)
-        (7, 8)
-    """
-    return -(-candidates * percent // 100)
-
-
-def ranking(scores: Scores, among: Mask) -> Int[np.ndarray, " candidate"]:
-    """The candidates' places, the highest score first, of equal ones the earlier."""
-    places = np.flatnonzero(among)
-    return places[np.argsort(-scores[places], kind="stable")]
-
-
-def position_bins(among: Mask) -> Int[np.ndarray, " token"]:
-    """Which tenth of the candidates each is in, by distance to the answer; −1 for other tokens.
-
-    Tenths differ by at most one token in size.
-    """
-    number = among.cumsum() - 1
-    return np.where(among, BINS * number // max(int(among.sum()), 1), -1)
-
-
-CLASS_NAMES = ("number", "operator", "punctuation", "space", "word")
-"""Classes of tokens."""
-
-
-def token_classes(tokens: Sequence[str]) -> Int[np.ndarray, " token"]:
-    """Number of each token's class, its place in `CLASS_NAMES`."""
-    return np.array([_class(token) for token in tokens])
-
-
-_CLASSES = (
-    re.compile(r".*\d.*", re.DOTALL),
-    re.compile(r"\s*[-+*/=<>^%×÷−]+\s*"),
-    re.compile(r"\s*[^\w\s]+\s*"),
-    re.compile(r"\s*"),
-)
-
-
-def _class(token: str) -> int:
-    found = (at for at, kind in enumerate(_CLASSES) if kind.fullmatch(token))
-    return next(found, len(_CLASSES))
-
-
-def matched_draw(
-    chosen: Int[np.ndarray, " chosen"],
-    groups: Int[np.ndarray, " token"],
-    rng: np.random.Generator,
-) -> Mask:
-    """As many tokens of every group as were chosen of it; group −1 is left out."""
-    drawn = np.zeros(len(groups), bool)
-    for group, count in zip(*np.unique(groups[chosen], return_counts=True), strict=True):
-        members = np.flatnonzero(groups == group)
-        drawn[rng.choice(members, size=count, replace=False)] = True
-    return drawn
-
-
-def checked_scores(name: str, scores: Scores) -> Scores:
-    """The scores of a text.
-
-    Raises:
-        ValueError: One is not finite.
-    """
-    if not np.isfinite(scores).all():
-        raise ValueError(f"the score {name!r} is not finite at some tokens")
-    return scores
-
-
-def _mask(places: Int[np.ndarray, " chosen"], size: int) -> Mask:
-    mask = np.zeros(size, bool)
-    mask[places] = True
-    return mask
-
-
-def unique_sets(masks: Sequence[Mask]) -> tuple[torch.Tensor, Int[np.ndarray, " mask"]]:
-    """Each set once, and where each of the given ones is among them."""
-    unique, place = np.unique(np.stack(masks), axis=0, return_inverse=True)
-    return torch.from_numpy(unique), place.reshape(-1)
-
-
-def _effects(
-    sets: Sequence[ChosenSets], numbers: Sequence[Float[np.ndarray, " set"]], percents: int
-) -> tuple[Effect, ...]:
-    effects, at = [], 0
-    for chosen in sets:
-        here = slice(at, at + len(chosen.masks))
-        at = here.stop
-        means = [tuple(part[here].reshape(percents, -1).mean(1).tolist()) for part in numbers]
-        drop, flipped, divergence = means
-        effects.append(
-            Effect(
-                gap=chosen.gap,
-                score=chosen.score,
-                side=chosen.side,
-                drop=drop,
-                flipped=flipped,
-                divergence=divergence,
-            )
-        )
-    return tuple(effects)
+def _effect(
+    gap: int, chosen: ChosenSets, numbers: Float[np.ndarray, "3 mask"], percents: int
+) -> Effect:
+    drop, flipped, divergence = map(tuple, numbers.reshape(3, percents, -1).mean(-1).tolist())
+    return Effect(
+        gap=gap,
+        score=chosen.score,
+        side=chosen.side,
+        drop=drop,
+        flipped=flipped,
+        divergence=divergence,
+    )

@@ -1,11 +1,12 @@
-"""What becomes of a model's answer where attention between tokens of the text is cut."""
+"""How much does a model's answer lose when attention between tokens of the text is cut?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,13 +47,13 @@ TokenSets = Bool[Tensor, "cut token"]
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class KnockOut:
-    """What became of an answer under each cut, on the CPU.
+    """The effect of each cut on an answer; tensors are on the CPU.
 
     Attributes:
-        log_prob: Of the answer's tokens without a cut, the mean of them, in nats.
-        predicted: Whether the model, decoding greedily, says each answer token after the others.
-        drop: How far the mean log-probability of the answer's tokens fell, in nats per token.
-        flipped: Whether the greedy choice at any answer token is another.
+        log_prob: Mean log-probability of the answer's tokens without a cut, in nats.
+        predicted: Whether greedy decoding without a cut gives every answer token.
+        drop: How far the mean log-probability of the answer's tokens falls, in nats per token.
+        flipped: Whether the greedy choice changes at any answer token.
         divergence: KL divergence of the next-token distribution from the one without the cut, in
             nats, the mean over the answer's tokens.
     """
@@ -73,44 +74,28 @@ def knock_out(
     rows: str = "future",
     batch_size: int | None = None,
 ) -> KnockOut:
-    """What becomes of the answer if sets of tokens cannot be attended to, in all layers and heads.
+    """The effect on the answer if no layer and head can attend to sets of tokens.
 
-    The softmax shares out what was paid to them among the others. A token always sees itself.
+    The softmax spreads the attention that they received over the other tokens. A token always sees
+    itself.
 
     Args:
         model: A causal language model, which is not changed.
         ids: Prompt and response.
         answer: Tokens of the response whose log-probability counts; not the first token.
         tokens: One set of tokens for each cut.
-        rows: Whether they are hidden from all later tokens (`"future"`), which ends every way over
-            them, or only from those that predict the answer (`"answer"`): then what later tokens
+        rows: `"future"` hides the tokens from all later ones, which ends every path through them.
+            `"answer"` hides them only from the tokens that predict the answer: what other tokens
             took over from them still counts.
         batch_size: Cuts in one forward pass; as many as memory allows by default.
 
     Raises:
-        KnockOutError: The model does not let its attention be cut, or tokens reach later ones on
+        KnockOutError: The model's attention cannot be cut, or its tokens also reach later ones by
             other ways, such as recurrent states.
-        ValueError: Shapes differ, there is no answer, `rows` has no such choice, or `batch_size` is
-            below 1.
+        ValueError: Shapes differ, there is no answer, `rows` is not one of the choices, or
+            `batch_size` is below 1.
     """
-    if rows not in ROWS:
-        raise ValueError(f"rows must be one of {', '.join(ROWS)}, got {rows!r}")
-    if tokens.ndim != 2 or tokens.shape[1] != len(ids) or tokens.dtype != torch.bool:
-        raise ValueError(
-            f"tokens must be boolean sets [cut, {len(ids)}], got {tokens.dtype} of shape "
-            f"{tuple(tokens.shape)}"
-        )
-    text = _text(model, ids, answer)
-    last = len(ids) - 1
-    hidden = tokens.to(text.ids.device)
-    first = hidden.int().argmax(-1).where(hidden.any(-1), last) + 1
-    if rows == "answer":
-        first = first.clamp_min(int(text.deciding[0]))
-
-    def removed(cuts: Int[Tensor, " cut"]) -> Edges:
-        return hidden_edges(hidden[cuts], text.answer, rows=rows)
-
-    return _measure(text, removed, first.clamp_max(last), batch_size)
+    return Baseline.read(model, ids, answer).knock_out(tokens, rows=rows, batch_size=batch_size)
 
 
 def cut_edges(
@@ -121,7 +106,7 @@ def cut_edges(
     *,
     batch_size: int | None = None,
 ) -> KnockOut:
-    """`knock_out` for edges: which query cannot see which key, in all layers and heads.
+    """The effect of cutting edges: which query cannot see which key, in all layers and heads.
 
     Edges of a token to itself stay.
 
@@ -129,21 +114,11 @@ def cut_edges(
         KnockOutError: As for `knock_out`.
         ValueError: As for `knock_out`.
     """
-    shape = (len(ids), len(ids))
-    if edges.ndim != 3 or edges.shape[1:] != shape or edges.dtype != torch.bool:
-        raise ValueError(
-            f"edges must be boolean [cut, query, key] with {len(ids)} tokens, got {edges.dtype} of "
-            f"shape {tuple(edges.shape)}"
-        )
-    text = _text(model, ids, answer)
-    edges = edges.to(text.ids.device)
-    cut = edges.any(-1)
-    first = cut.int().argmax(-1).where(cut.any(-1), len(ids) - 1)
-    return _measure(text, lambda cuts: edges[cuts], first, batch_size)
+    return Baseline.read(model, ids, answer).cut_edges(edges, batch_size=batch_size)
 
 
 def hidden_edges(tokens: TokenSets, answer: Bool[Tensor, " token"], *, rows: str) -> Edges:
-    """The edges that `knock_out` cuts, those of tokens to themselves left out."""
+    """The edges that `knock_out` cuts, without those of tokens to themselves."""
     place = torch.arange(tokens.shape[1], device=tokens.device)
     queries = place[:, None] > place
     if rows == "answer":
@@ -156,43 +131,125 @@ def deciding_rows(answer: Bool[Tensor, " token"]) -> Bool[Tensor, " token"]:
     return answer.roll(-1)
 
 
-class _Text(NamedTuple):
-    """A text whose answer is measured.
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """A text as the model reads it without a cut. It is read once, however many cuts follow.
 
     Attributes:
         model: Without wrappers.
         ids: On the model's device.
         answer: The answer's tokens.
         deciding: Numbers of the rows whose logits choose them.
-        reuses: Whether the model continues a short cached text as it reads it whole.
+        continues: Whether the model continues a short cached text as it reads it whole.
     """
 
     model: nn.Module
     ids: Int[Tensor, "1 token"]
     answer: Bool[Tensor, " token"]
     deciding: Int[Tensor, " answer"]
-    reuses: bool
+    continues: bool
 
+    @classmethod
+    def read(
+        cls, model: nn.Module, ids: Int[Tensor, " token"], answer: Bool[Tensor, " token"]
+    ) -> Baseline:
+        """The text of a model.
 
-def _text(model: nn.Module, ids: Int[Tensor, " token"], answer: Bool[Tensor, " token"]) -> _Text:
-    model = unwrapped(model)
-    if ids.ndim != 1 or answer.shape != ids.shape or answer.dtype != torch.bool:
-        raise ValueError(
-            f"ids and answer must both be [token], answer boolean, got {tuple(ids.shape)} and "
-            f"{answer.dtype} of shape {tuple(answer.shape)}"
-        )
-    if not bool(answer.any()) or bool(answer[0]):
-        raise ValueError(
-            "answer must mark at least one token, and not the first, which nothing predicts"
-        )
-    check_input(model, ids[None], None)
-    device = input_device(model)
-    deciding = deciding_rows(answer).nonzero()[:, 0].to(device)
-    return _Text(model, ids[None].to(device), answer.to(device), deciding, check_model(model))
+        Raises:
+            KnockOutError: As for `knock_out`.
+            ValueError: The shapes of `ids` and `answer` differ, or there is no answer.
+        """
+        model = unwrapped(model)
+        if ids.ndim != 1 or answer.shape != ids.shape or answer.dtype != torch.bool:
+            raise ValueError(
+                f"ids and answer must both be [token], answer boolean, got {tuple(ids.shape)} and "
+                f"{answer.dtype} of shape {tuple(answer.shape)}"
+            )
+        if not bool(answer.any()) or bool(answer[0]):
+            raise ValueError(
+                "answer must mark at least one token, and not the first, which nothing predicts"
+            )
+        check_input(model, ids[None], None)
+        device = input_device(model)
+        deciding = deciding_rows(answer).nonzero()[:, 0].to(device)
+        return cls(model, ids[None].to(device), answer.to(device), deciding, check_model(model))
+
+    @property
+    def log_prob(self) -> float:
+        """Mean log-probability of the answer's tokens, in nats."""
+        return float(self.log_probs.gather(-1, self.wanted[:, None]).mean())
+
+    @property
+    def predicted(self) -> bool:
+        """Whether greedy decoding gives every answer token."""
+        return bool((self.log_probs.argmax(-1) == self.wanted).all())
+
+    @property
+    def wanted(self) -> Int[Tensor, " answer"]:
+        """Ids of the answer's tokens."""
+        return self.ids[0, self.answer]
+
+    @cached_property
+    def log_probs(self) -> Float[Tensor, "answer word"]:
+        """Next-token log-probabilities where the answer is predicted."""
+        with plainly(self.model):
+            return _log_probs(self, None, None, 0)[0]
+
+    @cached_property
+    def cache(self) -> DynamicCache | None:
+        """Keys and values of the text; None if a text of this length does not continue from them.
+
+        Positions, for example, may be scaled by the length of what is read at once.
+        """
+        start = int(self.deciding[0])
+        if not self.continues or not start:
+            return None
+        size = self.ids.shape[1]
+        none = torch.zeros(1, size, size, dtype=torch.bool, device=self.ids.device)
+        with plainly(self.model):
+            cache = read_prefix(self.model, self.ids)
+            again = _log_probs(self, none, cache, start)[0]
+        allowed = rounding(next(self.model.parameters()))
+        return cache if difference(again, self.log_probs) <= allowed else None
+
+    def knock_out(
+        self, tokens: TokenSets, *, rows: str = "future", batch_size: int | None = None
+    ) -> KnockOut:
+        """`knock_out` for sets of this text's tokens."""
+        if rows not in ROWS:
+            raise ValueError(f"rows must be one of {', '.join(ROWS)}, got {rows!r}")
+        size = self.ids.shape[1]
+        if tokens.ndim != 2 or tokens.shape[1] != size or tokens.dtype != torch.bool:
+            raise ValueError(
+                f"tokens must be boolean sets [cut, {size}], got {tokens.dtype} of shape "
+                f"{tuple(tokens.shape)}"
+            )
+        hidden = tokens.to(self.ids.device)
+        first = hidden.int().argmax(-1).where(hidden.any(-1), size - 1) + 1
+        if rows == "answer":
+            first = first.clamp_min(int(self.deciding[0]))
+
+        def removed(cuts: Int[Tensor, " cut"]) -> Edges:
+            return hidden_edges(hidden[cuts], self.answer, rows=rows)
+
+        return _measure(self, removed, first, batch_size)
+
+    def cut_edges(self, edges: Edges, *, batch_size: int | None = None) -> KnockOut:
+        """`cut_edges` for edges between this text's tokens."""
+        size = self.ids.shape[1]
+        if edges.ndim != 3 or edges.shape[1:] != (size, size) or edges.dtype != torch.bool:
+            raise ValueError(
+                f"edges must be boolean [cut, query, key] with {size} tokens, got {edges.dtype} of "
+                f"shape {tuple(edges.shape)}"
+            )
+        edges = edges.to(self.ids.device)
+        cut = edges.any(-1)
+        first = cut.int().argmax(-1).where(cut.any(-1), size - 1)
+        return _measure(self, lambda cuts: edges[cuts], first, batch_size)
 
 
 def _measure(
-    text: _Text,
+    text: Baseline,
     removed: Callable[[Int[Tensor, " cut"]], Edges],
     first: Int[Tensor, " cut"],
     batch_size: int | None,
@@ -200,20 +257,18 @@ def _measure(
     """Run the text with each cut, from the first row on that a cut changes."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
-    wanted = text.ids[0, text.answer]
+    plain, cache = text.log_probs, text.cache
     first = first.clamp_max(int(text.deciding[0]))
+    if cache is None:
+        first = torch.zeros_like(first)
+    drop, flipped, divergence = torch.zeros(3, len(first), device=plain.device)
     with plainly(text.model):
-        plain = _log_probs(text, None, None, 0)[0]
-        cache = _cache(text, plain)
-        if cache is None:
-            first = torch.zeros_like(first)
-        drop, flipped, divergence = torch.zeros(3, len(first), device=plain.device)
         for cuts, start in _batches(text, first, batch_size):
             found = _log_probs(text, removed(cuts), cache, start)
-            drop[cuts], flipped[cuts], divergence[cuts] = _compare(found, plain, wanted)
+            drop[cuts], flipped[cuts], divergence[cuts] = _compare(found, plain, text.wanted)
     return KnockOut(
-        log_prob=float(plain.gather(-1, wanted[:, None]).mean()),
-        predicted=bool((plain.argmax(-1) == wanted).all()),
+        log_prob=text.log_prob,
+        predicted=text.predicted,
         drop=drop.cpu(),
         flipped=flipped.bool().cpu(),
         divergence=divergence.cpu(),
@@ -234,7 +289,7 @@ def _compare(
 
 
 def _batches(
-    text: _Text, first: Int[Tensor, " cut"], batch_size: int | None
+    text: Baseline, first: Int[Tensor, " cut"], batch_size: int | None
 ) -> Iterator[tuple[Int[Tensor, " cut"], int]]:
     """Numbers of cuts that run together, and the row at which the earliest of them begins."""
     order = first.argsort(stable=True)
@@ -246,28 +301,25 @@ def _batches(
         at += size
 
 
-def _affordable(text: _Text, start: int) -> int:
-    """Cuts that fit in one forward pass over the rows from `start` on."""
+def _affordable(text: Baseline, start: int) -> int:
+    """How many cuts fit in one forward pass over the rows from `start` on."""
     config = language_model(text.model).config.get_text_config()
     tokens = text.ids.shape[1]
     rows, width = tokens - start, getattr(config, "hidden_size", None) or 1024
     heads = getattr(config, "num_attention_heads", None) or 32
     layers = getattr(config, "num_hidden_layers", None) or 32
+    kept = len(text.deciding) if "logits_to_keep" in accepted_inputs(text.model) else rows
     # Scores in float32 with the mask beside them, some twenty activations, keys and values of all
     # layers, and three copies of the logits.
     scores = rows * tokens * (8 * heads + 8)
     active = 4 * width * (20 * rows + 2 * layers * tokens)
-    logits = 12 * vocabulary_size(text.model) * _logit_rows(text, rows)
+    logits = 12 * vocabulary_size(text.model) * kept
     room = SPARE * free_memory(text.ids.device) / (scores + active + logits)
     return max(1, min(int(room), MOST_TOKENS // rows))
 
 
-def _logit_rows(text: _Text, rows: int) -> int:
-    return len(text.deciding) if "logits_to_keep" in accepted_inputs(text.model) else rows
-
-
 def _log_probs(
-    text: _Text, removed: Edges | None, cache: DynamicCache | None, start: int
+    text: Baseline, removed: Edges | None, cache: DynamicCache | None, start: int
 ) -> Float[Tensor, "cut answer word"]:
     """Next-token log-probabilities where the answer is predicted, by the rows from `start` on."""
     copies = 1 if removed is None else len(removed)
@@ -285,18 +337,3 @@ def _log_probs(
         logits = first_output(text.model(**inputs))
     kept = logits if "logits_to_keep" in accepted else logits[:, rows]
     return kept.float().log_softmax(-1)
-
-
-def _cache(text: _Text, plain: Float[Tensor, "answer word"]) -> DynamicCache | None:
-    """Keys and values of the text, if a text of this length goes on from them as it should.
-
-    Positions, for example, may be scaled by the length of what is read at once.
-    """
-    start = int(text.deciding[0])
-    if not text.reuses or not start:
-        return None
-    cache = read_prefix(text.model, text.ids)
-    none = torch.zeros(1, *[text.ids.shape[1]] * 2, dtype=torch.bool, device=text.ids.device)
-    again = _log_probs(text, none, cache, start)[0]
-    allowed = rounding(next(text.model.parameters()))
-    return cache if difference(again, plain) <= allowed else None

@@ -1,4 +1,4 @@
-"""Knock-outs of whole lines and of single edges: do the flow's steps and ways matter?"""
+"""Do the lines that scores rank highest, and the edges with the most flow, matter to the answer?"""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy.stats import spearmanr
 
-from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore, read_text
-from flowtracer_plugin.evaluation.faithfulness import checked_scores, set_size
-from flowtracer_plugin.evaluation.knockout import cut_edges, knock_out
+from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
+from flowtracer_plugin.evaluation.faithfulness import PERCENTS, KnockOutOptions
+from flowtracer_plugin.evaluation.scored_example import ScoredExample
+from flowtracer_plugin.evaluation.token_sets import set_size
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.tracer import FlowTracer
 
 FEWEST_LINES = 3
-"""Below which their order says nothing."""
-
-Edges = Bool[np.ndarray, "query key"]
+"""With fewer lines, their order says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LineKnockOuts:
-    """What each line of a response was worth to its answer.
+    """The effect of each line of a response on its answer, and how well scores predict it.
 
     Attributes:
         lines: First and last-plus-one token of each line or sentence before the answer.
-        drop: Of the answer's mean log-probability without it, in nats per token.
+        drop: How far the answer's mean log-probability falls without it, in nats per token.
         by_sum: For each score, the rank correlation of the lines' summed scores with `drop`;
             None where one of the two is the same in all lines.
         by_max: The same with the highest score in each line.
@@ -42,17 +41,17 @@ class LineKnockOuts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EdgeKnockOuts:
-    """What the edges with the most flow were worth, beside others of as much attention.
+    """The effect of cutting the edges with the most flow, and others with as much attention.
 
     Attributes:
         percent: Share of the edges that was cut.
         backbone: Drop of the answer's mean log-probability without them, in nats per token.
         others: Mean drop over draws of other edges.
-        edges: How many edges the backbone's share is.
+        edges: Number of edges in the backbone's share.
         attention: Their attention, summed over the edges.
-        other_edges: How many edges a draw has, on average.
-        other_attention: The attention of a draw, on average: never less than `attention`, unless
-            all other edges together have less.
+        other_edges: Mean number of edges in a draw.
+        other_attention: Mean attention of a draw: never less than `attention`, unless all other
+            edges together have less.
     """
 
     percent: int
@@ -72,80 +71,82 @@ def knock_out_lines(
     rows: str = "future",
     batch_size: int | None = None,
 ) -> LineKnockOuts:
-    """Knock out each line before the answer, and compare with what the scores say of it.
+    """The effect of knocking out each line before the answer, and its correlation with the scores.
 
     Raises:
         KnockOutError: The model's attention cannot be cut.
         ValueError: There are fewer than 3 lines, or as `measure_knock_outs`.
     """
-    lines = _lines(trace)
+    example = ScoredExample(tracer=tracer, trace=trace, scores=scores, batch_size=batch_size)
+    return example_lines(example, KnockOutOptions(rows=rows))
+
+
+def example_lines(example: ScoredExample, options: KnockOutOptions) -> LineKnockOuts:
+    """`knock_out_lines` for an example that other protocols share."""
+    lines = _lines(example.trace)
     if len(lines) < FEWEST_LINES:
         raise ValueError(
             f"the response has {len(lines)} lines or sentences before the answer, wanted at least "
             f"{FEWEST_LINES} to compare"
         )
-    text = read_text(tracer, trace)
-    sets = torch.zeros(len(lines), len(trace.token_ids), dtype=torch.bool)
-    for row, (start, stop) in zip(sets, lines, strict=True):
-        row[start:stop] = True
-    ids, answer = torch.from_numpy(trace.token_ids), torch.from_numpy(trace.spans.answer)
-    found = knock_out(tracer.model, ids, answer, sets, rows=rows, batch_size=batch_size)
-    drop = found.drop.double().numpy()
-    values = {name: checked_scores(name, score(text)) for name, score in scores.items()}
-    return LineKnockOuts(
-        lines=lines,
-        drop=tuple(drop.tolist()),
-        by_sum={
-            name: _agreement([float(score[a:b].sum()) for a, b in lines], drop)
+    values, place = example.values, np.arange(len(example.trace.token_ids))
+    masks = [(start <= place) & (place < stop) for start, stop in lines]
+    [(drop, *_)] = example.knock_out([masks], options.rows)
+    by_sum, by_max = (
+        {
+            name: _agreement([float(gather(score[mask])) for mask in masks], drop)
             for name, score in values.items()
-        },
-        by_max={
-            name: _agreement([float(score[a:b].max()) for a, b in lines], drop)
-            for name, score in values.items()
-        },
+        }
+        for gather in (np.sum, np.max)
     )
+    return LineKnockOuts(lines=lines, drop=tuple(drop.tolist()), by_sum=by_sum, by_max=by_max)
 
 
 def knock_out_backbone(
     tracer: FlowTracer,
     trace: FlowTrace,
     *,
-    percents: tuple[int, ...] = (1, 2, 5, 10, 20),
+    percents: tuple[int, ...] = PERCENTS,
     draws: int = 10,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> tuple[EdgeKnockOuts, ...]:
-    """Cut the edges with the most flow, and draws of other edges with as much attention.
+    """The effect of cutting the edges with the most flow, and draws of others as heavy.
 
     Edges between tokens of the response count, up to the row that chooses the last answer token.
-    Those to the prompt do not: among them are those to the first token, an attention sink, which
+    Edges to the prompt do not: among them are those to the first token, an attention sink, which
     hold much attention and carry little.
 
     Raises:
         KnockOutError: The model's attention cannot be cut.
-        ValueError: The trace was streamed, or `draws` is below 1.
+        ValueError: The trace was streamed, or as `KnockOutOptions`.
     """
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws!r}")
+    options = KnockOutOptions(percents=percents, draws=draws, seed=seed)
+    example = ScoredExample(tracer=tracer, trace=trace, scores={}, batch_size=batch_size)
+    return example_edges(example, options)
+
+
+def example_edges(example: ScoredExample, options: KnockOutOptions) -> tuple[EdgeKnockOuts, ...]:
+    """`knock_out_backbone` for an example that other protocols share."""
+    trace, rng = example.trace, example.rng(options.seed)
     flow, attention = np.asarray(trace.flow.edge_flow()), trace.attention
     queries, keys = _inner_edges(trace)
     flows, paid = flow[queries, keys], np.asarray(attention)[queries, keys]
     order = np.argsort(-flows, kind="stable")
-    rng = np.random.default_rng([seed, *trace.token_ids.tolist()])
     chosen: list[Int[np.ndarray, " edge"]] = []
-    for percent in percents:
+    for percent in options.percents:
         count = set_size(len(order), percent)
         top, rest = order[:count], order[count:]
         chosen.append(top)
         chosen += [
-            _as_heavy(rng.permutation(rest), paid, float(paid[top].sum())) for _ in range(draws)
+            _as_heavy(rng.permutation(rest), paid, float(paid[top].sum()))
+            for _ in range(options.draws)
         ]
     cut = torch.zeros(len(chosen), *flow.shape, dtype=torch.bool)
     for one, edges in zip(cut, chosen, strict=True):
         one[queries[edges], keys[edges]] = True
-    ids, answer = torch.from_numpy(trace.token_ids), torch.from_numpy(trace.spans.answer)
-    found = cut_edges(tracer.model, ids, answer, cut, batch_size=batch_size)
-    drops = found.drop.double().numpy().reshape(len(percents), draws + 1)
+    found = example.baseline.cut_edges(cut, batch_size=example.batch_size)
+    drops = found.drop.double().numpy().reshape(len(options.percents), options.draws + 1)
     sizes = np.array([len(edges) for edges in chosen]).reshape(drops.shape)
     masses = np.array([paid[edges].sum() for edges in chosen]).reshape(drops.shape)
     return tuple(
@@ -158,12 +159,12 @@ def knock_out_backbone(
             other_edges=float(size[1:].mean()),
             other_attention=float(mass[1:].mean()),
         )
-        for percent, drop, size, mass in zip(percents, drops, sizes, masses, strict=True)
+        for percent, drop, size, mass in zip(options.percents, drops, sizes, masses, strict=True)
     )
 
 
 def _lines(trace: FlowTrace) -> tuple[tuple[int, int], ...]:
-    """The steps of the response up to the answer, which the last one may hold."""
+    """The lines of the response before the answer; the one that holds it is cut off there."""
     first = int(trace.spans.answer.argmax())
     bounds = ((max(a, trace.spans.prompt_length), min(b, first)) for a, b in trace.outline.bounds)
     return tuple((start, stop) for start, stop in bounds if start < stop)
@@ -188,6 +189,6 @@ def _inner_edges(
 def _as_heavy(
     edges: Int[np.ndarray, " edge"], paid: Float[np.ndarray, " every"], wanted: float
 ) -> Int[np.ndarray, " few"]:
-    """The first edges that together hold as much attention as is wanted."""
+    """The first edges that together hold at least the wanted attention."""
     enough = int(np.searchsorted(np.cumsum(paid[edges]), wanted))
     return edges[: enough + 1]

@@ -1,14 +1,12 @@
-"""One self-contained page of an evaluation: which scores know what the answers hang on?"""
+"""One self-contained page of an evaluation: which scores know what the answers depend on?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowtracer_plugin.evaluation.overview import Evaluation
-from flowtracer_plugin.evaluation.run import Example, Outcome
+from flowtracer_plugin.evaluation.examples import Example
+from flowtracer_plugin.evaluation.outcomes import Evaluation
 from flowtracer_plugin.evaluation.summaries import BASELINES, Interval, ScoreSummary
 from flowtracer_plugin.evaluation.tables import bottom_of, cell, counts, ranked, tables
 from flowtracer_plugin.report.display import shorten
@@ -16,17 +14,17 @@ from flowtracer_plugin.report.pages.assets import render, write_html
 from flowtracer_plugin.text.visible import visible
 
 CHART_WIDTH = 1000
-"""Of the drawings, in units of their own; they stretch."""
+"""Width of the bars in their own units; the browser stretches them."""
 
 SHARES_SIZE = (720, 300)
-"""Of the drawing of drops over shares, in its own units."""
+"""Width and height of the chart of drops over shares, in its own units."""
 
 LINED = {"flow": "flow", BASELINES["one_hop"]: "hop", BASELINES["chance"]: "chance"}
-"""Scores whose lines are told apart by more than a hover."""
+"""Scores with a color and a label of their own."""
 
 
 def write_evaluation(evaluation: Evaluation, path: str | Path) -> Path:
-    """Write `render_evaluation` to `path`, whole or not at all, and return `path`.
+    """The path, after `render_evaluation` was written to it, whole or not at all.
 
     Raises:
         IsADirectoryError: `path` is a directory.
@@ -42,7 +40,7 @@ def render_evaluation(evaluation: Evaluation) -> str:
         "evaluation.html.j2",
         styles=("two_sides.css", "evaluation.css"),
         script=("tables.js",),
-        title=f"{shorten(visible(evaluation.settings['model']))}: what do its answers hang on?",
+        title=f"{shorten(visible(evaluation.settings['model']))}: what do its answers depend on?",
         settings=evaluation.settings,
         measured=len(evaluation.measured),
         outcomes=evaluation.outcomes,
@@ -58,34 +56,8 @@ def render_evaluation(evaluation: Evaluation) -> str:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bar:
-    """A score in the chart, in the chart's units.
-
-    Attributes:
-        score: Its name.
-        kind: Whether it is flow, one hop, chance, or any.
-        top: Where the top's drop ends.
-        low: Lower end of its interval.
-        high: Upper end.
-        bottom: Where the bottom's drop ends; None for controls.
-        chance: Ends of the interval of random sets.
-        said: The drop in words.
-        over: The difference from one hop, in words.
-    """
-
-    score: str
-    kind: str
-    top: float
-    low: float
-    high: float
-    bottom: float | None
-    chance: tuple[float, float]
-    said: str
-    over: str
-
-
-def _bars(evaluation: Evaluation, gap: int) -> list[Bar]:
+def _bars(evaluation: Evaluation, gap: int) -> list[dict[str, Any]]:
+    """Bars of the chart; lengths and places are in the chart's units."""
     found = ranked(evaluation, gap)
     if not found:
         return []
@@ -96,21 +68,20 @@ def _bars(evaluation: Evaluation, gap: int) -> list[Bar]:
     def at(value: float) -> float:
         return round(CHART_WIDTH * max(0.0, value) / most, 1)
 
-    def bar(one: ScoreSummary) -> Bar:
-        bottom = bottom_of(evaluation, one)
-        return Bar(
-            score=one.score,
-            kind=LINED.get(one.score, "other"),
-            top=at(one.aopc.mean),
-            low=at(_low(one.aopc)),
-            high=at(_high(one.aopc)),
-            bottom=None if bottom is None else at(bottom.aopc.mean),
-            chance=(at(_low(chance)), at(_high(chance))),
-            said=cell(one.aopc),
-            over=cell(one.over_one_hop),
-        )
-
-    return [bar(one) for one in found]
+    return [
+        {
+            "score": one.score,
+            "kind": LINED.get(one.score, "other"),
+            "top": at(one.aopc.mean),
+            "low": at(_low(one.aopc)),
+            "high": at(_high(one.aopc)),
+            "bottom": None if bottom is None else at(bottom.aopc.mean),
+            "chance": (at(_low(chance)), at(_high(chance))),
+            "said": cell(one.aopc),
+            "over": cell(one.over_one_hop),
+        }
+        for one, bottom in zip(found, bottoms, strict=True)
+    ]
 
 
 def _low(interval: Interval) -> float:
@@ -121,26 +92,8 @@ def _high(interval: Interval) -> float:
     return interval.mean if interval.high is None else interval.high
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShareLine:
-    """Drops of one score over the shares, as an SVG path, and where its end is."""
-
-    score: str
-    kind: str
-    path: str
-    end: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shares:
-    """The drawing of drops over shares: lines, and where the shares and the drops are."""
-
-    lines: Sequence[ShareLine]
-    across: Sequence[tuple[float, int]]
-    upward: Sequence[tuple[float, str]]
-
-
-def _shares(evaluation: Evaluation, gap: int) -> Shares | None:
+def _shares(evaluation: Evaluation, gap: int) -> dict[str, Any] | None:
+    """The chart of drops over shares: lines, and the ticks of both axes with their labels."""
     percents, found = evaluation.settings["options"]["percents"], ranked(evaluation, gap)
     if len(percents) < 2 or not found:
         return None
@@ -151,53 +104,39 @@ def _shares(evaluation: Evaluation, gap: int) -> Shares | None:
     def up(value: float) -> float:
         return round(height * (1 - max(0.0, value) / most), 1)
 
-    def line(one: ScoreSummary) -> ShareLine:
+    def line(one: ScoreSummary) -> dict[str, Any]:
         points = [f"{x} {up(interval.mean)}" for x, interval in zip(across, one.drop, strict=True)]
-        return ShareLine(
-            score=one.score,
-            kind=LINED.get(one.score, "other"),
-            path=f"M{'L'.join(points)}",
-            end=up(one.drop[-1].mean),
-        )
+        return {
+            "score": one.score,
+            "kind": LINED.get(one.score, "other"),
+            "path": f"M{'L'.join(points)}",
+            "end": up(one.drop[-1].mean),
+        }
 
-    # What is told apart is drawn last, above the others.
-    lines = sorted(map(line, found), key=lambda one: one.kind != "other")
+    # Lines with a label are drawn last, above the others.
+    lines = sorted(map(line, found), key=lambda one: one["kind"] != "other")
     upward = [(up(most * part / 4), f"{most * part / 4:.2f}") for part in range(5)]
-    return Shares(lines=lines, across=list(zip(across, percents, strict=True)), upward=upward)
+    return {"lines": lines, "across": list(zip(across, percents, strict=True)), "upward": upward}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExampleRow:
-    """An example in the table; drops are means over the shares, in nats per token."""
-
-    outcome: Outcome
-    asked: str
-    answer_tokens: int
-    log_prob: float
-    drops: Mapping[str, float]
-
-
-def _rows(evaluation: Evaluation, gap: int) -> list[ExampleRow]:
+def _rows(evaluation: Evaluation, gap: int) -> list[dict[str, Any]]:
+    """Rows of the table of examples; drops are means over the shares, in nats per token."""
     return [
-        _row(example, outcome, outcome.measured["knock_out"], gap)
+        {
+            "outcome": outcome,
+            "asked": shorten(visible(" ".join(_question(example).split())), 110),
+            "log_prob": outcome.measured["knock_out"]["log_prob"],
+            "drops": {
+                effect["score"]: sum(effect["drop"]) / len(effect["drop"])
+                for effect in outcome.measured["knock_out"]["effects"]
+                if effect["gap"] == gap and effect["side"] == "top" and effect["score"] in LINED
+            },
+        }
         for example, outcome in zip(evaluation.examples, evaluation.outcomes, strict=True)
         if outcome.measured is not None and "knock_out" in outcome.measured
     ]
 
 
-def _row(example: Example, outcome: Outcome, measured: Mapping[str, Any], gap: int) -> ExampleRow:
+def _question(example: Example) -> str:
     asked = example.prompt
-    if not isinstance(asked, str):
-        asked = str(asked[-1]["content"])
-    drops = {
-        effect["score"]: sum(effect["drop"]) / len(effect["drop"])
-        for effect in measured["effects"]
-        if effect["gap"] == gap and effect["side"] == "top" and effect["score"] in LINED
-    }
-    return ExampleRow(
-        outcome=outcome,
-        asked=shorten(visible(" ".join(asked.split())), 110),
-        answer_tokens=measured["answer_tokens"],
-        log_prob=measured["log_prob"],
-        drops=drops,
-    )
+    return asked if isinstance(asked, str) else str(asked[-1]["content"])

@@ -1,4 +1,4 @@
-"""Every test of scores against what a model does, on one traced text."""
+"""What is measured in a text: the protocols by name, and the settings of an evaluation."""
 
 from __future__ import annotations
 
@@ -7,113 +7,86 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore, read_text
-from flowtracer_plugin.evaluation.curves import measure_curves
-from flowtracer_plugin.evaluation.faithfulness import (
-    KnockOutOptions,
-    checked_scores,
-    measure_knock_outs,
-)
-from flowtracer_plugin.evaluation.lines_and_edges import knock_out_backbone, knock_out_lines
-from flowtracer_plugin.evaluation.regeneration import regenerate
+from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
+from flowtracer_plugin.evaluation.curves import example_curves
+from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions, example_knock_outs
+from flowtracer_plugin.evaluation.lines_and_edges import example_edges, example_lines
+from flowtracer_plugin.evaluation.regeneration import example_regeneration
+from flowtracer_plugin.evaluation.scored_example import ScoredExample
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.tracer import FlowTracer
 
-Scores = Mapping[str, TokenScore]
+FIRST = "knock_out"
+"""The protocol that needs the fewest tokens: a text that is too short for it is left out."""
+
+SETTINGS = ("given", "compute")
+"""Responses as they are, or cut where their answer is computed, by `text.result_cut`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
-    """What a protocol is asked, beside the text.
-
-    Attributes:
-        options: What is knocked out.
-        scores: By name.
-        right: The right answer, if it is known.
-        max_new_tokens: Length of what is written anew.
-        batch_size: Cuts in one forward pass.
-    """
+class EvaluationSettings:
+    """What is measured in every example, and how; `evaluate` describes each of them."""
 
     options: KnockOutOptions
-    scores: Scores
-    right: str | None = None
-    max_new_tokens: int = 256
-    batch_size: int | None = None
+    scores: Mapping[str, TokenScore]
+    protocols: Sequence[str]
+    max_new_tokens: int
+    batch_size: int | None
+    setting: str = "given"
+    predicted_only: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+            ValueError: There is no such protocol or setting.
+        """
+        if self.setting not in SETTINGS:
+            raise ValueError(f"setting must be one of {', '.join(SETTINGS)}, got {self.setting!r}")
+        check_protocols(self.protocols)
+
+    def example(self, tracer: FlowTracer, trace: FlowTrace, right: str | None) -> ScoredExample:
+        """A text with the scores that are compared."""
+        return ScoredExample(
+            tracer=tracer,
+            trace=trace,
+            scores=self.scores,
+            right=right,
+            batch_size=self.batch_size,
+        )
 
 
-Protocol = Callable[[FlowTracer, FlowTrace, Question], Any]
+Protocol = Callable[[ScoredExample, EvaluationSettings], Any]
 
 
-def _knock_out(tracer: FlowTracer, trace: FlowTrace, asked: Question) -> Any:
-    found = measure_knock_outs(
-        tracer, trace, asked.options, scores=asked.scores, batch_size=asked.batch_size
-    )
-    return asdict(found)
+def _curves(example: ScoredExample, settings: EvaluationSettings) -> Any:
+    # Without the tokens right before the answer, often a template that any answer needs.
+    options = replace(settings.options, gaps=(max(settings.options.gaps),))
+    return example_curves(example, options)
 
 
-def _curves(tracer: FlowTracer, trace: FlowTrace, asked: Question) -> Any:
-    # Without what stands right before the answer, often a template that any answer needs.
-    options = replace(asked.options, gaps=(max(asked.options.gaps),))
-    found = measure_curves(tracer, trace, options, scores=asked.scores, batch_size=asked.batch_size)
-    return [asdict(curve) for curve in found]
-
-
-def _lines(tracer: FlowTracer, trace: FlowTrace, asked: Question) -> Any:
-    rows = asked.options.rows
-    found = knock_out_lines(
-        tracer, trace, scores=asked.scores, rows=rows, batch_size=asked.batch_size
-    )
-    return asdict(found)
-
-
-def _edges(tracer: FlowTracer, trace: FlowTrace, asked: Question) -> Any:
-    options = asked.options
-    found = knock_out_backbone(
-        tracer,
-        trace,
-        percents=options.percents,
-        draws=options.draws,
-        seed=options.seed,
-        batch_size=asked.batch_size,
-    )
-    return [asdict(one) for one in found]
-
-
-def _regeneration(tracer: FlowTracer, trace: FlowTrace, asked: Question) -> Any:
-    options = asked.options
-    found = regenerate(
-        tracer,
-        trace,
-        scores=asked.scores,
-        right=asked.right,
-        percent=max(options.percents),
-        draws=options.draws,
-        seed=options.seed,
-        max_new_tokens=asked.max_new_tokens,
-    )
-    return [asdict(one) for one in found]
+def _regeneration(example: ScoredExample, settings: EvaluationSettings) -> Any:
+    length = settings.max_new_tokens
+    return example_regeneration(example, settings.options, max_new_tokens=length)
 
 
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
-        "knock_out": _knock_out,
+        FIRST: lambda example, settings: example_knock_outs(example, settings.options),
         "curves": _curves,
-        "lines": _lines,
-        "edges": _edges,
+        "lines": lambda example, settings: example_lines(example, settings.options),
+        "edges": lambda example, settings: example_edges(example, settings.options),
         "regeneration": _regeneration,
     }
 )
-"""What each is, its module says: `faithfulness`, `curves`, `lines_and_edges`, `regeneration`."""
-
-FIRST = "knock_out"
-"""Where there are too few tokens for this one, there are for the others."""
+"""The protocols of the modules `faithfulness`, `curves`, `lines_and_edges` and `regeneration`."""
 
 
 def check_protocols(names: Sequence[str]) -> None:
-    """Refuse names that no protocol has.
+    """Check names of protocols.
 
     Raises:
-        ValueError: One has not, or there is none.
+        ValueError: A name is not a key of `PROTOCOLS`, or there is none.
     """
     unknown = [name for name in names if name not in PROTOCOLS]
     if unknown or not names:
@@ -128,40 +101,43 @@ def measure(
     options: KnockOutOptions,
     *,
     protocols: Sequence[str] = (FIRST,),
-    scores: Scores = TOKEN_SCORES,
+    scores: Mapping[str, TokenScore] = TOKEN_SCORES,
     right: str | None = None,
     max_new_tokens: int = 256,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """What each protocol finds, as plain values; of one that cannot be, `{"skipped": why}`.
+    """What each protocol finds, as plain values; `{"skipped": why}` for one that cannot be run.
 
-    Scores are computed once for all of them.
+    All protocols share one set of scores.
 
     Raises:
         TooFewTokensError: There are fewer than 10 candidates.
         KnockOutError: The model's attention cannot be cut.
         ValueError: As `measure_knock_outs`, or there is no such protocol.
     """
-    check_protocols(protocols)
-    text = read_text(tracer, trace)
-    values = {name: checked_scores(name, score(text)) for name, score in scores.items()}
-    asked = Question(
+    settings = EvaluationSettings(
         options=options,
-        scores={name: _constant(score) for name, score in values.items()},
-        right=right,
+        scores=scores,
+        protocols=protocols,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
+    return measure_example(settings.example(tracer, trace, right), settings)
+
+
+def measure_example(example: ScoredExample, settings: EvaluationSettings) -> dict[str, Any]:
+    """`measure` for an example and settings."""
+    _ = example.values  # a score that fails is an error, and no reason to skip a protocol
     found: dict[str, Any] = {}
-    for name in protocols:
+    for name in settings.protocols:
         try:
-            found[name] = PROTOCOLS[name](tracer, trace, asked)
-        except ValueError as error:  # such as a text of two lines, of which no order can be told
+            found[name] = _plain(PROTOCOLS[name](example, settings))
+        except ValueError as error:  # such as a text of two lines, whose order says nothing
             if name == FIRST:
                 raise
             found[name] = {"skipped": str(error)}
     return found
 
 
-def _constant(values: Any) -> TokenScore:
-    return lambda _text: values
+def _plain(found: Any) -> Any:
+    return [asdict(one) for one in found] if isinstance(found, tuple) else asdict(found)

@@ -1,8 +1,8 @@
-"""Does the model come to another answer if it must go on without a score's top?
+"""Does the model come to another answer if it must continue without a score's top?
 
 The paper's causal test: attention to a share of the tokens of a response is cut, and the model
-writes the rest again. Where the paper cuts the response off is not known; here it is after a share
-of the tokens before the answer.
+writes the rest again. The paper does not say where it cuts the response off; here it is after a
+share of the tokens before the answer.
 """
 
 from __future__ import annotations
@@ -12,36 +12,35 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 
-from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore, read_text
-from flowtracer_plugin.evaluation.faithfulness import (
-    Mask,
-    candidate_tokens,
-    checked_scores,
-    matched_draw,
-    ranking,
-    set_size,
-)
+from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
+from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
 from flowtracer_plugin.evaluation.knockout import hidden_edges
+from flowtracer_plugin.evaluation.scored_example import ScoredExample
+from flowtracer_plugin.evaluation.token_sets import (
+    ChosenSets,
+    Mask,
+    matched_draw,
+    set_size,
+    tops_and_bottoms,
+)
 from flowtracer_plugin.model.cutting import check_model, cutting
 from flowtracer_plugin.model.generation import generate_ids
 from flowtracer_plugin.text.answers import same_answer
-from flowtracer_plugin.text.spans import answer_mask, decode_tokens, special_ids
+from flowtracer_plugin.text.spans import answer_mask, decode_tokens
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.tracer import FlowTracer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Regeneration:
-    """What the model answered without some tokens.
+    """The model's answers without some tokens.
 
     Attributes:
-        score: By what they were chosen: a score's name, or `random`.
+        score: The score that chose the tokens, or `random`.
         side: `"top"` or `"bottom"`.
         answers: One for each set of tokens; None where none was found.
-        changed: Share of the answers that are not what the model answers from there with all
-            tokens.
+        changed: Share of the answers that differ from the one that the model gives with all tokens.
         reversed: Share of the answers that are right where that one is wrong, or wrong where it is
             right; None if the right answer is not known.
     """
@@ -65,64 +64,61 @@ def regenerate(
     seed: int = 0,
     max_new_tokens: int = 256,
 ) -> tuple[Regeneration, ...]:
-    """Let the model write the rest of a response again, without the top and bottom of every score.
+    """The model's answers if it writes the rest of a response again without some tokens.
 
-    Decoding is greedy. New tokens cannot attend to those that are knocked out, nor can later ones
-    of the beginning that is kept.
+    These are the top and the bottom of every score, and random ones. Decoding is greedy. Neither
+    new tokens nor later ones of the part that is kept can attend to them.
 
     Args:
-        tracer: Of the model that the trace is of; answers are found as it finds them.
+        tracer: The tracer that made the trace; answers are found by its rule.
         trace: With its attention, `wrap(..., mode="dense")`.
         scores: By name.
         right: The right answer, if it is known.
-        percent: How many of the tokens that are kept are knocked out.
+        percent: Share of the kept tokens that is knocked out.
         keep: Share of the response before the answer that is kept.
-        draws: Of random sets.
-        seed: Of the draws.
-        max_new_tokens: Length of what is written anew.
+        draws: Number of random sets.
+        seed: Seed of the draws.
+        max_new_tokens: Length of what is written again.
 
     Raises:
         TooFewTokensError: Fewer than 10 tokens of the response are kept.
         KnockOutError: The model's attention cannot be cut.
         ValueError: `keep` is not above 0 and at most 1, or as `measure_knock_outs`.
     """
+    options = KnockOutOptions(percents=(percent,), draws=draws, seed=seed)
+    example = ScoredExample(tracer=tracer, trace=trace, scores=scores, right=right)
+    return example_regeneration(example, options, keep=keep, max_new_tokens=max_new_tokens)
+
+
+def example_regeneration(
+    example: ScoredExample, options: KnockOutOptions, *, keep: float = 0.5, max_new_tokens: int
+) -> tuple[Regeneration, ...]:
+    """`regenerate` for an example that other protocols share; the largest percent counts."""
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be above 0 and at most 1, got {keep!r}")
-    check_model(tracer.model)
-    start, first = trace.spans.prompt_length, int(trace.spans.answer.argmax())
+    check_model(example.tracer.model)
+    start, first = example.trace.spans.prompt_length, int(example.trace.spans.answer.argmax())
     stop = start + round(keep * (first - start))
-    special = np.isin(trace.token_ids, sorted(special_ids(tracer.require_tokenizer())))
-    among = candidate_tokens(trace, special, gap=first - stop)
-    text = read_text(tracer, trace)
-    sets: list[tuple[str, str, list[Mask]]] = []
-    count = set_size(int(among.sum()), percent)
-    for name, score in scores.items():
-        order = ranking(checked_scores(name, score(text)), among)
-        sets.append((name, "top", [_chosen(among, order[:count])]))
-        sets.append((name, "bottom", [_chosen(among, order[len(order) - count :])]))
-    rng = np.random.default_rng([seed, *trace.token_ids.tolist()])
-    group, some = among.astype(np.int64) - 1, np.flatnonzero(among)[:count]
-    sets.append(("random", "top", [matched_draw(some, group, rng) for _ in range(draws)]))
-
+    among = example.candidates(first - stop)
+    count = set_size(int(among.sum()), max(options.percents))
+    sets = tops_and_bottoms(example.values, among, [count])
+    rng, group = example.rng(options.seed), among.astype(np.int64) - 1
+    some = np.flatnonzero(among)[:count]
+    draws = [matched_draw(some, group, rng) for _ in range(options.draws)]
+    sets.append(ChosenSets("random", "top", draws))
     known: dict[bytes, str | None] = {}  # scores often agree
 
     def answer(hidden: Mask) -> str | None:
         key = hidden.tobytes()
         if key not in known:
-            known[key] = _answer_without(tracer, trace, stop, hidden, max_new_tokens)
+            known[key] = _answer_without(example, stop, hidden, max_new_tokens)
         return known[key]
 
     usual = answer(np.zeros_like(among))
     return tuple(
-        _compared(name, side, tuple(answer(one) for one in masks), usual, right)
+        _compared(name, side, tuple(map(answer, masks)), usual, example.right)
         for name, side, masks in sets
     )
-
-
-def _chosen(among: Mask, places: np.ndarray) -> Bool[np.ndarray, " token"]:
-    mask = np.zeros_like(among)
-    mask[places] = True
-    return mask
 
 
 def _compared(
@@ -140,9 +136,10 @@ def _compared(
 
 
 def _answer_without(
-    tracer: FlowTracer, trace: FlowTrace, stop: int, hidden: Mask, max_new_tokens: int
+    example: ScoredExample, stop: int, hidden: Mask, max_new_tokens: int
 ) -> str | None:
-    """What the model answers if it goes on from `stop` and some tokens before are hidden."""
+    """The model's answer if it continues from `stop` and cannot see some tokens before."""
+    tracer, trace = example.tracer, example.trace
     tokenizer, kept = tracer.require_tokenizer(), trace.token_ids[:stop].tolist()
     tokens = torch.zeros(1, stop + max_new_tokens, dtype=torch.bool)
     tokens[0, :stop] = torch.from_numpy(hidden[:stop])

@@ -1,6 +1,6 @@
 """Results of an evaluation on disk: settings in the first line, then one example in each.
 
-A run that was interrupted goes on where it stopped.
+A run that was interrupted continues where it stopped.
 """
 
 from __future__ import annotations
@@ -12,34 +12,58 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flowtracer_plugin.evaluation.run import Example, Outcome
+from flowtracer_plugin.evaluation.examples import Example
+from flowtracer_plugin.evaluation.outcomes import Outcome
+from flowtracer_plugin.evaluation.protocols import EvaluationSettings
 from flowtracer_plugin.files import RecordFile
+from flowtracer_plugin.trace.tracer import FlowTracer
 
 FORMAT = "flowtracer.evaluation"
 VERSION = 2
-"""1 held knock-outs of tokens alone, and was never released."""
+"""Version 1 held knock-outs of tokens alone, and was never released."""
 
 Evaluate = Callable[[Iterable[Example]], Iterator[Outcome]]
+
+
+def plain_settings(
+    tracer: FlowTracer, settings: EvaluationSettings, *, model: str, data: str, oracle: str | None
+) -> dict[str, Any]:
+    """All that the results depend on, as plain values; `oracle` is the pattern of that score."""
+    return {
+        "model": model,
+        "data": data,
+        "dtype": str(tracer.model.dtype),
+        "layers": list(tracer.layers),
+        "answer": tracer.options.answer,
+        "setting": settings.setting,
+        "protocols": list(settings.protocols),
+        "scores": list(settings.scores),
+        "oracle": oracle,
+        "max_new_tokens": settings.max_new_tokens,
+        "predicted_only": settings.predicted_only,
+        "options": asdict(settings.options),
+    }
 
 
 def evaluate_to_file(
     evaluate: Evaluate,
     examples: Sequence[Example],
-    path: Path,
+    path: Path | None,
     settings: Mapping[str, Any],
     *,
     progress: bool = False,
 ) -> tuple[Outcome, ...]:
-    """Outcomes of all examples, in their order; each is written as soon as it is there.
+    """The outcomes of all examples, in their order; each is written as soon as it is measured.
 
     Examples that the file holds are not measured again. A last line that was cut off, as by a
     crash, is dropped.
 
     Args:
-        evaluate: What measures the examples that are left.
+        evaluate: Measures the examples that are left.
         examples: All of them.
-        path: A new file, or one that an earlier run with the same settings wrote.
-        settings: What the results depend on, plain values.
+        path: A new file, or one that an earlier run with the same settings wrote. Without a path
+            nothing is written.
+        settings: All that the results depend on, as `plain_settings`.
         progress: Show a bar.
 
     Raises:
@@ -55,14 +79,20 @@ def evaluate_to_file(
                 "write to another file"
             )
     left = [example for example in examples if example.row not in done]
-    before = len(examples) - len(left)
-    for outcome in shown(evaluate(left), len(examples), before=before, progress=progress):
+    for outcome in tqdm(
+        evaluate(left),
+        total=len(examples),
+        initial=len(examples) - len(left),
+        desc="evaluating",
+        unit="example",
+        disable=not progress,
+    ):
         file.add(asdict(outcome))
         done[outcome.row] = outcome
     return tuple(done[example.row] for example in examples)
 
 
-def _outcomes(file: RecordFile, path: Path) -> dict[int, Outcome]:
+def _outcomes(file: RecordFile, path: Path | None) -> dict[int, Outcome]:
     try:
         found = [Outcome(**record) for record in file.records]
     except TypeError as error:
@@ -71,19 +101,3 @@ def _outcomes(file: RecordFile, path: Path) -> dict[int, Outcome]:
             "write to another file"
         ) from error
     return {outcome.row: outcome for outcome in found}
-
-
-def shown(
-    outcomes: Iterable[Outcome], total: int, *, before: int = 0, progress: bool
-) -> Iterator[Outcome]:
-    """The outcomes, counted by a bar if `progress`."""
-    return iter(
-        tqdm(
-            outcomes,
-            total=total,
-            initial=before,
-            desc="evaluating",
-            unit="example",
-            disable=not progress,
-        )
-    )

@@ -1,89 +1,23 @@
-"""Knock-outs over a data set: examples in, outcomes out, as they come."""
+"""Evaluate a data set: every example is measured, or left out with the reason."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from types import MappingProxyType
-from typing import Any, NamedTuple
-
-import torch
+from dataclasses import replace
 
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
-from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions, TooFewTokensError
-from flowtracer_plugin.evaluation.knockout import knock_out
-from flowtracer_plugin.evaluation.protocols import check_protocols, measure
+from flowtracer_plugin.evaluation.examples import Example
+from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
+from flowtracer_plugin.evaluation.outcomes import Outcome
+from flowtracer_plugin.evaluation.protocols import FIRST, EvaluationSettings, measure_example
+from flowtracer_plugin.evaluation.scored_example import TooFewTokensError
 from flowtracer_plugin.text.answers import find_answer, same_answer
-from flowtracer_plugin.text.encoding import Prompt
 from flowtracer_plugin.text.result_cut import NotComputedError, cut_at_result
 from flowtracer_plugin.text.spans import AnswerNotFoundError
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.memory import TooLittleMemoryError
 from flowtracer_plugin.trace.tracer import FlowTracer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
-    """One question.
-
-    Attributes:
-        row: Its number in the data.
-        prompt: Text or chat messages.
-        response: What is traced; None if the model is to answer.
-        answer: The right one, if it is known.
-        columns: What else the data say of it, for reward functions.
-    """
-
-    row: int
-    prompt: Prompt
-    response: str | None = None
-    answer: str | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def digest(self) -> str:
-        """Tells examples apart, also in another process."""
-        said = json.dumps([self.prompt, self.response, self.answer])
-        return blake2b(said.encode(), digest_size=8).hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What became of one example: its effects, or why it has none.
-
-    Attributes:
-        row: Its number in the data.
-        digest: Of its texts.
-        left_out: Why it does not count: a key of `REASONS`, or None.
-        detail: The same in words.
-        measured: What `protocols.measure` found, as plain values.
-        correct: Whether the answer is the right one, if that is known.
-    """
-
-    row: int
-    digest: str
-    left_out: str | None = None
-    detail: str | None = None
-    measured: Mapping[str, Any] | None = None
-    correct: bool | None = None
-
-
-REASONS: Mapping[str, str] = MappingProxyType(
-    {
-        "no_answer": "no answer was found in the response",
-        "not_computed": "the answer is not computed, or stands in the response before it is",
-        "not_predicted": "the model itself would have given another answer",
-        "few_tokens": "too few tokens before the answer",
-        "not_traced": "the text cannot be traced",
-    }
-)
-"""Why examples are left out."""
-
-SETTINGS = ("given", "compute")
-"""Responses are judged as they are, or cut where the answer is computed: `answer_cut`."""
 
 
 def evaluate(
@@ -92,24 +26,24 @@ def evaluate(
     options: KnockOutOptions | None = None,
     *,
     scores: Mapping[str, TokenScore] = TOKEN_SCORES,
-    protocols: Sequence[str] = ("knock_out",),
+    protocols: Sequence[str] = (FIRST,),
     setting: str = "given",
     max_new_tokens: int = 256,
     predicted_only: bool = True,
     batch_size: int | None = None,
 ) -> Iterator[Outcome]:
-    """Measure examples one by one.
+    """The outcome of each example, one by one.
 
     Args:
         tracer: Made with `wrap(..., mode="dense")`.
-        examples: Without a response, the model answers greedily.
-        options: What is knocked out.
-        scores: What is compared.
+        examples: The model answers those without a response, greedily.
+        options: Which tokens are knocked out, and how.
+        scores: The scores that are compared, by name.
         protocols: Keys of `protocols.PROTOCOLS`.
         setting: `"given"`, or `"compute"`: every response is cut where its answer is computed.
         max_new_tokens: Length of the model's answers.
         predicted_only: Leave out given responses whose answer the model would not have chosen,
-            token by token: what it does not say, no knock-out can take from it.
+            token by token: a knock-out cannot take from the model what it would not say.
         batch_size: Cuts in one forward pass.
 
     Raises:
@@ -117,65 +51,59 @@ def evaluate(
         ValueError: There is no such protocol or setting, or as `measure_knock_outs`, for options
             and scores.
     """
-    if setting not in SETTINGS:
-        raise ValueError(f"setting must be one of {', '.join(SETTINGS)}, got {setting!r}")
-    check_protocols(protocols)
-    chosen = options or KnockOutOptions()
-    for example in examples:
-        known: dict[str, Any] = {"row": example.row, "digest": example.digest}
-        trace = _traced_or_why(tracer, example, setting, max_new_tokens)
-        if isinstance(trace, _Why):
-            yield Outcome(**known, left_out=trace.reason, detail=trace.detail)
-            continue
-        known["correct"] = _is_right(trace.spans.answer_text, example.answer)
-        if predicted_only and (doubt := _doubt(tracer, trace)) is not None:
-            yield Outcome(**known, left_out="not_predicted", detail=doubt)
-            continue
-        try:
-            measured = measure(
-                tracer,
-                trace,
-                chosen,
-                protocols=protocols,
-                scores=scores,
-                right=_right_answer(example.answer),
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-            )
-        except TooFewTokensError as error:
-            yield Outcome(**known, left_out="few_tokens", detail=str(error))
-            continue
-        yield Outcome(**known, measured=measured)
+    settings = EvaluationSettings(
+        options=options or KnockOutOptions(),
+        scores=scores,
+        protocols=protocols,
+        setting=setting,
+        max_new_tokens=max_new_tokens,
+        predicted_only=predicted_only,
+        batch_size=batch_size,
+    )
+    return (evaluate_example(tracer, example, settings) for example in examples)
 
 
-class _Why(NamedTuple):
-    """Why an example is left out: a key of `REASONS`, and the same in words."""
-
-    reason: str
-    detail: str
-
-
-def _traced_or_why(
-    tracer: FlowTracer, example: Example, setting: str, max_new_tokens: int
-) -> FlowTrace | _Why:
+def evaluate_example(tracer: FlowTracer, example: Example, settings: EvaluationSettings) -> Outcome:
+    """The outcome of one example."""
+    outcome = Outcome(row=example.row, digest=example.digest)
     try:
-        return _traced(tracer, example, setting, max_new_tokens)
+        trace = _traced(tracer, example, settings)
     except AnswerNotFoundError as error:
-        return _Why("no_answer", str(error))
+        return replace(outcome, left_out="no_answer", detail=str(error))
     except NotComputedError as error:
-        return _Why("not_computed", str(error))
+        return replace(outcome, left_out="not_computed", detail=str(error))
     except TooLittleMemoryError:
-        return _Why("not_traced", _TOO_LONG)
+        return replace(outcome, left_out="not_traced", detail=_TOO_LONG)
     except ValueError as error:
-        return _Why("not_traced", str(error))
+        return replace(outcome, left_out="not_traced", detail=str(error))
+    right, answer = _right_answer(example.answer), trace.spans.answer_text
+    if right is not None:
+        outcome = replace(outcome, correct=same_answer(answer, right))
+    scored = settings.example(tracer, trace, right)
+    if settings.predicted_only and not scored.baseline.predicted:
+        doubt = (
+            f"the tokens of {answer!r} have a mean log-probability of "
+            f"{scored.baseline.log_prob:.2f}, and one is not the likeliest"
+        )
+        return replace(outcome, left_out="not_predicted", detail=doubt)
+    try:
+        return replace(outcome, measured=measure_example(scored, settings))
+    except TooFewTokensError as error:
+        return replace(outcome, left_out="few_tokens", detail=str(error))
 
 
-def _traced(tracer: FlowTracer, example: Example, setting: str, max_new_tokens: int) -> FlowTrace:
+_TOO_LONG = (
+    "scores need the attention between all pairs of its tokens, which takes more memory than is "
+    "free"
+)
+
+
+def _traced(tracer: FlowTracer, example: Example, settings: EvaluationSettings) -> FlowTrace:
     if example.response is not None:
         trace = tracer.trace(example.prompt, example.response)
     else:
-        trace = tracer.generate(example.prompt, max_new_tokens=max_new_tokens)
-    if setting == "given":
+        trace = tracer.generate(example.prompt, max_new_tokens=settings.max_new_tokens)
+    if settings.setting == "given":
         return trace
     response = example.response
     if response is None:
@@ -185,30 +113,7 @@ def _traced(tracer: FlowTracer, example: Example, setting: str, max_new_tokens: 
     return tracer.trace(example.prompt, response, answer=ends)
 
 
-def _doubt(tracer: FlowTracer, trace: FlowTrace) -> str | None:
-    """What speaks against the answer being the model's own, if something does."""
-    ids, answer = torch.from_numpy(trace.token_ids), torch.from_numpy(trace.spans.answer)
-    found = knock_out(tracer.model, ids, answer, torch.zeros(0, len(ids), dtype=torch.bool))
-    if found.predicted:
-        return None
-    return (
-        f"the tokens of {trace.spans.answer_text!r} have a mean log-probability of "
-        f"{found.log_prob:.2f}, and one is not the likeliest"
-    )
-
-
-_TOO_LONG = (
-    "the attention between all pairs of its tokens, which scores are compared on, takes more "
-    "memory than is free"
-)
-
-
-def _is_right(said: str, wanted: str | None) -> bool | None:
-    right = _right_answer(wanted)
-    return None if right is None else same_answer(said, right)
-
-
 def _right_answer(wanted: str | None) -> str | None:
-    """The answer alone, where the data bring a whole solution."""
+    """The answer alone, where the data give a whole solution."""
     found = None if wanted is None else find_answer(wanted)
     return wanted if found is None or wanted is None else wanted[found.start : found.end]

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
 
-from flowtracer_plugin.evaluation.faithfulness import Effect
-
 RESAMPLES = 4000
-"""Of the examples, for one interval."""
+"""Resamples of the examples for one interval."""
 
 CONFIDENCE = 0.95
 
 BASELINES = {"chance": "random", "one_hop": "attention:decision"}
-"""What every score is compared with, example by example: sets that chance chooses, and what the
-rows that choose the answer attend to."""
+"""What every score is compared with in the same examples: random tokens, and one hop of attention
+from the rows that choose the answer."""
+
+Measured = Mapping[str, Any]
+"""What `protocols.measure` found in one example."""
+
+Records = Sequence[Mapping[str, Any]]
+"""What one protocol found in one example: a record for each score, side or share."""
+
+Column = Float[np.ndarray, "example record *percent"]
+Summary = TypeVar("Summary")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,17 +44,22 @@ class Interval:
     high: float | None
 
 
+Bootstrap = Callable[[Float[np.ndarray, " example"]], Interval]
+"""Computes a mean over examples and its interval."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreSummary:
-    """What knocking out the top or the bottom of one score does, over examples.
+    """The effect of knocking out the top or the bottom of one score, over examples.
 
     Attributes:
-        gap: Tokens before the answer that were no candidates.
-        score: Its name, or a control's.
+        gap: Tokens right before the answer that were no candidates.
+        score: The name of the score or control.
         side: `"top"` or `"bottom"`.
-        drop: Of the mean log-probability of the answer's tokens, in nats, for each of the percents.
+        drop: How far the mean log-probability of the answer's tokens falls, for each of the
+            percents, in nats.
         aopc: The mean of `drop` over the percents.
-        flipped: Share of sets under which the greedy answer changed, for each of the percents.
+        flipped: Share of sets under which the greedy answer changes, for each of the percents.
         flips: The mean of `flipped` over the percents.
         over_chance: `aopc` minus that of random sets, in the same examples.
         over_one_hop: `aopc` minus that of one-hop attention.
@@ -63,93 +76,15 @@ class ScoreSummary:
     over_one_hop: Interval | None
 
 
-def summarise(
-    examples: Sequence[Sequence[Effect]], *, seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[ScoreSummary, ...]:
-    """Every score and side, in the order of the first example.
-
-    Differences are taken within examples before they are resampled: intervals of a difference say
-    whether two scores differ, where two overlapping intervals of means do not. All intervals come
-    of the same resamples.
-
-    Raises:
-        ValueError: Examples hold effects of different scores, gaps or percents.
-    """
-    if not examples:
-        return ()
-    keys = [_key(effect) for effect in examples[0]]
-    if any([_key(effect) for effect in effects] != keys for effects in examples):
-        raise ValueError("examples hold effects of different scores or gaps; measure them alike")
-    drops = np.array([[effect.drop for effect in effects] for effects in examples])
-    flips = np.array([[effect.flipped for effect in effects] for effects in examples])
-    at = {key: number for number, key in enumerate(keys)}
-
-    def interval(values: Float[np.ndarray, " example"]) -> Interval:
-        return bootstrap_interval(values, seed=seed, resamples=resamples)
-
-    def over(number: int, gap: int, baseline: str) -> Interval | None:
-        other = at.get((gap, baseline, "top"))
-        if other is None or other == number:
-            return None
-        return interval((drops[:, number] - drops[:, other]).mean(1))
-
-    return tuple(
-        ScoreSummary(
-            gap=gap,
-            score=score,
-            side=side,
-            drop=tuple(interval(part) for part in drops[:, number].T),
-            aopc=interval(drops[:, number].mean(1)),
-            flipped=tuple(interval(part) for part in flips[:, number].T),
-            flips=interval(flips[:, number].mean(1)),
-            over_chance=over(number, gap, BASELINES["chance"]),
-            over_one_hop=over(number, gap, BASELINES["one_hop"]),
-        )
-        for number, (gap, score, side) in enumerate(keys)
-    )
-
-
-def bootstrap_interval(
-    values: Float[np.ndarray, " example"], *, seed: int = 0, resamples: int = RESAMPLES
-) -> Interval:
-    """The mean, and between which values 95 % of the means of resamples lie.
-
-    Resamples are as large as the sample and drawn with replacement; quantiles are interpolated.
-    """
-    mean, size = float(values.mean()), len(values)
-    if size < 2:
-        return Interval(mean=mean, low=None, high=None)
-    draws = np.random.default_rng(seed).integers(0, size, (resamples, size))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(values[draws].mean(1), [tail, 1 - tail]).tolist()
-    return Interval(mean=mean, low=low, high=high)
-
-
-def _key(effect: Effect) -> tuple[int, str, str]:
-    return effect.gap, effect.score, effect.side
-
-
-def effects_of(records: Sequence[Mapping[str, Any]]) -> tuple[Effect, ...]:
-    """Effects as they were written down."""
-    lists = ("drop", "flipped", "divergence")
-    return tuple(
-        Effect(**{**record, **{name: tuple(record[name]) for name in lists}}) for record in records
-    )
-
-
-Measured = Mapping[str, Any]
-"""What `protocols.measure` found in one example."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurveSummary:
     """Areas under the curves of one score: deletion lower, insertion higher is better.
 
     Attributes:
-        score: Its name; `random` is the mean of draws.
+        score: Its name; `random` is the mean over random orders.
         deletion: Mean height of the deletion curve.
         insertion: Mean height of the insertion curve.
-        gap: Insertion minus deletion: how far the score tells what the answer stands on.
+        gap: Insertion minus deletion: how well the score tells what the answer depends on.
         over_chance: `gap` minus that of random orders, in the same examples.
         over_one_hop: `gap` minus that of one hop of attention.
     """
@@ -164,7 +99,7 @@ class CurveSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LineSummary:
-    """Rank correlation of a score's lines with what knocking each of them out did.
+    """Rank correlation of a score's lines with the effect of knocking each of them out.
 
     Attributes:
         score: Its name.
@@ -181,12 +116,12 @@ class LineSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EdgeSummary:
-    """What cutting the edges with the most flow did, beside others of as much attention.
+    """The effect of cutting the edges with the most flow, and others with as much attention.
 
     Attributes:
         percent: Share of the edges that was cut.
         backbone: Drop of the answer's mean log-probability, in nats per token.
-        others: The same without others.
+        others: The same for the other edges.
         over_others: The difference, in the same examples.
     """
 
@@ -198,10 +133,10 @@ class EdgeSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegenerationSummary:
-    """What became of the answers when the rest was written again without some tokens.
+    """How often answers change when the rest is written again without some tokens.
 
     Attributes:
-        score: By what these were chosen.
+        score: The score that chose the tokens, or `random`.
         side: `"top"` or `"bottom"`.
         changed: Share of the answers that changed.
         reversed: Share that went from right to wrong or from wrong to right; None if the right
@@ -218,15 +153,15 @@ class RegenerationSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationSummary:
-    """What was found by each protocol that was run; the others are empty.
+    """The summaries of each protocol that was run; the others are empty.
 
     Attributes:
-        knock_out: Of every gap, score and side.
-        curves: Of every score.
-        lines: Of every score.
-        edges: Of every percent.
-        regeneration: Of every score and side.
-        counted: Examples of each protocol.
+        knock_out: One for each gap, score and side.
+        curves: One for each score.
+        lines: One for each score.
+        edges: One for each percent.
+        regeneration: One for each score and side.
+        counted: Number of examples of each protocol that was run.
     """
 
     knock_out: tuple[ScoreSummary, ...]
@@ -238,117 +173,148 @@ class EvaluationSummary:
 
 
 def summarise_all(examples: Sequence[Measured], *, seed: int = 0) -> EvaluationSummary:
-    """Every protocol over the examples in which it could be run."""
-    found = {
+    """The summaries of every protocol over the examples in which it could be run."""
+    found: dict[str, list[Any]] = {
         name: [one[name] for one in examples if name in one and "skipped" not in one[name]]
-        for name in ("knock_out", "curves", "lines", "edges", "regeneration")
+        for name in _SUMMARISE
     }
-    found["lines"] = [one for one in found["lines"] if _orders(one)]
-    effects = [effects_of(one["effects"]) for one in found["knock_out"]]
+    found["knock_out"] = [one["effects"] for one in found["knock_out"]]
+    lines = map(_by_score, found["lines"])
+    # Lines are compared only in texts where every score orders them.
+    found["lines"] = [one for one in lines if all(None not in line.values() for line in one)]
+    interval = partial(bootstrap_interval, seed=seed)
     return EvaluationSummary(
-        knock_out=summarise(effects, seed=seed),
-        curves=_curves(found["curves"], seed),
-        lines=_lines(found["lines"], seed),
-        edges=_edges(found["edges"], seed),
-        regeneration=_regeneration(found["regeneration"], seed),
+        **{name: _SUMMARISE[name](ones, interval) if ones else () for name, ones in found.items()},
         counted={
             name: len(ones) for name, ones in found.items() if any(name in one for one in examples)
         },
     )
 
 
-def _curves(examples: Sequence[Any], seed: int) -> tuple[CurveSummary, ...]:
-    if not examples:
-        return ()
-    names = [curve["score"] for curve in examples[0]]
-    areas = {
-        side: np.array([[curve[f"{side}_area"] for curve in curves] for curves in examples])
-        for side in ("deletion", "insertion")
-    }
-    gaps = areas["insertion"] - areas["deletion"]
+def bootstrap_interval(
+    values: Float[np.ndarray, " example"], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """The mean, and the interval that holds 95 % of the means of resamples.
 
-    def over(place: int, baseline: str) -> Interval | None:
-        return _over(gaps, names, place, BASELINES[baseline], seed)
+    Resamples are as large as the sample and drawn with replacement, the same ones for all values;
+    quantiles are interpolated.
+    """
+    mean, size = float(values.mean()), len(values)
+    if size < 2:
+        return Interval(mean=mean, low=None, high=None)
+    draws = np.random.default_rng(seed).integers(0, size, (resamples, size))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(values[draws].mean(1), [tail, 1 - tail]).tolist()
+    return Interval(mean=mean, low=low, high=high)
+
+
+def summarise_knock_outs(
+    examples: Sequence[Records], interval: Bootstrap
+) -> tuple[ScoreSummary, ...]:
+    """The effects of every gap, score and side, in the order of the first example.
+
+    Raises:
+        ValueError: Examples hold effects of different scores, gaps or sides.
+    """
+    drop, flipped = _column(examples, "drop"), _column(examples, "flipped")
+    columns = {"drop": drop, "aopc": drop.mean(-1), "flipped": flipped, "flips": flipped.mean(-1)}
+    keys, over = ("gap", "score", "side"), {"over_chance": drop, "over_one_hop": drop}
+    return _summaries(ScoreSummary, examples, keys, columns, over, interval)
+
+
+def _curves(examples: Sequence[Records], interval: Bootstrap) -> tuple[CurveSummary, ...]:
+    deletion, insertion = _column(examples, "deletion_area"), _column(examples, "insertion_area")
+    gap = insertion - deletion
+    columns = {"deletion": deletion, "insertion": insertion, "gap": gap}
+    over = {"over_chance": gap, "over_one_hop": gap}
+    return _summaries(CurveSummary, examples, ("score",), columns, over, interval)
+
+
+def _lines(examples: Sequence[Records], interval: Bootstrap) -> tuple[LineSummary, ...]:
+    columns = {name: _column(examples, name) for name in ("by_sum", "by_max")}
+    over = {"over_one_hop": columns["by_sum"]}
+    return _summaries(LineSummary, examples, ("score",), columns, over, interval)
+
+
+def _by_score(lines: Mapping[str, Any]) -> Records:
+    sums, most = lines["by_sum"], lines["by_max"]
+    return [{"score": name, "by_sum": sums[name], "by_max": most[name]} for name in sums]
+
+
+def _edges(examples: Sequence[Records], interval: Bootstrap) -> tuple[EdgeSummary, ...]:
+    backbone, others = _column(examples, "backbone"), _column(examples, "others")
+    columns = {"backbone": backbone, "others": others, "over_others": backbone - others}
+    return _summaries(EdgeSummary, examples, ("percent",), columns, {}, interval)
+
+
+def _regeneration(
+    examples: Sequence[Records], interval: Bootstrap
+) -> tuple[RegenerationSummary, ...]:
+    changed = _column(examples, "changed")
+    known = [records for records in examples if records[0]["reversed"] is not None]
+    columns = {"changed": changed, "reversed": _column(known, "reversed") if known else None}
+    over = {"over_chance": changed}
+    return _summaries(RegenerationSummary, examples, ("score", "side"), columns, over, interval)
+
+
+_SUMMARISE: Mapping[str, Callable[[Sequence[Records], Bootstrap], tuple[Any, ...]]] = {
+    "knock_out": summarise_knock_outs,
+    "curves": _curves,
+    "lines": _lines,
+    "edges": _edges,
+    "regeneration": _regeneration,
+}
+
+
+def _column(examples: Sequence[Records], name: str) -> Column:
+    return np.array([[record[name] for record in records] for records in examples])
+
+
+def _summaries(
+    kind: Callable[..., Summary],
+    examples: Sequence[Records],
+    keys: tuple[str, ...],
+    columns: Mapping[str, Column | None],
+    over: Mapping[str, Column],
+    interval: Bootstrap,
+) -> tuple[Summary, ...]:
+    """One summary for each record of the first example.
+
+    Differences are taken within examples before they are resampled: their intervals say whether two
+    scores differ, where two overlapping intervals of means do not.
+
+    Args:
+        kind: The summary's class.
+        examples: All of them with the same records.
+        keys: The fields that tell records apart.
+        columns: By the summary's field, the values whose mean it holds; None if they are unknown.
+        over: By the summary's field, the values whose difference from a baseline it holds.
+        interval: Computes a mean and its interval.
+    """
+    rows, *others = [[{key: one[key] for key in keys} for one in records] for records in examples]
+    if any(other != rows for other in others):
+        raise ValueError("examples hold effects of different scores or gaps; measure them alike")
+    places = {tuple(row.values()): place for place, row in enumerate(rows)}
+
+    def means(values: Column | None, place: int) -> Interval | tuple[Interval, ...] | None:
+        if values is None:
+            return None
+        here = values[:, place]
+        return interval(here) if here.ndim == 1 else tuple(map(interval, here.T))
+
+    def difference(field: str, place: int) -> Interval | None:
+        baseline = {"score": BASELINES[field.removeprefix("over_")], "side": "top"}
+        other = places.get(tuple(baseline.get(key, rows[place][key]) for key in keys))
+        if other is None or other == place:
+            return None
+        paired = over[field][:, place] - over[field][:, other]
+        return interval(paired if paired.ndim == 1 else paired.mean(1))
 
     return tuple(
-        CurveSummary(
-            score=name,
-            deletion=bootstrap_interval(areas["deletion"][:, place], seed=seed),
-            insertion=bootstrap_interval(areas["insertion"][:, place], seed=seed),
-            gap=bootstrap_interval(gaps[:, place], seed=seed),
-            over_chance=over(place, "chance"),
-            over_one_hop=over(place, "one_hop"),
+        kind(
+            **row,
+            **{field: means(values, place) for field, values in columns.items()},
+            **{field: difference(field, place) for field in over},
         )
-        for place, name in enumerate(names)
+        for place, row in enumerate(rows)
     )
-
-
-def _lines(examples: Sequence[Any], seed: int) -> tuple[LineSummary, ...]:
-    if not examples:
-        return ()
-    names = list(examples[0]["by_sum"])
-    sums, most = (
-        np.array([[one[kind][name] for name in names] for one in examples])
-        for kind in ("by_sum", "by_max")
-    )
-    return tuple(
-        LineSummary(
-            score=name,
-            by_sum=bootstrap_interval(sums[:, place], seed=seed),
-            by_max=bootstrap_interval(most[:, place], seed=seed),
-            over_one_hop=_over(sums, names, place, BASELINES["one_hop"], seed),
-        )
-        for place, name in enumerate(names)
-    )
-
-
-def _orders(lines: Any) -> bool:
-    """Whether every score orders the lines of a text: only then are they compared on it."""
-    return None not in (*lines["by_sum"].values(), *lines["by_max"].values())
-
-
-def _edges(examples: Sequence[Any], seed: int) -> tuple[EdgeSummary, ...]:
-    if not examples:
-        return ()
-    ours, others = (
-        np.array([[one[kind] for one in cuts] for cuts in examples])
-        for kind in ("backbone", "others")
-    )
-    return tuple(
-        EdgeSummary(
-            percent=one["percent"],
-            backbone=bootstrap_interval(ours[:, place], seed=seed),
-            others=bootstrap_interval(others[:, place], seed=seed),
-            over_others=bootstrap_interval((ours - others)[:, place], seed=seed),
-        )
-        for place, one in enumerate(examples[0])
-    )
-
-
-def _regeneration(examples: Sequence[Any], seed: int) -> tuple[RegenerationSummary, ...]:
-    if not examples:
-        return ()
-    keys = [f"{one['score']}/{one['side']}" for one in examples[0]]
-    changed = np.array([[one["changed"] for one in ones] for ones in examples])
-    known = [ones for ones in examples if ones[0]["reversed"] is not None]
-    turned = np.array([[one["reversed"] for one in ones] for ones in known])
-    return tuple(
-        RegenerationSummary(
-            score=one["score"],
-            side=one["side"],
-            changed=bootstrap_interval(changed[:, place], seed=seed),
-            reversed=bootstrap_interval(turned[:, place], seed=seed) if known else None,
-            over_chance=_over(changed, keys, place, f"{BASELINES['chance']}/top", seed),
-        )
-        for place, one in enumerate(examples[0])
-    )
-
-
-def _over(
-    values: np.ndarray, names: Sequence[str], place: int, other: str, seed: int
-) -> Interval | None:
-    """The difference from another score, in the same examples."""
-    if other not in names or names[place] == other:
-        return None
-    differences = values[:, place] - values[:, names.index(other)]
-    return bootstrap_interval(differences, seed=seed)

@@ -1,11 +1,11 @@
-"""Tables of an evaluation, as cells of text: for the terminal and for the page."""
+"""The tables of an evaluation, for the terminal and for the page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flowtracer_plugin.evaluation.overview import Evaluation
+from flowtracer_plugin.evaluation.outcomes import Evaluation
 from flowtracer_plugin.evaluation.summaries import EvaluationSummary, Interval, ScoreSummary
 
 Cell = str | Interval | None
@@ -13,12 +13,12 @@ Cell = str | Interval | None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationTable:
-    """Numbers side by side.
+    """A table.
 
     Attributes:
-        name: Of the table, one word.
-        title: What it says.
-        heads: Of the columns; the first names the rows.
+        name: One word that no other table has.
+        title: What it shows.
+        heads: Headings of the columns; the first column names the rows.
         rows: Cells in the order of the heads.
     """
 
@@ -29,15 +29,15 @@ class EvaluationTable:
 
 
 def tables(evaluation: Evaluation) -> tuple[EvaluationTable, ...]:
-    """Of every protocol that was run, the best first."""
+    """The tables of all protocols that were run; the best scores come first."""
     found = [_knock_outs(evaluation, gap) for gap in evaluation.settings["options"]["gaps"]]
     summary = evaluation.summary
-    every = [*found, _curves(summary), _lines(summary), _edges(summary), _again(summary)]
+    every = [*found, _curves(summary), _lines(summary), _edges(summary), _regeneration(summary)]
     return tuple(table for table in every if table.rows)
 
 
 def ranked(evaluation: Evaluation, gap: int) -> list[ScoreSummary]:
-    """The tops of all scores and controls, the largest drop first."""
+    """The tops of all scores and controls, from the largest drop to the smallest."""
     tops = [one for one in evaluation.summary.knock_out if one.gap == gap and one.side == "top"]
     return sorted(tops, key=lambda one: -one.aopc.mean)
 
@@ -55,27 +55,19 @@ def _knock_outs(evaluation: Evaluation, gap: int) -> EvaluationTable:
         "all later tokens" if options["rows"] == "future" else "the tokens that predict the answer"
     )
     spared = f"; {gap} right before the answer are spared" if gap else ""
-    rows = []
-    for one in ranked(evaluation, gap):
+
+    def row(one: ScoreSummary) -> tuple[Cell, ...]:
         bottom = bottom_of(evaluation, one)
-        rows.append(
-            (
-                one.score,
-                *one.drop,
-                one.aopc,
-                None if bottom is None else bottom.aopc,
-                one.flips,
-                one.over_chance,
-                one.over_one_hop,
-            )
-        )
+        low = None if bottom is None else bottom.aopc
+        return one.score, *one.drop, one.aopc, low, one.flips, one.over_chance, one.over_one_hop
+
     shares = tuple(f"{percent} %" for percent in options["percents"])
     return EvaluationTable(
         name=f"knock-outs-{gap}",
         title="Answer log-probability lost, in nats per token: top of each score hidden from "
         f"{whom}{spared}",
         heads=("score", *shares, "mean", "bottom", "flipped", "− chance", "− one hop"),
-        rows=tuple(rows),
+        rows=tuple(row(one) for one in ranked(evaluation, gap)),
     )
 
 
@@ -84,7 +76,8 @@ def _curves(summary: EvaluationSummary) -> EvaluationTable:
     return EvaluationTable(
         name="curves",
         title="Curves: mean height as the top is deleted (lower is better), as it is inserted "
-        "(higher is better), and what lies between; the tokens right before the answer are spared",
+        "(higher is better), and the gap between both; the tokens right before the answer are "
+        "spared",
         heads=("score", "deletion", "insertion", "gap", "− chance", "− one hop"),
         rows=tuple(
             (one.score, one.deletion, one.insertion, one.gap, one.over_chance, one.over_one_hop)
@@ -97,7 +90,7 @@ def _lines(summary: EvaluationSummary) -> EvaluationTable:
     ordered = sorted(summary.lines, key=lambda one: -one.by_sum.mean)
     return EvaluationTable(
         name="lines",
-        title="Lines: rank correlation of their scores with what knocking each of them out did",
+        title="Lines: rank correlation of their scores with the effect of knocking each out",
         heads=("score", "summed", "largest", "− one hop"),
         rows=tuple((one.score, one.by_sum, one.by_max, one.over_one_hop) for one in ordered),
     )
@@ -106,7 +99,7 @@ def _lines(summary: EvaluationSummary) -> EvaluationTable:
 def _edges(summary: EvaluationSummary) -> EvaluationTable:
     return EvaluationTable(
         name="edges",
-        title="Edges with the most flow, against others of as much attention: answer "
+        title="Edges with the most flow, against others with as much attention: answer "
         "log-probability lost, in nats per token",
         heads=("share", "backbone", "others", "difference"),
         rows=tuple(
@@ -115,12 +108,12 @@ def _edges(summary: EvaluationSummary) -> EvaluationTable:
     )
 
 
-def _again(summary: EvaluationSummary) -> EvaluationTable:
+def _regeneration(summary: EvaluationSummary) -> EvaluationTable:
     ordered = sorted(summary.regeneration, key=lambda one: (one.side != "top", -one.changed.mean))
     return EvaluationTable(
         name="regeneration",
         title="The second half written again without these tokens: share of the answers that "
-        "changed, and of those that went from right to wrong or back",
+        "changed, and of those that changed from right to wrong or back",
         heads=("score", "side", "changed", "reversed", "− chance"),
         rows=tuple(
             (one.score, one.side, one.changed, one.reversed, one.over_chance) for one in ordered
@@ -129,7 +122,7 @@ def _again(summary: EvaluationSummary) -> EvaluationTable:
 
 
 def cell(value: Cell) -> str:
-    """A cell in words: a mean with its 95 % interval."""
+    """The text of a cell: a mean with its 95 % interval."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -140,13 +133,13 @@ def cell(value: Cell) -> str:
 
 
 def counts(evaluation: Evaluation) -> Iterator[str]:
-    """How many examples count, and why others do not."""
+    """Lines that say how many examples count, and why others do not."""
     size, settings = len(evaluation.measured), evaluation.settings
     yield f"{size} of {len(evaluation.outcomes)} examples measured, {settings['model']}"
-    for _, words, count, first in evaluation.left_out:
+    for words, count, first in evaluation.left_out:
         yield f"{count} left out: {words}, as in row {first.row}: {first.detail}"
     if evaluation.right is not None:
-        unknown = "" if evaluation.known == size else " of which the right one is known"
+        unknown = "" if evaluation.known == size else " that can be checked"
         yield f"{evaluation.right} of the {evaluation.known} answers{unknown} are right"
     for name, count in evaluation.summary.counted.items():
         if count < size:

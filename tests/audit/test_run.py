@@ -16,7 +16,7 @@ from flowtracer_plugin.audit.run import AuditOptions, NoSignalError, audit, spli
 from flowtracer_plugin.audit.sampling import Group
 from flowtracer_plugin.audit.summary import holm, summarise_audit, tilted_cosines
 from flowtracer_plugin.credit.scorers import SCORERS, every, find_scorer
-from flowtracer_plugin.evaluation.faithfulness import CLASS_NAMES
+from flowtracer_plugin.evaluation.token_sets import CLASS_NAMES
 from tests.audit import reference_audit as reference
 from tests.credit.reference_scorers import top
 from tests.tiny import PROMPT, tiny_llama, tiny_tokenizer

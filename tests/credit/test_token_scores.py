@@ -1,4 +1,4 @@
-"""Scores of one text: the same as in training, whatever their name."""
+"""A text scores as in training, by every scorer."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def texts(model):
 
 @pytest.fixture(scope="module")
 def batch(model, texts):
-    """Both texts between paddings, and what the model itself says of them."""
+    """Both texts with padding on both sides, and entropies and surprisals from the model."""
     start = max(text.trace.spans.prompt_length for text in texts)
     said = max(len(text.trace.token_ids) - text.trace.spans.prompt_length for text in texts) + 1
     ids = torch.zeros(2, start + said, dtype=torch.long)
@@ -89,7 +89,7 @@ def test_coupled_scores_by_its_choice_and_then_by_influence(texts):
 
 
 def test_a_preset_wins_over_the_options_of_the_trace(model, texts):
-    """And without one a name means the graph as it was traced."""
+    """Without a preset, a name means the graph as it was traced."""
     tracer = ft.wrap(model, tiny_tokenizer(), mode="dense", preset="sharp")
     sharp = read_text(tracer, tracer.trace(PROMPT, RESPONSE))
     for name in ("flow", "reach", "attention"):
@@ -111,7 +111,7 @@ def test_a_text_is_read_once_for_all_scores(model, monkeypatch):
     assert sorted(passes) == [False, False, False, True]
 
 
-def test_an_oracle_must_be_told_and_another_one_may_follow(texts):
+def test_the_score_oracle_needs_an_oracle_and_takes_any(texts):
     with pytest.raises(ValueError, match="the score 'oracle' needs oracle, a pattern"):
         token_score("oracle")
     trace = texts[0].trace
@@ -122,7 +122,7 @@ def test_an_oracle_must_be_told_and_another_one_may_follow(texts):
         assert not found[: trace.spans.prompt_length].any()
 
 
-def test_a_name_that_is_none_is_refused():
+def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"scorer must be one of flow, .*got 'love'"):
         token_score("love")
     assert token_score("recency").__name__ == "recency"

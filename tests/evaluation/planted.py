@@ -1,9 +1,9 @@
-"""A model whose weights were written by hand, so that what its answer stands on is known.
+"""A model whose weights were written by hand, so that we know what its answer depends on.
 
 A text holds edges `a>b` of a graph, one from and one to every node, then a question `?a`, then the
 node that is two steps away from `a`. In the first layer the token `a>b` looks up `b>c` before it
 and takes over `c`; in the second the question looks up `a>b` and takes over that `c`. So the answer
-stands on exactly two tokens, and the token that chooses it attends to one of them only.
+depends on exactly two tokens, and the token that chooses it attends to one of them only.
 """
 
 import numpy as np
@@ -88,6 +88,6 @@ def planted_text(seed):
 
 
 def planted_story(seed):
-    """The same as text."""
+    """Prompt and response of `planted_text` as strings."""
     prompt, response, *_ = planted_text(seed)
     return tuple("".join(VOCABULARY[token] for token in ids) for ids in (prompt, response))

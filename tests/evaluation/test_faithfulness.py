@@ -1,4 +1,3 @@
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,21 +8,26 @@ from hypothesis import given, strategies as st
 import flowtracer_plugin as ft
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, read_text
 from flowtracer_plugin.evaluation.faithfulness import (
-    CONTROLS,
     KnockOutOptions,
+    chosen_sets,
+    measure_knock_outs,
+)
+from flowtracer_plugin.evaluation.knockout import knock_out
+from flowtracer_plugin.evaluation.scored_example import (
+    ScoredExample,
     TooFewTokensError,
     candidate_tokens,
-    chosen_sets,
+)
+from flowtracer_plugin.evaluation.token_sets import (
     matched_draw,
-    measure_knock_outs,
     position_bins,
     ranking,
     set_size,
     token_classes,
+    top_and_bottom,
 )
-from flowtracer_plugin.evaluation.knockout import knock_out
 from tests.evaluation import reference_knockout as slow
-from tests.evaluation.planted import planted_model, planted_text, planted_tokenizer
+from tests.evaluation.planted import planted_text
 from tests.tiny import PROMPT, RESPONSE, eager_attention, tiny_llama, tiny_tokenizer
 
 TRUE = ("far", "near")
@@ -31,31 +35,15 @@ FEW = KnockOutOptions(percents=(10, 30), gaps=(0,), draws=4)
 
 
 @pytest.fixture(scope="module")
-def planted():
-    answer = re.compile(r"=(.)$")
-    return ft.wrap(planted_model(), planted_tokenizer(), answer=answer, mode="dense")
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return ft.wrap(tiny_llama(), tiny_tokenizer(), mode="dense")
-
-
-@pytest.fixture(scope="module")
-def trace(tiny):
-    return tiny.trace(PROMPT, RESPONSE)
-
-
-@pytest.fixture(scope="module")
 def scored(tiny, trace):
     return read_text(tiny, trace)
 
 
-def masks(sets):
-    return [set(np.flatnonzero(mask)) for mask in sets.masks]
+def places(masks):
+    return [set(np.flatnonzero(mask)) for mask in masks]
 
 
-# --- what is known of a model whose weights were written by hand ---
+# --- a model whose weights were written by hand ---
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -90,7 +78,7 @@ def test_flow_finds_both_tokens_and_one_hop_of_attention_one(planted, seed):
     assert hop[others].max() - hop[true["far"]] < 1e-6
 
 
-def test_what_is_measured_follows(planted):
+def test_knock_outs_rank_known_scores_as_they_must(planted):
     prompt, response, true, _ = planted_text(0)
     trace = planted.trace_tokens(prompt, response)
     first = np.isin(np.arange(len(trace.token_ids)), [true[name] for name in TRUE])
@@ -122,15 +110,10 @@ def test_tops_and_bottoms_are_those_of_the_definition(data):
     scores = data.draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
     among = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
     percent = data.draw(st.sampled_from([1, 2, 5, 7, 10, 20, 29, 50, 100]))
-    order = ranking(np.array(scores, float), among)
     count = set_size(int(among.sum()), percent)
-    assert set(order[:count]) == slow.top(scores, among, percent)
-    assert set(order[len(order) - count :]) == slow.bottom(scores, among, percent)
-
-
-def test_sets_grow_by_whole_tokens():
-    assert [set_size(100, percent) for percent in (1, 2, 5, 29, 100)] == [1, 2, 5, 29, 100]
-    assert [set_size(11, percent) for percent in (1, 10, 20)] == [1, 2, 3]
+    found = top_and_bottom(np.array(scores, float), among, [count])
+    assert set(np.flatnonzero(found["top"])) == slow.top(scores, among, percent)
+    assert set(np.flatnonzero(found["bottom"])) == slow.bottom(scores, among, percent)
 
 
 def test_tokens_have_classes():
@@ -177,12 +160,13 @@ def test_candidates_lie_before_the_answer(trace):
         candidate_tokens(trace, np.arange(len(special)) < first - 12, gap=3)
 
 
-def test_each_gap_score_side_and_control_has_its_sets(trace, scored):
+def test_each_gap_score_side_and_control_has_its_sets(tiny, trace):
     among = candidate_tokens(trace, np.zeros(len(trace.token_ids), bool), gap=0)
-    values = {name: TOKEN_SCORES[name](scored) for name in ("flow", "recency")}
-    sets = chosen_sets(values, among, trace, FEW, 0)
-    found = {(one.score, one.side): masks(one) for one in sets}
-    for name, score in values.items():
+    scores = {name: TOKEN_SCORES[name] for name in ("flow", "recency")}
+    example = ScoredExample(tracer=tiny, trace=trace, scores=scores)
+    sets = chosen_sets(example, among, FEW, 0)
+    found = {(one.score, one.side): places(one.masks) for one in sets}
+    for name, score in example.values.items():
         for n, percent in enumerate(FEW.percents):
             assert found[name, "top"][n] == slow.top(score, among, percent)
             assert found[name, "bottom"][n] == slow.bottom(score, among, percent)
@@ -191,28 +175,28 @@ def test_each_gap_score_side_and_control_has_its_sets(trace, scored):
         "random_position": position_bins(among),
         "random_class": np.where(among, token_classes(trace.tokens), -1),
     }
-    assert set(groups) == set(CONTROLS)
+    assert {name for name, _ in found} == {*groups, *scores}
     for name, group in groups.items():
         for n in range(2):
             wanted = sorted(group[list(found["flow", "top"][n])])
             for drawn in found[name, "top"][4 * n : 4 * n + 4]:
                 assert sorted(group[list(drawn)]) == wanted
                 assert among[list(drawn)].all()
-    again = chosen_sets(values, among, trace, FEW, 0)
-    other = chosen_sets(values, among, trace, replace(FEW, seed=1), 0)
-    assert masks(sets[-1]) == masks(again[-1]) != masks(other[-1])
+    again = chosen_sets(example, among, FEW, 0)
+    other = chosen_sets(example, among, replace(FEW, seed=1), 0)
+    assert places(sets[-1].masks) == places(again[-1].masks) != places(other[-1].masks)
 
 
-def test_effects_are_those_of_the_sets(tiny, trace, scored):
+def test_effects_are_those_of_the_sets(tiny, trace):
     options = replace(FEW, gaps=(0, 4))
     found = measure_knock_outs(tiny, trace, options)
     special = np.zeros(len(trace.token_ids), bool)
     ids, answer = torch.from_numpy(trace.token_ids), torch.from_numpy(trace.spans.answer)
-    scores = {name: score(scored) for name, score in TOKEN_SCORES.items()}
+    example = ScoredExample(tracer=tiny, trace=trace, scores=TOKEN_SCORES)
     effects = iter(found.effects)
     for gap in (0, 4):
         among = candidate_tokens(trace, special, gap=gap)
-        for chosen in chosen_sets(scores, among, trace, options, gap):
+        for chosen in chosen_sets(example, among, options, gap):
             effect = next(effects)
             assert (effect.gap, effect.score, effect.side) == (gap, chosen.score, chosen.side)
             wanted = knock_out(tiny.model, ids, answer, torch.from_numpy(np.stack(chosen.masks)))
@@ -278,7 +262,7 @@ def test_a_streamed_trace_is_refused_and_a_dense_one_helps():
         ({"draws": 0}, "draws must be at least 1, got 0"),
     ],
 )
-def test_options_that_are_none_are_refused(change, message):
+def test_impossible_options_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         KnockOutOptions(**change)
 

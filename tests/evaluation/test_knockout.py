@@ -61,7 +61,7 @@ def test_the_slow_model_is_the_model(small):
     rows=st.sampled_from(knockout.ROWS),
     batch_size=st.sampled_from([None, 1, 3]),
 )
-def test_a_knock_out_is_what_it_says(small, seed, rows, batch_size):
+def test_a_knock_out_is_that_of_the_slow_model(small, seed, rows, batch_size):
     rng = np.random.default_rng(seed)
     ids, _ = text(seed=seed)
     early = int(rng.choice([1, 10]))  # a late answer leaves more to be read from the cache
@@ -94,7 +94,7 @@ def test_edges_are_cut_one_by_one(small):
     )
 
 
-def test_what_the_model_predicts_without_a_cut(small):
+def test_log_probability_and_prediction_without_a_cut(small):
     ids, answer = text()
     with torch.no_grad():
         logits = small(ids[None]).logits[0]
@@ -182,7 +182,7 @@ def test_a_text_grows_while_it_is_cut(small):
     assert said(ids).tolist() == plain.tolist()
 
 
-def test_a_text_that_outgrows_its_cut_is_refused(small):
+def test_a_text_longer_than_its_cut_is_refused(small):
     ids, _ = text()
     with (
         pytest.raises(KnockOutError, match=r"a mask of 14 places .* cut has 13 tokens"),
@@ -192,7 +192,7 @@ def test_a_text_that_outgrows_its_cut_is_refused(small):
         small(ids[None])
 
 
-def test_the_model_and_the_table_stay_as_they_are(small):
+def test_the_model_and_the_table_of_masks_stay_unchanged(small):
     before = dict(ALL_MASK_ATTENTION_FUNCTIONS)
     ids, answer = text()
     small.train()
@@ -207,7 +207,7 @@ def test_the_model_and_the_table_stay_as_they_are(small):
     assert not ALL_MASK_ATTENTION_FUNCTIONS._local_mapping
 
 
-def test_what_others_registered_comes_back():
+def test_masks_that_others_registered_are_restored():
     def own(*args, **options):
         return before(*args, **options)
 
@@ -272,7 +272,7 @@ def test_an_implementation_without_masks_is_refused_and_another_helps(small):
     assert check_model(model)
 
 
-def test_a_text_that_goes_on_otherwise_from_a_cache_is_read_whole(small, monkeypatch):
+def test_a_text_that_continues_differently_from_a_cache_is_read_whole(small, monkeypatch):
     ids, answer = text()
     tokens = torch.from_numpy(np.random.default_rng(1).random((5, SIZE)) < 0.3)
     wanted = knock_out(small, ids, answer, tokens).drop
@@ -283,7 +283,7 @@ def test_a_text_that_goes_on_otherwise_from_a_cache_is_read_whole(small, monkeyp
     assert len(used) == 1
 
 
-def test_words_that_cannot_be_said_do_not_diverge():
+def test_impossible_words_keep_the_divergence_finite():
     model = redrawn(SMALL)
     banned = torch.where(torch.arange(24) == 5, -torch.inf, 0.0)
     model.lm_head.register_forward_hook(lambda _module, _args, out: out + banned)

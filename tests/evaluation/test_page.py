@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from flowtracer_plugin.evaluation import render_evaluation, write_evaluation
-from flowtracer_plugin.evaluation.overview import Evaluation, document
-from flowtracer_plugin.evaluation.run import Example, Outcome
+from flowtracer_plugin.evaluation.examples import Example
+from flowtracer_plugin.evaluation.outcomes import Evaluation, Outcome, document
 from flowtracer_plugin.evaluation.summaries import Interval
 from flowtracer_plugin.evaluation.tables import cell, counts, tables
 from tests.pages import HOSTILE, Page
@@ -116,7 +116,7 @@ def test_bars_are_as_long_as_the_drops_and_the_largest_gap_is_drawn():
     assert "the 5 tokens right before the answer are spared" in html
 
 
-def test_what_counts_and_what_does_not_is_said():
+def test_the_page_says_how_many_examples_count_and_why_others_do_not():
     made = evaluation()
     assert list(counts(made)) == [
         "6 of 7 examples measured, tiny",
@@ -132,7 +132,7 @@ def test_an_evaluation_of_nothing_has_a_page_too():
     made = evaluation(count=0)
     html = render_evaluation(made)
     assert "0 of 1" in html
-    assert "Who knows" not in html
+    assert 'id="scores"' not in html
     assert document(made)["measured"] == 0
 
 
@@ -143,8 +143,8 @@ def test_one_share_has_no_lines_over_shares():
         for effect in one.measured["knock_out"]["effects"]:
             for name in ("drop", "flipped", "divergence"):
                 effect[name] = effect[name][:1]
-    assert "Drop by share of tokens knocked out" not in render_evaluation(made)
-    assert "Drop by share of tokens knocked out" in render_evaluation(evaluation())
+    assert 'id="shares"' not in render_evaluation(made)
+    assert 'id="shares"' in render_evaluation(evaluation())
 
 
 def test_cells_say_means_and_intervals():

@@ -1,49 +1,31 @@
-import re
-
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, read_text
+from flowtracer_plugin.evaluation import knockout
 from flowtracer_plugin.evaluation.curves import measure_curves
-from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions, TooFewTokensError
+from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
 from flowtracer_plugin.evaluation.knockout import cut_edges, hidden_edges, knock_out
 from flowtracer_plugin.evaluation.lines_and_edges import knock_out_backbone, knock_out_lines
+from flowtracer_plugin.evaluation.protocols import measure
 from flowtracer_plugin.evaluation.regeneration import regenerate
+from flowtracer_plugin.evaluation.scored_example import TooFewTokensError
 from flowtracer_plugin.model.cutting import cutting
 from flowtracer_plugin.text.answers import same_answer
-from tests.evaluation.planted import planted_model, planted_text, planted_tokenizer
+from tests.evaluation.planted import planted_text
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
 
-REASONER = "examples/reasoner/model"
 STORY = "Ann has 4 apples. Ann buys 1. Ann gets 3. Ann sees 6. Ann buys 6. How many apples?\n"
 FLOW = {"flow": TOKEN_SCORES["flow"]}
 
 
 @pytest.fixture(scope="module")
-def planted():
-    answer = re.compile(r"=(.)$")
+def planted(planted):
     return ft.wrap(
-        planted_model(), planted_tokenizer(), answer=answer, mode="dense", target="decision"
+        planted.model, planted.tokenizer, answer=planted.answer, mode="dense", target="decision"
     )
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return ft.wrap(tiny_llama(), tiny_tokenizer(), mode="dense")
-
-
-@pytest.fixture(scope="module")
-def trace(tiny):
-    return tiny.trace(PROMPT, RESPONSE)
-
-
-@pytest.fixture(scope="module")
-def reasoner():
-    model = AutoModelForCausalLM.from_pretrained(REASONER)
-    return ft.wrap(model, AutoTokenizer.from_pretrained(REASONER), mode="dense")
 
 
 def known(seed):
@@ -58,6 +40,17 @@ def known(seed):
 
 def parts(trace):
     return torch.from_numpy(trace.token_ids), torch.from_numpy(trace.spans.answer)
+
+
+def test_protocols_share_the_scores_and_the_text_without_a_cut(reasoner, monkeypatch):
+    asked, read, real = [], [], knockout.read_prefix
+    monkeypatch.setattr(knockout, "read_prefix", lambda *text: read.append(0) or real(*text))
+    scores = {"flow": lambda text: asked.append(0) or FLOW["flow"](text)}
+    options = KnockOutOptions(percents=(20,), draws=1)
+    protocols = ("knock_out", "curves", "lines", "edges")
+    found = measure(reasoner, reasoner.generate(STORY), options, protocols=protocols, scores=scores)
+    assert not any("skipped" in found[name] for name in protocols)
+    assert len(asked) == len(read) == 1
 
 
 # --- deletion and insertion ---
@@ -118,7 +111,7 @@ def test_an_answer_that_needs_nothing_has_no_curve(tiny, trace):
 # --- regeneration ---
 
 
-def test_without_the_true_tokens_the_answer_is_another(planted):
+def test_without_the_true_tokens_the_answer_changes(planted):
     for seed in range(3):
         prompt, response, _, node = planted_text(seed)
         trace = planted.trace_tokens(prompt, response)
@@ -164,7 +157,7 @@ def test_answers_are_compared_by_what_they_say():
     assert not same_answer("12", "120")
 
 
-def test_too_little_of_a_response_is_refused_and_more_helps(planted):
+def test_a_response_kept_too_short_is_refused_and_more_helps(planted):
     prompt, response, *_ = planted_text(0)
     trace = planted.trace_tokens(prompt, response)
     with pytest.raises(TooFewTokensError, match="only 6 tokens of the response"):
@@ -206,7 +199,7 @@ def test_lines_are_knocked_out_one_by_one(reasoner):
             assert measured[name] == pytest.approx(wanted)
 
 
-def test_scores_that_are_the_same_everywhere_agree_with_nothing(reasoner):
+def test_constant_scores_have_no_rank_correlation(reasoner):
     trace = reasoner.generate(STORY)
     found = knock_out_lines(
         reasoner, trace, scores={"zero": lambda text: np.zeros(len(text.trace.token_ids))}
@@ -226,13 +219,11 @@ def test_the_backbone_of_a_known_model_carries_its_answer(planted):
         (found,) = knock_out_backbone(planted, trace, percents=(8,), draws=5)
         assert found.backbone > 10
         assert found.others < found.backbone / 3
-        assert (
-            found.edges == 7
-        )  # of the 13 · 12 / 2 between the response's tokens before the answer
+        assert found.edges == 7  # of 13 · 12 / 2 between the response's tokens before the answer
         assert found.other_attention >= found.attention * 0.99 or found.other_edges == 71
 
 
-def test_edges_are_the_heaviest_in_flow_and_others_as_heavy_in_attention(tiny, trace):
+def test_edges_have_the_most_flow_and_others_as_much_attention(tiny, trace):
     found = knock_out_backbone(tiny, trace, percents=(5, 20), draws=3)
     flow, last = trace.flow.edge_flow(), int(np.flatnonzero(trace.spans.answer)[-1])
     inner = range(trace.spans.prompt_length, last)

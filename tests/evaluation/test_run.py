@@ -3,25 +3,17 @@ import re
 from dataclasses import replace
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import flowtracer_plugin as ft
-from flowtracer_plugin.evaluation.examples import load_examples
+from flowtracer_plugin.evaluation.examples import Example, load_examples
 from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions, measure_knock_outs
 from flowtracer_plugin.evaluation.results_file import FORMAT, VERSION, evaluate_to_file
-from flowtracer_plugin.evaluation.run import Example, evaluate
+from flowtracer_plugin.evaluation.run import evaluate
 from flowtracer_plugin.files import RecordFile
-from tests.evaluation.planted import planted_model, planted_story, planted_text, planted_tokenizer
-from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
+from tests.evaluation.planted import planted_story, planted_text
+from tests.tiny import PROMPT, RESPONSE
 
 FEW = KnockOutOptions(percents=(20,), gaps=(1,), draws=2)
 SETTINGS = {"model": "planted", "percents": (20,)}
-
-
-@pytest.fixture(scope="module")
-def planted():
-    answer = re.compile(r"=(.)$")
-    return ft.wrap(planted_model(), planted_tokenizer(), answer=answer, mode="dense")
 
 
 def example(row, kind="good"):
@@ -75,7 +67,8 @@ def test_a_text_that_does_not_fit_is_left_out_and_the_others_go_on(planted, monk
 def test_a_solution_in_the_data_means_its_answer(planted, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "flowtracer_plugin.evaluation.run.measure", lambda *_, right, **__: seen.append(right) or {}
+        "flowtracer_plugin.evaluation.run.measure_example",
+        lambda example, _settings: seen.append(example.right) or {},
     )
     asked = replace(example(0), answer="1 + 1 = 2\n#### 2")
     list(evaluate(planted, [asked, example(1)], FEW))
@@ -87,38 +80,27 @@ def test_unlikely_answers_can_be_kept(planted):
     assert found.measured["knock_out"]["predicted"] is False
 
 
-def test_without_a_response_the_model_answers():
+def test_without_a_response_the_model_answers(reasoner):
     asked = "Ann has 4 apples. Ann buys 1. Ann gets 3. Ann sees 6. Ann buys 6. How many apples?\n"
-    name = "examples/reasoner/model"
-    model = AutoModelForCausalLM.from_pretrained(name)
-    tracer = ft.wrap(model, AutoTokenizer.from_pretrained(name), mode="dense")
     wrong, right, short = (
         Example(row=n, prompt=asked, answer=answer)
         for n, answer in enumerate(["13", "#### 14", ""])
     )
-    found = list(evaluate(tracer, [wrong, right], FEW))
+    found = list(evaluate(reasoner, [wrong, right], FEW))
     assert [one.correct for one in found] == [False, True]
     assert all(one.measured["knock_out"]["predicted"] for one in found)
-    (cut,) = evaluate(tracer, [short], FEW, max_new_tokens=1)
+    (cut,) = evaluate(reasoner, [short], FEW, max_new_tokens=1)
     assert cut.left_out == "few_tokens"
 
 
-def test_what_cannot_be_traced_is_left_out_and_mistakes_are_not():
-    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode="dense")
+def test_what_cannot_be_traced_is_left_out_and_mistakes_are_not(tiny):
     long = Example(row=0, prompt=PROMPT * 40, response=RESPONSE)
-    (found,) = evaluate(tracer, [long], FEW)
+    (found,) = evaluate(tiny, [long], FEW)
     assert (found.left_out, found.measured) == ("not_traced", None)
     assert "more than the model's context" in found.detail
+    short = Example(row=0, prompt=PROMPT, response=RESPONSE)
     with pytest.raises(ValueError, match="matched to one of the scores"):
-        list(
-            evaluate(
-                tracer,
-                [Example(row=0, prompt=PROMPT, response=RESPONSE)],
-                FEW,
-                scores={},
-                predicted_only=False,
-            )
-        )
+        list(evaluate(tiny, [short], FEW, scores={}, predicted_only=False))
 
 
 # --- the file ---
@@ -236,13 +218,13 @@ def test_other_files_are_read_by_datasets(tmp_path):
         ('{"a": 1}\n', {}, "has no column 'prompt' or 'question', it has 'a'"),
         ('{"prompt": "q"}\n', {"answer_column": "x"}, "have no column 'x', they have 'prompt'"),
         ('{"prompt": null}\n', {}, "row 0 of the data has no 'prompt'"),
-        ('{"prompt": "q"}\nnope\n', {}, "line 2 of .* is no JSON"),
-        ("[1]\n", {}, "line 1 of .* is no JSON object"),
-        ('{"prompt": "q", "response": [1]}\n', {}, "'response' of row 0 is no text"),
+        ('{"prompt": "q"}\nnope\n', {}, "line 2 of .* is not JSON"),
+        ("[1]\n", {}, "line 1 of .* is not an object"),
+        ('{"prompt": "q", "response": [1]}\n', {}, "'response' of row 0 is not text"),
         ('{"prompt": "q"}\n', {"template": "x"}, "the template must be hash, boxed or a text with"),
     ],
 )
-def test_data_that_are_none_are_refused(tmp_path, text, options, message):
+def test_damaged_data_are_refused(tmp_path, text, options, message):
     path = tmp_path / "data.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):

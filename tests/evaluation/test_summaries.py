@@ -1,28 +1,21 @@
-import json
-from dataclasses import asdict
+"""Summaries of every protocol, against means and differences by hand."""
+
+from functools import partial
 
 import numpy as np
 import pytest
 
-from flowtracer_plugin.evaluation.faithfulness import Effect
-from flowtracer_plugin.evaluation.summaries import bootstrap_interval, effects_of, summarise
+from flowtracer_plugin.evaluation.summaries import (
+    bootstrap_interval,
+    summarise_all,
+    summarise_knock_outs,
+)
 from tests.evaluation import reference_knockout as slow
 
-
-def effect(score, drop, side="top", gap=0, flipped=(0.0, 1.0)):
-    return Effect(
-        gap=gap, score=score, side=side, drop=drop, flipped=flipped, divergence=(0.0, 0.0)
-    )
+HOP = "attention:decision"
 
 
-def example(rng):
-    draw = [tuple(rng.normal(size=2).tolist()) for _ in range(4)]
-    return (
-        effect("flow", draw[0], flipped=(float(rng.random()), 1.0)),
-        effect("flow", draw[1], side="bottom"),
-        effect("attention:decision", draw[2]),
-        effect("random", draw[3]),
-    )
+# --- intervals ---
 
 
 @pytest.mark.parametrize("size", [2, 7])
@@ -35,7 +28,7 @@ def test_intervals_are_percentiles_of_resampled_means(size):
     assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
 
 
-def test_intervals_hold_the_mean_as_often_as_they_say():
+def test_intervals_contain_the_mean_as_often_as_they_claim():
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(300):
@@ -49,45 +42,176 @@ def test_a_single_example_has_no_interval():
     assert (found.mean, found.low, found.high) == (3.0, None, None)
 
 
-def test_summaries_are_means_and_paired_differences():
+# --- knock-outs ---
+
+
+def effect(score, drop, side="top", gap=0, flipped=(0.0, 1.0)):
+    return {"gap": gap, "score": score, "side": side, "drop": drop, "flipped": flipped}
+
+
+def effects(rng):
+    draw = [tuple(rng.normal(size=2).tolist()) for _ in range(4)]
+    return (
+        effect("flow", draw[0], flipped=(float(rng.random()), 1.0)),
+        effect("flow", draw[1], side="bottom"),
+        effect(HOP, draw[2]),
+        effect("random", draw[3]),
+    )
+
+
+def test_knock_outs_are_means_and_paired_differences():
     rng = np.random.default_rng(2)
-    examples = [example(rng) for _ in range(6)]
-    found = {(one.score, one.side): one for one in summarise(examples, seed=3, resamples=50)}
+    examples = [effects(rng) for _ in range(6)]
+    interval = partial(bootstrap_interval, seed=3, resamples=50)
+    found = {(one.score, one.side): one for one in summarise_knock_outs(examples, interval)}
     flow = found["flow", "top"]
     drops = {
-        one: np.array([e.drop for each in examples for e in each if (e.score, e.side) == one])
-        for one in found
+        key: np.array(
+            [e["drop"] for each in examples for e in each if (e["score"], e["side"]) == key]
+        )
+        for key in found
     }
-    own, chance = drops["flow", "top"], drops["random", "top"]
-    hop = drops["attention:decision", "top"]
-    for k in range(2):
-        assert flow.drop[k] == bootstrap_interval(own[:, k], seed=3, resamples=50)
-    assert flow.aopc == bootstrap_interval(own.mean(1), seed=3, resamples=50)
-    assert flow.over_chance == bootstrap_interval((own - chance).mean(1), seed=3, resamples=50)
+    own, chance, hop = (drops[name, "top"] for name in ("flow", "random", HOP))
+    assert flow.drop == (interval(own[:, 0]), interval(own[:, 1]))
+    assert flow.aopc == interval(own.mean(1))
+    assert flow.over_chance == interval((own - chance).mean(1))
     assert flow.over_one_hop.mean == pytest.approx((own - hop).mean())
     assert found["flow", "bottom"].over_one_hop.mean == pytest.approx(
         (drops["flow", "bottom"] - hop).mean()
     )
     assert found["random", "top"].over_chance is None
-    assert found["attention:decision", "top"].over_one_hop is None
-    flips = [each[0].flipped for each in examples]
+    assert found[HOP, "top"].over_one_hop is None
+    flips = [each[0]["flipped"] for each in examples]
     assert flow.flips.mean == pytest.approx(np.mean(flips))
     assert flow.flipped[0].mean == pytest.approx(np.mean(flips, axis=0)[0])
 
 
 def test_without_the_baseline_there_is_no_difference_to_it():
-    (found,) = summarise([[effect("flow", (1.0, 2.0))]] * 3)
+    examples = [[effect("flow", (1.0, 2.0))]] * 3
+    (found,) = summarise_knock_outs(examples, bootstrap_interval)
     assert (found.over_chance, found.over_one_hop) == (None, None)
     assert found.aopc.mean == 1.5
-    assert summarise([]) == ()
 
 
-def test_examples_that_were_measured_otherwise_are_refused():
+def test_examples_with_different_effects_are_refused():
+    one, other = effect("flow", (1.0, 2.0)), effect("flow", (1.0, 2.0), gap=5)
     with pytest.raises(ValueError, match="effects of different scores or gaps"):
-        summarise([[effect("flow", (1.0, 2.0))], [effect("flow", (1.0, 2.0), gap=5)]])
+        summarise_knock_outs([[one], [other]], bootstrap_interval)
 
 
-def test_effects_come_back_as_they_were_written():
-    rng = np.random.default_rng(0)
-    effects = example(rng)
-    assert effects_of(json.loads(json.dumps([asdict(one) for one in effects]))) == effects
+# --- all protocols ---
+
+
+def curve(score, deletion, insertion):
+    return {"score": score, "deletion_area": deletion, "insertion_area": insertion}
+
+
+def again(score, side, changed, turned):
+    return {"score": score, "side": side, "changed": changed, "reversed": turned}
+
+
+def example(rng, *, turned=True):
+    draw = rng.random(20).tolist()
+    return {
+        "knock_out": {
+            "effects": [
+                effect(score, [draw[place]], flipped=[0.0])
+                for place, score in enumerate(("flow", HOP, "random"))
+            ]
+        },
+        "curves": [
+            curve("flow", draw[3], draw[4]),
+            curve(HOP, draw[5], draw[6]),
+            curve("random", draw[7], draw[8]),
+        ],
+        "lines": {
+            "by_sum": {"flow": draw[9], HOP: draw[10]},
+            "by_max": {"flow": draw[11], HOP: draw[12]},
+        },
+        "edges": [{"percent": 10, "backbone": draw[13], "others": draw[14]}],
+        "regeneration": [
+            again("flow", "top", draw[15], draw[16] if turned else None),
+            again("flow", "bottom", draw[17], draw[18] if turned else None),
+            again("random", "top", draw[19], 0.0 if turned else None),
+        ],
+    }
+
+
+@pytest.fixture
+def examples():
+    rng = np.random.default_rng(3)
+    return [example(rng) for _ in range(5)]
+
+
+def values(examples, *path):
+    found = []
+    for one in examples:
+        for step in path:
+            one = one[step]
+        found.append(one)
+    return np.array(found)
+
+
+def test_curves(examples):
+    found = {one.score: one for one in summarise_all(examples, seed=4).curves}
+    deletion = values(examples, "curves", 0, "deletion_area")
+    gaps = [
+        values(examples, "curves", place, "insertion_area")
+        - values(examples, "curves", place, "deletion_area")
+        for place in range(3)
+    ]
+    flow = found["flow"]
+    assert flow.deletion == bootstrap_interval(deletion, seed=4)
+    assert flow.gap == bootstrap_interval(gaps[0], seed=4)
+    assert flow.over_one_hop == bootstrap_interval(gaps[0] - gaps[1], seed=4)
+    assert flow.over_chance == bootstrap_interval(gaps[0] - gaps[2], seed=4)
+    assert found[HOP].over_one_hop is None
+    assert found["random"].over_chance is None
+
+
+def test_lines_count_where_every_score_orders_them(examples):
+    examples[1]["lines"]["by_max"][HOP] = None
+    kept = [one for place, one in enumerate(examples) if place != 1]
+    assert summarise_all(examples).counted["lines"] == 4
+    found = {one.score: one for one in summarise_all(examples, seed=4).lines}
+    sums = {name: values(kept, "lines", "by_sum", name) for name in ("flow", HOP)}
+    assert found["flow"].by_sum == bootstrap_interval(sums["flow"], seed=4)
+    assert found["flow"].over_one_hop == bootstrap_interval(sums["flow"] - sums[HOP], seed=4)
+    for one in examples:
+        one["lines"]["by_sum"]["flow"] = None
+    assert summarise_all(examples).lines == ()
+
+
+def test_edges(examples):
+    (found,) = summarise_all(examples, seed=4).edges
+    ours, others = (values(examples, "edges", 0, name) for name in ("backbone", "others"))
+    assert found.percent == 10
+    assert found.over_others == bootstrap_interval(ours - others, seed=4)
+
+
+def test_regeneration(examples):
+    found = {(one.score, one.side): one for one in summarise_all(examples, seed=4).regeneration}
+    changed = values(examples, "regeneration", 0, "changed")
+    chance = values(examples, "regeneration", 2, "changed")
+    top = found["flow", "top"]
+    assert top.changed == bootstrap_interval(changed, seed=4)
+    assert top.over_chance == bootstrap_interval(changed - chance, seed=4)
+    assert top.reversed == bootstrap_interval(
+        values(examples, "regeneration", 0, "reversed"), seed=4
+    )
+    assert found["random", "top"].over_chance is None
+    unknown = [example(np.random.default_rng(0), turned=False)]
+    assert summarise_all(unknown).regeneration[0].reversed is None
+
+
+def test_what_was_skipped_or_not_asked_for_does_not_count(examples):
+    examples[0]["lines"] = {"skipped": "two lines"}
+    del examples[1]["curves"]
+    found = summarise_all(examples)
+    assert found.counted == {
+        "knock_out": 5, "curves": 4, "lines": 4, "edges": 5, "regeneration": 5
+    }  # fmt: skip
+    nothing = summarise_all([{"knock_out": one["knock_out"]} for one in examples])
+    assert (nothing.curves, nothing.lines, nothing.edges, nothing.regeneration) == ((), (), (), ())
+    assert nothing.counted == {"knock_out": 5}
+    assert summarise_all([]).knock_out == ()
