@@ -67,7 +67,7 @@ def tops_and_bottoms(
 
 
 def position_bins(among: Mask) -> Int[np.ndarray, " token"]:
-    """The tenth of the candidates, by distance to the answer, that each is in; −1 for other tokens.
+    """The number of the tenth, by distance to the answer, of each candidate; −1 for other tokens.
 
     Tenths differ by at most one token in size.
     """

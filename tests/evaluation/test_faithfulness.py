@@ -209,7 +209,7 @@ def test_effects_are_those_of_the_sets(tiny, trace):
 # --- the scores ---
 
 
-def test_scores_are_what_they_say(tiny, trace, scored):
+def test_scores_equal_their_definitions(tiny, trace, scored):
     attention = eager_attention(tiny.model, trace.token_ids.tolist(), tiny.layers).numpy()
     attention[np.diag_indices(len(attention))] = 0
     start, rows = trace.spans.prompt_length, trace.spans.answer
@@ -267,7 +267,7 @@ def test_impossible_options_are_refused(change, message):
         KnockOutOptions(**change)
 
 
-def test_scores_must_be_there_and_finite(tiny, trace):
+def test_missing_and_infinite_scores_are_refused(tiny, trace):
     with pytest.raises(ValueError, match="one of the scores recency, got 'flow'"):
         measure_knock_outs(tiny, trace, FEW, scores={"recency": TOKEN_SCORES["recency"]})
     broken = {"flow": lambda text: np.full(len(text.trace.token_ids), np.nan)}

@@ -106,7 +106,7 @@ def test_what_cannot_be_traced_is_left_out_and_mistakes_are_not(tiny):
 # --- the file ---
 
 
-def test_a_run_goes_on_where_it_stopped(planted, tmp_path):
+def test_a_run_continues_where_it_stopped(planted, tmp_path):
     path, asked = tmp_path / "results.jsonl", examples("good", "none", "good", "good")
 
     measured_rows = []
