@@ -85,7 +85,7 @@ class Tilt:
         squared: `‖g(boost)‖²`.
         chosen: Sum of the boosts.
         entropy: Sum of the boosts times the entropy of each token, in nats.
-        classes: Sum of the boosts in each class of tokens, see `faithfulness.CLASS_NAMES`.
+        classes: Sum of the boosts in each class of tokens, see `token_sets.CLASS_NAMES`.
         answer: Sum of the boosts of the answer's own tokens.
     """
 
