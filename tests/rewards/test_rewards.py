@@ -283,7 +283,7 @@ def test_padding_behind_the_ids_does_not_matter(tracer, monkeypatch):
 
 def test_ids_of_another_tokenizer_are_noticed_and_the_text_can_be_read_instead():
     flow_reward = FlowReward(ft.wrap(tiny_llama(), tiny_tokenizer()))
-    with pytest.raises(ValueError, match="not that of the model that is trained") as error:
+    with pytest.raises(ValueError, match="not that of the trained model") as error:
         call(flow_reward)
     assert "FlowReward(tracer, retokenize=True)" in str(error.value)
     again = FlowReward(flow_reward.tracer, retokenize=True)
