@@ -1,6 +1,6 @@
-"""Result files in JSON lines: first the settings, then one record per line.
+"""Files that survive a crash: written whole, or record by record as JSON lines.
 
-An interrupted run can continue its file, but only with the same settings.
+A record file begins with its settings; an interrupted run with the same settings continues it.
 """
 
 from __future__ import annotations

@@ -39,9 +39,9 @@ ROOMS = [
 # Imports inside functions that load a heavy or optional package where it is used.
 LATE = {
     ("credit.weights", "torch"),
-    ("flow.backends", "flow.numpy_arrays"),
-    ("flow.backends", "flow.scipy_arrays"),
-    ("flow.backends", "flow.torch_arrays"),
+    ("flow.dispatch", "flow.numpy_arrays"),
+    ("flow.dispatch", "flow.scipy_arrays"),
+    ("flow.dispatch", "flow.torch_arrays"),
     ("flow.numpy_arrays", "scipy.sparse"),
     ("flow.torch_arrays", "scipy.sparse"),
     ("grpo.hooks", "peft"),

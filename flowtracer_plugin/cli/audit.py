@@ -20,12 +20,13 @@ from flowtracer_plugin.cli.options import (
     MaxNewTokens,
     ModelArgument,
     Oracle,
+    ResultOptions,
     Traceback,
     flattened,
 )
 from flowtracer_plugin.cli.outputs import print_document, print_results
 from flowtracer_plugin.cli.parsing import names, pattern, wrong_usage
-from flowtracer_plugin.cli.questions import DataOptions, ResultOptions, load_prompts
+from flowtracer_plugin.cli.questions import DataOptions, load_prompts
 
 if TYPE_CHECKING:
     from flowtracer_plugin.audit.results_file import AuditFile

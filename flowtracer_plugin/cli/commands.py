@@ -11,7 +11,7 @@ from flowtracer_plugin.cli.adapters import adapters_app
 from flowtracer_plugin.cli.audit import audit
 from flowtracer_plugin.cli.evaluate import evaluate
 from flowtracer_plugin.cli.mistakes import MISTAKES, sentence
-from flowtracer_plugin.cli.pages import compare, report
+from flowtracer_plugin.cli.report import compare, report
 from flowtracer_plugin.cli.tracing import demo, estimate, generate, trace
 
 app = typer.Typer(

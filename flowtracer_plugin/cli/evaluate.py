@@ -21,18 +21,19 @@ from flowtracer_plugin.cli.options import (
     ModelArgument,
     Oracle,
     PageFile,
+    ResultOptions,
     Traceback,
     flattened,
 )
 from flowtracer_plugin.cli.outputs import print_document, print_results, write_file
 from flowtracer_plugin.cli.parsing import names, wrong_usage
-from flowtracer_plugin.cli.questions import DataOptions, ResultOptions, load_prompts
+from flowtracer_plugin.cli.questions import DataOptions, load_prompts
 
 if TYPE_CHECKING:
     from flowtracer_plugin.evaluation.examples import Example
-    from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
     from flowtracer_plugin.evaluation.outcomes import Evaluation, Outcome
     from flowtracer_plugin.evaluation.protocols import EvaluationSettings
+    from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions
     from flowtracer_plugin.trace.tracer import FlowTracer
 
 _answers = partial(typer.Option, rich_help_panel="Answers")
@@ -125,7 +126,7 @@ def evaluate(
     examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)
     from flowtracer_plugin.evaluation.outcomes import Evaluation
     from flowtracer_plugin.evaluation.protocols import EvaluationSettings
-    from flowtracer_plugin.evaluation.results_file import plain_settings
+    from flowtracer_plugin.evaluation.run import plain_settings
 
     how = {"layers": answers.layers, "answer": answers.answer, "mode": "dense"}
     tracer = load_tracer(model, loading, tokenizer, **how)
@@ -145,7 +146,7 @@ def evaluate(
 
 
 def _options(chosen: ProtocolOptions) -> KnockOutOptions:
-    from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
+    from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions
 
     return KnockOutOptions(
         rows=chosen.rows,
@@ -176,7 +177,7 @@ def _protocols(text: str) -> tuple[str, ...]:
 
 def _scores(chosen: ProtocolOptions, needed: str) -> Mapping[str, Any]:
     from flowtracer_plugin.credit.token_scores import NAMES, token_score
-    from flowtracer_plugin.evaluation.summaries import BASELINES
+    from flowtracer_plugin.evaluation.summary import BASELINES
 
     wanted = list(NAMES)
     if chosen.scores is not None:
@@ -197,8 +198,7 @@ def _run(
     plain: Mapping[str, Any],
     output: Path | None,
 ) -> Sequence[Outcome]:
-    from flowtracer_plugin.evaluation.results_file import evaluate_to_file
-    from flowtracer_plugin.evaluation.run import evaluate_example
+    from flowtracer_plugin.evaluation.run import evaluate_example, evaluate_to_file
 
     def outcomes(left: Iterable[Example]) -> Iterator[Outcome]:
         return (evaluate_example(tracer, example, settings) for example in left)

@@ -283,3 +283,18 @@ class NewTraceOptions(OutputOptions):
     def score_names(self) -> list[str]:
         """The names in `scores`."""
         return [name for name in parsing.names(self.scores or "") if name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultOptions:
+    """Where the results go."""
+
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            callback=parsing.writable,
+            help="Write each result to this file once it is known; the same command continues.",
+        ),
+    ] = None
+    json: AsJson = False

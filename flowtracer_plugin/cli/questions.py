@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from flowtracer_plugin.cli.options import AsJson
-from flowtracer_plugin.cli.parsing import writable
 
 if TYPE_CHECKING:
     from flowtracer_plugin.evaluation.examples import Example
@@ -40,21 +36,6 @@ class DataOptions:
     chat: Annotated[
         bool, _data(help="Put prompts into the model's chat template, if it has one.")
     ] = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResultOptions:
-    """Where the results go."""
-
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            dir_okay=False,
-            callback=writable,
-            help="Write each result to this file once it is known; the same command continues.",
-        ),
-    ] = None
-    json: AsJson = False
 
 
 def load_prompts(

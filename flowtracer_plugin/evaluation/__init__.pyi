@@ -1,11 +1,5 @@
 from .curves import Curve as Curve, measure_curves as measure_curves
 from .examples import Example as Example
-from .faithfulness import (
-    Effect as Effect,
-    Faithfulness as Faithfulness,
-    KnockOutOptions as KnockOutOptions,
-    measure_knock_outs as measure_knock_outs,
-)
 from .knockout import KnockOut as KnockOut, cut_edges as cut_edges, knock_out as knock_out
 from .lines_and_edges import (
     EdgeKnockOuts as EdgeKnockOuts,
@@ -16,9 +10,15 @@ from .lines_and_edges import (
 from .outcomes import Evaluation as Evaluation, Outcome as Outcome
 from .page import render_evaluation as render_evaluation, write_evaluation as write_evaluation
 from .protocols import measure as measure
+from .ranked_tokens import (
+    Effect as Effect,
+    Faithfulness as Faithfulness,
+    KnockOutOptions as KnockOutOptions,
+    measure_knock_outs as measure_knock_outs,
+)
 from .regeneration import Regeneration as Regeneration, regenerate as regenerate
 from .run import evaluate as evaluate
-from .summaries import (
+from .summary import (
     CurveSummary as CurveSummary,
     EdgeSummary as EdgeSummary,
     EvaluationSummary as EvaluationSummary,

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
-from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
+from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions
 from flowtracer_plugin.evaluation.scored_example import ScoredExample
 from flowtracer_plugin.evaluation.token_sets import Mask, Scores, top_and_bottom
 from flowtracer_plugin.trace.flow_trace import FlowTrace

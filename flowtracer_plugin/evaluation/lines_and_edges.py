@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from scipy.stats import spearmanr
 
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
-from flowtracer_plugin.evaluation.faithfulness import PERCENTS, KnockOutOptions
+from flowtracer_plugin.evaluation.ranked_tokens import PERCENTS, KnockOutOptions
 from flowtracer_plugin.evaluation.scored_example import ScoredExample
 from flowtracer_plugin.evaluation.token_sets import set_size
 from flowtracer_plugin.trace.flow_trace import FlowTrace

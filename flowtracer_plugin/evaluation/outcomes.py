@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flowtracer_plugin.evaluation.examples import Example
-from flowtracer_plugin.evaluation.summaries import EvaluationSummary, Measured, summarise_all
+from flowtracer_plugin.evaluation.summary import EvaluationSummary, Measured, summarise_all
 
 REASONS: Mapping[str, str] = MappingProxyType(
     {

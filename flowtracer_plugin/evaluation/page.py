@@ -7,7 +7,7 @@ from typing import Any
 
 from flowtracer_plugin.evaluation.examples import Example
 from flowtracer_plugin.evaluation.outcomes import Evaluation
-from flowtracer_plugin.evaluation.summaries import BASELINES, Interval, ScoreSummary
+from flowtracer_plugin.evaluation.summary import BASELINES, Interval, ScoreSummary
 from flowtracer_plugin.evaluation.tables import bottom_of, cell, counts, ranked, tables
 from flowtracer_plugin.report.display import shorten
 from flowtracer_plugin.report.pages.assets import render, write_html

@@ -9,8 +9,8 @@ from typing import Any
 
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
 from flowtracer_plugin.evaluation.curves import example_curves
-from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions, example_knock_outs
 from flowtracer_plugin.evaluation.lines_and_edges import example_edges, example_lines
+from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions, example_knock_outs
 from flowtracer_plugin.evaluation.regeneration import example_regeneration
 from flowtracer_plugin.evaluation.scored_example import ScoredExample
 from flowtracer_plugin.trace.flow_trace import FlowTrace

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
-from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
 from flowtracer_plugin.evaluation.knockout import hidden_edges
+from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions
 from flowtracer_plugin.evaluation.scored_example import ScoredExample
 from flowtracer_plugin.evaluation.token_sets import (
     ChosenSets,

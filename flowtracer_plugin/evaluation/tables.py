@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flowtracer_plugin.evaluation.outcomes import Evaluation
-from flowtracer_plugin.evaluation.summaries import EvaluationSummary, Interval, ScoreSummary
+from flowtracer_plugin.evaluation.summary import EvaluationSummary, Interval, ScoreSummary
 
 Cell = str | Interval | None
 

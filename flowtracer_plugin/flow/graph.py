@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxtyping import Bool, Float
 
-from flowtracer_plugin.flow.backends import backend_of
+from flowtracer_plugin.flow.dispatch import backend_of
 from flowtracer_plugin.flow.validation import check, read_mask, read_matrices
 
 

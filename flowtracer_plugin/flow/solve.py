@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from flowtracer_plugin.flow.arrays import dtype_name
-from flowtracer_plugin.flow.backends import backend_of, scale
+from flowtracer_plugin.flow.dispatch import backend_of, scale
 from flowtracer_plugin.flow.graph import FlowGraph
 from flowtracer_plugin.flow.substitution import product, solve
 from flowtracer_plugin.flow.validation import rows_without

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxtyping import Bool, Float
 
-from flowtracer_plugin.flow.backends import backend_of
+from flowtracer_plugin.flow.dispatch import backend_of
 
 BLOCK = 256
 """Rows of a stored matrix that are substituted at once. From 64 to 512 it makes no difference."""

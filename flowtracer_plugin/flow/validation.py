@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flowtracer_plugin.flow.arrays import dtype_name
-from flowtracer_plugin.flow.backends import backend_of
+from flowtracer_plugin.flow.dispatch import backend_of
 from flowtracer_plugin.flow.substitution import upper_sum
 
 

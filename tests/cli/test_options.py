@@ -16,7 +16,7 @@ from flowtracer_plugin.cli import commands as cli, options as cli_options, parsi
 from flowtracer_plugin.cli.mistakes import EXTRAS
 from flowtracer_plugin.evaluation import run as evaluation
 from flowtracer_plugin.evaluation.examples import load_examples
-from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
+from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions
 from flowtracer_plugin.options import CHOICES, PRESETS, flow_options
 from flowtracer_plugin.reading import runner as running
 from flowtracer_plugin.report.figures import figure

@@ -11,7 +11,7 @@ import pytest
 from flowtracer_plugin.evaluation import render_evaluation, write_evaluation
 from flowtracer_plugin.evaluation.examples import Example
 from flowtracer_plugin.evaluation.outcomes import Evaluation, Outcome, document
-from flowtracer_plugin.evaluation.summaries import Interval
+from flowtracer_plugin.evaluation.summary import Interval
 from flowtracer_plugin.evaluation.tables import cell, counts, tables
 from tests.pages import HOSTILE, Page
 

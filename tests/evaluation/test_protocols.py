@@ -6,10 +6,10 @@ import flowtracer_plugin as ft
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, read_text
 from flowtracer_plugin.evaluation import knockout
 from flowtracer_plugin.evaluation.curves import measure_curves
-from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions
 from flowtracer_plugin.evaluation.knockout import cut_edges, hidden_edges, knock_out
 from flowtracer_plugin.evaluation.lines_and_edges import knock_out_backbone, knock_out_lines
 from flowtracer_plugin.evaluation.protocols import measure
+from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions
 from flowtracer_plugin.evaluation.regeneration import regenerate
 from flowtracer_plugin.evaluation.scored_example import TooFewTokensError
 from flowtracer_plugin.model.cutting import cutting

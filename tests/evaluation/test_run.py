@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 
 from flowtracer_plugin.evaluation.examples import Example, load_examples
-from flowtracer_plugin.evaluation.faithfulness import KnockOutOptions, measure_knock_outs
-from flowtracer_plugin.evaluation.results_file import FORMAT, VERSION, evaluate_to_file
-from flowtracer_plugin.evaluation.run import evaluate
+from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions, measure_knock_outs
+from flowtracer_plugin.evaluation.run import FORMAT, VERSION, evaluate, evaluate_to_file
 from flowtracer_plugin.files import RecordFile
 from tests.evaluation.planted import planted_story, planted_text
 from tests.tiny import PROMPT, RESPONSE

@@ -23,9 +23,9 @@ from flowtracer_plugin.report.figures import figure as figures
 from flowtracer_plugin.report.figures.panels import FILLS, fit, text_width
 from flowtracer_plugin.report.figures.ribbon import spread
 from flowtracer_plugin.text.visible import visible
+from tests.made_traces import as_streamed, hostile_trace, make_trace
 from tests.pages import HOSTILE
 from tests.test_layout import ROOT
-from tests.traces import as_streamed, hostile_trace, make_trace
 
 STEPS = ("What is 3 < 4 & more?", "It is $7$ \\frac{", "so \\boxed{", "日本 🍎 مرحبا")
 

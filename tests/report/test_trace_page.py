@@ -14,8 +14,8 @@ from flowtracer_plugin.report.display import HEAT_SHARES, Piece, direction, perc
 from flowtracer_plugin.report.pages.trace_page_data import EDGES_PER_UNIT
 from flowtracer_plugin.report.terminal import render_trace
 from flowtracer_plugin.text.visible import visible
+from tests.made_traces import hostile_trace, make_trace
 from tests.pages import Page, assert_loads_nothing, assert_only_text
-from tests.traces import hostile_trace, make_trace
 
 WORDS = ("<s>", "What", " is", " 3", " +", " 4", "?", "\n", "It", " is", " 7", ".")
 

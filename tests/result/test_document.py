@@ -17,9 +17,9 @@ from flowtracer_plugin.flow import backbone
 from flowtracer_plugin.options import CHOICES, FlowOptions
 from flowtracer_plugin.result import document
 from flowtracer_plugin.text.spans import Region
+from tests.made_traces import as_streamed, hostile_trace, make_trace
 from tests.test_layout import ROOT
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
-from tests.traces import as_streamed, hostile_trace, make_trace
 
 SCHEMA = ft.json_schema()
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

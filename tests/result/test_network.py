@@ -12,9 +12,9 @@ import flowtracer_plugin as ft
 from flowtracer_plugin.flow.backbone import KEPT_EDGES
 from flowtracer_plugin.result.document import about
 from flowtracer_plugin.text.visible import visible
+from tests.made_traces import as_streamed, hostile_trace, make_trace
 from tests.pages import HOSTILE
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
-from tests.traces import as_streamed, hostile_trace, make_trace
 
 NAMESPACE = "{http://graphml.graphdrawing.org/xmlns}"
 

@@ -11,8 +11,8 @@ from pyarrow import parquet
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.result.document import about
+from tests.made_traces import as_streamed, hostile_trace, make_trace
 from tests.pages import HOSTILE
-from tests.traces import as_streamed, hostile_trace, make_trace
 
 TYPES = {
     "index": "int64",

@@ -7,12 +7,12 @@ from hypothesis import given, strategies as st
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, read_text
-from flowtracer_plugin.evaluation.faithfulness import (
+from flowtracer_plugin.evaluation.knockout import knock_out
+from flowtracer_plugin.evaluation.ranked_tokens import (
     KnockOutOptions,
     chosen_sets,
     measure_knock_outs,
 )
-from flowtracer_plugin.evaluation.knockout import knock_out
 from flowtracer_plugin.evaluation.scored_example import (
     ScoredExample,
     TooFewTokensError,

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from flowtracer_plugin.evaluation.summaries import (
+from flowtracer_plugin.evaluation.summary import (
     bootstrap_interval,
     summarise_all,
     summarise_knock_outs,

@@ -12,7 +12,7 @@ import torch
 
 import flowtracer_plugin as ft
 from flowtracer_plugin import report
-from flowtracer_plugin.cli import pages as cli_pages, tracing as cli_tracing
+from flowtracer_plugin.cli import report as cli_pages, tracing as cli_tracing
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from tests.cli.command_line import EVERYTHING, Ran, assert_failed, in_a_process
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
