@@ -1,1 +1,1 @@
-"""Side-by-side measurements; `make bench` runs them, `benchmarks/README.md` shows what came out."""
+"""Side-by-side measurements; `make bench` runs them, `benchmarks/README.md` shows the results."""

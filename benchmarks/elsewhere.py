@@ -1,4 +1,4 @@
-"""A way that runs in another Python, because its libraries do not fit the project's."""
+"""A way that runs in another Python environment, as its libraries conflict with the project's."""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ answer four. `flow` and `flow_numpy` start from the plain matrix each time, and 
   number once can be five times as fast.
 * `conditioned_sweep`: the formulas as the paper states them, with the answer-conditioned matrix.
 * `rollout`: attention rollout of four layers, (A + I) / 2 each: another quantity, which needs each
-  layer. Left out at 8192 tokens, where its three matrix products take half a minute.
+  layer. It is left out at 8192 tokens, where its three matrix products take half a minute.
 * `scipy_max_flow`, `networkx_max_flow`: a maximum flow from the question to the answer, with
   attention as capacity (in whole millionths for scipy), on a graph made before the clock starts.
-  Another quantity too. Left out beyond 2048 and 512 tokens, where they take seconds and minutes.
+  This is another quantity, too; it is left out beyond 2048 and 512 tokens (seconds and minutes).
 """
 
 from __future__ import annotations

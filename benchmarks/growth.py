@@ -98,7 +98,7 @@ def curves(rows: Sequence[Row], axis: str, measure: str) -> dict[str, Curve]:
 
 
 def exponents(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """By axis, measure and way; none for fewer than three sizes, or without a measurable rise."""
+    """Exponents by axis, measure and way; none for fewer than three sizes, or without a rise."""
     return {
         axis: {
             measure: {

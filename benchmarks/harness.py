@@ -17,8 +17,8 @@ and, where needed,
 `ways` leaves out a way that would take too long in a case. A way that needs more time or memory
 than there is raises `UnbearableError`, and the row's notes say so. Everything runs on one thread.
 Seconds: all ways of a case take turns in one process, so that other load hits all of them; after
-one run to warm up, the median of at least five. Memory: each way runs in its own process; counted
-is how far its second run rises above what the process held before, on the GPU if it uses one.
+one run to warm up, the median of at least five. Memory: each way runs in its own process; we
+count how far its second run rises above what the process held before, on the GPU if it uses one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ QUIET = {
     "PYTHONWARNINGS": "ignore",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-"""For processes that measure, which would repeat their messages for every way and case."""
+"""Silences the measuring processes, which would repeat their messages for every way and case."""
 
 Ways = Mapping[str, Callable[[], object]]
 Case = Mapping[str, Any]

@@ -20,7 +20,7 @@ _HEAD = """\
 
 **How it is measured.** Several ways to do the same thing run side by side, on one thread. Seconds:
 all ways take turns in one process, so that other load hits all of them; the median of the rounds
-after a run to warm up. Memory: each way runs in its own process; counted is how far its second run
+after a run to warm up. Memory: each way runs in its own process; we count how far its second run
 rises above what the process held before, on the GPU if it uses one, so weights and inputs are not
 included. Seconds depend on the machine. Targets are about ratios within one run, and a missed
 target is shown as missed.

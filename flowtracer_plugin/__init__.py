@@ -11,6 +11,10 @@ from flowtracer_plugin.moved import MovedModules
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __all__ += ["__version__"]
 sys.meta_path.append(MovedModules())
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -24,7 +23,7 @@ MOVED = {
     "cutting": ("model.cutting",),
     "document": ("result.document",),
     "evaluation_report": ("evaluation.outcomes",),
-    "faithfulness": ("evaluation.ranked_tokens",),
+    "faithfulness": ("evaluation.ranked_tokens", "evaluation.scored_example"),
     "graph": ("flow.graph",),
     "interception": ("reading.interface_backend",),
     "knockout": ("evaluation.knockout",),
@@ -54,23 +53,19 @@ class MovedModules(MetaPathFinder, Loader):
     """Imports an old path as a module with the names of the modules at the new paths."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Any, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec of an old path; None for any other path."""
         return ModuleSpec(fullname, self) if _old_path(fullname) in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill the module with a lookup in the new modules."""
+        """Fill the module with the names of its new modules."""
         homes = [f"{PACKAGE}.{home}" for home in MOVED[_old_path(module.__name__)]]
         warn(module.__name__, homes[0], level=3)
-
-        def find(name: str) -> Any:
-            for home in map(import_module, homes):
-                if hasattr(home, name):
-                    return getattr(home, name)
-            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-
-        module.__dict__["__getattr__"] = find
+        for home in reversed(homes):
+            held = vars(import_module(home))
+            # Not by __getattr__, since nnsight gives every object a method `save`.
+            vars(module).update({n: thing for n, thing in held.items() if not n.startswith("__")})
 
 
 def warn(old: str, new: str, level: int) -> None:

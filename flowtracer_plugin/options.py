@@ -25,8 +25,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 In "decision", flow ends at the rows whose logits choose the answer, and is injected in proportion
 to reach. "sharp" also chooses the heads that attend most from these rows to the reasoning, and
-weights edges by the length of the moved values: of all measured configurations, it is the one on
-whose top tokens answers depend most.
+weights edges by the length of the moved values. Among all measured configurations, answers depend
+most on the top tokens of "sharp".
 """
 
 
@@ -50,10 +50,10 @@ class FlowOptions:
         target: `"answer"`, the rows of the answer tokens, or `"decision"`, the rows of the tokens
             before them, whose logits choose them.
         question_weights: `"uniform"` injects flow in equal parts, `"reach"` in proportion to reach.
-        boundary: `"literal"`, or `"absorbing"`: flow ends at the first answer token it meets.
+        boundary: `"literal"`: flow passes answer tokens; `"absorbing"`: it ends at the first one.
         first_token: `"keep"`, or `"drop"`: the attention to the first token, a common attention
             sink, is divided among the other tokens in proportion.
-        heads: `"all"`; (layer, head) pairs; or a share such as 0.3 of the layers' heads, namely
+        heads: `"all"`; (layer, head) pairs; or a share such as 0.3 of the layers' heads, that is,
             those with the most attention from the target's rows to the response up to five tokens
             before the answer.
         edges: `"attention"`, or `"value"`: each head's attention times the length `‖W_O v‖` of the
@@ -106,7 +106,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "edges": ("attention", "value"),
     }
 )
-"""The values of the options that have a fixed set of them."""
+"""The allowed values of every option that has a fixed set of values."""
 
 
 def flow_options(preset: str = "paper", **chosen: Any) -> FlowOptions:

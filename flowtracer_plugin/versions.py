@@ -30,7 +30,7 @@ def fits(found: str, wanted: str) -> bool:
     """Whether the version `found` is among those that `wanted` allows.
 
     A build such as `2.13.0+cpu` counts as its release, and a development build as the release that
-    it precedes: below 5.25, one of 5.24.1 is allowed and one of 5.25.0 is not.
+    it precedes: `<5.25` allows a development build of 5.24.1, but not one of 5.25.0.
     """
     try:
         return SpecifierSet(wanted).contains(Version(found), prereleases=True)

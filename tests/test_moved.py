@@ -28,7 +28,7 @@ cutting: KnockOutError
 document: json_schema
 evaluation: evaluate Example Outcome
 evaluation_report: Evaluation
-faithfulness: Effect Faithfulness KnockOutOptions measure_knock_outs
+faithfulness: Effect Faithfulness KnockOutOptions measure_knock_outs TooFewTokensError
 flow: Flow solve_flow solve_graph
 graph: FlowGraph
 grpo: attach_flow_credit CreditOptions FlowCreditMixin FlowGRPOConfig FlowGRPOTrainer FlowReward
@@ -76,6 +76,10 @@ def test_a_public_name_is_found_by_its_old_path(module, monkeypatch):
         things = {name: getattr(found, name) for name in OLD[module].split()}
     said = [str(one.message) for one in caught if one.category is DeprecationWarning]
     assert bool(said) == (module in MOVED or bool(LEFT_REPORT & set(things)))
+    homes = MOVED.get(module, (module,))
+    new = [importlib.import_module(f"flowtracer_plugin.{home}") for home in homes]
+    for name in set(things) - LEFT_REPORT:
+        assert any(getattr(one, name, None) is things[name] for one in new), name
 
 
 def test_a_moved_module_is_the_new_one_and_says_where_that_is():

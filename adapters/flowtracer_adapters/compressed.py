@@ -16,10 +16,10 @@ from flowtracer_plugin.attention import AttentionAdapter, AttentionCall, Attenti
 
 @final
 class CompressedAdapter(AttentionAdapter):
-    """Divides the attention that a summary gets evenly among its tokens.
+    """Divides the attention to each summary evenly among the tokens that it stands for.
 
-    A summary is a gated mean over its tokens, with gates for each channel. So a token has no one
-    share for all channels, and equal shares need no assumption about the content.
+    A summary is a gated mean over its tokens, with gates for each channel. So a token has no
+    common share for all channels, and equal shares need no assumption about the content.
     """
 
     name: ClassVar[str] = "deepseek_v4"

@@ -45,7 +45,7 @@ class InterfaceAdapter(AttentionAdapter):
 def interface_sites(model: nn.Module) -> tuple[AttentionSite, ...]:
     """Every call of the attention interface between tokens of the text, in layer order."""
     found = [(p, m, name) for p, m in text_attention(model) if (name := _function(type(m)))]
-    # In a model with causal attention, the rest looks at an encoder's states or at an image.
+    # In a model with causal attention, all other modules attend to an encoder or to an image.
     causal = [entry for entry in found if getattr(entry[1], "is_causal", True)]
     paths: dict[nn.Module, str] = {}
     times, visits = Counter(module for _, module, _ in found), Counter[nn.Module]()

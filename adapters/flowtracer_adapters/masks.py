@@ -29,7 +29,7 @@ def visible_keys(
     raise NotImplementedError(
         "wanted an attention mask of shape [batch, head, query, key], found "
         f"{type(mask).__name__}{list(getattr(mask, 'shape', []))}: this attention implementation "
-        'keeps its mask to itself; load the model with attn_implementation="sdpa"'
+        'passes no mask tensor; load the model with attn_implementation="sdpa"'
     )
 
 

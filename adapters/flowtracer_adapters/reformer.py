@@ -89,7 +89,7 @@ def _heads(
 def _local_call(
     inner: Any, states: Float[Tensor, "batch token hidden"], shown: Bool[Tensor, "batch token"]
 ) -> AttentionCall:
-    """Attention to the own chunk and its neighbours."""
+    """Attention to a token's own chunk and to the neighbouring chunks."""
     tokens, length = states.shape[1], inner.chunk_length
     place = torch.arange(tokens, device=states.device)
     chunk = place // length if tokens > length else torch.zeros_like(place)

@@ -1,4 +1,4 @@
-"""How a module attends, as the source of its `forward` tells."""
+"""How a module attends, according to the source of its `forward`."""
 
 from __future__ import annotations
 

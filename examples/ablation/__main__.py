@@ -1,4 +1,4 @@
-"""Does flow credit train better than plain GRPO? A comparison that could say no.
+"""Does flow credit train better than plain GRPO? A comparison that could also show the opposite.
 
 make ablation
 

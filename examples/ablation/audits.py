@@ -50,7 +50,7 @@ def known(task: Task, plan: Plan, start: Path) -> dict[str, Any]:
 
 
 def accuracy(task: Task, start: Path, *, greedy: bool) -> float:
-    """The share of 512 problems that the policy solves from which all runs start."""
+    """The share of 512 problems that the common starting policy of all runs solves."""
     set_seed(SEED)
     rng = random.Random(SEED)
     problems = [task.draw(rng) for _ in range(ASKED)]

@@ -106,6 +106,6 @@ def settled(plan: Plan) -> dict[str, Any]:
 
 
 LEAST_ERRORS = 4.0
-"""A task is used if its oracle raises the cosine by at least so many standard errors ..."""
+"""A task is used if its oracle raises the cosine by at least this many standard errors ..."""
 LEAST_GAIN = 0.02
 """... and the mean reward over all steps by at least this in the runs of the gate."""

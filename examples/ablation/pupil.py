@@ -18,7 +18,7 @@ SEED = 20260610
 BATCH = 64
 LEARNING_RATE = 4e-3
 ANSWER_WEIGHT = 10.0
-"""For the answer's few tokens: copying them from the steps is learned last."""
+"""Weight of the answer's few tokens in the loss: copying them from the steps is learned last."""
 
 
 def tokenizer_of(task: Task) -> PreTrainedTokenizerFast:

@@ -66,7 +66,7 @@ class AttentionCall:
     Attributes:
         query: After positional rotation; `head` counts query heads.
         key: `group` divides `head`: consecutive query heads share a key head.
-        value: Like `key`; needed for the adapter's self-check and for value-weighted edges.
+        value: One for each key; the adapter's self-check and value-weighted edges need it.
         mask: `True` where a query sees a key, or numbers that are added to the scores. If `None`,
             queries see the keys up to their own position if `causal`, and all keys otherwise.
         scaling: Factor of the scores.
@@ -136,7 +136,7 @@ class AttentionAdapter(ABC):
         """All places where `model` attends from token to token, in the order of execution.
 
         Raises:
-            NoAttentionError: The model is known to have none.
+            NoAttentionError: The model is known to have no attention between tokens.
         """
 
     @abstractmethod
@@ -145,7 +145,7 @@ class AttentionAdapter(ABC):
     ) -> AttentionCall | AttentionWeights:
         """The attention call that `module` is about to make with these arguments.
 
-        Some models pad the text at its end; these queries and keys must be left out.
+        Some models pad the text at its end; leave out the queries and keys of that padding.
         """
 
 
@@ -181,12 +181,12 @@ _registered: list[AttentionAdapter] = []
 
 
 def register_adapter(adapter: AttentionAdapter) -> None:
-    """Make `adapter` known to this process, before all installed adapters.
+    """Register `adapter` for this process, ahead of all installed adapters.
 
     It replaces a registered adapter of the same name.
 
     Raises:
-        TypeError: It is not an adapter, or it is the class of one.
+        TypeError: `adapter` is not an adapter, or it is a class instead of an instance.
     """
     _made_here(adapter)
     _registered[:] = [adapter, *(known for known in _registered if known.name != adapter.name)]
@@ -221,7 +221,7 @@ def find_adapter(
     """The first adapter that matches `model`.
 
     Raises:
-        TypeError: One of `adapters` is not an adapter, or it is the class of one.
+        TypeError: One of `adapters` is not an adapter, or it is a class instead of an instance.
         UnsupportedArchitectureError: No adapter matches.
     """
     entries = adapter_entries() if adapters is None else tuple(map(_made_here, adapters))

@@ -40,9 +40,9 @@ def attention_to(
 
 
 def most_attentive(paid: Sequence[Float[Tensor, "batch _"]], share: float) -> Chosen:
-    """The `⌈share · n⌉` of all `n` heads that pay most; of equal heads, the earlier ones.
+    """The `⌈share · n⌉` of all `n` heads that pay the most attention; earlier heads win ties.
 
-    A text in which no head pays anything keeps all of its heads.
+    A text in which no head pays any attention keeps all its heads.
     """
     counts = [one.shape[1] for one in paid]
     among = torch.cat([one.cpu() for one in paid], dim=1)

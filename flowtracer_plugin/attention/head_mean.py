@@ -69,7 +69,7 @@ def weighed_mean_of_rows(
     heads: Int[Tensor, " chosen"] | None = None,
     keys: int | None = None,
 ) -> tuple[Float[Tensor, "batch rows seen"], Float[Tensor, "batch rows"]]:
-    """The same for each head's attention times `lengths`, and the rows' sums without `lengths`."""
+    """The mean of each head's attention times `lengths`, and the rows' sums without `lengths`."""
     call = _normalized(call)
     with torch.autocast(query_tensor(call).device.type, enabled=False):
         probabilities = row_probabilities(call, rows, heads, keys)
@@ -143,7 +143,7 @@ def token_probabilities(
 
 
 def _normalized(call: AttentionCall | AttentionWeights) -> AttentionCall | AttentionWeights:
-    """The call without its sinks if the keys get their share."""
+    """The call, without its sinks if the keys get the share of the sinks."""
     if isinstance(call, AttentionCall) and call.normalized:
         return replace(call, sinks=None)
     return call

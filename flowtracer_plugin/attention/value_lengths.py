@@ -101,7 +101,7 @@ def find_projections(
 
     Args:
         run: Runs the model on a short text without padding, and calls its argument at each site.
-        read: The call of a site from the arguments.
+        read: Returns the attention call of a site, given the arguments that it received.
         model: The model.
         sites: The places where it attends.
 

@@ -1,4 +1,4 @@
-"""Which way does a group's policy gradient point if every token has its own weight?"""
+"""The policy gradient of a group of completions in which every token has its own weight."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flowtracer_plugin.trace.memory import FLOAT, SPARE, TooLittleMemoryError, r
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class TokenProbabilities:
-    """How probable the policy finds the tokens of its completions; 0 at padding.
+    """The policy's log-probabilities and entropies at the tokens of completions; 0 at padding.
 
     Attributes:
         log_probs: Log-probability of each token, in nats, with the graph of the forward pass.
@@ -39,7 +39,7 @@ def named_parameters(model: nn.Module, pattern: str | None) -> dict[str, nn.Para
     """The trainable parameters whose names contain a match of the pattern; all by default.
 
     Raises:
-        ValueError: There is none.
+        ValueError: No parameter has such a name.
     """
     every = {name: one for name, one in model.named_parameters() if one.requires_grad}
     found = {name: one for name, one in every.items() if re.search(pattern or "", name)}
@@ -55,7 +55,7 @@ def check_memory(model: nn.Module, parameters: Sequence[nn.Parameter], *, vector
     """Refuse to hold this many gradients of the parameters if the free memory is too small.
 
     Raises:
-        TooLittleMemoryError: They do not fit.
+        TooLittleMemoryError: The gradients do not fit in the free memory.
     """
     wanted = vectors * FLOAT * sum(one.numel() for one in parameters)
     free = free_memory(input_device(model))

@@ -2,11 +2,11 @@
 
 A large batch of rollouts gives a reference: GRPO's own gradient. In small batches of other prompts,
 each score's weights tilt the gradient, and its cosine with the reference says whether they tilt it
-towards what many more rollouts would have said. Credit that tells signal from noise raises the
-cosine; credit that only makes steps larger leaves it as it is.
+towards the gradient of many more rollouts. Credit that tells signal from noise raises the
+cosine; credit that only makes steps larger leaves it unchanged.
 
 The gradient is linear in the weights, `g(1 + (gamma − 1) · boost) = g(1) + (gamma − 1) · g(boost)`,
-so one backward pass per scorer and batch serves every gamma, and the chosen tokens alone.
+so one backward pass per scorer and batch serves every gamma and also the chosen tokens alone.
 """
 
 from __future__ import annotations
@@ -132,9 +132,9 @@ def split_into_batches(groups: Sequence[Group], batches: int) -> list[list[Group
     parts = [[one for one in groups[start::batches] if one.has_signal] for start in range(batches)]
     if not (any(parts[0::2]) and any(parts[1::2])):
         raise NoSignalError(
-            f"of {len(groups)} prompts, none in one half got completions with different "
+            f"among {len(groups)} prompts, none in one half got completions with different "
             "rewards, so no token is any better than another; take more prompts or "
-            "completions, or ones that the model gets right sometimes"
+            "completions, or prompts that the model sometimes gets right"
         )
     return parts
 
@@ -287,7 +287,7 @@ class _Policy:
         return _GroupPass(group, ids, visible, probabilities, advantages)
 
     def _read(self, run: _GroupPass) -> ReadRollouts:
-        """A group as scorers need it."""
+        """The group as `ReadRollouts`, from which each scorer gets what it needs."""
         tracer, start = self.tracer, len(run.group.prompt_ids)
         masks = rollout_masks(
             tracer.require_tokenizer(), run.ids, run.visible, start, tracer.options, tracer.answer
@@ -310,7 +310,7 @@ _SUMS = 3 + len(CLASS_NAMES)
 
 
 class _Tokens:
-    """The entropy and the class of each completion token of a group, and whether it answers."""
+    """Entropy and class of each completion token of a group, and whether it is in the answer."""
 
     def __init__(
         self, tracer: FlowTracer, run: _GroupPass, answer: Bool[Tensor, "completion whole"]
@@ -324,7 +324,7 @@ class _Tokens:
             self._classes[row, : len(ids)] = token_classes(pieces)
 
     def sums(self, boost: Float[Tensor, "completion token"]) -> Float[np.ndarray, " sum"]:
-        """Sums of the boost: plain, times entropy, of the answers, and of each class."""
+        """Sums of the boost: of all tokens, times entropy, of answer tokens, and of each class."""
         weights = boost.cpu().double().numpy()
         by_class = [float(weights[self._classes == kind].sum()) for kind in range(len(CLASS_NAMES))]
         whole = [weights.sum(), (weights * self._entropies).sum(), weights[self._answer].sum()]

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from flowtracer_plugin.model.causal_lm import check_length, context_length, evaluating, input_device
+from flowtracer_plugin.moved import warn
 from flowtracer_plugin.text.encoding import Prompt
 
 Reward = Callable[..., Sequence[float | None]]
@@ -35,11 +36,11 @@ PLAIN: Mapping[str, float] = MappingProxyType(
         "no_repeat_ngram_size": 0,
     }
 )
-"""Settings that make `generate` draw from the policy itself. It would take any that is missing from
-the model's configuration, and so sample from another distribution than the audited one."""
+"""Settings that make `generate` draw from the policy itself. It takes missing settings from
+the model's configuration, and would then sample from another distribution than the audited one."""
 
 SMALLEST = 1e-4
-"""TRL adds this to the standard deviation before it divides by it."""
+"""TRL adds this number to the standard deviation of the rewards, then divides by the sum."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +69,12 @@ class Group:
     def has_signal(self) -> bool:
         """Whether the rewards differ; if they do not, no token is better than another."""
         return max(self.rewards) > min(self.rewards)
+
+    @property
+    def tells(self) -> bool:
+        """The old name of `has_signal`."""
+        warn("Group.tells", "Group.has_signal", level=3)
+        return self.has_signal
 
 
 def padded(
@@ -164,6 +171,6 @@ def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _until_end(ids: Sequence[int], ends: set[int]) -> tuple[int, ...]:
-    """The ids up to and with the first end token, which the policy chose like all others."""
+    """The ids up to and including the first end token, which the policy chose like all others."""
     stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
     return tuple(ids[:stop])

@@ -1,4 +1,4 @@
-"""What did an audit find? Cosines, their differences with errors, and what each scorer chose."""
+"""The summary of an audit: cosines, their differences with errors, and what each scorer chose."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ScorerAudit:
         over_one_hop: Its cosine minus that of `attention`, in the same way.
         signal: The chosen tokens' projection on the reference, as a share of that of all tokens.
             Shares of disjoint choices add up to 1; one can be above 1, or below 0.
-        noise: The size of the chosen tokens' gradient across the reference, as a share of that of
+        noise: Length of the chosen gradient orthogonal to the reference, as a share of that of
             all tokens. Where signal is above noise, the chosen tokens alone point closer to the
             reference than all tokens do. A gamma near 1 already helps where signal is above the
             square of noise, if the noise of the other tokens is independent.

@@ -1,4 +1,4 @@
-"""What does the summary of an audit say, in sentences, as a table and as one document?"""
+"""The summary of an audit in sentences, as a table and as one document."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def table(summary: AuditSummary) -> list[list[str]]:
 
 
 def verdict(summary: AuditSummary) -> Iterator[str]:
-    """The lines that say which scorers differ from uniform credit, by Holm over the scorers."""
+    """Lines that say which scorers differ from uniform credit, adjusted by Holm's method."""
     first = [one.differences[0] for one in summary.scorers]
     adjusted = holm([difference.chance for difference in first])
     differ = [one for one, p in zip(summary.scorers, adjusted, strict=True) if p < RARE]
@@ -63,7 +63,7 @@ def verdict(summary: AuditSummary) -> Iterator[str]:
     if better:
         yield f"closer to the reference than uniform credit: {', '.join(better)}"
     if worse:
-        yield f"further from it: {', '.join(worse)}"
+        yield f"further from the reference than uniform credit: {', '.join(worse)}"
     if not differ:
         yield "none can be told from uniform credit"
     yield (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from flowtracer_plugin.cli.loading import load_with_adapter
+from flowtracer_plugin.cli.loading import load_fitting, named_adapter
 from flowtracer_plugin.cli.options import (
     Adapter,
     AsJson,
@@ -85,7 +85,8 @@ def check(
 
     flowtracer adapters check Qwen/Qwen3-0.6B
     """
-    loaded, chosen = load_with_adapter(model, loading, adapter)
+    chosen = named_adapter(adapter)
+    loaded = load_fitting(model, loading, chosen)
     from flowtracer_plugin.reading.diagnosis import diagnose
     from flowtracer_plugin.reading.reader import AttentionReader
 

@@ -58,13 +58,13 @@ class RolloutOptions:
     max_new_tokens: MaxNewTokens = 256
     temperature: Annotated[float, _rollouts(min=0.01, help="Sampling temperature.")] = 1.0
     seed: Annotated[
-        int, _rollouts(min=0, help="Random seed of sampling, and of scorers that draw.")
+        int, _rollouts(min=0, help="Random seed for sampling, and for scorers that draw at random.")
     ] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CreditAuditOptions:
-    """What is compared."""
+    """Which ways to give credit are compared."""
 
     scorers: Annotated[str, SCORES] = SCORERS
     gamma: Annotated[float, _credit(min=0, help="Weight of the chosen tokens.")] = 1.5
@@ -155,7 +155,7 @@ def _print_verdict(summary: AuditSummary, groups: Sequence[Group]) -> None:
     for line in overview(summary, groups):
         typer.echo(line)
     heads, *rows = table(summary)
-    title = "What each scorer changes of that cosine (± standard error), and what it chooses"
+    title = "How each scorer changes that cosine (± standard error), and what it chooses"
     print_results(title, heads, rows, numbers="right")
     typer.echo()
     for line in verdict(summary):

@@ -1,4 +1,4 @@
-"""The command `flowtracer` with all its commands."""
+"""The command `flowtracer` with all its subcommands."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _root(
     pass
 
 
-# TRL's own parser reads the options: to list them here would take seconds to import TRL.
+# TRL's own parser reads the options; importing TRL only to list them here would take seconds.
 def train(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="--OPTION VALUE ...")] = None,
 ) -> None:

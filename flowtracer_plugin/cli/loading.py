@@ -1,4 +1,4 @@
-"""How does a command get its tokenizer, model and tracer? Mistakes end in one sentence."""
+"""How commands load a tokenizer, a model and a tracer; mistakes end in one sentence."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def load_model(
 def load_tracer(
     name: str, options: LoadingOptions, tokenizer: Any, *, adapter: str | None = None, **given: Any
 ) -> FlowTracer:
-    """A tracer of a model with its tokenizer; `given` goes to `wrap`.
+    """A tracer of a model; `given` goes to `wrap`, and without a tokenizer the model's is loaded.
 
     Raises:
         typer.BadParameter: There is no such device or adapter.
@@ -67,32 +67,39 @@ def load_tracer(
     """
     with waiting("importing PyTorch, transformers and nnsight"):
         from flowtracer_plugin.trace.tracer import wrap
-    wanted = "model and tokenizer"
-    model, chosen = load_with_adapter(name, options, adapter, wanted=wanted)
+    chosen = named_adapter(adapter)  # first of all, since nothing must be loaded for it
+    tokenizer = tokenizer or load_tokenizer(name, options)
+    model = load_fitting(name, options, chosen, wanted="model and tokenizer")
     return wrap(model, tokenizer, adapter=chosen, **given)
 
 
-def load_with_adapter(
-    name: str, options: LoadingOptions, adapter: str | None, **others: Any
-) -> tuple[Any, AttentionAdapter | None]:
-    """A model as by `load_model`, and the adapter of this name, which must fit it; None for None.
+def load_fitting(
+    name: str, options: LoadingOptions, adapter: AttentionAdapter | None, **others: Any
+) -> Any:
+    """A model as by `load_model`, which the adapter must fit, if there is one.
 
     Raises:
         UnsupportedArchitectureError: The adapter does not fit the model.
     """
     from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
 
-    chosen = None if adapter is None else _named_adapter(adapter)
     model = load_model(name, options, **others)
-    if chosen is not None and not chosen.matches(model):
+    if adapter is not None and not adapter.matches(model):
         raise UnsupportedArchitectureError(
-            f"the adapter {chosen.name!r} is not for {type(model).__name__}: its matches() says "
+            f"the adapter {adapter.name!r} is not for {type(model).__name__}: its matches() says "
             "no; leave --adapter out, or fix it"
         )
-    return model, chosen
+    return model
 
 
-def _named_adapter(name: str) -> AttentionAdapter:
+def named_adapter(name: str | None) -> AttentionAdapter | None:
+    """The adapter of this name; None for None.
+
+    Raises:
+        typer.BadParameter: There is none, or it cannot be used.
+    """
+    if name is None:
+        return None
     from flowtracer_plugin.attention.adapter import adapter_entries
 
     entries = adapter_entries()

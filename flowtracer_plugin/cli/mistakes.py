@@ -1,4 +1,4 @@
-"""How is an error told to a user? In one sentence that says what to do."""
+"""Messages that tell users of an error in one sentence and say what to do."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sentence(error: BaseException) -> str:
         return (
             "the memory is used up; trace a shorter text or fewer layers (--layers middle:2), with "
             "--mode streamed, --dtype bfloat16 or on another --device; flowtracer estimate shows "
-            "what a trace takes"
+            "how much memory it takes"
         )
     if type(error).__name__ == "AnswerNotFoundError":
         found, _, _ = said.rpartition("; say how to find it")

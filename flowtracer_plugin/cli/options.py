@@ -1,4 +1,4 @@
-"""Which options do several commands share? Their names and defaults are those of the Python API."""
+"""The options that several commands share, with the names and defaults of the Python API."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class ReadingOptions(LoadingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """What the model is asked."""
+    """The prompt, and how the model gets it."""
 
     prompt: Annotated[str, typer.Option(help="The prompt; - reads it from standard input.")]
     chat: Annotated[
@@ -211,9 +211,7 @@ class TracingOptions:
     ] = None
     edges: Annotated[
         Literal["attention", "value"] | None,
-        _tracing(
-            help="Edge weights: attention, or attention times the size of what each head moves."
-        ),
+        _tracing(help="Edge weights: attention, or attention times the length of the moved value."),
     ] = None
     adapter: Adapter = None
     backend: Backend = "nnsight"
@@ -223,13 +221,13 @@ class TracingOptions:
         _tracing(help="dense keeps the whole attention matrix, streamed computes it in blocks."),
     ] = "auto"
     verify: Annotated[
-        bool, _tracing(help="First check that what is read is what the model computes.")
+        bool, _tracing(help="First check that the attention read is what the model computes.")
     ] = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """Where a trace goes: to the methods `to_…` of `FlowTrace`."""
+    """The files that a trace is written to, by the methods `to_…` of `FlowTrace`."""
 
     json: AsJson = False
     html: PageFile = None
@@ -257,7 +255,7 @@ class OutputOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class NewTraceOptions(OutputOptions):
-    """Where a trace goes that is not on disk yet."""
+    """The files that a new trace is written to."""
 
     save: Annotated[
         Path | None, _file(help="Save the trace itself; flowtracer report reads it.")
@@ -294,7 +292,7 @@ class ResultOptions:
         typer.Option(
             dir_okay=False,
             callback=parsing.writable,
-            help="Write each result to this file once it is known; the same command continues.",
+            help="Write each result to this file once it is known; rerun to continue.",
         ),
     ] = None
     json: AsJson = False

@@ -1,4 +1,4 @@
-"""Where do results go? To files, then to the terminal or into one JSON document."""
+"""The output of results: to files, then to the terminal or into one JSON document."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def show(renderable: Any) -> None:
 
 
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[str | None]]) -> None:
-    """Print a table no wider than the terminal, or elsewhere as wide as its longest line."""
+    """Print a table no wider than the terminal; without one, as wide as its longest line."""
     from rich.console import Console
 
     kept, cells = list(heads), [[cell or "" for cell in row] for row in rows]
@@ -122,7 +122,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def _constants_above(heads: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """Print once, above a table that is too wide, what every row repeats; return the rest."""
+    """The columns that vary; what all rows share is printed once, above the table."""
     varied = [
         len({row[n] for row in rows}) > 1 or n in {0, len(heads) - 1} for n in range(len(heads))
     ]

@@ -1,4 +1,4 @@
-"""What does the text of an option mean? Whatever cannot be read raises typer.BadParameter."""
+"""Parsers for the texts of options; a text that cannot be read raises typer.BadParameter."""
 
 from __future__ import annotations
 

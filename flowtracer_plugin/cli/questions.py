@@ -1,4 +1,4 @@
-"""Which questions does a command go through, and how are they put to the model?"""
+"""The options that choose a command's questions, and how the model gets them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class DataOptions:
 def load_prompts(
     options: DataOptions, tokenizer: Any, limit: int | None, **others: Any
 ) -> Sequence[Example]:
-    """The questions; `others` go to `evaluation.examples.load_examples`."""
+    """The questions; `others` are passed to `evaluation.examples.load_examples`."""
     from flowtracer_plugin.evaluation.examples import load_examples
 
     return load_examples(

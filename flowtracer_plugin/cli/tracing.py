@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowtracer_plugin.cli.loading import load_model, load_tokenizer, load_tracer
+from flowtracer_plugin.cli.loading import load_model, load_tracer
 from flowtracer_plugin.cli.options import (
     AsJson,
     GenerationOptions,
@@ -153,7 +153,7 @@ def demo_model() -> Path:
 
 
 def _load_tracer(model: str, loading: LoadingOptions, tracing: TracingOptions) -> FlowTracer:
-    return load_tracer(model, loading, load_tokenizer(model, loading), **asdict(tracing))
+    return load_tracer(model, loading, None, **asdict(tracing))
 
 
 def _generated(

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 MOST_DEALS = 20_000
-"""Up to this many assignments of texts to sides, all are tried; else half as many at random."""
+"""If there are more assignments of texts to sides than this, half this many are drawn at random."""
 
 _BLOCK = 256
 
@@ -43,12 +43,12 @@ class Sides:
 
     @property
     def tried(self) -> int:
-        """The number of these ways from which a chance is computed."""
+        """The number of these ways that a p-value is computed from."""
         return self.deals if self.deals <= MOST_DEALS else MOST_DEALS // 2
 
     @property
     def lowest_chance(self) -> float:
-        """The lowest possible chance: the actual sides count, as does an equal mirror image."""
+        """The lowest possible p-value: the actual sides count, as does an equal mirror image."""
         mirrored = self.tried == self.deals and len(self.first) == len(self.second)
         return (2 if mirrored else 1) / self.tried
 
@@ -59,7 +59,7 @@ def first_identical(
     """For each text the number of the first text that is identical and has the same flow.
 
     Sampling returns some texts several times. Copies always fall on the same side, so counting them
-    would make the chance smaller than it is.
+    would make the p-value too small.
     """
     known: dict[Hashable, list[int]] = {}
     found = []
@@ -120,7 +120,7 @@ class Contrast:
 
 
 def compare_sides(values: Float[np.ndarray, "text thing"], sides: Sides | None) -> Contrast:
-    """The differences of `values`, with the chances of an exact, two-sided permutation test.
+    """The differences of `values`, with the p-values of an exact, two-sided permutation test.
 
     If there are more than `MOST_DEALS` assignments, a fixed sample of them is used, which includes
     the actual one (Phipson and Smyth 2010).

@@ -18,7 +18,7 @@ class Continuation:
     """The text that follows the shared beginning in some of the texts.
 
     Attributes:
-        text: The next text, as far as these texts agree; empty if they end.
+        text: The text that comes next in all of these texts; empty if they end.
         texts: The numbers of these texts.
     """
 
@@ -118,7 +118,7 @@ class Word:
 def least_texts(compared: int) -> int:
     """The number of compared texts that must have a word for it to be listed.
 
-    If there are many texts, there are very many words of only one, mostly by chance.
+    Many texts contain very many words that only one of them has, mostly by chance.
     """
     return 2 if compared > 2 else 1
 
@@ -129,7 +129,7 @@ def compare_words(
     counted: Sequence[Bool[np.ndarray, " _"]],
     sides: Sides | None,
 ) -> tuple[Word, ...]:
-    """The words that are in at least `least_texts` texts, by falling difference.
+    """The words that are in at least `least_texts` texts, the largest difference first.
 
     Args:
         pieces: For each text, the text of its tokens.

@@ -1,4 +1,4 @@
-"""Traces compared: from where right and wrong answers draw flow, and through which words."""
+"""Comparison of traces: from where right and wrong answers draw flow, and through which words."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def reach(rollouts: Rollouts) -> Features:
 def attention(rollouts: Rollouts) -> Features:
     """The mean attention that the target's rows pay to each token: the first hop of the flow.
 
-    As in the graph of the flow, no row pays to itself.
+    As in the graph of the flow, no token pays attention to itself.
     """
     return _completions(_hop(_target_row(rollouts), _edges(rollouts)), rollouts)
 
@@ -100,7 +100,7 @@ def rollout(rollouts: Rollouts) -> Features:
     """Attention rollout from the target's rows to each token (Abnar & Zuidema 2020).
 
     From the last layer to the first, `r ← ½ r + ½ r A` with the mean `A` over the layer's heads, in
-    which rows also pay to themselves (arXiv 2005.00928).
+    which tokens also attend to themselves (arXiv 2005.00928).
     """
     if not rollouts.calls:
         raise ValueError(_MISSING.format("calls"))

@@ -1,4 +1,4 @@
-"""One batch of rollouts with everything that scorers need of it, each part read at most once."""
+"""One batch of rollouts with everything that scorers need, each part read at most once."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ReadRollouts:
     """Rollouts of one batch, from which each scorer gets what it needs.
 
     Attributes:
-        tracer: Reads the model, in evaluation mode, unless `reading` holds a pass already.
+        tracer: Reads the model, in evaluation mode, unless `reading` is given.
         ids: Prompts and completions.
         visible: False on padding.
         prompt_length: Columns before the completions.
@@ -68,7 +68,7 @@ class ReadRollouts:
         oracle: Finds the tokens for the scorer `oracle`.
         seed: Seed of the scorers that draw.
         batch_size: Rows in one pass for the saliency; all by default.
-        reading: A forward pass over the tracer's layers that somebody else made.
+        reading: A forward pass over the tracer's layers that the caller has already made.
         graphs: Graphs that are known, by preset; None stands for the tracer's own options.
     """
 
@@ -91,7 +91,7 @@ class ReadRollouts:
             ValueError: The scorer `oracle` has no oracle.
         """
         needs, found = scorer.needs, self.plain
-        if scorer.graph or "heads" in needs:  # attention rollout reads no graph, but a target
+        if scorer.graph or "heads" in needs:  # attention rollout needs a target, not a graph
             graph = self.graph(scorer.preset, solved="flow" in needs)
             found = replace(found, target=graph.target)
         if scorer.graph:
@@ -114,7 +114,7 @@ class ReadRollouts:
 
     @cached_property
     def plain(self) -> Rollouts:
-        """The rollouts with nothing that would have to be read; every visible token competes."""
+        """The rollouts without anything read from the model; every visible token competes."""
         return Rollouts(
             ids=self.ids,
             visible=self.visible,
@@ -137,7 +137,7 @@ class ReadRollouts:
         )
 
     def graph(self, preset: str | None = None, *, solved: bool = True) -> Graph:
-        """The graph by the options of a preset, or without one by the tracer's options."""
+        """The graph with the options of a preset, by default with the tracer's own options."""
         options = self.tracer.options if preset is None else flow_options(preset)
         graph = self.graphs.get(preset) or self._graph(options)
         if solved and graph.throughput is None:

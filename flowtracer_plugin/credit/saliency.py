@@ -33,8 +33,8 @@ def answer_saliency(
 
     `log p` is the sum over the answer's tokens, each given all tokens before it (Li et al. 2016,
     arXiv 1506.01066). The product of the two lengths found more of the tokens that answers depend
-    on than the absolute product did. It takes a forward pass without dropout and a backward pass
-    that leaves the gradients of the parameters alone.
+    on than the absolute dot product. It takes a forward pass without dropout and a backward pass
+    that does not change the gradients of the parameters.
 
     Raises:
         UnsupportedArchitectureError: The model's parameters are spread over several processes.

@@ -110,7 +110,7 @@ def lowest(scorer: Scorer) -> Scorer:
     """
     if scorer.choose is not top:
         raise ValueError(
-            f"the scorer {scorer.name!r} chooses in a way of its own, and has no bottom"
+            f"the scorer {scorer.name!r} does not choose by the highest score, so it has no bottom"
         )
     return replace(scorer, choose=bottom)
 
@@ -216,10 +216,10 @@ _ALL = (
             formula="mean attention from 10 to 50 tokens ahead, global heads",
             source=f"{PREDECESSOR}, second strategy", cost=READS),
     _scorer("waad", measures.waad, "heads", layers="middle:5",
-            formula="step of the mean distance looked back, local heads",
+            formula="change of the mean distance that local heads look back",
             source=f"{PREDECESSOR}, first strategy", cost=READS),
     _scorer("coupled", measures.rhythm, "heads", layers="middle:5", choose=coupled,
-            formula="FAI, shared with what leads in", source=f"{PREDECESSOR}, third strategy",
+            formula="FAI, shared with introductory tokens", source=f"{PREDECESSOR}, third strategy",
             cost=READS),
     _scorer("grad_x_input", measures.grad_x_input, "saliency",
             formula="‖∂ log p(answer) / ∂x‖ · ‖x‖ at the embedding x",
@@ -234,7 +234,7 @@ _ALL = (
     _scorer("random", measures.random, formula="a draw", source="chance", cost=FREE),
     _scorer("shuffled", measures.flow_and_chance, "flow", choose=shuffled,
             formula="flow's choice, permuted within role and tenth",
-            source="control: where flow looks, but not at what", cost=FLOWS),
+            source="control: flow's roles and positions, random tokens", cost=FLOWS),
     _scorer("uniform", measures.nothing, formula="0", source="plain GRPO", cost=FREE),
 )  # fmt: skip
 SCORERS: Mapping[str, Scorer] = MappingProxyType({scorer.name: scorer for scorer in _ALL})
@@ -263,7 +263,7 @@ def _product(factors: tuple[Scorer, ...]) -> Scorer:
     name = "*".join(factor.name for factor in factors)
     own = [factor.name for factor in factors if factor.choose is not top]
     if own:
-        raise ValueError(f"{own[0]!r} chooses in a way of its own, and cannot be multiplied")
+        raise ValueError(f"{own[0]!r} does not choose by its score, and cannot be multiplied")
     attentive = [one for one in factors if one.needs & {"flow", "attention", "heads"}]
     layers = {one.layers for one in attentive} or {"middle"}
     presets = {one.preset for one in factors if one.graph} or {None}

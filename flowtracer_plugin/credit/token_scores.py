@@ -153,11 +153,11 @@ def recency(text: ScoredText) -> Scores:
 
 
 def _values(scorer: Scorer, rollouts: Rollouts) -> Scores:
-    """What the scorer measures; how it chooses, if it chooses by more than one number."""
+    """The scorer's measure; for `coupled` and `shuffled`, scores that give the same choice."""
     features = scorer.measure(rollouts)
     score = features[0]
     if scorer.choose is coupled:
-        tie = score / (score.max() + 1) / 2  # less than the boosts differ by
+        tie = score / (score.max() + 1) / 2  # smaller than any difference of boosts
         score = scorer.choose(features, rollouts, COUPLED_SHARE) + tie
     if scorer.choose is shuffled:
         answer = rollouts.answer[:, rollouts.prompt_length :]

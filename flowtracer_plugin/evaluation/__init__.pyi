@@ -7,7 +7,7 @@ from .lines_and_edges import (
     knock_out_backbone as knock_out_backbone,
     knock_out_lines as knock_out_lines,
 )
-from .outcomes import Evaluation as Evaluation, Outcome as Outcome
+from .outcomes import REASONS as REASONS, Evaluation as Evaluation, Outcome as Outcome
 from .page import render_evaluation as render_evaluation, write_evaluation as write_evaluation
 from .protocols import measure as measure
 from .ranked_tokens import (
@@ -18,6 +18,7 @@ from .ranked_tokens import (
 )
 from .regeneration import Regeneration as Regeneration, regenerate as regenerate
 from .run import evaluate as evaluate
+from .scored_example import TooFewTokensError as TooFewTokensError
 from .summary import (
     CurveSummary as CurveSummary,
     EdgeSummary as EdgeSummary,

@@ -1,8 +1,8 @@
-"""How fast does the answer fall as a score's top is deleted, and rise as it is inserted?
+"""How the answer's probability falls as a score's top is deleted, and rises as it is inserted.
 
-After RISE (Petsiuk et al. 2018): a score that knows what the answer depends on loses it early when
-its top is deleted first, and regains it early when its top is inserted first. Tokens are taken away
-by cutting attention to them, not by putting others in their place.
+After RISE (Petsiuk et al. 2018): if a score knows what the answer depends on, the probability falls
+early when its top is deleted first, and rises early when it is inserted first. Tokens are removed
+by cutting attention to them, not by replacing them with other tokens.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ STEPS = 10
 """Steps of a curve after its beginning."""
 
 MOST = 0.5
-"""Share of the candidates that is deleted: far beyond it every text is strange to the model."""
+"""Share of the candidates that is deleted; far beyond it, any text is out of distribution."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """How the answer falls and rises along the ranking of one score.
+    """How the answer's log-probability falls and rises along the ranking of one score.
 
     Both curves are log-probabilities of the answer, scaled so that the whole text has 1 and the
     text without any candidate 0, and clipped to that range.
@@ -37,8 +37,8 @@ class Curve:
     Attributes:
         score: Its name; `random` is the mean over random orders.
         shares: Shares of the candidates that are deleted, or inserted.
-        deletion: Height with the top deleted, at each share; what was lost once stays lost.
-        insertion: Height with nothing but the top, at each share; what was won once stays won.
+        deletion: Lowest height so far with the top deleted, at each share.
+        insertion: Highest height so far with nothing but the top, at each share.
         deletion_area: Mean height of the deletion curve: lower is better.
         insertion_area: Mean height of the insertion curve: higher is better.
     """
@@ -62,7 +62,7 @@ def measure_curves(
 ) -> tuple[Curve, ...]:
     """Deletion and insertion curves of every score, and of random orders, in one traced text.
 
-    From `options` the rows, the first of the gaps, the draws and the seed are used.
+    Only the rows, the first gap, the draws and the seed of `options` are used.
 
     Raises:
         TooFewTokensError: There are fewer than 10 candidates.
@@ -93,7 +93,7 @@ def example_curves(
     if lost <= 0:
         raise ValueError(
             f"the answer {example.trace.spans.answer_text!r} is no less likely without any of the "
-            f"{int(among.sum())} tokens before it: there is nothing to lose along a curve"
+            f"{int(among.sum())} tokens before it, so its curves would mean nothing"
         )
     shares = tuple((sizes / among.sum()).tolist())
     return tuple(

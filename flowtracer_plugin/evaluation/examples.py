@@ -25,7 +25,7 @@ class Example:
         row: Its number in the data.
         prompt: Text or chat messages.
         response: The text that is traced; None if the model is to answer.
-        answer: The right one, if it is known.
+        answer: The right answer, if it is known.
         columns: The other columns of the data, for reward functions.
     """
 
@@ -63,11 +63,11 @@ def load_examples(
         prompt_column: By default `prompt` or `question`.
         response_column: By default `response`, if there is one. The model answers rows without a
             response.
-        answer_column: By default `answer`, if there is one. Longer answers may end as a response
-            would, such as with `#### 72`.
+        answer_column: By default `answer`, if there is one. A longer answer may end like a
+            response, for example with `#### 72`.
         template: A key of `data_sets.TEMPLATES`, or a text with `{prompt}` in it.
         system: The system message that comes first.
-        chat: Whether texts become messages of a user.
+        chat: Whether texts become user messages.
 
     Raises:
         ValueError: There is no such file, data set or column, no row, or a row is damaged.

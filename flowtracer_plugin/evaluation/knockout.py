@@ -1,4 +1,4 @@
-"""How much does a model's answer lose when attention between tokens of the text is cut?"""
+"""How much less likely does an answer become when attention between tokens of its text is cut?"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROWS = ("answer", "future")
 """From which queries a token is hidden: those that predict the answer, or all later ones."""
 
 MOST_TOKENS = 2**14
-"""Tokens of one forward pass; more of them are no faster."""
+"""Number of tokens in one forward pass; larger passes are no faster."""
 
 SPARE = 0.5
 """Share of the free memory that a forward pass may take."""
@@ -136,11 +136,11 @@ class Baseline:
     """A text as the model reads it without a cut. It is read once, however many cuts follow.
 
     Attributes:
-        model: Without wrappers.
-        ids: On the model's device.
+        model: The model without wrappers.
+        ids: The token ids, on the model's device.
         answer: The answer's tokens.
         deciding: Numbers of the rows whose logits choose them.
-        continues: Whether the model continues a short cached text as it reads it whole.
+        continues: Whether the model computes the same from a short cached text as from the whole.
     """
 
     model: nn.Module
@@ -153,7 +153,7 @@ class Baseline:
     def read(
         cls, model: nn.Module, ids: Int[Tensor, " token"], answer: Bool[Tensor, " token"]
     ) -> Baseline:
-        """The text of a model.
+        """The text as the model reads it without a cut.
 
         Raises:
             KnockOutError: As for `knock_out`.
@@ -199,7 +199,7 @@ class Baseline:
     def cache(self) -> DynamicCache | None:
         """Keys and values of the text; None if a text of this length does not continue from them.
 
-        Positions, for example, may be scaled by the length of what is read at once.
+        For example, positions may be scaled by the number of tokens that are read at once.
         """
         start = int(self.deciding[0])
         if not self.continues or not start:
@@ -283,7 +283,7 @@ def _compare(
     chosen = wanted[None, :, None].expand(len(found), -1, 1)
     fell = plain.gather(-1, wanted[:, None])[:, 0] - found.gather(-1, chosen)[..., 0]
     flipped = (found.argmax(-1) != plain.argmax(-1)).any(-1).float()
-    # A word that cannot be said has a log-probability of minus infinity under every cut.
+    # A token that the model never chooses has a log-probability of minus infinity in every cut.
     divergence = (plain.exp() * (plain - found)).nan_to_num(0.0).sum(-1).mean(-1)
     return fell.mean(-1), flipped, divergence
 

@@ -26,11 +26,11 @@ class LineKnockOuts:
     """The effect of each line of a response on its answer, and how well scores predict it.
 
     Attributes:
-        lines: First and last-plus-one token of each line or sentence before the answer.
+        lines: Start and stop token of each line or sentence before the answer.
         drop: How far the answer's mean log-probability falls without it, in nats per token.
         by_sum: For each score, the rank correlation of the lines' summed scores with `drop`;
             None where one of the two is the same in all lines.
-        by_max: The same with the highest score in each line.
+        by_max: The rank correlation of the highest score in each line with `drop`.
     """
 
     lines: tuple[tuple[int, int], ...]
@@ -111,7 +111,7 @@ def knock_out_backbone(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> tuple[EdgeKnockOuts, ...]:
-    """The effect of cutting the edges with the most flow, and draws of others as heavy.
+    """The effect of cutting the edges with the most flow, and random others with as much attention.
 
     Edges between tokens of the response count, up to the row that chooses the last answer token.
     Edges to the prompt do not: among them are those to the first token, an attention sink, which
@@ -164,7 +164,7 @@ def example_edges(example: ScoredExample, options: KnockOutOptions) -> tuple[Edg
 
 
 def _lines(trace: FlowTrace) -> tuple[tuple[int, int], ...]:
-    """The lines of the response before the answer; the one that holds it is cut off there."""
+    """The lines of the response before the answer; a line that holds the answer ends before it."""
     first = int(trace.spans.answer.argmax())
     bounds = ((max(a, trace.spans.prompt_length), min(b, first)) for a, b in trace.outline.bounds)
     return tuple((start, stop) for start, stop in bounds if start < stop)

@@ -31,7 +31,7 @@ class Outcome:
     Attributes:
         row: Its number in the data.
         digest: The digest of its texts.
-        left_out: Why it does not count: a key of `REASONS`, or None.
+        left_out: Why the example does not count: a key of `REASONS`, or None.
         detail: The reason in words.
         measured: What `protocols.measure` found, as plain values.
         correct: Whether the answer is the right one, if that is known.
@@ -52,7 +52,7 @@ class Evaluation:
     Attributes:
         settings: All that the results depend on, as plain values.
         examples: The examples of the data.
-        outcomes: One for each example, in their order.
+        outcomes: The outcome of each example, in the order of the examples.
     """
 
     settings: Mapping[str, Any]
@@ -85,7 +85,7 @@ class Evaluation:
 
     @property
     def skipped(self) -> Mapping[str, tuple[int, str]]:
-        """By protocol, how often it could not be run, and why the first time."""
+        """For each protocol, in how many examples it could not be run, and the first reason."""
         found: dict[str, tuple[int, str]] = {}
         for one in self.outcomes:
             for name, measured in (one.measured or {}).items():

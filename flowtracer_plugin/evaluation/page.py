@@ -24,7 +24,7 @@ LINED = {"flow": "flow", BASELINES["one_hop"]: "hop", BASELINES["chance"]: "chan
 
 
 def write_evaluation(evaluation: Evaluation, path: str | Path) -> Path:
-    """The path, after `render_evaluation` was written to it, whole or not at all.
+    """The path of the page from `render_evaluation`, which is written completely or not at all.
 
     Raises:
         IsADirectoryError: `path` is a directory.

@@ -1,8 +1,8 @@
 """Does knocking out the tokens that a score ranks highest change the answer?
 
 Attention to a share of the response's tokens is cut: to those with the highest scores, to those
-with the lowest, and to random ones. A score that knows what the answer depends on costs it more
-with its top than random tokens do, and less with its bottom.
+with the lowest, and to random ones. If a score knows what the answer depends on, its top tokens
+cost the answer more than random tokens do, and its bottom tokens cost it less.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class KnockOutOptions:
         rows: Which tokens no longer see those that are knocked out: `"future"`, all later ones, or
             `"answer"`, those that predict the answer.
         percents: Shares of the candidates that are knocked out, rounded up to whole tokens.
-        gaps: How many tokens right before the answer are no candidates: they often are a template
-            such as "The answer is", whose loss hurts whatever the answer. Each gap is measured.
-        draws: Random sets of each control.
+        gaps: How many tokens right before the answer are not candidates: they often are a template
+            such as "The answer is", whose loss hurts any answer. Each gap is measured.
+        draws: Number of random sets for each control.
         matched: The score whose sets the controls `random_position` and `random_class` match.
         seed: Seed of the draws.
     """
@@ -76,7 +76,7 @@ class Effect:
     """The effect of knocking out one kind of set, for each of the percents; a mean over draws.
 
     Attributes:
-        gap: Tokens right before the answer that were no candidates.
+        gap: Number of tokens right before the answer that were not candidates.
         score: The score or control that chose the tokens.
         side: `"top"` or `"bottom"` of the score; `"top"` for controls.
         drop: How far the mean log-probability of the answer's tokens falls, in nats per token.
@@ -124,9 +124,9 @@ def measure_knock_outs(
 
     Args:
         tracer: The tracer that made the trace.
-        trace: With its attention, `wrap(..., mode="dense")`.
+        trace: A trace that holds its attention, as with `wrap(..., mode="dense")`.
         options: Which tokens are knocked out, and how.
-        scores: By name. A score is a function of `ScoredText` to one number for each token.
+        scores: The scores by name. A score maps a `ScoredText` to one number for each token.
         batch_size: Cuts in one forward pass; as many as memory allows by default.
 
     Raises:
@@ -168,7 +168,7 @@ def example_knock_outs(example: ScoredExample, options: KnockOutOptions) -> Fait
 def chosen_sets(
     example: ScoredExample, among: Mask, options: KnockOutOptions, gap: int
 ) -> list[ChosenSets]:
-    """The sets among the candidates of every score and control, for each percent in turn."""
+    """The candidates that each score and control chooses: one set for each percent."""
     counts = [set_size(int(among.sum()), percent) for percent in options.percents]
     sets = tops_and_bottoms(example.values, among, counts)
     order = ranking(example.values[options.matched], among)

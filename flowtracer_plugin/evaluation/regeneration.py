@@ -1,4 +1,4 @@
-"""Does the model come to another answer if it must continue without a score's top?
+"""Does the model come to another answer if it must continue without a score's top tokens?
 
 The paper's causal test: attention to a share of the tokens of a response is cut, and the model
 writes the rest again. The paper does not say where it cuts the response off; here it is after a
@@ -39,7 +39,7 @@ class Regeneration:
     Attributes:
         score: The score that chose the tokens, or `random`.
         side: `"top"` or `"bottom"`.
-        answers: One for each set of tokens; None where none was found.
+        answers: The answer without each set of tokens; None where no answer was found.
         changed: Share of the answers that differ from the one that the model gives with all tokens.
         reversed: Share of the answers that are right where that one is wrong, or wrong where it is
             right; None if the right answer is not known.
@@ -66,19 +66,19 @@ def regenerate(
 ) -> tuple[Regeneration, ...]:
     """The model's answers if it writes the rest of a response again without some tokens.
 
-    These are the top and the bottom of every score, and random ones. Decoding is greedy. Neither
+    The hidden tokens are a score's top or bottom, or random ones. Decoding is greedy. Neither
     new tokens nor later ones of the part that is kept can attend to them.
 
     Args:
         tracer: The tracer that made the trace; answers are found by its rule.
-        trace: With its attention, `wrap(..., mode="dense")`.
-        scores: By name.
+        trace: A trace that holds its attention, as with `wrap(..., mode="dense")`.
+        scores: The scores by name.
         right: The right answer, if it is known.
         percent: Share of the kept tokens that is knocked out.
         keep: Share of the response before the answer that is kept.
         draws: Number of random sets.
         seed: Seed of the draws.
-        max_new_tokens: Length of what is written again.
+        max_new_tokens: The most tokens that are written again.
 
     Raises:
         TooFewTokensError: Fewer than 10 tokens of the response are kept.
@@ -138,7 +138,7 @@ def _compared(
 def _answer_without(
     example: ScoredExample, stop: int, hidden: Mask, max_new_tokens: int
 ) -> str | None:
-    """The model's answer if it continues from `stop` and cannot see some tokens before."""
+    """The model's answer if it continues from `stop` and cannot see some tokens before it."""
     tracer, trace = example.tracer, example.trace
     tokenizer, kept = tracer.require_tokenizer(), trace.token_ids[:stop].tolist()
     tokens = torch.zeros(1, stop + max_new_tokens, dtype=torch.bool)

@@ -169,14 +169,14 @@ def evaluate_to_file(
 
     Args:
         evaluate: Measures the examples that are left.
-        examples: All of them.
+        examples: All examples.
         path: A new file, or one that an earlier run with the same settings wrote. Without a path
             nothing is written.
         settings: All that the results depend on, as `plain_settings`.
         progress: Show a bar.
 
     Raises:
-        ValueError: The file is something else, holds other settings, or holds an example of the
+        ValueError: The file has another format, holds other settings, or holds an example of the
             same row with other texts.
     """
     file = RecordFile(path, FORMAT, VERSION, settings)

@@ -1,4 +1,4 @@
-"""One traced text with its scores: what every protocol measures, and computed only once."""
+"""One traced text with its scores, which all protocols share and which are computed once."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class ScoredExample:
 
     Attributes:
         tracer: The tracer that made the trace.
-        trace: The text, with its attention: `wrap(..., mode="dense")`.
-        scores: By name. A score is a function of `ScoredText` to one number for each token.
+        trace: A trace that holds its attention, as with `wrap(..., mode="dense")`.
+        scores: The scores by name. A score maps a `ScoredText` to one number for each token.
         right: The right answer, if it is known.
         batch_size: Cuts in one forward pass; as many as memory allows by default.
     """
@@ -45,7 +45,7 @@ class ScoredExample:
 
     @cached_property
     def values(self) -> Mapping[str, Scores]:
-        """What each score gives the tokens.
+        """The value of every token by each score.
 
         Raises:
             ValueError: The trace was streamed, or a score is not finite.
@@ -59,7 +59,7 @@ class ScoredExample:
 
     @cached_property
     def baseline(self) -> Baseline:
-        """The text as the model reads it without a cut.
+        """The text as the model reads it without a cut, with a cache that all protocols use.
 
         Raises:
             KnockOutError: The model's attention cannot be cut.
@@ -68,7 +68,7 @@ class ScoredExample:
         return Baseline.read(self.tracer.model, torch.from_numpy(ids), torch.from_numpy(answer))
 
     def candidates(self, gap: int) -> Mask:
-        """The tokens that could be knocked out, as `candidate_tokens`."""
+        """The tokens that could be knocked out, by `candidate_tokens`."""
         special = sorted(special_ids(self.tracer.require_tokenizer()))
         return candidate_tokens(self.trace, np.isin(self.trace.token_ids, special), gap=gap)
 

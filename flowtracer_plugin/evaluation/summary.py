@@ -34,7 +34,7 @@ class Interval:
     """A mean over examples and its 95 % interval; a single example has none.
 
     Attributes:
-        mean: Over the examples.
+        mean: Mean over the examples.
         low: Lower end.
         high: Upper end.
     """
@@ -53,7 +53,7 @@ class ScoreSummary:
     """The effect of knocking out the top or the bottom of one score, over examples.
 
     Attributes:
-        gap: Tokens right before the answer that were no candidates.
+        gap: Number of tokens right before the answer that were not candidates.
         score: The name of the score or control.
         side: `"top"` or `"bottom"`.
         drop: How far the mean log-probability of the answer's tokens falls, for each of the
@@ -78,7 +78,7 @@ class ScoreSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurveSummary:
-    """Areas under the curves of one score: deletion lower, insertion higher is better.
+    """Areas under the curves of one score; lower is better for deletion, higher for insertion.
 
     Attributes:
         score: Its name; `random` is the mean over random orders.
@@ -103,8 +103,8 @@ class LineSummary:
 
     Attributes:
         score: Its name.
-        by_sum: With the lines' summed scores.
-        by_max: With the highest score of each line.
+        by_sum: The correlation with the lines' summed scores.
+        by_max: The correlation with the highest score of each line.
         over_one_hop: `by_sum` minus that of one hop of attention.
     """
 
@@ -121,7 +121,7 @@ class EdgeSummary:
     Attributes:
         percent: Share of the edges that was cut.
         backbone: Drop of the answer's mean log-probability, in nats per token.
-        others: The same for the other edges.
+        others: The same drop for the other edges.
         over_others: The difference, in the same examples.
     """
 
@@ -285,10 +285,10 @@ def _summaries(
 
     Args:
         kind: The summary's class.
-        examples: All of them with the same records.
+        examples: The findings of all examples, each with the same records.
         keys: The fields that tell records apart.
-        columns: By the summary's field, the values whose mean it holds; None if they are unknown.
-        over: By the summary's field, the values whose difference from a baseline it holds.
+        columns: For each field of the summary, the values to average; None if they are unknown.
+        over: For each field that holds a difference from a baseline, the differing values.
         interval: Computes a mean and its interval.
     """
     rows, *others = [[{key: one[key] for key in keys} for one in records] for records in examples]

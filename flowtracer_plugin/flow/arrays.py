@@ -18,7 +18,7 @@ class Backend(NamedTuple):
 
     Attributes:
         xp: The module, numpy or torch, of the masks and of everything with one number per token.
-        read: A matrix as float32 or float64, off the autograd tape, in the module's normal form.
+        read: A matrix as float32 or float64, detached from autograd, in the module's normal form.
         extremes: The smallest and the largest number of a dense array that is not empty.
         mask: A list or array as an array of `xp`, on the device of the given matrix.
         solve: The solution of `(I + S) x = rhs` for a strictly lower `S` of this kind, or with

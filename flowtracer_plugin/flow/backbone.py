@@ -79,7 +79,7 @@ class Outline:
 
     Attributes:
         prompt_length: Tokens before the response.
-        bounds: First and last-plus-one token of every step.
+        bounds: Start and stop token of every step; the stop token is excluded.
     """
 
     prompt_length: int
@@ -117,7 +117,7 @@ class Backbone:
         targets: The strongest edges out of each token.
         paths: The likeliest paths from the question to the answer, the likeliest first.
         steps: `steps[later, earlier]` is the flow from one step to another; the diagonal is 0.
-        bins: The same between the bins that begin at `bin_starts`.
+        bins: The flow from one bin to another; the bins begin at `bin_starts`.
     """
 
     question_reached: int
@@ -200,7 +200,7 @@ def _descending_flows(
         if len(known | {later, earlier}) <= max_steps:
             known |= {later, earlier}
             yield earlier, later, float(edges[later, earlier])
-    # In a long text, millions of the other flows need another step: they are filtered at once.
+    # In a long text, millions of the other flows need one more step: filter them in one operation.
     inside = np.isin(np.unravel_index(order, edges.shape), list(known)).all(0)
     for place in order[inside].tolist():
         later, earlier = divmod(place, len(edges))
@@ -219,7 +219,7 @@ def outline(pieces: Sequence[str], prompt_length: int) -> Outline:
 
 
 def step_bounds(pieces: Sequence[str], prompt_length: int) -> tuple[tuple[int, int], ...]:
-    """First and last-plus-one token of every step; prompt and response never share a step.
+    """Start and stop token of every step; prompt and response never share a step.
 
     In a text with more than `MAX_STEPS`, neighbours are merged, because the flow between all pairs
     of steps has to fit in memory.

@@ -52,7 +52,7 @@ class FlowGraph:
                 rows need not sum to one. Half precision becomes float32, integers become float64.
                 A batch of sparse graphs is a list.
             question: Booleans, or 0 and 1, of shape `[token]` or `[batch, token]`.
-            answer: The same for the answer.
+            answer: The tokens of the answer, in the same form.
 
         Raises:
             TypeError: Attention or masks are of a kind or dtype that cannot be read.

@@ -1,4 +1,4 @@
-"""The likeliest paths from the question to the answer, from blocks of rows, the last one first."""
+"""The likeliest paths from the question to the answer, found in blocks from last to first."""
 
 from __future__ import annotations
 

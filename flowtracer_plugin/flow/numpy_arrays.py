@@ -20,7 +20,7 @@ def read(attention: np.ndarray) -> Float[np.ndarray, "..."]:
 
 
 def extremes(values: np.ndarray) -> tuple[Any, Any]:
-    """The smallest and the largest number, by parts that are still in cache for the second."""
+    """The smallest and the largest number; each part is still in cache for the second search."""
     rows = np.atleast_2d(values)
     parts = [rows[..., start : start + 32, :] for start in range(0, rows.shape[-2], 32)]
     found = np.array([(part.min(), part.max()) for part in parts])

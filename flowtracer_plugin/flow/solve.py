@@ -233,7 +233,7 @@ def solve_nodes(
     """Reach, solved from the end of the text, then potential, solved from its beginning.
 
     `solve` is called like `substitution.solve`, without the matrix. If no question token reaches
-    the answer, the graph carries no flow with `zero`, and an error is raised without.
+    the answer, the graph carries no flow if `zero` is set; otherwise an error is raised.
     """
     xp = backend_of(answer).xp
     unit = unit_of(xp.finfo(dtype))

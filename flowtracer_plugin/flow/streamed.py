@@ -45,9 +45,9 @@ def stream_flow(
     """Reach, throughput and backbone, as numpy arrays; nothing checks that `rows` are attention.
 
     Args:
-        rows: Blocks of the attention, on the device of the masks; each is asked for twice.
-        question: Where the unit is injected.
-        target: Where it ends.
+        rows: Blocks of the attention, on the device of the masks; each is read twice.
+        question: The tokens at which the unit is injected.
+        target: The tokens at which the flow ends.
         outline: The parts of the text for which the backbone sums the flow.
         dtype: Dtype of the rows.
         question_weights: As for `solve_flow`.
@@ -60,7 +60,7 @@ def stream_flow(
         ValueError: No question token reaches the target.
         FloatingPointError: As for `solve_flow`.
     """
-    # No flow passes the last target, so these rows are never asked for.
+    # No flow passes the last target, so these rows are never read.
     length = int(target.nonzero().max()) + 1
     total, question, target = len(target), question[:length], target[:length]
     passing = passing_tokens(target, boundary)
@@ -104,7 +104,7 @@ def stream_stored(
 ) -> Backbone:
     """The backbone of attention that is in memory; `options` are those of `stream_flow`."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor written to
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # only read
         matrix, inject, end = map(torch.from_numpy, (attention, question, target))
     return stream_flow(stored(matrix), inject, end, outline, dtype=matrix.dtype, **options)[1]
 
@@ -197,7 +197,7 @@ class _EdgeSums:
         self._targets = like.new_zeros(length, kept), own.clone()
         self._steps = _PartSums([start for start, _ in outline.bounds], total, like)
         self._bins = _PartSums(bin_starts(total, self._prompt).tolist(), total, like)
-        # Summing over tokens takes long, so it is done once, between all starts of both.
+        # Summing over tokens takes long: sum once between all starts of steps and of bins.
         cuts = sorted({*self._steps.starts, *self._bins.starts})
         self._part = _numbers(cuts, total, like.device)
         self._parts = torch.tensor(cuts, device=like.device)

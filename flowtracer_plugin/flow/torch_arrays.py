@@ -17,7 +17,7 @@ BLOCK = 256
 
 
 def read(attention: Tensor) -> Tensor:
-    """The attention as floats, off the autograd tape."""
+    """The attention as floats, detached from autograd."""
     return attention.detach().to(getattr(torch, working_dtype(attention)))
 
 
@@ -59,7 +59,7 @@ def sparsify(edges: Float[Tensor, "query key"]) -> Tensor:
 
 
 def read_csr(attention: Tensor) -> Tensor:
-    """The attention as floats, off the autograd tape, after torch has checked its own layout."""
+    """The attention as floats, detached from autograd, after torch has checked its own layout."""
     if attention.ndim != 2:
         raise ValueError(
             f"a sparse CSR tensor must hold one graph, got shape {tuple(attention.shape)}; "
@@ -125,7 +125,7 @@ def _diagonal_block(
 
 
 def densify(edges: Tensor) -> Tensor:
-    """The graph as a dense tensor; on the host by scipy, six times as fast as by torch."""
+    """The graph as a dense tensor; on the host, scipy makes it six times as fast as torch."""
     if edges.device.type != "cpu":
         return edges.to_dense()
     from scipy.sparse import csr_array

@@ -156,10 +156,10 @@ def _untouched(trainer: Any) -> Iterator[None]:
 
 
 def find_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a trainer, also if its processor handles images too.
+    """The tokenizer of a trainer, even if the trainer's processor also handles images.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The trainer has no tokenizer.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):

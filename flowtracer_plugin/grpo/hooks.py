@@ -1,7 +1,7 @@
 """The credit of a trainer's rollouts: methods that wrap those of `GRPOTrainer`.
 
 TRL's `_compute_loss` runs the model before it uses the advantages, so the attention can be read in
-the pass that trains. If TRL scores the rollouts in a pass before, the attention is read there.
+the pass that trains. If TRL first scores the rollouts in a pass of its own, it is read there.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class FlowCredit:
         )
 
     def generation(self, generate: Callable[[Any], dict[str, Any]], inputs: Any) -> dict[str, Any]:
-        """Wrap `_generate_and_score_completions`; weigh here what is read before the training."""
+        """Wrap `_generate_and_score_completions`; weigh rollouts that are read before training."""
         if not self._trainer.model.training:
             rollouts = generate(inputs)
             self._log.blank(len(rollouts["advantages"]))
@@ -243,7 +243,7 @@ class FlowCredit:
     def _attempted(
         self, work: Callable[[], Scored], excused: Callable[[], bool] = lambda: True
     ) -> Scored | Exception:
-        """The result of `work`, or its error if that may cost one batch only."""
+        """The result of `work`, or its error if `on_error` gives such a batch plain credit."""
         try:
             return work()
         except Exception as error:
@@ -278,7 +278,7 @@ class FlowCredit:
         return replace(found, boost=boost, seconds=found.seconds + perf_counter() - started)
 
     def _signed(self, per_token: Float[Tensor, " batch #completion"]) -> Bool[Tensor, "..."]:
-        """True where the sign of the advantage is one to reweight."""
+        """True where advantages of this sign are reweighted."""
         if self.options.sign == "both":
             return torch.ones_like(per_token, dtype=torch.bool)
         return per_token > 0 if self.options.sign == "positive" else per_token < 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ class CreditOptions:
     page_limit_mb: float = 50.0
 
     def __post_init__(self) -> None:
-        """Refuse values that no option can have; `wrap` checks the numbers of layers."""
+        """Refuse values that an option cannot have; `wrap` checks the numbers of layers."""
         if not 0 <= self.top_fraction <= 1:
             raise ValueError(
                 f"flow credit: top_fraction must be between 0 and 1, got {self.top_fraction!r}"
@@ -123,7 +124,7 @@ def documented(doc: str | None, name: str, default: Any) -> Any:
 
     Inside a class body `__doc__` is the docstring of the class, so that no help is written twice.
     """
-    text = (doc or "").partition(f"        {name} (")[2].partition("):\n")[2]
-    text = re.split(r"\n {8}\w+ \(", text)[0]
+    text = inspect.cleandoc(doc or "").partition(f"    {name} (")[2].partition("):\n")[2]
+    text = re.split(r"\n {4}\w+ \(", text)[0]
     words = " ".join(text.translate({ord(mark): None for mark in '`"'}).split())
     return field(default=default, metadata={"help": words})

@@ -32,13 +32,13 @@ class Scored:
 
     Attributes:
         rollouts: As the scorer sees them when it chooses; every visible token competes.
-        features: What the scorer chooses by.
+        features: The scores by which the scorer chooses.
         jump: Share of each row's flow that goes from the prompt straight to the target; NaN where
             no flow was solved.
         answers: The answer that was found in each row, or None.
         replaced: Number of rows in which the last token stands in for an answer.
         seconds: Time this took beside the forward passes that were made anyway.
-        boost: What the scorer chose, once it has chosen.
+        boost: The boost that the scorer chose; None before its choice.
     """
 
     rollouts: Rollouts
@@ -55,7 +55,7 @@ class RolloutScorer:
 
     Args:
         tracer: Reads the model, by the options of the scorer's preset.
-        scorer: Says what the scores mean.
+        scorer: Measures the tokens and chooses among them.
         last: Whether the last token stands in for an answer where none is found.
         seed: Seed of scorers that draw.
         oracle: Finds the tokens for the scorer `oracle`.
@@ -72,7 +72,7 @@ class RolloutScorer:
     ) -> None:
         self.tracer, self.scorer = tracer, scorer
         self._last, self._seed, self._oracle = last, seed, oracle
-        # The tracer follows the preset already, and options that go before it.
+        # The tracer already follows the preset, and the options that override it.
         self._parts = [replace(part, preset=None) for part in scorer.parts]
 
     @property
@@ -105,8 +105,9 @@ class RolloutScorer:
             late = reader.listen(call, visible, layers, take, batch_size=batch_size, **self._kept)
         else:
             late = call()
+        started = perf_counter()
         scored = self._scored(batch, replaced, parts, late)
-        return replace(scored, seconds=before + scored.seconds)
+        return replace(scored, seconds=before + scored.seconds + perf_counter() - started)
 
     def read(
         self,
@@ -140,17 +141,17 @@ class RolloutScorer:
 
     @property
     def _kept(self) -> Mapping[str, Any]:
-        """What a reading must bring."""
+        """The parts that a reading must hold."""
         options = self.tracer.options
         heads = "heads" in self.scorer.needs or not options.plain
         value = options.edges == "value"
         return {"keep": heads, "by_value": value, "average": options.plain}
 
     def prepare(self) -> None:
-        """Run the model as often as needed before a pass is listened to.
+        """Make the forward passes that are needed before the pass that is read.
 
         Raises:
-            UnsupportedArchitectureError: Its values cannot be weighed, or it is sharded and the
+            UnsupportedArchitectureError: Values cannot be weighed, or the model is sharded and the
                 scorer needs passes of its own.
         """
         if "saliency" in self.scorer.needs:
@@ -181,7 +182,7 @@ class RolloutScorer:
             batch_size=batch_size,
         )
         if "saliency" in self.scorer.needs:
-            batch.saliency  # noqa: B018 - its own passes come before the one that is listened to
+            batch.saliency  # noqa: B018 - its own passes must come before the one that is read
         return batch, 0 if finder is None else finder.fallbacks
 
     @torch.no_grad()
@@ -203,7 +204,7 @@ class RolloutScorer:
     def _scored(
         self, batch: ReadRollouts, replaced: int, parts: Sequence[_Part], late: Late | None
     ) -> Scored:
-        """All rows with all measures. The maps of attention are gone by now."""
+        """All rows with all measures. The attention maps have been freed before."""
         flows = [part.throughput for part in parts if part.throughput is not None]
         jumps = [part.jump for part in parts if part.jump is not None]
         unsolved = torch.full_like(batch.ids[:, 0], torch.nan, dtype=torch.float32)

@@ -74,16 +74,19 @@ class FlowGRPOConfig(GRPOConfig):
             What to do with a completion without an answer: give its tokens weight 1 (`"uniform"`),
             raise an error (`"raise"`), or take its last token as the answer (`"last"`).
         flow_scorer (`str`, *optional*, defaults to `"flow"`):
-            Score by which tokens are chosen: `"flow"` is FlowTracer; `"waad"`, `"fai"` and
-            `"coupled"` are those of its predecessor (arXiv 2510.13554); `"attention"` is the
-            attention that the answer pays to a token; `"entropy"` is the policy's entropy;
-            `"random"` is chance. `"shuffled"` permutes flow's choice among tokens of the same role
-            and position: if it trains as well as `"flow"`, flow is not what helps. `"uniform"` is
-            plain GRPO. `"flow:sharp"` and `"flow:decision"` make the graph by another preset, and
-            `"flow*entropy"` multiplies two scores. `docs/credit.md` lists all scores.
+            Score by which tokens are chosen: `"flow"` is FlowTracer; `"reach"` is the influence on
+            the answer; `"waad"`, `"fai"` and `"coupled"` are those of its predecessor (arXiv
+            2510.13554); `"attention"`, `"attention_power"` and `"rollout"` are the answer's
+            attention in one hop, in two hops and through all layers; `"grad_x_input"` is a
+            gradient; `"entropy"` and `"surprisal"` are those of the policy; `"oracle"` is a
+            pattern; `"random"` is chance. `"shuffled"` permutes flow's choice among tokens of the
+            same role and position: if it trains as well as `"flow"`, flow is not what helps.
+            `"uniform"` is plain GRPO. `"flow:sharp"` and `"flow:decision"` make the graph by
+            another preset, and `"flow*entropy"` multiplies two scores. `docs/credit.md` describes
+            all scores.
         flow_side (`str`, *optional*, defaults to `"top"`):
-            `"top"` chooses the tokens with the highest scores, `"bottom"`, a control, as many with
-            the lowest.
+            `"top"` chooses the tokens with the highest scores; `"bottom"`, a control, as many with
+            the lowest scores.
         flow_oracle (`str`, *optional*):
             For `flow_scorer="oracle"`: a pattern whose matches in a completion, or whose groups if
             it has any, are the tokens that matter. Pass a function to [`attach_flow_credit`]
@@ -173,7 +176,7 @@ class FlowCreditMixin:
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
         compute = super()._compute_loss  # type: ignore[misc]
-        if "_flow_credit" not in vars(self):  # FlowCredit tries the loss while it is made
+        if "_flow_credit" not in vars(self):  # FlowCredit tests the loss in __init__
             return compute(model, inputs)
         return self._flow_credit.loss(compute, model, inputs)
 

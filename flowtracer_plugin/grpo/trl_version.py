@@ -21,7 +21,7 @@ def check_trl() -> None:
         installed = version("trl")
     except PackageNotFoundError:
         raise ModuleNotFoundError(
-            f"flowtracer_plugin.grpo.trainer needs TRL; {INSTALL}", name="trl"
+            f"flowtracer_plugin.grpo needs TRL; {INSTALL}", name="trl"
         ) from None
     if not fits(installed, WANTED):
         raise ImportError(f"flow credit needs trl{WANTED}, and {installed} is installed; {INSTALL}")

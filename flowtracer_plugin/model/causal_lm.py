@@ -70,7 +70,7 @@ def first_output(output: Any) -> Tensor:
 
 
 def accepted_inputs(model: nn.Module) -> frozenset[str]:
-    """Names of the arguments that the model takes, or the model inside a wrapper that takes all."""
+    """The arguments that the model takes; a wrapper that takes any has those of its inner model."""
     for forward in (model.forward, language_model(model).forward):
         parameters = inspect.signature(forward).parameters
         if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):

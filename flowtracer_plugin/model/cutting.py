@@ -45,15 +45,15 @@ Edges = Bool[Tensor, "cut query key"]
 
 
 class KnockOutError(RuntimeError):
-    """Cutting attention does not keep a model's tokens apart."""
+    """Cutting attention does not stop information from reaching a model's later tokens."""
 
 
 @contextmanager
 def cutting(removed: Edges) -> Iterator[None]:
     """Remove edges from the attention of models that this thread runs inside the `with` block.
 
-    Row `n` of a batch loses the edges of cut `n`. If the text grows, there must be as many queries
-    and keys as it has tokens in the end. Edges from a token to itself stay.
+    Row `n` of a batch loses the edges of cut `n`. If the text grows, `removed` must have as many
+    queries and keys as the text has tokens in the end. Edges from a token to itself stay.
     """
     table = ALL_MASK_ATTENTION_FUNCTIONS
     with _turn, ExitStack() as entries:
@@ -138,14 +138,14 @@ _checked: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
 def check_model(model: nn.Module) -> bool:
-    """Whether a model continues a cached text as it reads the whole; refuse it if cuts fail.
+    """Whether a cached text gives the same logits as the whole; refuse the model if cuts fail.
 
     A short text is read twice, the second time with another token in its middle. When attention to
     this token is cut, no later token may notice; a cut of nothing must change nothing. Each model
     is checked once.
 
     Raises:
-        KnockOutError: Its attention cannot be cut.
+        KnockOutError: The model's attention cannot be cut.
     """
     model = unwrapped(model)
     known = _checked.setdefault(model, {})
@@ -200,7 +200,7 @@ def _continues(
 ) -> bool:
     if not {"past_key_values", "use_cache"} <= accepted_inputs(model):
         return False
-    # Models with their own kinds of cache keep more than keys and values, or share them in layers.
+    # Models with caches of their own keep more than keys and values, or share them between layers.
     own = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
     if not isinstance(own, DynamicCache) or {type(layer) for layer in own.layers} - _PLAIN:
         return False

@@ -77,7 +77,7 @@ def _friendly(name: str, wanted: str) -> Iterator[None]:
         raise ValueError(
             f"cannot load {name!r}: {cause}{'' if isinstance(error, ImportError) else wish}"
             if here
-            else f"there is no folder {name!r}, and no such model could be had from the hub: "
+            else f"there is no folder {name!r}, and no such model could be loaded from the hub: "
             f"{cause}; check its id and the connection, and if it is gated, hf auth login"
         ) from error
 

@@ -58,7 +58,7 @@ def may_stop(model: nn.Module) -> bool:
     """Whether a forward pass may end early.
 
     It may not if parameters were gathered from other processes, or fetched from memory or disk:
-    they are given back at the end.
+    they are released at the end of the pass.
     """
     return not any(_waits(module) for module in model.modules())
 
@@ -78,7 +78,7 @@ nnsight's controller around it. A table outside the modules would keep them aliv
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Take off what `torch.compile` put around the model and its parts, and restore it later."""
+    """Remove the wrappers of `torch.compile` from the model and its parts; restore them later."""
     dynamo = sys.modules.get("torch._dynamo")
     with ExitStack() as restored:
         for module in list(model.modules()):

@@ -26,7 +26,7 @@ class Backend(ABC):
     """Runs one model and hands over the attention calls that it makes.
 
     Attributes:
-        name: What users select it by.
+        name: The name by which users select the backend.
         threads: Whether several threads may read one model at the same time.
     """
 
@@ -45,7 +45,7 @@ class Backend(ABC):
 
         Raises:
             AdapterMismatchError: The model does not make a call that a site names.
-            UnsupportedArchitectureError: The backend needs source code that is not there.
+            UnsupportedArchitectureError: The backend needs source code that is not available.
         """
 
     @abstractmethod

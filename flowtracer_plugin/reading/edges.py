@@ -1,4 +1,4 @@
-"""Which edges a flow runs on: the mean of all heads, or some heads weighed by what they move."""
+"""The edges that flow runs on: the mean of all heads, or of some, weighed by lengths of values."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def reasoning_mask(
 def completions(
     visible: Bool[Tensor, "batch token"], prompt_length: int
 ) -> Bool[Tensor, "batch token"]:
-    """The visible tokens behind the prompts."""
+    """The visible tokens after the prompts."""
     return visible & (torch.arange(visible.shape[1], device=visible.device) >= prompt_length)
 
 
@@ -101,11 +101,11 @@ def chosen_rows(
         layers: The layer of each call.
         lengths: The lengths of each call's values; empty if attention is not weighed by them.
         visible: True for tokens, False for padding.
-        choice: Which edges.
+        choice: The edges to compute.
         block: Query rows that are computed at a time.
 
     Raises:
-        ValueError: The choice names layers or heads that are not there.
+        ValueError: The choice names layers or heads that the model does not have.
     """
     heads = None
     if isinstance(choice.heads, tuple):

@@ -54,7 +54,7 @@ class NnsightBackend(Backend):
         super().__init__(model, adapter, sites)
         with warnings.catch_warnings():
             # Another library, such as TRL, may have put its own `forward` over an instrumented
-            # one. It calls that one, so nothing is lost.
+            # one. The new one calls the instrumented one, so nothing is lost.
             warnings.filterwarnings("ignore", ".*`forward` was replaced after nnsight wrapped")
             # BERT calls a module "output", and nnsight offers it under another name.
             warnings.filterwarnings("ignore", ".*submodule named")
@@ -177,7 +177,7 @@ class NnsightBackend(Backend):
     def _release(self) -> None:
         """Put the attention modules' own code back, so that the model can be compiled.
 
-        nnsight instruments a module's code when its source is first asked for, and leaves it so.
+        nnsight instruments a module's code when its source is first read, and never undoes this.
         """
         for site in self._sites:
             state = vars(self._model.get_submodule(site.module)).get("__nnsight__")

@@ -1,4 +1,4 @@
-"""What one forward pass attended to, added up call by call."""
+"""The attention of one forward pass, added up call by call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Wanted:
 
     Attributes:
         keep: Whether it holds the calls.
-        projections: What the values go through, if it holds their lengths.
+        projections: The linear maps of the values, if it holds the values' lengths.
         average: Whether it holds the mean. Without it, no map of all pairs of tokens is made.
     """
 
@@ -39,7 +39,7 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Reading:
-    """What one forward pass attended to.
+    """The attention that was read in one forward pass.
 
     Attributes:
         attention: Mean over layers and heads, float32, with 0 in rows and columns of padding; None
@@ -129,7 +129,7 @@ class ReadingSum:
         """The reading, with 0 in rows and columns of padding; call it once, after the last call.
 
         Raises:
-            Exception: Whatever went wrong in a call.
+            Exception: The error of a call that could not be read.
         """
         total = self._total
         if total is not None:

@@ -250,15 +250,15 @@ class AttentionReader(ModelRunner):
         )
 
     def verify(self, more: More | None = None) -> None:
-        """Check once, on a short input, that what is read is what the model computes.
+        """Check once, on a short input, that the attention read is what the model computes.
 
         At every site, the probabilities times the values must give the attention output that the
         model itself went on with, whichever implementation computed it; no token may attend to
         later ones; and a forward pass that is read must give the logits of a plain one. `more`
-        returns what else the model is given, from the ids.
+        returns further inputs of the model, given the ids.
 
         Raises:
-            AdapterMismatchError: They differ.
+            AdapterMismatchError: The attention outputs or the logits differ.
             UnsupportedArchitectureError: Tokens attend to later tokens.
         """
         if not self.verified:

@@ -41,7 +41,7 @@ class KeptCalls:
         model: The model that runs.
         adapter: Reads each call.
         maps: Whether to keep calls that hand over a map of all pairs of tokens, not refuse them.
-        projections: What the values go through, if their lengths are wanted.
+        projections: The linear maps of the values, if the values' lengths are wanted.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class KeptCalls:
         """All calls.
 
         Raises:
-            Exception: Whatever went wrong in one of them.
+            Exception: The error of a call that could not be kept.
         """
         if self._error is not None:
             raise self._error
@@ -172,7 +172,7 @@ class _Part(NamedTuple):
 def _add_mean(
     total: Float[Tensor, "batch row key"], parts: Sequence[_Part], rows: slice, stop: int
 ) -> None:
-    """Add the mean over all chosen heads alike; without a choice, over the calls' head means."""
+    """Add the mean over all chosen heads; without a choice, the mean of the calls' head means."""
     counts = [1 if part.heads is None else len(part.heads) for part in parts]
     sums = total.new_zeros(*total.shape[:2], 1)
     for (call, heads, lengths), count in zip(parts, counts, strict=True):

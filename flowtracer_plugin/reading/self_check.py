@@ -1,4 +1,4 @@
-"""Whether what an adapter reads is what the model computes."""
+"""The check that an adapter reads what the model computes."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def check_report(report: SiteReport, adapter: str) -> None:
 
 def worst(reports: Iterable[SiteReport]) -> SiteReport:
     """The worst of several reports of one site."""
-    # Nothing is greater than NaN, so that a plain maximum would take it for small.
+    # No comparison with NaN is true, so a plain maximum could miss it.
     return max(
         reports,
         key=lambda r: (
@@ -127,7 +127,7 @@ def _output_error(
     """The difference between probabilities times values and the attention output, and its bound."""
     wanted = output[0] if isinstance(output, tuple) else output
     if call.value is None and isinstance(call, AttentionWeights):
-        # Such calls are read at the softmax itself, whose output are the weights.
+        # Such calls are read at the softmax itself, whose output is the weights.
         return difference(call.weights, wanted.reshape(call.weights.shape)), rounding(wanted)
     if call.value is None:
         raise AdapterMismatchError("the adapter reads no values, which the self-check needs")

@@ -170,7 +170,7 @@ class ShownTrace:
     def _ranks_and_heats(
         self, scores: Float[np.ndarray, " unit"]
     ) -> tuple[Int[np.ndarray, " unit"], Int[np.ndarray, " unit"]]:
-        """Prompt and response are ranked separately."""
+        """The rank and the heat of each unit; prompt and response are ranked separately."""
         ranks, heats = np.zeros_like(self.starts), np.zeros_like(self.starts)
         for part in (slice(self.prompt_units), slice(self.prompt_units, None)):
             order = np.argsort(-scores[part], kind="stable")

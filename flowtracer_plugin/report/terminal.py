@@ -59,7 +59,7 @@ def render_trace(trace: TraceData) -> RenderableType:
         "",
         _table(shown, "hubs", "much flow that many later tokens draw on", hubs),
         "",
-        _table(shown, "checkpoints", "much flow, gathered from many", checkpoints),
+        _table(shown, "checkpoints", "much flow, gathered from many earlier tokens", checkpoints),
         "",
         _paths(shown),
     )
@@ -161,7 +161,7 @@ def _table(
 
 
 def _paths(shown: ShownTrace) -> RenderableType:
-    lines = [Text.assemble(("likeliest paths", "bold"), "  flow spreads over very many")]
+    lines = [Text.assemble(("likeliest paths", "bold"), "  flow spreads over very many paths")]
     for path in shown.trace.paths(_PATHS):
         tokens = " → ".join(f"⟨{unit.inline}⟩" for unit in shown.units_of(path.tokens))
         lines.append(Text(f"{percent(path.probability):>9}  {tokens}"))

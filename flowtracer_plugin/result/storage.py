@@ -81,7 +81,7 @@ def load_trace(path: Path, kind: type[Trace]) -> Trace:
     except SafetensorError as error:
         raise ValueError(
             f"cannot read {str(path)!r} as a trace: it is damaged, or not a file that "
-            f"FlowTrace.save() wrote ({error}); trace anew, or get the whole file"
+            f"FlowTrace.save() wrote ({error}); trace the text again, or get the whole file"
         ) from error
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read {str(path)!r} as a trace: {error}") from error

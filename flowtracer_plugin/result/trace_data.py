@@ -50,7 +50,7 @@ class TraceData:
         reach: The influence of each token on the answer, `h`.
         throughput: The flow through each token, `f`; the question injects 1.
         model: The name of the model.
-        options: How the trace was made.
+        options: The options with which the trace was made.
         layers: The numbers of the layers that were averaged.
         heads: The layer and the number of each averaged head; empty if all heads were averaged.
         streamed: The strongest edges of a streamed trace; see `backbone`.

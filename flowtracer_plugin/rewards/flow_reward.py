@@ -1,4 +1,4 @@
-"""`FlowReward`, a TRL reward function for how the answer's flow passes the reasoning."""
+"""`FlowReward`, a TRL reward function that scores how flow passes through the reasoning."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ class FlowReward:
             a function that returns one, called with the first completions.
         score: A key of `SCORES`.
         outcome: Another reward function, called with the same arguments.
-        name: The name under which TRL logs the reward. By default the score's name, with an outcome
-            `accuracy` then `accuracy_x_reasoning_share`.
+        name: The name under which TRL logs the reward; by default the score's name. With the
+            outcome `accuracy` it is `accuracy_x_reasoning_share`.
         batch_size: Number of completions in one forward pass.
         chat_template_kwargs: The arguments that the trainer, too, passes to the chat template, such
             as `tools` or `enable_thinking`.
@@ -81,7 +81,7 @@ class FlowReward:
             trained model's. Otherwise the sampled ids are read.
 
     Raises:
-        TypeError: `tracer` is no tracer, or `outcome` no plain function.
+        TypeError: `tracer` is no tracer, or `outcome` is no plain function.
         ValueError: There is no such score, the tracer has no tokenizer, or `batch_size` is below 1.
     """
 

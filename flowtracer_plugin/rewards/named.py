@@ -47,7 +47,7 @@ def _traced(name: str, doc: str) -> Callable[..., list[float | None]]:
     ) -> list[float | None]:
         return _reward(name)(prompts, completions, completion_ids, **columns)
 
-    reward.__name__ = reward.__qualname__ = name  # TRL logs the one, pickle looks for the other
+    reward.__name__ = reward.__qualname__ = name  # TRL logs __name__, pickle uses __qualname__
     reward.__doc__ = f"""{doc}
 
     Raises:
@@ -66,7 +66,7 @@ concentration = _traced(
 )
 math_flow = _traced(
     "math_flow",
-    "`math_answer` times `reasoning_share`: only right answers pay, and more if reasoned.",
+    "`math_answer` times `reasoning_share`: only right answers are rewarded, more if reasoned.",
 )
 
 
@@ -78,7 +78,7 @@ def math_answer(
     `find_answer` finds the answer of a completion, so that the rewarded answer is the traced one.
     `math-verify` compares: `1/2`, `0.5` and `\frac{1}{2}` are equal, as are `72` and `72 clips`.
     In a reference such as GSM8K's, the part after `####` or in `\boxed{}` counts. The reward is
-    None, no opinion, if the reference cannot be read.
+    None, which TRL leaves out, if the reference cannot be read.
 
     Raises:
         ValueError: The data have no column `answer`.

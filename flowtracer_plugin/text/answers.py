@@ -102,7 +102,7 @@ def find_answer(text: str, finder: AnswerFinder = "auto") -> FoundAnswer | None:
 
     Args:
         text: The model's response.
-        finder: A key of `FINDERS`; "auto" for the first of them that matches; a compiled regex
+        finder: A key of `FINDERS`; "auto" for the first finder that matches; a compiled regex
             whose only group is the answer (the last match counts); or a function from the text to
             the answer's span `(start, end)` or None.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["FlowTrace", "RankedToken", "load"]
 
 
-class FlowTrace(TraceData):  # noqa: D101 - inherits the docstring of TraceData
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class FlowTrace(TraceData):  # noqa: D101
+    __doc__ = TraceData.__doc__
+
     def save(self, path: str | Path) -> Path:
         """Write the trace to one file that `flowtracer_plugin.load` reads, and return its path."""
         return save(self, Path(path))
@@ -112,11 +116,11 @@ class FlowTrace(TraceData):  # noqa: D101 - inherits the docstring of TraceData
         """Write a figure for a paper and return its path.
 
         Args:
-            path: Ends in .png, .svg or .pdf. SVG and PDF keep text as text.
+            path: The file to write, in .png, .svg or .pdf. SVG and PDF keep text as text.
             kind: `"ribbon"`, the throughput along the text; `"river"`, the flow across every cut of
                 the text by its origin; `"steps"`, the strongest flows between lines and sentences;
                 or `"overview"`, all three.
-            width: In inches; by default 3.3 (one column), for an overview 7 (two columns).
+            width: Width in inches; by default 3.3 (one column), for an overview 7 (two columns).
 
         Raises:
             ModuleNotFoundError: matplotlib is missing; the extra `viz` installs it.

@@ -325,8 +325,8 @@ def _refusal(
     taken = " or ".join(f"{readable(size)} {one}" for one, size in sizes.items() if size)
     texts = f"{estimate.batch} texts of " if estimate.batch > 1 else ""
     return TooLittleMemoryError(
-        f"tracing {texts}{estimate.tokens:,} tokens would take {taken} beside the model, and of "
-        f"the {readable(estimate.free)} that are free at most {SPARE:.0%} are used; "
+        f"tracing {texts}{estimate.tokens:,} tokens would take {taken} beside the model, but at "
+        f"most {SPARE:.0%} of the {readable(estimate.free)} that are free are used; "
         f"what fits: {' or '.join(_fitting(estimate, mode, parts, fixed=fixed))}"
     )
 

@@ -192,7 +192,7 @@ def stream_rollouts(
     prompt_length: int,
     options: FlowOptions,
 ) -> FlowBatch:
-    """`solve_rollouts` for attention by rows, with all padding behind the text.
+    """The result of `solve_rollouts`, from attention by rows with all padding behind the text.
 
     `ordered` marks the text in these rows, `visible` in the original ones.
     """
@@ -227,7 +227,7 @@ def stream_rollouts(
 
 
 def join_batches(parts: Sequence[FlowBatch]) -> FlowBatch:
-    """One batch of the rows of several."""
+    """One batch with the rows of all parts, in order."""
     return FlowBatch(
         prompt_length=parts[0].prompt_length,
         throughput=torch.cat([part.throughput for part in parts]),
@@ -241,7 +241,7 @@ def join_batches(parts: Sequence[FlowBatch]) -> FlowBatch:
 def drop_first_token(
     attention: Float[Tensor, "batch query key"], mask: Bool[Tensor, "batch key"]
 ) -> Float[Tensor, "batch query key"]:
-    """The attention without the first visible token; the others share its part of each row."""
+    """The attention without the first visible token, whose share of each row goes to the others."""
     first = mask.int().argmax(-1)
     column = torch.zeros_like(mask).scatter_(1, first[:, None], value=True)[:, None, :]
     kept = attention.masked_fill(column, 0.0)

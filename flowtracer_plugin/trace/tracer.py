@@ -83,7 +83,7 @@ def wrap(
         backend: `"nnsight"` reads any model. `"interface"` reads models that use transformers'
             attention interface, also with tensor parallelism, in several threads, or without
             source code.
-        block: Number of query rows that are computed at a time: more take more memory.
+        block: Number of query rows that are computed at a time; more rows take more memory.
         mode: `"dense"` holds the attention of all pairs of tokens; `"streamed"` computes it twice,
             in blocks and linear memory; `"auto"` is dense if that takes at most half of the free
             memory.
@@ -337,7 +337,7 @@ class FlowTracer:
             answer: An answer finder to use instead of the tracer's.
 
         Raises:
-            ValueError: Ids and masks do not fit, prompts are padded on the right, there are no
+            ValueError: Ids and masks differ in shape, prompts are padded on the right, there are no
                 rows, `batch_size` is below 1, or as for `attention`.
         """
         check_rollouts(prompt_ids, completion_ids, prompt_mask, completion_mask)
@@ -401,7 +401,7 @@ class FlowTracer:
         """The tokenizer.
 
         Raises:
-            ValueError: The tracer has none.
+            ValueError: The tracer has no tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError("this tracer has no tokenizer; make it with wrap(model, tokenizer)")

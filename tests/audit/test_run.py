@@ -304,7 +304,7 @@ def test_batches_that_are_known_are_not_measured_again(tracer):
 
 
 def test_rewards_that_never_differ_are_refused(tracer):
-    with pytest.raises(NoSignalError, match="of 8 prompts, none in one half got completions"):
+    with pytest.raises(NoSignalError, match="among 8 prompts, none in one half got completions"):
         audited(tracer, "random", given=groups(rewards=[(1, 1, 1, 1)] * 4))
 
 

@@ -113,6 +113,8 @@ def test_advantages_are_those_of_trl():
     same = group((0.5, 0.5, 0.5))
     assert same.advantages.tolist() == [0, 0, 0]
     assert not same.has_signal
+    with pytest.warns(DeprecationWarning, match="Group.tells has moved to Group.has_signal"):
+        assert not same.tells
 
 
 def test_padding_follows_the_text():

@@ -134,4 +134,4 @@ def test_data_that_the_model_never_solves_are_refused(flowtracer, tmp_path):
     data.write_text(re.sub('"answer": "[^"]*"', '"answer": "-77"', STORIES.read_text()))
     ran = flowtracer("audit", REASONER, data, *FEW)
     assert ran.code == 1
-    assert "of 8 prompts, none in one half got completions with different rewards" in ran.said
+    assert "among 8 prompts, none in one half got completions with different rewards" in ran.said

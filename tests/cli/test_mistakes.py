@@ -48,7 +48,12 @@ def tracing(model, *more):
         (["report"], "Missing argument 'FILE'"),
         (["compare"], "Missing argument 'FILE'"),
         (["trace"], "Missing option '--model'"),
+        (["trace", "--model", "x"], "Missing option '--prompt'"),
         (["estimate", "--model", "x"], "Missing option '--tokens'"),
+        (
+            ["trace", "--model", "x", "--prompt", "a", "--response", "b", "--adapter", "nothing"],
+            "found 'nothing'",  # before anything of the model is loaded
+        ),
         (["trace", "--block", "0"], "Invalid value for '--block'"),
     ],
 )
@@ -69,7 +74,7 @@ def test_a_file_that_is_no_trace_is_named(flowtracer, saved, tmp_path):
     assert_failed(flowtracer("compare", saved, tmp_path), 1, "no trace at", str(tmp_path))
     (tmp_path / "notes.flow").write_text("# notes\n")
     ran = flowtracer("report", tmp_path / "notes.flow")
-    assert_failed(ran, 1, "it is damaged, or not a file that FlowTrace.save() wrote", "trace anew")
+    assert_failed(ran, 1, "it is damaged, or not a file that FlowTrace.save() wrote", "trace the")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 200, -1])
@@ -145,13 +150,13 @@ def test_without_a_network_nobody_waits_for_the_hub(tmp_path):
     proxies = {f"{kind}_proxy": "" for kind in ("http", "https", "all")}
     hub = {"HF_ENDPOINT": "https://hub.invalid", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": ""}
     ran = in_a_process(*tracing("nobody/nothing"), **hub, **proxies)
-    assert_failed(ran, 1, "no such model could be had from the hub", "check its id and the conn")
+    assert_failed(ran, 1, "no such model could be loaded from the hub", "check its id and the conn")
 
 
 def test_a_model_that_is_not_in_the_cache_is_named_offline(flowtracer, monkeypatch):
     monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", True)
     ran = flowtracer(*tracing("nobody/nothing"))
-    assert_failed(ran, 1, "there is no folder 'nobody/nothing', and no such model could be had")
+    assert_failed(ran, 1, "there is no folder 'nobody/nothing', and no such model could be loaded")
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -336,3 +341,16 @@ def test_a_closed_standard_output_loses_no_page_and_shows_no_error(program, tmp_
     assert ran.stderr.decode() == f"wrote {page}\n"
     assert "<html" in page.read_text()
     assert ran.returncode in (0, 1)
+
+
+def test_files_are_written_before_a_view_that_nobody_reads(
+    flowtracer, plain_model, tmp_path, monkeypatch
+):
+    def refuse(*parts, **options):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("flowtracer_plugin.cli.outputs.print_document", refuse)
+    page, file = tmp_path / "x.html", tmp_path / "x.flow"
+    flowtracer(*tracing(plain_model, "--html", page, "--save", file, "--json"))
+    assert "<html" in page.read_text()
+    assert ft.load(file)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests import traces
+from tests import made_traces
 
 PROMPT_TOKENS = ("<s>", "What", " is", " 3", " +", " 4", "?", "\n")
 VOCABULARY: dict[str, int] = {}
@@ -12,7 +12,7 @@ def make_trace(response, *, answer=(-1,), prompt=PROMPT_TOKENS, seed=0, **change
     """A trace whose flow is solved on random attention; equal tokens have equal ids."""
     tokens = (*prompt, *response)
     rows = np.random.default_rng([seed, len(tokens)]).random((len(tokens),) * 2) ** 3 + 1e-3
-    return traces.make_trace(
+    return made_traces.make_trace(
         tokens,
         prompt=len(prompt),
         answer=answer,

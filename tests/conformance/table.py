@@ -25,7 +25,7 @@ This page is made from [what was measured](../tests/conformance/results.csv); `m
 measures again. For every type, a tiny random model with every kind of its layers is read one layer
 at a time, on its default attention implementation, and compared with the probabilities that the
 model itself reports in eager attention, on two texts of {tokens} tokens: without padding, padded
-left, and padded right. Padded, a text must be read as what the model reports for it alone: padding
+left, and padded right. A padded text must be read as the model reports it without padding: padding
 moves learned positions and fills windows, which is not what a text means. A type is supported if
 every probability, averaged over heads, is within {bound:g}, and the reader's self-check agrees.
 Encoders are measured as decoders. Layers whose keys are not tokens (DeepSeek-V4's summaries) are

@@ -628,7 +628,7 @@ def test_a_name_may_have_a_preset_and_factors():
         ("flow:blunt", r"preset must be one of paper, .*got 'blunt' in 'flow:blunt'"),
         ("entropy:sharp", r"'entropy' reads none; leave out ':sharp'"),
         ("flow*", r"got ''"),
-        ("coupled*entropy", r"'coupled' chooses in a way of its own, and cannot be multiplied"),
+        ("coupled*entropy", r"'coupled' does not choose by its score, and cannot be multiplied"),
         ("flow:sharp*reach", r"read other layers or other graphs.*presets \['None', 'sharp'\]"),
         ("flow*fai", r"read other layers or other graphs: \['middle', 'middle:5'\]"),
     ],
@@ -641,7 +641,7 @@ def test_unknown_names_are_refused(name, said):
 @pytest.mark.parametrize("name", ["coupled", "shuffled", "oracle"])
 def test_scorers_with_a_choice_of_their_own_have_no_bottom(name):
     with pytest.raises(
-        ValueError, match=f"{name!r} chooses in a way of its own, and has no bottom"
+        ValueError, match=f"{name!r} does not choose by the highest score, so it has no bottom"
     ):
         lowest(SCORERS[name])
 

@@ -9,7 +9,12 @@ import pytest
 from tests.documents.snippets import ROOT, blocks, load_reasoner, names_at_hand, run
 
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *ROOT.glob("docs/*.md")]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("*/README.md")),
+    *ROOT.glob("docs/*.md"),
+]
 BLOCKS = blocks(ROOT / "README.md")
 
 

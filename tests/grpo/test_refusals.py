@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import MambaConfig, MambaForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
+import flowtracer_plugin.grpo
 from flowtracer_plugin.attention import NoAttentionError
 from flowtracer_plugin.grpo import (
     CreditOptions,
@@ -65,8 +66,8 @@ def test_options_out_of_range(policy, tmp_path, option, value, message):
     ("options", "message"),
     [
         ({"scorer": "oracle", "oracle": "("}, r"oracle '\(' is no pattern: missing \)"),
-        ({"scorer": "coupled", "side": "bottom"}, "'coupled' chooses in a way of its own, and has"),
-        ({"scorer": "oracle", "oracle": "a", "side": "bottom"}, "'oracle' chooses in a way of its"),
+        ({"scorer": "coupled", "side": "bottom"}, "'coupled' does not choose by the highest"),
+        ({"scorer": "oracle", "oracle": "a", "side": "bottom"}, "'oracle' does not choose by the"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, options, message):
@@ -236,6 +237,9 @@ def test_known_releases_of_trl_are_accepted(installed, monkeypatch):
 def test_without_trl_the_message_says_what_to_install(monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'flowtracer-plugin\[trl\]'"):
         import_again(monkeypatch, None)
+    monkeypatch.delattr(flowtracer_plugin.grpo, "UnsupportedTrainerError", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"^flowtracer_plugin.grpo needs TRL"):
+        flowtracer_plugin.grpo.UnsupportedTrainerError  # noqa: B018
 
 
 def test_a_tokenizer_is_found_in_a_processor_and_missed_elsewhere(policy, tmp_path):

@@ -1,5 +1,6 @@
 """The training script: its arguments, its data, its rewards, and real runs of it."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -14,8 +15,11 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
+from trl.scripts.utils import ScriptArguments
 
+from flowtracer_plugin.credit.scorers import SCORERS
 from flowtracer_plugin.grpo import FlowGRPOConfig, script as training
+from flowtracer_plugin.grpo.options import documented
 from flowtracer_plugin.grpo.script import build_trainer, main, parse, train
 from flowtracer_plugin.rewards import math_answer
 from tests.grpo.worker import PROMPTS, config, word_tokenizer
@@ -406,6 +410,23 @@ def test_a_pretrained_model_takes_a_step(tmp_path):
     assert trainer.state.log_history[0]["flow/weight_mean"] > 1
 
 
-def test_the_help_lists_every_reward_by_name():
-    help_text = training.FlowScriptArguments.__dataclass_fields__["reward_funcs"].metadata["help"]
-    assert all(name in help_text for name in training.REWARDS)
+def helps(kind, inherited):
+    """The help of each field that a configuration class adds."""
+    names = {one.name for one in fields(inherited)}
+    return {one.name: one.metadata["help"] for one in fields(kind) if one.name not in names}
+
+
+def test_every_option_has_its_help_and_lists_what_it_takes():
+    script = helps(training.FlowScriptArguments, ScriptArguments)
+    credit = helps(FlowGRPOConfig, GRPOConfig)
+    assert all(len(text) > 20 for text in (*script.values(), *credit.values()))
+    assert all(name in script["reward_funcs"] for name in training.REWARDS)
+    assert all(name in credit["flow_scorer"] for name in SCORERS)
+
+
+def test_help_is_found_in_a_docstring_without_its_indentation():
+    """Python 3.13 stores docstrings so."""
+    for doc in (FlowGRPOConfig.__doc__, inspect.cleandoc(FlowGRPOConfig.__doc__)):
+        found = documented(doc, "flow_gamma", 1.5)
+        assert found.metadata["help"].startswith("Factor on the advantage of these tokens.")
+        assert "flow_layers" not in found.metadata["help"]

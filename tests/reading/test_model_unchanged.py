@@ -290,10 +290,11 @@ def test_reads_leak_no_memory():
         reader.read(ids, mask, SOME_LAYERS)
     process = psutil.Process()
     tensors, resident = live_tensors(), process.memory_info().rss
-    for _ in range(100):
+    for _ in range(300):
         reader.read(ids, mask, SOME_LAYERS)
-    assert live_tensors() == tensors
-    # The tensors of 100 forward passes would take 20 MB.
+    # What other tests left behind may go meanwhile.
+    assert live_tensors() <= tensors
+    # The tensors of 300 forward passes would take 60 MB.
     assert process.memory_info().rss - resident < 8e6
 
 

@@ -84,7 +84,7 @@ def test_the_implementation_that_the_model_runs_on_does_not_matter(family):
     assert_close(read["sdpa"], read["eager"])
 
 
-@pytest.mark.parametrize("family", MASK_KINDS)
+@pytest.mark.parametrize("family", [*MASK_KINDS, "qwen3", "qwen3_moe"])
 def test_bfloat16_models_are_read_in_float32(family):
     # Eager rounds scores (of size 5) and probabilities to 8 bits, we do not: 6 * 2**-9 at most for
     # one probability of size 1, and less in a mean over heads and layers.

@@ -79,7 +79,7 @@ def test_the_self_check_catches_mistakes_in_half_precision(mistake, dtype):
 
 
 @HALF
-@pytest.mark.parametrize("family", MASK_KINDS)
+@pytest.mark.parametrize("family", [*MASK_KINDS, "qwen3", "qwen3_moe"])
 def test_the_self_check_allows_for_the_rounding_of_half_precision(family, dtype):
     AttentionReader(tiny_model(family).to(dtype)).verify()
 

@@ -19,6 +19,7 @@ from flowtracer_plugin.report import (
     render_comparison,
     write_comparison,
 )
+from flowtracer_plugin.report.pages import comparison_page
 from flowtracer_plugin.report.pages.two_sides import MOST_WORDS, difference_levels, difference_scale
 from flowtracer_plugin.text.visible import visible
 from tests.comparison.compared import GROUP, PROMPT_TOKENS, RIGHT, TRUTHS, WRONG, make_trace
@@ -258,7 +259,8 @@ def test_eight_responses_of_a_thousand_tokens_are_below_a_megabyte():
 
 
 def test_the_middle_of_a_long_text_is_left_out(monkeypatch):
-    monkeypatch.setattr("flowtracer_plugin.report.pages.comparison_page._MOST_TOKENS", 40)
+    assert comparison_page._MOST_TOKENS == 4_000
+    monkeypatch.setattr(comparison_page, "_MOST_TOKENS", 40)
     long = [make_trace((first, *(f" {at}" for at in range(50)), "\n", "7")) for first in "ab"]
     html = render_comparison(long)
     assert html.count(" are left out</p>") == 2

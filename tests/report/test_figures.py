@@ -212,7 +212,7 @@ def written(figure):
         ]
 
 
-@pytest.mark.parametrize("width", [2.0, 7.0])
+@pytest.mark.parametrize("width", [2.0, 3.3, 7.0])
 def test_nothing_that_is_written_leaves_the_figure(trace, long_trace, width):
     wide = steps_trace(["日本語" * 30, "WWW" * 30, "MMM " * 20], spans={"answer_text": "W" * 99})
     short = make_trace(("<s>", *"ab cd. ef" * 9, "7", "."), prompt=80)

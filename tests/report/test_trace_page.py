@@ -109,8 +109,8 @@ def test_page_grows_with_the_length_of_the_text():
         attention[later, later - offset] = 0.1 + (later * 7919 % 101) / 101
     attention[1:] /= attention[1:].sum(1, keepdims=True)
     trace = make_trace([f" tok{i % 97}" for i in range(length)], prompt=400, attention=attention)
-    assert len(render_page(trace).encode()) < 550_000
-    assert len(render_notebook(trace).encode()) < 550_000
+    assert len(render_page(trace).encode()) < 540_000
+    assert len(render_notebook(trace).encode()) < 540_000
 
 
 # What is shown

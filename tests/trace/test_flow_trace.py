@@ -1,7 +1,7 @@
 import io
 import json
 import math
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -99,6 +99,12 @@ def test_regions_are_the_most_specific_ones(trace):
     assert [i for i, region in enumerate(regions) if region == "answer"] == [26]
     assert set(regions[12:26]) == {"response"}
     assert trace.spans.response.tolist() == [False] * 12 + [True] * 16
+
+
+def test_a_trace_cannot_be_changed(trace):
+    for name in ("throughput", "flow", "note"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(trace, name, 1)
 
 
 def test_solving_again_gives_the_stored_numbers(trace):

@@ -163,7 +163,7 @@ def test_auto_streams_long_texts_for_which_there_is_no_map(room):
         tracer.trace(text, RESPONSE)
     assert re.fullmatch(
         rf"tracing {tokens:,} tokens would take \d+ MB dense or \d+ MB streamed beside the model, "
-        rf"and of the \d+ MB that are free at most 85% are used; what fits: layers='middle:1' or "
+        rf"but at most 85% of the \d+ MB that are free are used; what fits: layers='middle:1' or "
         rf"up to [\d,]+ tokens",
         str(refused.value),
     )

@@ -39,7 +39,7 @@ _METADATA: dict[str, dict[str, str | None]] = {
 
 _FONTS = (
     *("Arial", "Liberation Sans", "DejaVu Sans"),
-    # for characters that those lack
+    # for characters that the fonts above lack
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans", "Microsoft YaHei"),
     *("WenQuanYi Micro Hei", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Emoji"),
 )
@@ -105,7 +105,7 @@ def _draw(shown: ShownTrace, kind: str, width: float) -> Figure:
 
 @contextmanager
 def _styled() -> Iterator[None]:
-    """Our style on top of matplotlib's default; afterwards the user's style is back."""
+    """Our style on top of matplotlib's default; afterwards the user's style is restored."""
     fonts = [name for name in _FONTS if name in fontManager.get_font_names()]
     with style.context(["default", {**_STYLE, "font.family": fonts}]), warnings.catch_warnings():
         # A box stands for a character that no font has.

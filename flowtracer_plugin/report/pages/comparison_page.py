@@ -1,4 +1,4 @@
-"""The page of traces side by side: where do right and wrong answers draw from?"""
+"""The page of traces side by side: from where do right and wrong answers draw flow?"""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _row(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Column(Excerpt[Unit]):
-    """The text of one or several equal traces, from the line on which not all traces agree.
+    """The text of one or several equal traces, from the first line on which the traces differ.
 
     Attributes:
         rows: The traces with this text.

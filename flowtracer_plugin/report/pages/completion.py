@@ -124,7 +124,7 @@ class CreditPiece(Piece):
         weighted: Whether it has more than plain credit.
         answer: Whether it is part of the answer.
         tool: Whether a tool wrote it.
-        hub: Its number among the hubs; 0 if it is none.
+        hub: Its number among the hubs; 0 if it is not a hub.
     """
 
     level: int

@@ -26,7 +26,7 @@
     byId("cut").style.left = `${(100 * cuts[cut]) / trace.tokenCount}%`;
     stream.classList.add("cutting");
     const parts = layers[cut].map((share, layer) => [share, names[layer]]).filter(([share]) => share >= 0.0005);
-    const over = cut < passing.length ? `; ${tokens.percent(passing[cut])} passes over what follows` : "";
+    const over = cut < passing.length ? `; ${tokens.percent(passing[cut])} passes over the tokens up to the next cut` : "";
     const where = cuts[cut] < trace.tokenCount ? `before token ${cuts[cut]}` : "after the last token";
     says.textContent = `${where}: ${parts.map(([share, name]) => `${tokens.percent(share)} ${name}`).join(", ")}${over}`;
     stream.setAttribute("aria-valuenow", cuts[cut]);

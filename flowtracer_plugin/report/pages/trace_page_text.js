@@ -128,7 +128,7 @@ const text = (() => {
   pane.addEventListener("pointermove", (event) => {
     const unit = unitAt(event);
     if (unit === null || isTouch(event) || units[unit].classList.contains("shown")) return;
-    byId("detail").setAttribute("aria-live", "off"); // a passing pointer must not be read out
+    byId("detail").setAttribute("aria-live", "off"); // a screen reader must not announce every token under the pointer
     show(unit);
   });
   pane.addEventListener("pointerleave", (event) => {
