@@ -1,8 +1,11 @@
-import pytest
+"""No adapter stays registered from one test to the next."""
 
-from flowtracer_plugin.attention import adapter
+import pytest
 
 
 @pytest.fixture(autouse=True)
 def nothing_registered(monkeypatch):
+    # Not imported above: the suite's type checker hooks in after the first conftests are read.
+    from flowtracer_plugin.attention import adapter
+
     monkeypatch.setattr(adapter, "_registered", [])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import jaxtyping
 import pytest
 
-from tests.grpo.worker import save_policy
-
 
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory):
     """The folder of a tiny random policy."""
+    # Not imported above: the suite's type checker hooks in after the first conftests are read.
+    from tests.grpo.worker import save_policy
+
     return save_policy(tmp_path_factory.mktemp("policy"))
 
 
