@@ -139,7 +139,11 @@ class ReadRollouts:
     def graph(self, preset: str | None = None, *, solved: bool = True) -> Graph:
         """The graph with the options of a preset, by default with the tracer's own options."""
         options = self.tracer.options if preset is None else flow_options(preset)
-        graph = self.graphs.get(preset) or self._graph(options)
+        graph = self.graphs.get(preset)
+        if graph is None:
+            # The masks hold the target of the tracer's own options, so training copies nothing.
+            target = self.masks.target if preset is None else self._target(options)
+            graph = self._graph(options, target)
         if solved and graph.throughput is None:
             masks = replace(self.masks, target=graph.target)
             flow = solve_rollouts(graph.attention, masks, self.prompt_length, options)
@@ -189,9 +193,11 @@ class ReadRollouts:
         every = [site.layer for site in reader.sites]
         return reader.read_in_place(self.ids, self.visible, every, keep=True, average=False).calls
 
-    def _graph(self, options: FlowOptions) -> Graph:
+    def _target(self, options: FlowOptions) -> Bool[Tensor, "batch token"]:
         answer = self.masks.answer.cpu().numpy()
-        target = torch.from_numpy(target_mask(answer, options.target)).to(self.ids.device)
+        return torch.from_numpy(target_mask(answer, options.target)).to(self.ids.device)
+
+    def _graph(self, options: FlowOptions, target: Bool[Tensor, "batch token"]) -> Graph:
         attention = self._edges(options, target)
         if options.first_token == "drop":
             attention = drop_first_token(attention, self.visible)
