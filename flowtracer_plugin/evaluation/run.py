@@ -124,8 +124,11 @@ def _traced(tracer: FlowTracer, example: Example, settings: EvaluationSettings) 
     if response is None:
         response = "".join(trace.tokens[trace.spans.prompt_length :])
     response = cut_at_result(response, trace.spans.answer_text)
-    ends = re.compile(r"(-?[\d,.]*\d)\Z")
-    return tracer.trace(example.prompt, response, answer=ends)
+    return tracer.trace(example.prompt, response, answer=_LAST_NUMBER)
+
+
+# The number that ends a text; a search begins only where digits do, and so takes linear time.
+_LAST_NUMBER = re.compile(r"(-?(?<![\d,.])[\d,.]*\d)\Z")
 
 
 def _right_answer(wanted: str | None) -> str | None:

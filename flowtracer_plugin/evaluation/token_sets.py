@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -78,12 +77,7 @@ def position_bins(among: Mask) -> Int[np.ndarray, " token"]:
 CLASS_NAMES = ("number", "operator", "punctuation", "space", "word")
 """Classes of tokens."""
 
-_CLASSES = (
-    re.compile(r".*\d.*", re.DOTALL),
-    re.compile(r"\s*[-+*/=<>^%×÷−]+\s*"),
-    re.compile(r"\s*[^\w\s]+\s*"),
-    re.compile(r"\s*"),
-)
+_OPERATORS = frozenset("-+*/=<>^%×÷−")
 
 
 def token_classes(tokens: Sequence[str]) -> Int[np.ndarray, " token"]:
@@ -92,8 +86,17 @@ def token_classes(tokens: Sequence[str]) -> Int[np.ndarray, " token"]:
 
 
 def _class(token: str) -> int:
-    found = (at for at, kind in enumerate(_CLASSES) if kind.fullmatch(token))
-    return next(found, len(_CLASSES))
+    bare = token.strip()
+    if any(char.isdecimal() for char in bare):
+        name = "number"
+    elif not bare:
+        name = "space"
+    elif _OPERATORS.issuperset(bare):
+        name = "operator"
+    else:
+        words = any(char.isalnum() or char.isspace() or char == "_" for char in bare)
+        name = "word" if words else "punctuation"
+    return CLASS_NAMES.index(name)
 
 
 def matched_draw(

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 STEP_END = re.compile(
-    r"\n\s*|(?<=[.!?])(?<!^\d\.)(?<!^\d\d\.)\s+|(?<=[。！？])\s*",  # noqa: RUF001
+    r"\n\s*|(?<=[.!?])(?<!^\d\.)(?<!^\d\d\.)\s+|(?<=[。！？])\s*",
     re.MULTILINE,
 )
 """The end of a step: of a line or a sentence, but not of a list item's number."""

@@ -16,8 +16,9 @@ from flowtracer_plugin.credit.read_rollouts import Late, ReadRollouts
 from flowtracer_plugin.credit.saliency import check_whole
 from flowtracer_plugin.credit.scorers import Scorer, multiplied
 from flowtracer_plugin.reading.one_pass import Reading
-from flowtracer_plugin.text.answers import AnswerFinder, FoundAnswer, Span, find_answer
+from flowtracer_plugin.text.answers import AnswerFinder, FoundAnswer, find_answer
 from flowtracer_plugin.text.matched_spans import SpanFinder
+from flowtracer_plugin.text.values import Span
 from flowtracer_plugin.trace.rollouts import rollout_masks
 from flowtracer_plugin.trace.tracer import FlowTracer
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 
-Span = tuple[int, int]
-Finder = Callable[[str], Span | None]
+from flowtracer_plugin.text.finders import FINDERS, Finder, found_in_parts
+from flowtracer_plugin.text.thinking import visible_parts
+from flowtracer_plugin.text.values import Span
+
+__all__ = [
+    "FINDERS",
+    "AnswerFinder",
+    "FoundAnswer",
+    "check_finder",
+    "find_answer",
+    "finder_name",
+    "same_answer",
+]
+
 AnswerFinder = str | re.Pattern[str] | Finder
 
 
@@ -24,87 +35,20 @@ class FoundAnswer:
     rule: str
 
 
-def _trimmed(text: str, start: int, end: int, chars: str | None = None) -> Span | None:
-    kept = text[start:end].lstrip(chars)
-    start, kept = end - len(kept), kept.rstrip(chars)
-    return (start, start + len(kept)) if kept else None
-
-
-def _last_filled(text: str, spans: Iterable[Span], chars: str | None = None) -> Span | None:
-    trimmed = (_trimmed(text, start, end, chars) for start, end in reversed(list(spans)))
-    return next((span for span in trimmed if span), None)
-
-
-def _last_group(pattern: str | re.Pattern[str], chars: str | None = None) -> Finder:
-    compiled = re.compile(pattern, re.IGNORECASE) if isinstance(pattern, str) else pattern
-    return lambda text: _last_filled(text, (m.span(1) for m in compiled.finditer(text)), chars)
-
-
-_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
-
-
-def _boxed(text: str) -> Span | None:
-    opened: list[re.Match[str]] = []
-    closed: list[Span] = []
-    for brace in _BRACE.finditer(text):
-        if brace[0] == "}" and opened:
-            opening = opened.pop()
-            if len(opening[0]) > 1:
-                closed.append((opening.end(), brace.start()))
-        elif brace[0].endswith("{") and brace[0] != r"\{":
-            opened.append(brace)
-    return _last_filled(text, sorted(closed))
-
-
-def _after_think(text: str) -> Span | None:
-    _, marker, answer = text.rpartition("</think>")
-    return _trimmed(text, len(text) - len(answer), len(text)) if marker else None
-
-
-def _last_word(text: str) -> Span | None:
-    words = ((m.start(), m.start() + len(m[0].rstrip(_CLOSING))) for m in _WORD.finditer(text))
-    return _last_filled(text, words, _OPENING)
-
-
-_WORD = re.compile(r"\S+")
-_OPENING = "\"'“‘*_`"  # noqa: RUF001
-_CLOSING = _OPENING + "”’.,;:!?…。！？"  # noqa: RUF001
-
-# Every pattern stops before its own next match, so it takes linear time and the last match wins.
-_ANSWER_TAG = r"<answer>((?:(?!</?answer>)[\s\S])*+)</answer>"
-_HASH = r"#{4,}((?:(?!####)[^\n])*+)"
-_CUE = r"(?:\b(?:the|my|our|final|correct)\s+answer\s+is\b|\banswer[\s*]*:)"
-# A full stop ends the sentence only before a space or a closing mark: in "3.5" it does not.
-_STOP = r"(?:\n|[。！？]|(?<![.!?])[.!?]++(?=[\s*$\"')\]]|\Z))"  # noqa: RUF001
-_PHRASE = rf"{_CUE}[\s:=*$]*+((?:(?!{_CUE}|{_STOP})[\s\S])*+)"
-_UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?"
-_NUMBER = rf"(?<![a-z0-9_])(?<!\d\.)((?:(?<![)\]])[-+\u2212])?{_UNSIGNED}(?:/{_UNSIGNED})?)"
-
-FINDERS: Mapping[str, Finder] = MappingProxyType(
-    {
-        "boxed": _boxed,
-        "answer_tag": _last_group(_ANSWER_TAG),
-        "hash": _last_group(_HASH),
-        "phrase": _last_group(_PHRASE, " \t\r*$"),
-        "after_think": _after_think,
-        "last_number": _last_group(_NUMBER),
-        "last_word": _last_word,
-    }
-)
-"""The built-in finders, in the order in which "auto" tries them. Each returns its last match.
-
-"auto" does not try "last_word", which finds something in nearly every text.
-"""
-
-
-def find_answer(text: str, finder: AnswerFinder = "auto") -> FoundAnswer | None:
+def find_answer(
+    text: str, finder: AnswerFinder = "auto", *, in_thinking: bool = False
+) -> FoundAnswer | None:
     r"""The place of the answer in `text`, or None if the finder finds no answer.
+
+    What stands between the marks of thinking, such as `<think>` and `</think>`, is no answer; nor
+    is thinking that never ends. Only a function is handed the whole text.
 
     Args:
         text: The model's response.
         finder: A key of `FINDERS`; "auto" for the first finder that matches; a compiled regex
             whose only group is the answer (the last match counts); or a function from the text to
             the answer's span `(start, end)` or None.
+        in_thinking: Whether the response begins inside thinking that its prompt has opened.
 
     Raises:
         ValueError: No finder has that name, the regex does not have exactly one group, or the
@@ -115,9 +59,25 @@ def find_answer(text: str, finder: AnswerFinder = "auto") -> FoundAnswer | None:
         >>> find_answer(r"Three and four make \boxed{7}.")
         FoundAnswer(start=27, end=28, rule='boxed')
     """
-    spans = ((rule, find(text)) for rule, find in _rules(finder).items())
-    found = (FoundAnswer(start=span[0], end=span[1], rule=rule) for rule, span in spans if span)
-    return next(found, None)
+    check_finder(finder)
+    found = next(_matches(text, finder, in_thinking), None)
+    return FoundAnswer(start=found[1][0], end=found[1][1], rule=found[0]) if found else None
+
+
+def _matches(text: str, finder: AnswerFinder, in_thinking: bool) -> Iterator[tuple[str, Span]]:
+    if isinstance(finder, str):
+        yield from found_in_parts(text, finder, in_thinking=in_thinking)
+    elif isinstance(finder, re.Pattern):
+        parts = visible_parts(text, in_thinking=in_thinking)
+        groups = [m.span(1) for m in finder.finditer(text) if m.end(1) > m.start(1)]
+        for start, end in reversed(groups):
+            if any(part.start <= start and end <= part.end for part in parts):
+                yield "regex", (start, end)
+    else:
+        name = getattr(finder, "__name__", type(finder).__name__)
+        span = _checked_span(text, finder(text), name)
+        if span:
+            yield name, span
 
 
 def same_answer(one: str | None, other: str | None) -> bool:
@@ -143,27 +103,6 @@ def finder_name(finder: AnswerFinder) -> str:
     return finder if isinstance(finder, str) else getattr(finder, "__name__", repr(finder))
 
 
-def _rules(finder: AnswerFinder) -> Mapping[str, Finder]:
-    if isinstance(finder, re.Pattern):
-        if finder.groups != 1:
-            raise ValueError(
-                f"wanted a regex with exactly one group, the answer, found {finder.groups} in "
-                f"{finder.pattern!r}; write (...) around the answer, (?:...) around anything else"
-            )
-        return {"regex": _last_group(finder, "")}  # strips nothing
-    if not isinstance(finder, str):
-        name = getattr(finder, "__name__", type(finder).__name__)
-        return {name: lambda text: _checked_span(text, finder(text), name)}
-    if finder != "auto" and finder not in FINDERS:
-        raise ValueError(
-            f"wanted the name of an answer finder, one of {['auto', *FINDERS]}, found {finder!r}; "
-            "for a regex pass re.compile(...)"
-        )
-    if finder == "auto":
-        return {name: find for name, find in FINDERS.items() if name != "last_word"}
-    return {finder: FINDERS[finder]}
-
-
 def _checked_span(text: str, span: object, name: str) -> Span | None:
     if span is None:
         return None
@@ -187,5 +126,13 @@ def check_finder(finder: AnswerFinder) -> None:
     Raises:
         ValueError: No finder has that name, or the regex does not have exactly one group.
     """
-    if isinstance(finder, str | re.Pattern):
-        find_answer("", finder)
+    if isinstance(finder, re.Pattern) and finder.groups != 1:
+        raise ValueError(
+            f"wanted a regex with exactly one group, the answer, found {finder.groups} in "
+            f"{finder.pattern!r}; write (...) around the answer, (?:...) around anything else"
+        )
+    if isinstance(finder, str) and finder != "auto" and finder not in FINDERS:
+        raise ValueError(
+            f"wanted the name of an answer finder, one of {['auto', *FINDERS]}, found {finder!r}; "
+            "for a regex pass re.compile(...)"
+        )

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-_NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
-# Neither an operand, such as 18 in "x = 18 * 2", nor a part of a longer number.
+_NUMBER = r"\d++(?:,\d{3})*+(?:\.\d++)?"
+# Neither an operand, such as 18 in "x = 18 * 2", nor a part of a longer number. All repeats are
+# possessive or bounded, so that a search takes linear time.
 _RESULT = re.compile(
-    rf"=\s*(?:\\boxed\{{|[*_$€£\\]+)?\s*(-?{_NUMBER})(?!\d|[.,]\d|[ \t]*[-+*/×÷^]+[ \t]*\d)"
+    rf"=\s{{0,20}}(?:(?:\\boxed\{{|[*_$€£\\]{{1,9}})\s{{0,9}})?(-?{_NUMBER})"
+    r"(?!\d|[.,]\d|[ \t]{0,9}[-+*/×÷^]{1,9}[ \t]{0,9}\d)"
 )
 _WRITTEN = re.compile(rf"(?<![\w.]){_NUMBER}")
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
-from flowtracer_plugin.text.answers import AnswerFinder, FoundAnswer, Span, find_answer, finder_name
+from flowtracer_plugin.text.answers import AnswerFinder, FoundAnswer, find_answer, finder_name
+from flowtracer_plugin.text.thinking import leaves_thinking_open, mark_places
+from flowtracer_plugin.text.values import Span
 
 if TYPE_CHECKING:
     import transformers
@@ -178,12 +180,15 @@ def answer_mask(
     tokenizer: transformers.PreTrainedTokenizerBase,
     response_ids: Sequence[int],
     finder: AnswerFinder = "auto",
+    *,
+    in_thinking: bool = False,
 ) -> tuple[Bool[np.ndarray, " token"], FoundAnswer] | None:
     r"""The tokens that touch the answer, and its place in `decode_tokens(...).text`.
 
     None if there is no answer. Special tokens are not part of an answer. The finder does not see
     those around the response, and sees line breaks in place of those inside, so that "5<|end|>6" is
-    not 56. It does see `<think>`, `<answer>` and their closing tags, even if they are special.
+    not 56. It does see `<answer>` and the marks of thinking, even if they are special.
+    `in_thinking` says whether the prompt has opened the thinking; see `prompt_opens_thinking`.
 
     Raises:
         ValueError: As for `find_answer` and `decode_tokens`.
@@ -193,7 +198,7 @@ def answer_mask(
         >>> answer_mask(tokenizer, tokenizer.encode("x=10"))
         (array([False, False,  True,  True]), FoundAnswer(start=2, end=4, rule='last_number'))
     """
-    return _located_answer(shown_text(tokenizer, response_ids), finder)
+    return _located_answer(shown_text(tokenizer, response_ids), finder, in_thinking)
 
 
 class ShownText(NamedTuple):
@@ -210,22 +215,37 @@ def shown_text(
 ) -> ShownText:
     """The response as finders see it; raises ValueError as `decode_tokens` does."""
     decoded, special = decode_tokens(tokenizer, response_ids), special_ids(tokenizer)
-    tokens = list(zip(response_ids, decoded.pieces, strict=True))
-    hidden = np.array([i in special and not _MARKER.fullmatch(piece) for i, piece in tokens], bool)
+    hidden = np.array([token in special for token in response_ids], bool)
+    for start, end in [
+        *mark_places(decoded.text),
+        *(m.span() for m in _TAG.finditer(decoded.text)),
+    ]:
+        hidden &= ~tokens_in_span(decoded, start, end)
     shown = ~hidden & (decoded.starts < decoded.ends)
     first = int(decoded.starts[shown].min(initial=len(decoded.text)))
     last = int(decoded.ends[shown].max(initial=0))
-    blanked = ["\n" * len(piece) if hidden[at] else piece for at, (_, piece) in enumerate(tokens)]
+    pieces = zip(hidden, decoded.pieces, strict=True)
+    blanked = ["\n" * len(piece) if unseen else piece for unseen, piece in pieces]
     return ShownText(decoded, hidden, "".join(blanked)[first:last], first)
 
 
-_MARKER = re.compile(r"\s*</?(?:think|answer)>\s*", re.IGNORECASE)
+_TAG = re.compile(r"</?answer>", re.IGNORECASE)
+
+
+def prompt_opens_thinking(
+    tokenizer: transformers.PreTrainedTokenizerBase, prompt_ids: Sequence[int]
+) -> bool:
+    """Whether the prompt ends in an opened block of thinking, so that the response begins in it."""
+    return leaves_thinking_open(decode_tokens(tokenizer, prompt_ids[-_LAST_TOKENS:]).text)
+
+
+_LAST_TOKENS = 24  # of a prompt; more than an opening mark has
 
 
 def _located_answer(
-    shown: ShownText, finder: AnswerFinder
+    shown: ShownText, finder: AnswerFinder, in_thinking: bool
 ) -> tuple[Bool[np.ndarray, " token"], FoundAnswer] | None:
-    found = find_answer(shown.text, finder)
+    found = find_answer(shown.text, finder, in_thinking=in_thinking)
     if found is None:
         return None
     found = replace(found, start=found.start + shown.first, end=found.end + shown.first)
@@ -353,7 +373,8 @@ def find_spans(
     if not len(response_ids):
         raise ValueError("the response is empty, so there is no answer to trace")
     shown = shown_text(tokenizer, response_ids)
-    found, text = _located_answer(shown, finder), shown.decoded.text
+    opened = prompt_opens_thinking(tokenizer, prompt_ids)
+    found, text = _located_answer(shown, finder, opened), shown.decoded.text
     if found is None:
         quoted = text if len(text) <= _QUOTED else f"…{text[-_QUOTED:]}"
         raise AnswerNotFoundError(

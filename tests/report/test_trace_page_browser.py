@@ -538,7 +538,7 @@ def test_all_writing_systems_are_shown_whole(visits):
         "问题",
         "是",
         "什么",
-        "？",  # noqa: RUF001
+        "？",
         "\n",
         "שלום",
         " עולם",

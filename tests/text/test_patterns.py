@@ -1,0 +1,109 @@
+"""All regular expressions of the package search hostile texts in linear time."""
+
+import contextlib
+import importlib
+import pkgutil
+import re
+from time import process_time
+
+import pytest
+
+import flowtracer_plugin
+from flowtracer_plugin.text.answers import find_answer
+from flowtracer_plugin.text.result_cut import NotComputedError, cut_at_result
+
+UNITS = (
+    *(
+        "{",
+        "}",
+        "\\boxed ",
+        "<answer>",
+        "#### ",
+        "the answer is ",
+        "answer:\n.",
+        ".",
+        " ",
+        "\n",
+        "1,",
+    ),
+    *(
+        "1",
+        "1/",
+        "-",
+        "11,",
+        "*",
+        "`",
+        "$",
+        "$$",
+        "\\[",
+        "= ",
+        '"answer": ',
+        "a",
+        "A ",
+        "\nso ",
+        "1.",
+    ),
+    *(
+        "1 000 ",
+        "10^",
+        "\\frac{1}{",
+        "½",
+        "<|channel|>",
+        "答案是",
+        "option A ",
+        "the final ",
+        "=1*",
+    ),
+    *("_", "\\", "\nQuestion:", '{"', "[1, ", "\nnote ", "</think>", "1h "),
+)
+
+
+def package_patterns():
+    found = {}
+    for module in pkgutil.walk_packages(flowtracer_plugin.__path__, "flowtracer_plugin."):
+        if module.name.endswith("__main__"):
+            continue
+        for name, value in vars(importlib.import_module(module.name)).items():
+            members = value if isinstance(value, tuple | list) else (value,)
+            for pattern in members:
+                if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
+                    found[pattern.pattern, pattern.flags] = (f"{module.name}.{name}", pattern)
+    return list(found.values())
+
+
+def seconds(pattern, unit, length):
+    text = (unit * (length // len(unit) + 1))[:length]
+    start = process_time()
+    for _ in pattern.finditer(text):
+        pass
+    return process_time() - start
+
+
+@pytest.mark.timeout(120)
+def test_patterns_of_the_package_are_linear():
+    patterns = package_patterns()
+    assert len(patterns) > 40
+    slow = [
+        (name, unit)
+        for name, pattern in patterns
+        for unit in UNITS
+        # four times the text takes four times as long, and sixteen times if it is quadratic
+        if (long := seconds(pattern, unit, 8_000)) > 0.05
+        and long > 9 * min(seconds(pattern, unit, 2_000) for _ in range(3))
+    ]
+    assert slow == []
+
+
+def test_a_quadratic_pattern_is_seen():
+    pattern = re.compile(r"\s*=\s*x")
+    assert seconds(pattern, " ", 16_000) > 9 * seconds(pattern, " ", 4_000)
+
+
+@pytest.mark.timeout(120)  # quadratic finders take hours
+def test_finders_and_cutters_take_long_texts():
+    for unit in UNITS:
+        text = unit * (100_000 // len(unit))
+        find_answer(text)
+        for response in (text, f"= 7{text}"):
+            with contextlib.suppress(NotComputedError):
+                cut_at_result(response, "7")
