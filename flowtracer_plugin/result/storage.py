@@ -93,6 +93,11 @@ def save(trace: TraceData, path: Path) -> Path:
         arrays |= _backbone_arrays(trace.streamed)
         header["paths"] = [asdict(path) for path in trace.streamed.paths]
         header["question_reached"] = trace.streamed.question_reached
+    # safetensors writes the memory of an array as it lies there, also that of a view.
+    arrays = {
+        name: np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        for name, array in arrays.items()
+    }
     metadata = {"format": FORMAT, "version": str(version), "trace": json.dumps(header)}
     metadata[_DIGEST] = digest(metadata, arrays)
     write_atomically(path, to_bytes(arrays, metadata))

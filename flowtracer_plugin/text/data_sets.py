@@ -49,7 +49,8 @@ def load_rows(name: str, split: str, *, config: str | None = None, streaming: bo
             source, options = kind, {"data_files": name, **_checked(path, kind, streaming)}
         return load_dataset(source, split=split, streaming=streaming, **options)
     except (OSError, ValueError, DatasetGenerationError) as error:
-        cause = str(error.__cause__ or error).partition("\n")[0].rstrip(" .")
+        cause = _damaged_line(path) or str(error.__cause__ or error)
+        cause = cause.partition("\n")[0].rstrip(" .")
         raise ValueError(
             f"cannot load split {split!r} of {name!r}: {cause}; wanted a .jsonl, .csv or .parquet "
             "file, a folder of such files, or a data set on the hub, and a split of it or a slice "
@@ -88,6 +89,17 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} of {str(path)!r} is not an object: {row!r:.80}")
             yield row
+
+
+def _damaged_line(folder: Path) -> str | None:
+    """Where a file of the folder is damaged, which `datasets` does not say."""
+    files = sorted(folder.rglob("*.json*")) if folder.is_dir() else []
+    try:
+        for file in files:
+            _check_json(file)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _check_json(path: Path) -> None:
