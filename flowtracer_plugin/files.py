@@ -305,7 +305,7 @@ def typed(kind: Any, value: Any, place: str = "it") -> Any:
     elif origin in (dict, Mapping) and isinstance(value, dict):
         return {name: typed(parts[1], of, f"{place}[{name!r:.40}]") for name, of in value.items()}
     elif kind is Any or _is_plain(kind, value):
-        return value
+        return float(value) if kind is float else value
     raise ValueError(f"{place} must be {_name(kind)}, found {value!r:.80}")
 
 

@@ -213,12 +213,13 @@ def _deliver(evaluation: Evaluation, html: Path | None, *, as_json: bool) -> Non
     from flowtracer_plugin.evaluation.outcomes import document
     from flowtracer_plugin.evaluation.page import write_evaluation
 
+    # The file first: it must not be lost to a closed standard output.
+    if html is not None:
+        write_file(partial(write_evaluation, evaluation), html)
     if as_json:
         print_document(document(evaluation))
     else:
         _print_tables(evaluation)
-    if html is not None:
-        write_file(partial(write_evaluation, evaluation), html)
     if not evaluation.measured:
         raise typer.Exit(1)
 
