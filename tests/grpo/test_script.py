@@ -155,7 +155,7 @@ def test_an_output_folder_is_tried_before_anything_is_loaded(tmp_path):
     (tmp_path / "file").write_text("old")
     for folder in (tmp_path / "file", tmp_path / "file" / "new", "/proc/new"):
         parsed = parse(["--model_name_or_path", "nowhere", "--output_dir", str(folder)])
-        with pytest.raises(OSError, match="cannot write to the folder .* name a folder that you"):
+        with pytest.raises(OSError, match=r"cannot write to the folder .* name a folder that you"):
             build_trainer(*parsed)
     assert (tmp_path / "file").read_text() == "old"
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
