@@ -103,16 +103,13 @@ def _try_folder(folder: Path) -> None:
     place = next(one for one in (folder, *folder.parents) if _mode(one) is not None)
     attempt = _beside(place / "file")
     try:
-        if not os.access(place, os.W_OK):
+        if place.is_dir() and not os.access(place, os.W_OK):
             raise PermissionError(None, "permission denied")
         attempt.open("xb").close()
+        attempt.unlink()
     except OSError as error:
         reason = f"nothing can be made in {str(place)!r} ({error.strerror})"
         raise OSError(error.errno, reason) from error
-    finally:
-        # below a file, even the question whether it is there is an error
-        if place.is_dir():
-            attempt.unlink(missing_ok=True)
 
 
 def _mode(path: Path) -> int | None:
