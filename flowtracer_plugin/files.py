@@ -13,6 +13,7 @@ import shutil
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from secrets import token_hex
 from types import UnionType
@@ -317,16 +318,21 @@ def _typed_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
     raise max(problems, key=lambda problem: len(str(problem).partition(" must be ")[0]))
 
 
-def _typed_fields(kind: type[Any], value: Any, place: str) -> Any:
+def _typed_fields(kind: Any, value: Any, place: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{place} must be an object, found {value!r:.80}")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     needed = {one.name for one in fields(kind) if one.default is one.default_factory is MISSING}
     if missing := needed - value.keys():
         raise ValueError(f"{place} lacks {min(missing)!r}")
     if unknown := value.keys() - hints:
         raise ValueError(f"{place} has {min(unknown)!r:.80}, which is unknown")
     return kind(**{name: typed(hints[name], of, name) for name, of in value.items()})
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _is_plain(kind: Any, value: Any) -> bool:
