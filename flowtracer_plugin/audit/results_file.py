@@ -5,14 +5,19 @@ An interrupted audit continues where it stopped and samples no rollout twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flowtracer_plugin.audit.run import BatchAudit, Tilt
+from flowtracer_plugin.audit.run import BatchAudit
 from flowtracer_plugin.audit.sampling import Group
-from flowtracer_plugin.files import RecordFile
+from flowtracer_plugin.evaluation.token_sets import CLASS_NAMES
+from flowtracer_plugin.files import RecordFile, typed
+
+FORMAT = "flowtracer.audit"
+VERSION = 1
 
 
 class AuditFile:
@@ -27,19 +32,12 @@ class AuditFile:
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
-        self._file = RecordFile(path, "flowtracer.audit", 1, settings)
+        read = partial(_finding, scorers=settings.get("scorers"))
+        self._file = RecordFile(path, FORMAT, VERSION, settings, read)
         self.groups: dict[int, Group] = {}
         self.batches: dict[int, BatchAudit] = {}
-        try:
-            for record in self._file.records:
-                self._keep(
-                    _group(record["group"]) if "group" in record else _batch(record["batch"])
-                )
-        except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"cannot go on with {str(path)!r}: wanted rollouts and batches of an audit, "
-                f"got {error!r}; write to another file"
-            ) from error
+        for found in self._file.records:
+            self._keep(found)
 
     def has_group(self, row: int, prompt_ids: Sequence[int]) -> bool:
         """Whether the completions of this prompt are known.
@@ -68,18 +66,22 @@ class AuditFile:
             self.batches[found.number] = found
 
 
-def _group(record: Any) -> Group:
-    return Group(
-        row=record["row"],
-        prompt_ids=tuple(record["prompt_ids"]),
-        completions=tuple(tuple(ids) for ids in record["completions"]),
-        rewards=tuple(record["rewards"]),
-    )
-
-
-def _batch(record: Any) -> BatchAudit:
-    tilts = {
-        name: Tilt(**{**tilt, "classes": tuple(tilt["classes"])})
-        for name, tilt in record["tilts"].items()
-    }
-    return BatchAudit(**{**record, "classes": tuple(record["classes"]), "tilts": tilts})
+def _finding(record: Any, scorers: Collection[str] | None) -> Group | BatchAudit:
+    kinds = {"group": Group, "batch": BatchAudit}
+    name = next(iter(record), None) if isinstance(record, dict) and len(record) == 1 else None
+    if name not in kinds:
+        raise ValueError(f"wanted a group or a batch of an audit, found {record!r:.80}")
+    found: Group | BatchAudit = typed(kinds[name], record[name], name)
+    if isinstance(found, Group):
+        if not len(found.completions) == len(found.rewards) > 0:
+            raise ValueError(
+                f"wanted a reward for each completion, found {len(found.completions)} completions "
+                f"and {len(found.rewards)} rewards"
+            )
+        return found
+    counts = {len(found.classes), *(len(tilt.classes) for tilt in found.tilts.values())}
+    if counts != {len(CLASS_NAMES)}:
+        raise ValueError(f"wanted {len(CLASS_NAMES)} classes, found {sorted(counts)}")
+    if scorers is not None and found.tilts.keys() != set(scorers):
+        raise ValueError(f"wanted the scorers {sorted(scorers)}, found {sorted(found.tilts)}")
+    return found

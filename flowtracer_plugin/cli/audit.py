@@ -27,6 +27,7 @@ from flowtracer_plugin.cli.options import (
 from flowtracer_plugin.cli.outputs import print_document, print_results
 from flowtracer_plugin.cli.parsing import names, pattern, wrong_usage
 from flowtracer_plugin.cli.questions import DataOptions, load_prompts
+from flowtracer_plugin.files import check_records
 
 if TYPE_CHECKING:
     from flowtracer_plugin.audit.results_file import AuditFile
@@ -104,12 +105,13 @@ def audit(
     """
     tokenizer = load_tokenizer(model, loading)
     from flowtracer_plugin.audit.policy_gradient import check_memory, named_parameters
-    from flowtracer_plugin.audit.results_file import AuditFile
+    from flowtracer_plugin.audit.results_file import FORMAT, VERSION, AuditFile
     from flowtracer_plugin.audit.run import AuditOptions, audit as audited
     from flowtracer_plugin.audit.summary import summarise_audit
     from flowtracer_plugin.audit.verdict import document
     from flowtracer_plugin.rewards.named import named_reward
 
+    check_records(results.output, FORMAT, VERSION)
     scorers = _scorers(credit)
     options = AuditOptions(
         batches=credit.batches,

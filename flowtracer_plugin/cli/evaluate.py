@@ -26,8 +26,9 @@ from flowtracer_plugin.cli.options import (
     flattened,
 )
 from flowtracer_plugin.cli.outputs import print_document, print_results, write_file
-from flowtracer_plugin.cli.parsing import names, wrong_usage
+from flowtracer_plugin.cli.parsing import check_separate, names, wrong_usage
 from flowtracer_plugin.cli.questions import DataOptions, load_prompts
+from flowtracer_plugin.files import check_records
 
 if TYPE_CHECKING:
     from flowtracer_plugin.evaluation.examples import Example
@@ -120,14 +121,16 @@ def evaluate(
 
     flowtracer evaluate Qwen/Qwen3-0.6B questions.jsonl --limit 50 --output results.jsonl
     """
+    check_separate([results.output, html], [Path(data.data)])
     tokenizer = load_tokenizer(model, loading)
+    from flowtracer_plugin.evaluation.outcomes import Evaluation
+    from flowtracer_plugin.evaluation.protocols import EvaluationSettings
+    from flowtracer_plugin.evaluation.run import FORMAT, VERSION, plain_settings
+
+    check_records(results.output, FORMAT, VERSION)
     options = _options(chosen)
     protocols, scores = _protocols(chosen.protocols), _scores(chosen, options.matched)
     examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)
-    from flowtracer_plugin.evaluation.outcomes import Evaluation
-    from flowtracer_plugin.evaluation.protocols import EvaluationSettings
-    from flowtracer_plugin.evaluation.run import plain_settings
-
     how = {"layers": answers.layers, "answer": answers.answer, "mode": "dense"}
     tracer = load_tracer(model, loading, tokenizer, **how)
     settings = EvaluationSettings(
@@ -210,12 +213,13 @@ def _deliver(evaluation: Evaluation, html: Path | None, *, as_json: bool) -> Non
     from flowtracer_plugin.evaluation.outcomes import document
     from flowtracer_plugin.evaluation.page import write_evaluation
 
+    # The file first: it must not be lost to a closed standard output.
+    if html is not None:
+        write_file(partial(write_evaluation, evaluation), html)
     if as_json:
         print_document(document(evaluation))
     else:
         _print_tables(evaluation)
-    if html is not None:
-        write_file(partial(write_evaluation, evaluation), html)
     if not evaluation.measured:
         raise typer.Exit(1)
 

@@ -246,11 +246,14 @@ class OutputOptions:
     ] = "ribbon"
 
     def __post_init__(self) -> None:
-        names = [value for value in vars(self).values() if isinstance(value, Path)]
-        if len(set(names)) < len(names):
-            raise typer.BadParameter("two files have the same name: each needs its own")
+        parsing.check_separate(self.files)
         if self.figure is None and self.figure_kind != "ribbon":
             raise typer.BadParameter("--figure-kind is for --figure: name its file too")
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are written."""
+        return [value for value in vars(self).values() if isinstance(value, Path)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import typer
+
+from flowtracer_plugin.files import check_file
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 """The kinds of figures. Listed here, because matplotlib takes a second to import."""
@@ -94,17 +96,29 @@ def pattern(text: str | None) -> str | None:
 
 def writable(path: Path | None) -> Path | None:
     """A file that can be written, checked before the long work rather than after it."""
-    if path is None:
-        return None
-    target = path.resolve()
-    special = target.exists() and not target.is_file()  # a device or a pipe
-    place = target if special else next(one for one in target.parents if one.exists())
-    if not (special or place.is_dir()) or not os.access(place, os.W_OK):
-        raise typer.BadParameter(
-            f"cannot write {str(path)!r}: nothing can be made in {str(place)!r}; name a file in a "
-            "folder that you may write to"
-        )
+    if path is not None:
+        try:
+            check_file(path)
+        except OSError as error:
+            raise typer.BadParameter(str(error)) from error
     return path
+
+
+def check_separate(outputs: Iterable[Path | None], inputs: Iterable[Path] = ()) -> None:
+    """Check that no output would replace another one, or a file that the command reads."""
+    read = {os.path.realpath(path) for path in inputs}
+    written: set[str] = set()
+    for path in outputs:
+        if path is None or path == Path(os.devnull):
+            continue
+        real = os.path.realpath(path)
+        if real in read:
+            raise typer.BadParameter(
+                f"{str(path)!r} is read by this command and would be replaced: name another file"
+            )
+        if real in written:
+            raise typer.BadParameter("two files have the same name: each needs its own")
+        written.add(real)
 
 
 def figure_file(path: Path | None) -> Path | None:

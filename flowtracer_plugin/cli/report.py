@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from flowtracer_plugin.cli.loading import waiting
 from flowtracer_plugin.cli.options import AsJson, OutputOptions, PageFile, Traceback, flattened
 from flowtracer_plugin.cli.outputs import deliver, print_document, print_table, show, write_file
+from flowtracer_plugin.cli.parsing import check_separate, writable
 
 if TYPE_CHECKING:
     from flowtracer_plugin.comparison.traces import ComparedTrace
@@ -29,15 +31,19 @@ def report(files: TraceFiles, outputs: OutputOptions, traceback: Traceback = Fal
     from rich.rule import Rule
     from rich.text import Text
 
+    from flowtracer_plugin.text.visible import visible
+
     asked = outputs != OutputOptions()
     if asked and len(files) > 1:
         raise typer.BadParameter(
             f"--json and the names of files are for one trace, found {len(files)}; without them "
             "each trace gets a page beside its file"
         )
+    pages = outputs.files if asked else [writable(page_beside(file)) for file in files]
+    check_separate(pages, files)
     for file in files:
         if len(files) > 1:
-            show(Rule(Text(str(file))))
+            show(Rule(Text(visible(str(file)))))
         deliver(load_trace(file), outputs if asked else OutputOptions(html=page_beside(file)))
 
 
@@ -63,6 +69,8 @@ def compare(
     flowtracer compare first.flow second.flow --right 14 --html comparison.html
     """
     _check_files(files, label)
+    page = html or (None if json else writable(Path("comparison.html")))
+    check_separate([page], files)
     traces = [load_trace(file) for file in files]
     from flowtracer_plugin.comparison.traces import compare as compare_traces
     from flowtracer_plugin.report.pages.comparison_page import write_comparison
@@ -70,7 +78,6 @@ def compare(
     wanted = None if right is None else right.strip()
     truths = None if wanted is None else [trace.spans.answer_text == wanted for trace in traces]
     labels = label or _labels(files)
-    page = html or (None if json else Path("comparison.html"))
     if page:
         write_file(lambda path: write_comparison(traces, path, labels=labels, right=truths), page)
     compared = compare_traces(traces, labels=labels, right=truths)
@@ -84,8 +91,12 @@ def load_trace(file: Path) -> FlowTrace:
     """A saved trace."""
     import flowtracer_plugin as ft
 
-    with waiting(f"loading {file}"):
-        return ft.load(file)
+    with waiting(f"loading {file}"), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trace = ft.load(file)
+    for one in said:
+        typer.echo(f"note: {one.message}", err=True)
+    return trace
 
 
 def page_beside(file: Path) -> Path:

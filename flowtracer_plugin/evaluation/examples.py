@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from flowtracer_plugin.text.data_sets import TEMPLATES, as_prompt, load_rows
+from flowtracer_plugin.text.data_sets import TEMPLATES, as_prompt, json_lines, load_rows
 from flowtracer_plugin.text.encoding import Prompt
 
 PROMPTS = ("prompt", "question")
@@ -80,7 +80,7 @@ def load_examples(
             f"question goes, got {template!r}"
         )
     lines = Path(data).suffix.lower() == ".jsonl"
-    rows = list(islice(_json_lines(Path(data)) if lines else load_rows(data, split), limit))
+    rows = list(islice(json_lines(Path(data)) if lines else load_rows(data, split), limit))
     if not rows:
         raise ValueError(f"there are no rows in {data!r}")
     asked = _column(rows[0], prompt_column, PROMPTS)
@@ -92,32 +92,19 @@ def load_examples(
         )
     said = _column(rows[0], response_column, ("response",))
     right = _column(rows[0], answer_column, ("answer",))
-    return tuple(
-        Example(
-            row=number,
-            prompt=as_prompt(_value(row, asked, number), text, system, chat),
-            response=_text(row, said, number),
-            answer=_text(row, right, number),
-            columns={name: row[name] for name in row if name not in (asked, said, right)},
+    try:
+        return tuple(
+            Example(
+                row=number,
+                prompt=as_prompt(_value(row, asked, number), text, system, chat),
+                response=_text(row, said, number),
+                answer=_text(row, right, number),
+                columns={name: row[name] for name in row if name not in (asked, said, right)},
+            )
+            for number, row in enumerate(rows)
         )
-        for number, row in enumerate(rows)
-    )
-
-
-def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"there is no file {str(path)!r}; wanted one of JSON lines")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} of {str(path)!r} is not an object: {row!r:.80}")
-            yield row
+    except ValueError as error:
+        raise ValueError(f"cannot use {data!r}: {error}") from error
 
 
 def _column(row: Mapping[str, Any], named: str | None, usual: Sequence[str]) -> str | None:

@@ -8,11 +8,21 @@ from types import MappingProxyType
 from typing import Any
 
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
-from flowtracer_plugin.evaluation.curves import example_curves
-from flowtracer_plugin.evaluation.lines_and_edges import example_edges, example_lines
-from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions, example_knock_outs
-from flowtracer_plugin.evaluation.regeneration import example_regeneration
+from flowtracer_plugin.evaluation.curves import Curve, example_curves
+from flowtracer_plugin.evaluation.lines_and_edges import (
+    EdgeKnockOuts,
+    LineKnockOuts,
+    example_edges,
+    example_lines,
+)
+from flowtracer_plugin.evaluation.ranked_tokens import (
+    Faithfulness,
+    KnockOutOptions,
+    example_knock_outs,
+)
+from flowtracer_plugin.evaluation.regeneration import Regeneration, example_regeneration
 from flowtracer_plugin.evaluation.scored_example import ScoredExample
+from flowtracer_plugin.files import typed
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.tracer import FlowTracer
 
@@ -80,6 +90,29 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     }
 )
 """The protocols of the modules `faithfulness`, `curves`, `lines_and_edges` and `regeneration`."""
+
+
+_FINDINGS: Mapping[str, Any] = {
+    FIRST: Faithfulness,
+    "curves": tuple[Curve, ...],
+    "lines": LineKnockOuts,
+    "edges": tuple[EdgeKnockOuts, ...],
+    "regeneration": tuple[Regeneration, ...],
+}
+"""What each protocol finds, before `measure` turns it into plain values."""
+
+
+def check_findings(measured: Mapping[str, Any]) -> None:
+    """Check plain values that are said to be those of `measure`.
+
+    Raises:
+        ValueError: They are not.
+    """
+    for name, found in measured.items():
+        if name not in _FINDINGS:
+            raise ValueError(f"wanted protocols of {', '.join(_FINDINGS)}, found {name!r:.40}")
+        skipped = isinstance(found, dict) and set(found) == {"skipped"}
+        typed(dict[str, str] if skipped else _FINDINGS[name], found, name)
 
 
 def check_protocols(names: Sequence[str]) -> None:

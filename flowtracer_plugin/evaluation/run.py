@@ -16,11 +16,16 @@ from tqdm import tqdm
 
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
 from flowtracer_plugin.evaluation.examples import Example
-from flowtracer_plugin.evaluation.outcomes import Outcome
-from flowtracer_plugin.evaluation.protocols import FIRST, EvaluationSettings, measure_example
+from flowtracer_plugin.evaluation.outcomes import REASONS, Outcome
+from flowtracer_plugin.evaluation.protocols import (
+    FIRST,
+    EvaluationSettings,
+    check_findings,
+    measure_example,
+)
 from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions
 from flowtracer_plugin.evaluation.scored_example import TooFewTokensError
-from flowtracer_plugin.files import RecordFile
+from flowtracer_plugin.files import RecordFile, typed
 from flowtracer_plugin.text.answers import find_answer, same_answer
 from flowtracer_plugin.text.result_cut import NotComputedError, cut_at_result
 from flowtracer_plugin.text.spans import AnswerNotFoundError
@@ -168,7 +173,7 @@ def evaluate_to_file(
     """The outcomes of all examples, in their order; each is written as soon as it is measured.
 
     Examples that the file holds are not measured again. A last line that was cut off, as by a
-    crash, is dropped.
+    crash, is dropped; a file that is not of an evaluation with these settings is left untouched.
 
     Args:
         evaluate: Measures the examples that are left.
@@ -179,11 +184,12 @@ def evaluate_to_file(
         progress: Show a bar.
 
     Raises:
-        ValueError: The file has another format, holds other settings, or holds an example of the
-            same row with other texts.
+        ValueError: The file has another format, holds other settings, is damaged, or holds an
+            example of the same row with other texts.
+        OSError: The file cannot be read or written.
     """
-    file = RecordFile(path, FORMAT, VERSION, settings)
-    done = _outcomes(file, path)
+    file = RecordFile(path, FORMAT, VERSION, settings, _outcome)
+    done = {outcome.row: outcome for outcome in file.records}
     for example in examples:
         if example.row in done and done[example.row].digest != example.digest:
             raise ValueError(
@@ -204,12 +210,11 @@ def evaluate_to_file(
     return tuple(done[example.row] for example in examples)
 
 
-def _outcomes(file: RecordFile, path: Path | None) -> dict[int, Outcome]:
-    try:
-        found = [Outcome(**record) for record in file.records]
-    except TypeError as error:
-        raise ValueError(
-            f"cannot go on with {str(path)!r}: wanted results that an evaluation wrote, {error}; "
-            "write to another file"
-        ) from error
-    return {outcome.row: outcome for outcome in found}
+def _outcome(record: Any) -> Outcome:
+    outcome: Outcome = typed(Outcome, record)
+    if outcome.left_out is not None and outcome.left_out not in REASONS:
+        known = ", ".join(REASONS)
+        raise ValueError(f"left_out must be one of {known}, found {outcome.left_out!r:.40}")
+    if outcome.measured is not None:
+        check_findings(outcome.measured)
+    return outcome

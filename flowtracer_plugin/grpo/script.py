@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flowtracer_plugin.files import check_folder
 from flowtracer_plugin.model.loading import load_model, load_tokenizer
 from flowtracer_plugin.grpo.trainer import FlowGRPOConfig, FlowGRPOTrainer
 from flowtracer_plugin.grpo.options import documented
@@ -29,6 +30,7 @@ from flowtracer_plugin.text.data_sets import columns, load_rows, with_prompts
 
 # ruff: noqa: I001 (grpo.trainer checks the release of TRL before anything of it is imported)
 import torch
+import yaml
 from datasets import disable_progress_bars
 from trl.scripts.utils import ScriptArguments, TrlParser
 from trl.trainer.model_config import ModelConfig
@@ -83,8 +85,10 @@ def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> Ar
     """The arguments of a command line and of the file that `--config` names.
 
     Raises:
-        ValueError: An argument is unknown, has an invalid value, or lacks one.
+        ValueError: An argument is unknown, has an invalid value, or lacks one, or the file cannot
+            be read.
     """
+    _check_config(sys.argv[1:] if arguments is None else arguments)
     kinds: Any = (FlowScriptArguments, FlowGRPOConfig, ModelConfig)
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
     parser = _Parser(
@@ -102,6 +106,25 @@ def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> Ar
     return tuple(parsed)
 
 
+def _check_config(arguments: Sequence[str]) -> None:
+    """Check the file of `--config`, whose damages TRL's parser reports without its name."""
+    if "--config" not in arguments[:-1]:
+        if "--config" in arguments:
+            raise ValueError("--config needs a file of YAML after it")
+        return
+    name = arguments[arguments.index("--config") + 1]
+    try:
+        settings = yaml.safe_load(Path(name).read_text("utf-8"))
+        found = f"{settings!r:.80}"
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        settings, found = None, " ".join(str(error).split())
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise ValueError(
+            f"cannot read the settings in {name!r}: wanted YAML in UTF-8 with lines such as "
+            f"'output_dir: out', found {found}"
+        )
+
+
 def build_trainer(
     script_args: FlowScriptArguments,
     training_args: FlowGRPOConfig,
@@ -114,7 +137,10 @@ def build_trainer(
     Raises:
         ValueError: Model, data or a column is missing, there is no reward, or one cannot be
             imported.
+        OSError: Nothing can be written to the output folder.
     """
+    if training_args.should_save:
+        check_folder(Path(training_args.output_dir or "."))
     name = model_args.model_name_or_path
     if not name:
         raise ValueError("no model: pass --model_name_or_path FOLDER, or an id on the hub")

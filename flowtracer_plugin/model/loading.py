@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,13 @@ from urllib.request import getproxies
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from flowtracer_plugin.attention.adapter import known_adapters
+from flowtracer_plugin.files import parsed
 
 
 class UnknownDeviceError(ValueError):
@@ -68,10 +71,14 @@ def _friendly(name: str, wanted: str) -> Iterator[None]:
     kinds = ("config.json", "adapter_config.json")  # a whole model, or an adapter of PEFT
     if here and not any((Path(name) / kind).is_file() for kind in kinds):
         raise ValueError(f"{name!r} has no config.json; wanted the folder of a Hugging Face model")
+    damages = (TypeError, AttributeError, LookupError, RecursionError, StrictDataclassError)
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        cause = str(error).partition("\n")[0].rstrip(" .:")
+    except (OSError, ValueError, ImportError, SafetensorError, *damages) as error:
+        if isinstance(error, damages) and not here:
+            raise
+        cause = (_damaged(Path(name)) if here else None) or str(error)
+        cause = cause.partition("\n")[0].rstrip(" .:")
         # An ImportError names the missing package, and needs no advice about folders.
         wish = f"; wanted a folder that save_pretrained() of {wanted} wrote"
         raise ValueError(
@@ -80,6 +87,33 @@ def _friendly(name: str, wanted: str) -> Iterator[None]:
             else f"there is no folder {name!r}, and no such model could be loaded from the hub: "
             f"{cause}; check its id and the connection, and if it is gated, hf auth login"
         ) from error
+
+
+_SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+)
+
+
+def _damaged(folder: Path) -> str | None:
+    """The first file of settings that is no JSON object, which transformers does not name."""
+    for file in (folder / name for name in _SETTINGS):
+        if not file.is_file():
+            continue
+        content = file.read_bytes()
+        if content.startswith(BOM_UTF8):
+            return f"{str(file)!r} begins with a byte order mark; save it without one"
+        try:
+            held = parsed(content)
+        except ValueError as error:
+            return f"{str(file)!r} is damaged: {error}"
+        if not isinstance(held, dict):
+            return f"{str(file)!r} is damaged: wanted a JSON object, found {held!r:.40}"
+    return None
 
 
 def _without_hub(name: str) -> bool:

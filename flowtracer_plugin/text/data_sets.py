@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from codecs import BOM_UTF8
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from flowtracer_plugin.files import parsed
 
 KINDS: Mapping[str, str] = MappingProxyType(
     {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -40,16 +43,77 @@ def load_rows(name: str, split: str, *, config: str | None = None, streaming: bo
     kind = KINDS.get(path.suffix.lower())
     if kind and not path.is_file():
         raise ValueError(f"there is no file {name!r}; wanted a file or a data set")
-    source, options = (kind, {"data_files": name}) if kind else (name, {"name": config})
+    source, options = name, dict[str, Any](name=config)
     try:
+        if kind:
+            source, options = kind, {"data_files": name, **_checked(path, kind, streaming)}
         return load_dataset(source, split=split, streaming=streaming, **options)
     except (OSError, ValueError, DatasetGenerationError) as error:
-        cause = str(error.__cause__ or error).partition("\n")[0].rstrip(" .")
+        cause = _damaged_line(path) or str(error.__cause__ or error)
+        cause = cause.partition("\n")[0].rstrip(" .")
         raise ValueError(
             f"cannot load split {split!r} of {name!r}: {cause}; wanted a .jsonl, .csv or .parquet "
             "file, a folder of such files, or a data set on the hub, and a split of it or a slice "
             "such as train[:95%]"
         ) from error
+
+
+def _checked(path: Path, kind: str, streaming: bool) -> dict[str, Any]:
+    """The options for a file, which is checked: `datasets` names no line, and may even crash."""
+    with path.open("rb") as file:
+        start = file.read(len(BOM_UTF8))
+    if not start:
+        raise ValueError(f"there are no rows in {str(path)!r}")
+    if kind == "json" and not streaming:
+        _check_json(path)
+    return {"encoding": "utf-8-sig"} if kind in ("json", "csv") and start == BOM_UTF8 else {}
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of JSON lines; a byte order mark and empty lines are skipped.
+
+    Raises:
+        ValueError: There is no such file, or a line is not an object; the message names the line.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r}; wanted one of JSON lines")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            text = line.strip()
+            if not text:
+                continue
+            try:
+                row = parsed(text)
+            except ValueError as error:
+                raise ValueError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} of {str(path)!r} is not an object: {row!r:.80}")
+            yield row
+
+
+def _damaged_line(folder: Path) -> str | None:
+    """Where a file of the folder is damaged, which `datasets` does not say."""
+    files = sorted(folder.rglob("*.json*")) if folder.is_dir() else []
+    try:
+        for file in files:
+            _check_json(file)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _check_json(path: Path) -> None:
+    """Check a file of JSON lines, or of one list."""
+    try:
+        for _ in json_lines(path):
+            pass
+    except ValueError as lines:
+        try:
+            whole = parsed(path.read_bytes())
+        except ValueError:
+            whole = None
+        if not isinstance(whole, list | dict):
+            raise ValueError(str(lines)) from None
 
 
 def with_prompts(

@@ -21,13 +21,13 @@ def encode_prompt(
     `template_options`, such as `tools` or `enable_thinking`, are passed to the chat template.
 
     Raises:
-        ValueError: The prompt is empty, a message has no role or content, or the tokenizer has no
-            chat template for messages.
+        ValueError: The prompt is empty or cannot be written as UTF-8, a message has no role or
+            content, or the tokenizer has no chat template for messages.
     """
     if not prompt:
         raise ValueError("the prompt is empty, so there is no question to trace from")
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"]), prompt
+        return _ids(tokenizer, prompt), prompt
     if tokenizer.chat_template is None:
         raise ValueError(
             "chat messages need a tokenizer with a chat template, and this one has none; "
@@ -44,7 +44,7 @@ def encode_prompt(
             messages, tokenize=False, add_generation_prompt=True, **(template_options or {})
         )
     )
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]), text
+    return _ids(tokenizer, text, add_special_tokens=False), text
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:
@@ -52,15 +52,29 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str, response: s
 
     Some tokenizers add a space before the first word of a text. So prompt and response are encoded
     together, unless that changes the prompt's tokens.
+
+    Raises:
+        ValueError: The text cannot be written as UTF-8.
     """
 
     def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return _ids(tokenizer, text, add_special_tokens=False)
 
     before, joint = encode(prompt), encode(prompt + response)
     if joint[: len(before)] == before:
         return joint[len(before) :]
     return encode(response)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"wanted text that UTF-8 can hold, found half a character, "
+            f"{text[error.start : error.end]!r:.40}; leave it out"
+        ) from error
+    return list(tokenizer(text, **options)["input_ids"])
 
 
 def user_text(prompt: Prompt) -> str | None:

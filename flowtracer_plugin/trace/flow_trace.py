@@ -141,6 +141,9 @@ class FlowTrace(TraceData):  # noqa: D101
 def load(path: str | Path) -> FlowTrace:
     """The trace that `FlowTrace.save` wrote to `path`; every number comes back bit for bit.
 
+    The file's checksum is compared, and every size in it is checked before anything is loaded. A
+    file of an earlier version has no checksum, and a `UserWarning` says so.
+
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is not a trace, is damaged, or was written by a newer version.

@@ -1,6 +1,8 @@
 import copy
+import json
 import re
 import statistics
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -209,3 +211,38 @@ def test_a_damaged_file_is_refused(tmp_path, line):
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(ValueError, match=re.escape(f"cannot go on with {str(path)!r}")):
         AuditFile(path, {})
+
+
+def kept(found):
+    return {"batch" if isinstance(found, BatchAudit) else "group": asdict(found)}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"group": {"row": "3"}}, "row must be a whole number, found '3'"),
+        ({"group": {"prompt_ids": [1.5]}}, r"prompt_ids\[0\] must be a whole number"),
+        ({"group": {"completions": [1]}}, r"completions\[0\] must be a list"),
+        ({"group": {"rewards": [1.0]}}, "wanted a reward for each completion, found"),
+        ({"group": {"completions": [], "rewards": []}}, "wanted a reward for each completion"),
+        ({"group": {"rewards": "10"}}, "rewards must be a list"),
+        ({"batch": {"squared": None}}, "squared must be a number"),
+        ({"batch": {"classes": [1]}}, r"wanted 5 classes, found \[1, 5\]"),
+        ({"batch": {"tilts": {}}}, r"wanted the scorers \['flow\*entropy'\], found \[\]"),
+        ({"batch": {"tilts": {"flow*entropy": {}}}}, "lacks 'answer'"),
+        ({"batch": {}, "group": {}}, "wanted a group or a batch of an audit"),
+    ],
+)
+def test_a_damaged_record_is_named_and_the_file_left_alone(tmp_path, change, problem):
+    path, settings = tmp_path / "audit.jsonl", {"scorers": ["flow*entropy"]}
+    file = AuditFile(path, settings)
+    file.add(group())
+    file.add(batch(0))
+    AuditFile(path, settings)
+    whole = kept(group()) | kept(batch(2))
+    record = {name: whole[name] | values for name, values in change.items()}
+    path.write_text(path.read_text() + json.dumps(record) + '\n{"gro')
+    before = path.read_text()
+    with pytest.raises(ValueError, match=rf"audit\.jsonl': line 4 is damaged: .*{problem}"):
+        AuditFile(path, settings)
+    assert path.read_text() == before

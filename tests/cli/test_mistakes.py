@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save as to_bytes
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.cli import commands as cli
@@ -108,6 +110,83 @@ def test_unwritable_files_are_refused_before_the_model_is_loaded(flowtracer, tmp
         option = "--output" if command[0] == "evaluate" else "--html"
         ran = flowtracer(*command, option, tmp_path / "new" / "x")
         assert_failed(ran, 2, option, "nothing can be made in")
+
+
+def test_places_that_take_no_file_are_refused_before_anything_is_loaded(
+    flowtracer, saved, tmp_path, monkeypatch
+):
+    """Permissions alone would let a superuser write there."""
+    given, none = tracing(tmp_path / "nowhere"), "/proc/none.flow"
+    commands = {
+        "--save": given,
+        "--html": [*given[:-2], "--generate"],
+        "--parquet": ["generate", *given[1:-2]],
+        "--output": ["evaluate", "nowhere", "no.jsonl"],
+    }
+    for option, command in commands.items():
+        for place in (none, "/proc/new/none.flow", tmp_path / ("x" * 300)):
+            ran = flowtracer(*command, option, place)
+            assert_failed(ran, 2, f"'{option}'", "cannot write", "that you may write to")
+    assert_failed(flowtracer("audit", "nowhere", "no.jsonl", "--output", none), 2, "'--output'")
+    assert_failed(
+        flowtracer("demo", "--html", none), 2, "'--html'", "nothing can be made in '/proc'"
+    )
+    assert_failed(flowtracer("report", saved, "--html", none), 2, "'--html'")
+    assert_failed(flowtracer("compare", saved, saved, "--html", none), 2, "'--html'")
+    # and files that get a name by default
+    monkeypatch.chdir("/proc")
+    assert_failed(flowtracer("demo"), 2, "'--html'", "cannot write 'flowtracer-demo.html'")
+    assert_failed(flowtracer("compare", saved, saved), 2, "cannot write 'comparison.html'")
+    (tmp_path / "a.flow").symlink_to(saved)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.html").mkdir()
+    assert_failed(flowtracer("report", "a.flow"), 2, "cannot write 'a.html'", "found a folder")
+
+
+def test_what_a_command_reads_is_never_replaced(flowtracer, saved, tmp_path):
+    (tmp_path / "link").symlink_to(saved)
+    data, both = tmp_path / "data.jsonl", tmp_path / "both"
+    data.write_text('{"prompt": "2 + 2?"}\n')
+    before = saved.read_bytes()
+    for page in (saved, tmp_path / "link"):
+        ran = flowtracer("report", saved, "--html", page)
+        assert_failed(ran, 2, "is read by this command and would be replaced: name another file")
+        assert_failed(flowtracer("compare", saved, saved, "--html", page), 2, "would be replaced")
+    for option in ("--html", "--output"):
+        ran = flowtracer("evaluate", "nowhere", data, option, data)
+        assert_failed(ran, 2, "would be replaced")
+    ran = flowtracer("evaluate", "nowhere", data, "--html", both, "--output", both)
+    assert_failed(ran, 2, "two files have the same name: each needs its own")
+    assert saved.read_bytes() == before
+    assert data.read_text() == '{"prompt": "2 + 2?"}\n'
+
+
+def test_foreign_results_are_refused_before_the_model_is_loaded(
+    flowtracer, plain_model, tmp_path, monkeypatch
+):
+    def refuse(*parts, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(loading, "load_model", refuse)
+    data, notes = tmp_path / "data.jsonl", tmp_path / "notes.txt"
+    data.write_text('{"prompt": "2 + 2?", "answer": "4"}\n')
+    for content in (b"my only notes", b"first line\nlast", b"\0" * 99):
+        notes.write_bytes(content)
+        for command in ("evaluate", "audit"):
+            ran = flowtracer(command, plain_model, data, "--output", notes)
+            assert_failed(ran, 1, "cannot go on with", "notes.txt", "write to another file")
+            assert notes.read_bytes() == content
+
+
+def test_a_trace_without_a_checksum_is_shown_with_a_note(flowtracer, saved, tmp_path):
+    with safe_open(saved, framework="numpy") as file:
+        metadata = {name: of for name, of in file.metadata().items() if name != "sha256"}
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    (tmp_path / "old.flow").write_bytes(to_bytes(arrays, metadata))
+    ran = flowtracer("report", tmp_path / "old.flow", "--json")
+    assert ran.code == 0
+    assert re.fullmatch(r"note: '.*old\.flow' has no checksum, .*\n", ran.err)
+    assert flowtracer("report", saved, "--json").err == ""
 
 
 def test_writable_files_are_accepted(tmp_path):

@@ -97,6 +97,10 @@ def test_what_cannot_be_traced_is_left_out_and_mistakes_are_not(tiny):
     (found,) = evaluate(tiny, [long], FEW)
     assert (found.left_out, found.measured) == ("not_traced", None)
     assert "more than the model's context" in found.detail
+    half = Example(row=0, prompt="\ud800" + PROMPT, response=RESPONSE)
+    (found,) = evaluate(tiny, [half], FEW)
+    assert (found.left_out, found.measured) == ("not_traced", None)
+    assert "wanted text that UTF-8 can hold, found half a character" in found.detail
     short = Example(row=0, prompt=PROMPT, response=RESPONSE)
     with pytest.raises(ValueError, match="matched to one of the scores"):
         list(evaluate(tiny, [short], FEW, scores={}, predicted_only=False))
@@ -165,6 +169,49 @@ def test_other_files_are_refused_and_left_alone(tmp_path, content):
     assert path.read_text() == content
 
 
+def outcome_line(**changes):
+    row = {"row": 0, "digest": "0", "left_out": None, "detail": None, "measured": None}
+    return json.dumps(row | {"correct": None} | changes) + "\n"
+
+
+MEASURED = {"answer_tokens": 1, "log_prob": -1, "predicted": True, "candidates": [1], "effects": []}
+EFFECT = {"gap": 0, "score": "a", "side": "top", "drop": [1], "flipped": [0], "divergence": [0]}
+CURVE = {"score": "a", "shares": [0], "deletion": [1], "insertion": [1]}
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("[1]\n", "it must be an object"),
+        ("{}\n", "it lacks 'digest'"),
+        (outcome_line(row="0"), "row must be a whole number, found '0'"),
+        (outcome_line(digest=None), "digest must be text"),
+        (outcome_line(correct="yes"), "correct must be true or false, found 'yes'"),
+        (outcome_line(left_out="love"), "left_out must be one of no_answer, .* found 'love'"),
+        (outcome_line(unheard_of=1), "it has 'unheard_of', which is unknown"),
+        (outcome_line(measured=[]), "measured must be an object"),
+        (outcome_line(measured={"love": {}}), "wanted protocols of knock_out, .* found 'love'"),
+        (outcome_line(measured={"knock_out": {}}), "knock_out lacks 'answer_tokens'"),
+        (outcome_line(measured={"knock_out": MEASURED | {"effects": 3}}), "effects must be a list"),
+        (
+            outcome_line(measured={"knock_out": MEASURED | {"effects": [EFFECT | {"drop": "1"}]}}),
+            "drop must be a list, found '1'",
+        ),
+        (outcome_line(measured={"curves": [CURVE]}), r"curves\[0\] lacks 'deletion_area'"),
+        (outcome_line(measured={"lines": {"skipped": 3}}), "must be text, found 3"),
+    ],
+)
+def test_damaged_results_are_named_and_left_alone(tmp_path, line, problem):
+    path = tmp_path / "results.jsonl"
+    evaluate_to_file(lambda _: iter(()), [], path, SETTINGS)
+    good = outcome_line(measured={"knock_out": MEASURED | {"effects": [EFFECT]}})
+    path.write_text(path.read_text() + good + line + '{"row": 1, "dig')
+    before = path.read_text()
+    with pytest.raises(ValueError, match=rf"results\.jsonl': line 3 is damaged: .*{problem}"):
+        evaluate_to_file(lambda _: iter(()), [], path, SETTINGS)
+    assert path.read_text() == before
+
+
 def test_an_empty_file_is_a_new_one(tmp_path):
     path = tmp_path / "results.jsonl"
     path.touch()
@@ -219,6 +266,8 @@ def test_other_files_are_read_by_datasets(tmp_path):
         ('{"prompt": null}\n', {}, "row 0 of the data has no 'prompt'"),
         ('{"prompt": "q"}\nnope\n', {}, "line 2 of .* is not JSON"),
         ("[1]\n", {}, "line 1 of .* is not an object"),
+        ('{"prompt": "q"}\n{"prompt": ' + "[" * 100_000, {}, "line 2 of .* nested too deeply"),
+        ('{"prompt": 3}\n', {}, r"cannot use '.*data\.jsonl': .* one is 3"),
         ('{"prompt": "q", "response": [1]}\n', {}, "'response' of row 0 is not text"),
         ('{"prompt": "q"}\n', {"template": "x"}, "the template must be hash, boxed or a text with"),
     ],
@@ -228,6 +277,16 @@ def test_damaged_data_are_refused(tmp_path, text, options, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_examples(str(path), **options)
+
+
+def test_a_byte_order_mark_is_skipped_and_another_encoding_named(tmp_path):
+    path, text = tmp_path / "data.jsonl", '{"prompt": "é"}\n'
+    path.write_text(text, "utf-8-sig")
+    assert load_examples(str(path)) == (Example(row=0, prompt="é"),)
+    for encoding, byte in (("latin-1", "0xe9"), ("utf-16", "0xff")):
+        path.write_text(text, encoding)
+        with pytest.raises(ValueError, match=rf"line 1 of .*data\.jsonl' .* found the byte {byte}"):
+            load_examples(str(path))
 
 
 def test_a_missing_file_is_named():

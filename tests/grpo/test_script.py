@@ -125,6 +125,42 @@ def test_errors_name_the_wrong_argument(given, message):
         parse([*given, "--use_cpu", "true"])
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a:\n\t- b: c\n",
+        b"- output_dir\n",
+        b"",
+        b"1: 2\n",
+        b"output_dir: \xe9\n",
+        "output_dir: x\n".encode("utf-16"),
+        bytes(range(256)),
+        b"a: " + b"[" * 5000,
+        b"!!python/object/apply:os.system ['true']\n",
+    ],
+    ids=lambda content: repr(content[:20]),
+)
+def test_a_damaged_file_of_options_is_named(tmp_path, content):
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read the settings in '.*run\.yaml': wanted YAML"):
+        parse(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_a_file_of_options_must_be_named():
+    with pytest.raises(ValueError, match="--config needs a file of YAML after it"):
+        parse(["--config"])
+
+
+def test_an_output_folder_is_tried_before_anything_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("old")
+    for folder in (tmp_path / "file", tmp_path / "file" / "new", "/proc/new"):
+        parsed = parse(["--model_name_or_path", "nowhere", "--output_dir", str(folder)])
+        with pytest.raises(OSError, match=r"cannot write to the folder .* name a folder that you"):
+            build_trainer(*parsed)
+    assert (tmp_path / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
 def test_options_in_a_file_must_exist_too(tmp_path):
     (tmp_path / "run.yaml").write_text("promt_column: question\nuse_cpu: true\n")
     with pytest.raises(ValueError, match="there is no option '--promt_column'; did you mean"):

@@ -1,5 +1,7 @@
 """The page of a group of completions, and the list of a run's pages."""
 
+import json
+import os
 import re
 
 import jaxtyping
@@ -433,6 +435,39 @@ def test_the_list_leaves_out_other_files(group, tmp_path):
     (tmp_path / "damaged.html").write_text(start + "{</script>")
     (tmp_path / "other.html").write_text(start + '{"step": 3}</script>')
     assert [row[0] for row in rows(write_index(tmp_path).read_text("utf-8"))] == ["a.html"]
+
+
+def test_damaged_pages_are_left_out_and_named_in_the_log(group, tmp_path, caplog):
+    good = write_group_page(tmp_path / "a.html", "?", group, title="a", step=1).read_text("utf-8")
+    (summary,) = re.findall(r'id="summary">(.*?)</script>', good)
+    held = json.loads(summary)
+    changes = [
+        *({"step": step} for step in ("1", None, 1.5, [1], True, 10**400)),
+        *({"best": reward} for reward in ("1", [1], float("nan"), float("inf"))),
+        *({"spread": spread} for spread in (None, "0.5", {})),
+        *({name: 3} for name in ("title", "prompt")),
+        *({name: "3"} for name in ("completions", "answers")),
+        {"unheard_of": 1},
+    ]
+    texts = [json.dumps(held | change) for change in changes]
+    texts += [summary.replace('"best":', '"best":1e999,"b":'), "[" * 9000, "null", "[]", "", "{"]
+    for place, text in enumerate(texts):
+        page = tmp_path / f"damaged-{place}.html"
+        page.write_text(good.replace(summary, text), "utf-8")
+    (tmp_path / "bytes.html").write_bytes(good.encode().replace(summary.encode(), b'{"a": "\xff"}'))
+    assert [row[0] for row in rows(write_index(tmp_path).read_text("utf-8"))] == ["a.html"]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(texts) + 1
+    for name in ("damaged-0.html", f"damaged-{len(texts) - 1}.html", "bytes.html"):
+        assert any(f"{name}': " in one for one in said), name
+
+
+def test_a_page_may_have_a_name_that_is_no_text(group, tmp_path):
+    for name in (b"a\xff.html", "ü.html".encode(), b"a:b?.html"):
+        path = tmp_path / os.fsdecode(name)
+        write_group_page(path, os.fsdecode(name), group, title=os.fsdecode(name), step=1)
+    found = [row[0] for row in rows(write_index(tmp_path).read_text("utf-8"))]
+    assert sorted(found) == ["%C3%BC.html", "a%3Ab%3F.html", "a%FF.html"]
 
 
 def test_the_summary_is_in_the_part_that_the_list_reads(tmp_path):

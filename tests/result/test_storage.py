@@ -1,7 +1,10 @@
 import ast
 import json
 import os
+import random
 import stat
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.result.storage import save
 from flowtracer_plugin.text.spans import Spans
 from flowtracer_plugin.trace.flow_trace import FlowTrace, load
+from tests.made_traces import as_streamed, make_trace
 
 ARRAYS = ("token_ids", "attention", "reach", "throughput")
 MASKS = ("question", "answer", "target")
@@ -121,6 +125,22 @@ def test_only_the_lower_triangle_is_stored(trace, tmp_path):
         assert file.get_tensor("attention").shape == (6,)
 
 
+def test_views_and_other_byte_orders_are_stored_as_they_read(trace, tmp_path):
+    rows = np.asfortranarray(trace.attention)
+    other = replace(
+        trace,
+        token_ids=np.arange(2 * 3)[::2],
+        reach=np.arange(3, dtype=">f4")[::-1],
+        attention=rows,
+        spans=replace(trace.spans, answer=np.array([True, False] * 3)[::-2]),
+    )
+    loaded = load(other.save(tmp_path / "a.flow"))
+    assert loaded.token_ids.tolist() == [0, 2, 4]
+    assert loaded.reach.tolist() == [2, 1, 0]
+    assert loaded.spans.answer.tolist() == other.spans.answer.tolist()
+    assert (loaded.attention == rows).all()
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no trace at .*nowhere"):
         load(tmp_path / "nowhere.flow")
@@ -157,18 +177,23 @@ def test_half_a_file_is_refused_at_every_length(trace, tmp_path):
 
 
 def rewritten(trace, path, change=lambda metadata, header: None, without=()):
-    """The file of a trace with a changed header."""
+    """The file of a trace with a changed header, as an earlier version wrote it."""
     with safe_open(trace.save(path), framework="numpy") as file:
         metadata = file.metadata()
         arrays = {name: file.get_tensor(name) for name in file.keys() if name not in without}  # noqa: SIM118
+    del metadata["sha256"]
     header = json.loads(metadata["trace"])
     metadata["trace"] = change(metadata, header) or json.dumps(header)
     path.write_bytes(to_bytes(arrays, metadata))
     return path
 
 
-def test_a_rewritten_file_reads_as_before(trace, tmp_path):
-    assert_same(load(rewritten(trace, tmp_path / "a.flow")), trace)
+def test_a_file_without_a_checksum_says_so_and_can_get_one(trace, tmp_path):
+    path = rewritten(trace, tmp_path / "a.flow")
+    with pytest.warns(UserWarning, match=r"a\.flow' has no checksum"):
+        loaded = load(path)
+    assert_same(loaded, trace)
+    assert_same(load(loaded.save(path)), trace)
 
 
 def test_a_newer_file_asks_for_an_upgrade(trace, tmp_path):
@@ -242,6 +267,169 @@ def test_the_old_file_is_replaced(trace, tmp_path):
     path.write_bytes(b"something longer than a trace" * 1000)
     trace.save(path)
     assert_same(load(path), trace)
+
+
+# --- damage, and files made to do harm ---
+
+
+@pytest.fixture(scope="module")
+def streamed():
+    return as_streamed(make_trace(["<s>", "Q", "?", " a", ".", " b", ".", " 2"]))
+
+
+def assert_flips_are_refused(content, path, places):
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cannot read .*a\.flow' as a trace"):
+            load(path)
+
+
+@pytest.mark.parametrize("kind", ["dense", "streamed"])
+def test_no_flipped_bit_is_taken_for_another_trace(kind, trace, streamed, tmp_path):
+    path = tmp_path / "a.flow"
+    content = {"dense": trace, "streamed": streamed}[kind].save(path).read_bytes()
+    bits, header = 8 * len(content), 8 * (8 + int.from_bytes(content[:8], "little"))
+    drawn = random.Random(0)
+    places = {*range(64), *drawn.sample(range(header), 900), *drawn.sample(range(header, bits), 99)}
+    assert_flips_are_refused(content, path, sorted(places))
+    # every bit of the names that say whether there is a checksum
+    for name in (b'"version":"', b'"sha256":"', b'"__metadata__":{'):
+        at = content.index(name)
+        assert_flips_are_refused(content, path, range(8 * at, 8 * (at + len(name) + 1)))
+
+
+def with_arrays(path, **changed):
+    """The same file with other arrays; its metadata stay."""
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    path.write_bytes(to_bytes(arrays | changed, metadata))
+    return path
+
+
+def test_other_arrays_under_the_same_checksum_are_noticed(trace, tmp_path):
+    for name, changed in (
+        ("reach", trace.reach * 2),
+        ("reach", trace.reach.astype(np.float64)),
+        ("throughput", trace.throughput * 0),
+        ("answer", trace.spans.question),
+    ):
+        path = with_arrays(trace.save(tmp_path / "a.flow"), **{name: changed})
+        with pytest.raises(ValueError, match="its checksum is not that of its content"):
+            load(path)
+    assert_same(load(with_arrays(trace.save(path))), trace)
+
+
+def unsigned(trace, path, arrays=None, **changes):
+    """The file of a trace with other values, as an earlier version wrote it."""
+    path = rewritten(trace, path, lambda _, header: header.update(changes))
+    return with_arrays(path, **(arrays or {}))
+
+
+def test_declared_sizes_are_checked_before_anything_is_made(trace, tmp_path):
+    """Otherwise a single number would be spread over all pairs of tokens."""
+    path, many = tmp_path / "a.flow", 20_000
+    long = {name: np.zeros(many, np.float32) for name in ("reach", "throughput")}
+    long |= {name: np.zeros(many, bool) for name in MASKS} | {"token_ids": np.zeros(many, np.int64)}
+    for size in (1, 6):
+        long["attention"] = np.ones(size, np.float32)
+        unsigned(trace, path, long, tokens=["a"] * many, prompt_length=1)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=r"wanted attention of the shape \[200010000\]"):
+            load(path)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 20 * path.stat().st_size
+
+
+def test_arrays_that_do_not_fit_are_named(trace, streamed, tmp_path):
+    ends, flow = streamed.backbone.sources.token, streamed.backbone.sources.flow
+    one = np.ones(1, np.float32)
+    for held, arrays, message in (
+        (trace, {"reach": one}, r"wanted reach of the shape \[3\] in .*, found \[1\] in F32"),
+        (trace, {"question": np.ones(1, bool)}, r"wanted question of the shape \[3\] in BOOL"),
+        (trace, {"reach": np.ones(3, np.int64)}, r"in F32 or F64 or F16, found \[3\] in I64"),
+        (trace, {"question": np.ones(3, np.int64)}, r"in BOOL, found \[3\] in I64"),
+        (trace, {"attention": np.ones((6, 1), np.float32)}, r"wanted attention of the shape \[6\]"),
+        (trace, {"reach": np.ones((0, 3), np.float32)}, r"wanted reach of the shape \[3\]"),
+        (trace, {"more": np.ones(3)}, "did not want an array 'more'"),
+        (streamed, {"sources.token": ends + 8}, "its edges are not those of its tokens"),
+        (streamed, {"targets.token": ends - 8}, "its edges are not those of its tokens"),
+        (streamed, {"targets.flow": flow[:, :1].copy()}, r"wanted targets.flow of the shape"),
+        (streamed, {"sources.token": np.array(3)}, r"wanted sources\.\w+ of the shape \[8, 0\]"),
+        (streamed, {"steps": np.ones((1, 1), np.float32)}, "wanted steps of the shape"),
+        (streamed, {"bins": one}, "wanted bins of the shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(unsigned(held, tmp_path / "a.flow", arrays))
+
+
+OTHER_TYPES = [
+    {"tokens": "abc"},
+    {"tokens": [1, 2, 3]},
+    {"tokens": []},
+    {"tokens": None},
+    {"tokens": {"a": 1, "b": 2, "2": 3}},
+    {"prompt_length": "1"},
+    {"prompt_length": 1.0},
+    {"prompt_length": True},
+    {"prompt_length": -1},
+    {"prompt_length": 4},
+    {"prompt_length": 10**30},
+    {"rule": None},
+    {"answer_text": ["2"]},
+    {"model": 5},
+    {"layers": "all"},
+    {"layers": [1, "2"]},
+    {"layers": [[1]]},
+    {"heads": [[1]]},
+    {"heads": [[1, 2, 3]]},
+    {"heads": "all"},
+    {"options": []},
+    {"options": {"layers": 5}},
+    {"options": {"heads": [1]}},
+    {"options": {"heads": float("inf")}},
+    {"paths": [{"tokens": [99], "probability": 1.0}]},
+    {"paths": [{"tokens": [-1], "probability": 1.0}]},
+    {"paths": [{"tokens": [0], "probability": "1"}]},
+    {"paths": 3},
+    {"question_reached": "2"},
+    {"unheard_of": 1},
+]
+
+
+@pytest.mark.parametrize("kind", ["dense", "streamed"])
+def test_a_header_of_other_types_is_refused(kind, trace, streamed, tmp_path):
+    whole = {"dense": trace, "streamed": streamed}[kind]
+    for changes in [*OTHER_TYPES, {"paths": None}][: None if kind == "streamed" else -1]:
+        path = unsigned(whole, tmp_path / "a.flow", **changes)
+        with pytest.raises(ValueError, match=r"cannot read .*a\.flow' as a trace: "):
+            load(path)
+
+
+def test_a_deep_header_is_refused(trace, tmp_path):
+    for deep in ("[" * 100_000, '{"tokens": ' + "[" * 100_000 + "]" * 100_000 + "}"):
+        path = rewritten(trace, tmp_path / "a.flow", lambda *_, deep=deep: deep)
+        with pytest.raises(ValueError, match=r"its header is damaged: .* nested too deeply"):
+            load(path)
+
+
+def test_a_streamed_trace_of_an_earlier_version_is_read(streamed, tmp_path):
+    path = unsigned(streamed, tmp_path / "a.flow")
+    with pytest.warns(UserWarning, match="has no checksum"):
+        loaded = load(path)
+    assert loaded.to_dict() == streamed.to_dict()
+    assert load(loaded.save(path)).to_dict() == streamed.to_dict()
+
+
+def test_names_that_are_no_text_are_read_and_written(trace, tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.flow")
+    assert_same(load(trace.save(path)), trace)
+    path.write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"cannot read '.*\\udcff\.flow'"):
+        load(path)
 
 
 def test_nothing_in_the_package_can_unpickle():

@@ -1,6 +1,7 @@
 """Rows of a data set, from files and folders, and the prompts that are made of them."""
 
 import json
+import os
 
 import datasets
 import pytest
@@ -63,6 +64,70 @@ def test_errors_name_data_that_cannot_be_loaded(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"cannot load split 'test' of .*Unknown split .*95%"):
         load_rows(str(path), "test")
     assert len(load_rows(str(path), "train[75%:]")) == 2
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    for kind in ("jsonl", "json", "csv"):
+        path, rows = tmp_path / f"data.{kind}", datasets.Dataset.from_list(ROWS)
+        if kind == "csv":
+            rows.to_csv(path)
+        else:
+            rows.to_json(path, lines=kind == "jsonl")
+        path.write_bytes(mark + path.read_bytes())
+        assert load_rows(str(path), "train").to_list() == ROWS
+        assert list(load_rows(str(path), "train", streaming=True)) == ROWS
+
+
+ROW_OF_JSON = b'{"question": "q"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        (
+            "a.jsonl",
+            ROW_OF_JSON + b"nope\n",
+            r"line 2 of '.*a\.jsonl' is not JSON: Expecting value",
+        ),
+        ("a.jsonl", ROW_OF_JSON + b"7\n", r"line 2 of '.*a\.jsonl' is not an object: 7"),
+        ("a.jsonl", ROW_OF_JSON * 2 + b'{"question', "line 3 of .* is not JSON: Unterminated"),
+        (
+            "a.jsonl",
+            b'{"a": "\xe9"}\n',
+            "line 1 of .* in UTF-8, found the byte 0xe9; save the file",
+        ),
+        ("a.jsonl", ROW_OF_JSON.decode().encode("utf-16"), "found the byte 0xff; save the file as"),
+        ("a.jsonl", b'{"a": ' + b"[" * 100_000, "line 1 of .* is not JSON: .* nested too deeply"),
+        ("a.jsonl", b'{"a": 1' + b"0" * 5000 + b"}", "line 1 of .* is not JSON: Exceeds the limit"),
+        ("a.json", b'[{"a": 1}', "line 1 of .* is not JSON: Expecting ',' delimiter"),
+        ("a.json", b"7", "line 1 of .* is not an object: 7"),
+        *(
+            (f"a.{kind}", b"", "there are no rows in")
+            for kind in ("jsonl", "json", "csv", "parquet")
+        ),
+        ("a.csv", b'a,b\n"c,d\n', "EOF inside string"),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16"), "can't decode byte 0xff"),
+        ("a.parquet", b"PAR1" + b"x" * 99, "[Pp]arquet"),
+    ],
+)
+def test_damaged_files_are_named_with_the_place(tmp_path, name, content, problem):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"'train' of '.*{name}': .*{problem}"):
+        load_rows(str(tmp_path / name), "train")
+
+
+def test_the_damaged_file_of_a_folder_is_named(tmp_path):
+    (tmp_path / "own").mkdir()
+    written(tmp_path / "own" / "a.jsonl")
+    (tmp_path / "own" / "b.jsonl").write_bytes(ROW_OF_JSON + b"nope")
+    with pytest.raises(ValueError, match=r"of '.*own': line 2 of '.*b\.jsonl' is not JSON"):
+        load_rows(str(tmp_path / "own"), "train")
+
+
+def test_a_name_may_be_no_text(tmp_path):
+    path = written(tmp_path / os.fsdecode(b"\xff.jsonl"))
+    assert load_rows(str(path), "train").to_list() == ROWS
 
 
 ROW = {"question": "What is 3 + 4?", "solution": "7"}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
+from flowtracer_plugin.files import parsed, typed
 from flowtracer_plugin.report.display import shorten
 from flowtracer_plugin.report.pages.assets import render, write_html
 from flowtracer_plugin.text.visible import visible
+
+logger = logging.getLogger(__name__)
 
 _SUMMARY = re.compile(rb'<script type="application/json" id="summary">(.*?)</script>')
 _HEAD = 16_384
@@ -50,15 +55,16 @@ class GroupSummary:
 def write_index(folder: str | Path, *, title: str = "Groups of this run") -> Path:
     """Write `index.html`, the list of the group pages in `folder`, and return its path.
 
-    The newest step comes first. Files that `write_group_page` did not write are left out. The list
-    is written whole or not at all.
+    The newest step comes first. Files that `write_group_page` did not write are left out, and so
+    are damaged ones, which the log names. The list is written whole or not at all.
 
     Raises:
         IsADirectoryError: `index.html` is a directory.
     """
     path = Path(folder) / "index.html"
     files = sorted(file for file in path.parent.glob("*.html") if file.is_file())
-    pages = [(file.name, found) for file in files if (found := _read(file))]
+    # A name is bytes, which need not be text, and so is a link to it.
+    pages = [(quote(os.fsencode(file.name)), found) for file in files if (found := _read(file))]
     pages.sort(key=lambda page: (-page[1].step, page[0]))
     summaries = [summary for _, summary in pages]
     html = render(
@@ -76,14 +82,16 @@ def write_index(folder: str | Path, *, title: str = "Groups of this run") -> Pat
 
 
 def _read(path: Path) -> GroupSummary | None:
-    with path.open("rb") as file:
-        found = _SUMMARY.search(file.read(_HEAD))
-    if found is None:
-        return None
     try:
-        return GroupSummary(**json.loads(found[1]))
-    except (ValueError, TypeError):
+        with path.open("rb") as file:
+            found = _SUMMARY.search(file.read(_HEAD))
+        if found is None:
+            return None
+        summary: GroupSummary = typed(GroupSummary, parsed(found[1]), "its summary")
+    except (OSError, ValueError) as error:
+        logger.warning("the list of pages leaves out %r: %s", str(path), error)
         return None
+    return summary
 
 
 @dataclass(frozen=True, kw_only=True)
