@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from flowtracer_plugin.model.causal_lm import check_length, context_length, evaluating, input_device
+from flowtracer_plugin.model.generation import decoding
 from flowtracer_plugin.moved import warn
 from flowtracer_plugin.text.encoding import Prompt
 
@@ -99,8 +100,8 @@ def sample(
 ) -> tuple[tuple[int, ...], ...]:
     """The token ids of completions that are drawn from the policy itself.
 
-    The model's own sampling settings are ignored. `seed` alone decides what is drawn, and no random
-    state changes.
+    The model's own sampling settings and stop strings are ignored. `seed` alone decides what is
+    drawn, and no random state changes.
 
     Raises:
         ValueError: The prompt fills the context.
@@ -112,13 +113,16 @@ def sample(
         generated = cast(Any, model).generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            max_new_tokens=most,
-            num_return_sequences=completions,
-            do_sample=True,
-            temperature=temperature,
-            **PLAIN,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            return_dict_in_generate=False,
+            **decoding(
+                model,
+                max_new_tokens=most,
+                num_return_sequences=completions,
+                do_sample=True,
+                temperature=temperature,
+                pad_token_id=tokenizer.pad_token_id or 0,
+                stop_strings=None,
+                **PLAIN,
+            ),
         )
     ends = _end_ids(model, tokenizer)
     return tuple(_until_end(row, ends) for row in generated[:, len(prompt_ids) :].tolist())

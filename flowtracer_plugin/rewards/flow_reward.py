@@ -209,7 +209,8 @@ def _name_of(outcome: Any) -> str:
 
 def _refuse_images(prompts: Sequence[Any]) -> None:
     messages = (m for prompt in prompts if not isinstance(prompt, str) for m in prompt)
-    if not all(is_text(message.get("content", "")) for message in messages):
+    contents = (message.get("content") for message in messages)
+    if not all(content is None or is_text(content) for content in contents):
         raise NotImplementedError(
             "FlowReward reads text only, and a prompt holds something else; train on text, or "
             "leave this reward out"
@@ -217,7 +218,10 @@ def _refuse_images(prompts: Sequence[Any]) -> None:
 
 
 def completion_text(completion: Any) -> str | None:
-    """The text of a completion that is a text or one message; None for anything else."""
+    """The text of a completion that is a text or one message; None for anything else.
+
+    A message that only calls tools has no text.
+    """
     if isinstance(completion, str):
         return completion
     if len(completion) != 1 or not is_text(completion[0].get("content")):
@@ -227,6 +231,8 @@ def completion_text(completion: Any) -> str | None:
 
 def _only_text(completion: Any) -> str:
     text = completion_text(completion)
+    if text is None and len(completion) == 1 and completion[0].get("content") is None:
+        return ""  # it only calls tools
     if text is None:
         raise ValueError(
             "without completion_ids a completion must be text or one message of text, got "

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from threading import Thread
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -43,12 +42,6 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _silent(monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without the suite's type checker, which refuses some values before our own code does."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module")
