@@ -238,6 +238,8 @@ _MARKER = re.compile(r"\s*</?(?:think|answer)>\s*", re.IGNORECASE)
 def _located_answer(
     shown: ShownText, finder: AnswerFinder
 ) -> tuple[Bool[np.ndarray, " token"], FoundAnswer] | None:
+    if not shown.text:
+        return None
     with finder_errors("the answer finder", finder):
         found = find_answer(shown.text, finder)
     if found is None:
