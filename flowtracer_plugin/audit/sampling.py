@@ -20,6 +20,7 @@ from flowtracer_plugin.model.causal_lm import check_length, context_length, eval
 from flowtracer_plugin.model.generation import decoding
 from flowtracer_plugin.moved import warn
 from flowtracer_plugin.text.encoding import Prompt
+from flowtracer_plugin.text.spans import known_ids
 
 Reward = Callable[..., Sequence[float | None]]
 """A reward function as TRL defines it: it is called with keywords, and may return `None`."""
@@ -140,7 +141,9 @@ def rewarded(
     Raises:
         ValueError: The function does not return one finite number for each completion.
     """
-    said: list[Any] = [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in completions]
+    said: list[Any] = [
+        tokenizer.decode(known_ids(tokenizer, ids), skip_special_tokens=True) for ids in completions
+    ]
     if not isinstance(prompt, str):
         said = [[{"role": "assistant", "content": text}] for text in said]
     found = reward(

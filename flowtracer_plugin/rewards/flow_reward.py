@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from flowtracer_plugin.model.causal_lm import check_length
+from flowtracer_plugin.model.causal_lm import check_length, check_vocabulary
 from flowtracer_plugin.text.encoding import content_text, encode_prompt, encode_response, is_text
-from flowtracer_plugin.text.spans import unknown_ids
+from flowtracer_plugin.text.spans import known_ids
 from flowtracer_plugin.trace.rollouts import FlowBatch
 from flowtracer_plugin.trace.tracer import FlowTracer
 from flowtracer_plugin.trace.troubles import Troubles
@@ -194,6 +194,7 @@ class FlowReward:
             return [0], []
         try:
             check_length(self.tracer.model, len(asked) + len(said))
+            check_vocabulary(self.tracer.model, torch.tensor([*asked, *said]))
         except ValueError as error:
             self._troubles.add("a completion has no flow reward", error)
             return asked[:1], []
@@ -271,8 +272,7 @@ def _only_text(completion: Any) -> str:
 def _sampled(tokenizer: Any, completion: Any, ids: Sequence[int]) -> list[int]:
     """The ids without the padding that some trainers leave behind them."""
     sampled, text = list(ids), completion_text(completion)
-    unknown = unknown_ids(tokenizer, sampled)  # decoders leave them out, or fail
-    known = [token for token in sampled if token not in unknown]
+    known = known_ids(tokenizer, sampled)
     read = (tokenizer.decode(known, skip_special_tokens=skip) for skip in (True, False))
     # A trainer may have cut off a part, such as a tool call, but has added nothing.
     if text is not None and not any(text.strip() in whole for whole in read):

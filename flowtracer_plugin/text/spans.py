@@ -92,6 +92,12 @@ def unknown_ids(
     return unknown
 
 
+def known_ids(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """The ids without those that the tokenizer does not know, which some decoders cannot take."""
+    unknown = unknown_ids(tokenizer, ids)
+    return [token for token in ids if token not in unknown]
+
+
 def _knows(tokenizer: transformers.PreTrainedTokenizerBase, token: int) -> bool:
     # not by the size alone: where ids have gaps, some are larger than the size
     if tokenizer.is_fast:

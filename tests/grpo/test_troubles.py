@@ -126,7 +126,13 @@ def failing_oracle(text):
 
 
 @pytest.mark.parametrize(
-    "credit", [{"answer": failing}, {"scorer": "oracle", "oracle": failing_oracle}], ids=list
+    "credit",
+    [
+        {"answer": failing},
+        {"answer": failing, "scorer": "surprisal"},  # which needs no answer
+        {"scorer": "oracle", "oracle": failing_oracle},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2}], ids=["training", "scoring"])
 def test_a_finder_that_fails_costs_one_row(policy, tmp_path, credit, options, caplog):

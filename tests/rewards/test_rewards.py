@@ -110,6 +110,10 @@ def test_ids_that_the_tokenizer_does_not_know_are_read():
     ids = [known, *tokenizer.encode("He had 3."), known + 1]
     (found,) = FlowReward(tracer)(["How many?"], [tokenizer.decode(ids)], [ids])
     assert found is not None
+    said = [[known + 4, *ids], ids]  # the model does not embed the first of these ids
+    (lost, kept) = FlowReward(tracer)(["How many?"] * 2, [tokenizer.decode(ids)] * 2, said)
+    assert lost is None
+    assert kept == pytest.approx(found)
 
 
 def test_no_completions_have_no_scores(tracer):
