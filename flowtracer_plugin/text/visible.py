@@ -6,6 +6,8 @@ import re
 import sys
 import unicodedata
 
+from rich.cells import cell_len
+
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
 _BIDI = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp"})
@@ -52,8 +54,6 @@ def shown_on_stdout(text: str) -> str:
 
 
 def _encodable(char: str, encoding: str) -> str:
-    from rich.cells import cell_len
-
     for shown in (char, char.translate(_PLAIN)):
         try:
             shown.encode(encoding)

@@ -250,7 +250,7 @@ def _failed(masks: RolloutMasks, prompt_length: int, error: Exception) -> FlowBa
         target=masks.target,
         reasoning_share=nothing[:, 0],
         answers=masks.answers,
-        errors={0: error, **masks.errors},
+        errors={0: error.with_traceback(None), **masks.errors},  # its frames hold the attention
     )
 
 
