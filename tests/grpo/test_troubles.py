@@ -194,17 +194,24 @@ SHOWS = {
 }
 
 
+SHOWING = {"max_steps": 3, "flow_page_steps": 1, "log_completions": True}
+
+
+@pytest.fixture(scope="module")
+def good(policy, tmp_path_factory):
+    """A run in which everything can be shown."""
+    trainer = build(FlowGRPOTrainer, policy, tmp_path_factory.mktemp("good"), **SHOWING)
+    trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize("where", SHOWS)
-def test_nothing_that_only_shows_ends_a_run(policy, tmp_path, monkeypatch, caplog, where):
+def test_nothing_that_only_shows_ends_a_run(policy, good, tmp_path, monkeypatch, caplog, where):
     def failing(*_, **__):
         raise OSError(28, "No space left on device")
 
-    options = {"max_steps": 3, "flow_page_steps": 1, "log_completions": True}
-    good = build(FlowGRPOTrainer, policy, tmp_path / "good", **options)
-    good.train()
     monkeypatch.setattr(*SHOWS[where], failing)
-    caplog.clear()
-    trainer = build(FlowGRPOTrainer, policy, tmp_path / "bad", **options)
+    trainer = build(FlowGRPOTrainer, policy, tmp_path, **SHOWING)
     trainer.train()
     assert same_parameters(trainer, good)
     told = [record for record in caplog.records if "the run goes on" in record.message]
