@@ -17,7 +17,14 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
 from flowtracer_plugin.flow.arrays import mask_on_host
-from flowtracer_plugin.text.answers import AnswerFinder, FoundAnswer, Span, find_answer, finder_name
+from flowtracer_plugin.text.answers import (
+    AnswerFinder,
+    FoundAnswer,
+    Span,
+    check_finder,
+    find_answer,
+    finder_name,
+)
 
 if TYPE_CHECKING:
     import transformers
@@ -244,7 +251,8 @@ _MARKER = re.compile(r"\s*</?(?:think|answer)>\s*", re.IGNORECASE)
 def _located_answer(
     shown: ShownText, finder: AnswerFinder
 ) -> tuple[Bool[np.ndarray, " token"], FoundAnswer] | None:
-    if not shown.text:
+    if not shown.text:  # a function need not expect that
+        check_finder(finder)
         return None
     with finder_errors("the answer finder", finder):
         found = find_answer(shown.text, finder)

@@ -374,6 +374,12 @@ def test_a_response_without_an_answer_has_no_mask(ids):
     assert answer_mask(BYTE_LEVEL, ids) is None
 
 
+def test_a_function_does_not_search_an_empty_response():
+    end = special_id("<|im_end|>")
+    for ids in ([], [end], [len(BYTE_LEVEL)]):
+        assert answer_mask(BYTE_LEVEL, ids, lambda text: (0, 1 // len(text))) is None
+
+
 def test_a_wrong_finder_is_refused_even_for_an_empty_response():
     with pytest.raises(ValueError, match="name of an answer finder"):
         answer_mask(BYTE_LEVEL, [], "last")
