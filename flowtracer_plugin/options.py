@@ -44,8 +44,8 @@ class FlowOptions:
     Attributes:
         layers: `"middle"` third of the attention layers, `"early"`, `"late"`, `"all"`, five evenly
             spaced ones as `"middle:5"`, or layer numbers.
-        question: `"prompt"` (without special tokens and never the first), `"all"`, or `"user"`;
-            `"mask"` says that `trace` was given a mask.
+        question: `"prompt"` (without special tokens and the first, if that leaves any), `"all"`, or
+            `"user"`; `"mask"` says that `trace` was given a mask.
         answer: The name of the answer finder, or its pattern.
         target: `"answer"`, the rows of the answer tokens, or `"decision"`, the rows of the tokens
             before them, whose logits choose them.

@@ -76,6 +76,14 @@ def plain_model(chat_model: Path) -> Path:
 
 
 @pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the suite's type checker, which refuses some values before our own code does."""
+    import jaxtyping
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
 def flowtracer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """A function that runs the command `flowtracer` in this process."""
     from tests.cli.command_line import run_here

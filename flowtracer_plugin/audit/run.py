@@ -11,6 +11,7 @@ so one backward pass per scorer and batch serves every gamma and also the chosen
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +39,9 @@ from flowtracer_plugin.text.matched_spans import SpanFinder
 from flowtracer_plugin.text.spans import decode_tokens
 from flowtracer_plugin.trace.rollouts import rollout_masks
 from flowtracer_plugin.trace.tracer import FlowTracer
+from flowtracer_plugin.trace.troubles import Troubles
+
+logger = logging.getLogger(__name__)
 
 Vector = Float[Tensor, " parameter"]
 
@@ -218,6 +222,7 @@ class _Policy:
     options: AuditOptions
     oracle: SpanFinder | None
     finished: Callable[[], object]
+    troubles: Troubles = field(default_factory=lambda: Troubles(logger))
 
     def gradient(self, groups: Iterable[Group]) -> Vector:
         """`Σ A log p` over all tokens of the groups, differentiated; only its direction matters."""
@@ -244,7 +249,7 @@ class _Policy:
             tokens = _Tokens(self.tracer, run, uniform.answer)
             everything += tokens.sums(uniform.competing.float())
             for scorer in self.scorers:
-                boost = scorer.boost(read.rollouts(scorer), self.options.top_fraction)
+                boost = self._boost(scorer, read)
                 sums[scorer.name] += tokens.sums(boost)
                 if bool(boost.any()):
                     tilted[scorer.name] += self._weighted(run, run.advantages * boost)
@@ -270,6 +275,16 @@ class _Policy:
                 for name, vector in tilted.items()
             },
         )
+
+    def _boost(self, scorer: Scorer, read: ReadRollouts) -> Float[Tensor, "completion token"]:
+        """The scorer's choice; a completion in which it fails has none."""
+        rollouts = read.rollouts(scorer)
+        features, share = scorer.measure(rollouts), self.options.top_fraction
+        boost, wrong = scorer.choices(features, rollouts, share)
+        for row, error in {**wrong, **read.errors}.items():
+            boost[row] = 0.0
+            self.troubles.add(f"{scorer.name} chooses nothing in a completion", error)
+        return boost
 
     def zeros(self) -> Vector:
         size = sum(one.numel() for one in self.parameters)

@@ -17,8 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from flowtracer_plugin.model.causal_lm import check_length, context_length, evaluating, input_device
+from flowtracer_plugin.model.generation import decoding
 from flowtracer_plugin.moved import warn
 from flowtracer_plugin.text.encoding import Prompt
+from flowtracer_plugin.text.spans import known_ids
 
 Reward = Callable[..., Sequence[float | None]]
 """A reward function as TRL defines it: it is called with keywords, and may return `None`."""
@@ -99,8 +101,8 @@ def sample(
 ) -> tuple[tuple[int, ...], ...]:
     """The token ids of completions that are drawn from the policy itself.
 
-    The model's own sampling settings are ignored. `seed` alone decides what is drawn, and no random
-    state changes.
+    The model's own sampling settings and stop strings are ignored. `seed` alone decides what is
+    drawn, and no random state changes.
 
     Raises:
         ValueError: The prompt fills the context.
@@ -112,13 +114,16 @@ def sample(
         generated = cast(Any, model).generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            max_new_tokens=most,
-            num_return_sequences=completions,
-            do_sample=True,
-            temperature=temperature,
-            **PLAIN,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            return_dict_in_generate=False,
+            **decoding(
+                model,
+                max_new_tokens=most,
+                num_return_sequences=completions,
+                do_sample=True,
+                temperature=temperature,
+                pad_token_id=tokenizer.pad_token_id or 0,
+                stop_strings=None,
+                **PLAIN,
+            ),
         )
     ends = _end_ids(model, tokenizer)
     return tuple(_until_end(row, ends) for row in generated[:, len(prompt_ids) :].tolist())
@@ -136,7 +141,9 @@ def rewarded(
     Raises:
         ValueError: The function does not return one finite number for each completion.
     """
-    said: list[Any] = [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in completions]
+    said: list[Any] = [
+        tokenizer.decode(known_ids(tokenizer, ids), skip_special_tokens=True) for ids in completions
+    ]
     if not isinstance(prompt, str):
         said = [[{"role": "assistant", "content": text}] for text in said]
     found = reward(

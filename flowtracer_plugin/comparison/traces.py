@@ -18,6 +18,7 @@ from flowtracer_plugin.comparison.permutation import (
     sides_by_truth,
 )
 from flowtracer_plugin.comparison.texts import Beginning, Word, compare_beginnings, compare_words
+from flowtracer_plugin.flow.arrays import check_readable
 from flowtracer_plugin.result.trace_data import TraceData
 
 JSON_SCHEMA_VERSION = 1
@@ -218,6 +219,7 @@ def _checked(
     count = len(traces)
     if count < 2:
         raise ValueError(f"wanted at least two traces to compare, found {count}")
+    check_readable("right", right)
     for name, given in (("labels", labels), ("right", right)):
         if given is not None and len(given) != count:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,12 @@ from flowtracer_plugin.reading.edges import completions, edge_choice
 from flowtracer_plugin.reading.one_pass import Reading
 from flowtracer_plugin.text.matched_spans import SpanFinder, matched_mask
 from flowtracer_plugin.text.spans import target_mask
-from flowtracer_plugin.trace.rollouts import RolloutMasks, drop_first_token, solve_rollouts
+from flowtracer_plugin.trace.rollouts import (
+    RolloutMasks,
+    RowErrors,
+    drop_first_token,
+    solve_rollouts,
+)
 from flowtracer_plugin.trace.tracer import FlowTracer
 
 
@@ -38,6 +44,7 @@ class Graph(NamedTuple):
         reach: Influence of every token on the target.
         jump: Share of each row's flow that goes from the prompt straight to the target; NaN in
             rows without flow.
+        errors: The error of each row whose flow cannot be solved, by its number.
     """
 
     attention: Float[Tensor, "batch query key"]
@@ -45,6 +52,7 @@ class Graph(NamedTuple):
     throughput: Float[Tensor, "batch token"] | None = None
     reach: Float[Tensor, "batch token"] | None = None
     jump: Float[Tensor, " batch"] | None = None
+    errors: RowErrors = MappingProxyType({})
 
 
 class Late(NamedTuple):
@@ -148,7 +156,9 @@ class ReadRollouts:
             masks = replace(self.masks, target=graph.target)
             flow = solve_rollouts(graph.attention, masks, self.prompt_length, options)
             jump = torch.where(flow.found, 1.0 - flow.reasoning_share, torch.nan)
-            graph = graph._replace(throughput=flow.throughput, reach=flow.reach, jump=jump)
+            graph = graph._replace(
+                throughput=flow.throughput, reach=flow.reach, jump=jump, errors=flow.errors
+            )
         self.graphs[preset] = graph
         return graph
 
@@ -172,9 +182,26 @@ class ReadRollouts:
         model, answer = self.tracer.model, self.masks.answer
         return answer_saliency(model, self.ids, self.visible, answer, batch_size=self.batch_size)
 
-    @cached_property
+    @property
+    def errors(self) -> RowErrors:
+        """The error of each row that has failed so far, by its number."""
+        found = dict(self.masks.errors)
+        for graph in self.graphs.values():
+            found = {**graph.errors, **found}
+        return {**self.oracle_found[1], **found} if "oracle_found" in vars(self) else found
+
+    @property
     def oracle_tokens(self) -> Bool[Tensor, "batch completion"]:
         """The completion tokens that the oracle finds.
+
+        Raises:
+            ValueError: There is no oracle.
+        """
+        return self.oracle_found[0]
+
+    @cached_property
+    def oracle_found(self) -> tuple[Bool[Tensor, "batch completion"], RowErrors]:
+        """The tokens that the oracle finds, and the error of each row in which it fails.
 
         Raises:
             ValueError: There is no oracle.
@@ -230,10 +257,13 @@ def oracle_mask(
     visible: Bool[Tensor, "batch token"],
     start: int,
     oracle: SpanFinder,
-) -> Bool[Tensor, "batch completion"]:
-    """The completion tokens that an oracle finds."""
+) -> tuple[Bool[Tensor, "batch completion"], RowErrors]:
+    """The completion tokens that an oracle finds, and the error of each row in which it fails."""
     said, shown = ids[:, start:].cpu().numpy(), visible[:, start:].cpu().numpy()
-    mask = np.zeros_like(shown)
+    mask, errors = np.zeros_like(shown), dict[int, Exception]()
     for row, seen in enumerate(shown):
-        mask[row, seen] = matched_mask(tokenizer, said[row, seen].tolist(), oracle)
-    return torch.from_numpy(mask).to(ids.device)
+        try:
+            mask[row, seen] = matched_mask(tokenizer, said[row, seen].tolist(), oracle)
+        except (ValueError, TypeError) as error:
+            errors[row] = error
+    return torch.from_numpy(mask).to(ids.device), errors

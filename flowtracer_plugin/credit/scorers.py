@@ -72,6 +72,24 @@ class Scorer:
         """The boost of each token, by both steps."""
         return self.choose(self.measure(rollouts), rollouts, top_fraction)
 
+    def choices(
+        self, features: Features, rollouts: Rollouts, top_fraction: float
+    ) -> tuple[Boost, Mapping[int, Exception]]:
+        """The boost of each token, and the error of each row whose scores are invalid.
+
+        Such a row has a boost of 0 everywhere.
+        """
+        try:
+            return self.choose(features, rollouts, top_fraction), {}
+        except ValueError as error:
+            wrong = (~features.isfinite() | (features < 0)) & rollouts.competing
+            rows = wrong.any(0).any(-1)
+            if not bool(rows.any()):
+                raise
+            errors = dict.fromkeys(rows.nonzero()[:, 0].tolist(), error)
+            sound = features.masked_fill(rows[:, None], 0.0)
+            return self.choose(sound, rollouts, top_fraction), errors
+
     @property
     def parts(self) -> tuple[Scorer, ...]:
         """The factors of a product; otherwise the scorer alone."""

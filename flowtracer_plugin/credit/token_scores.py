@@ -46,9 +46,10 @@ class ScoredText:
             return self._read.rollouts(scorer)
         start, tokenizer = self.trace.spans.prompt_length, self.tracer.require_tokenizer()
         known = self._read.rollouts(find_scorer("uniform"))
-        return replace(
-            known, oracle=oracle_mask(tokenizer, self._ids, known.visible, start, oracle)
-        )
+        mask, errors = oracle_mask(tokenizer, self._ids, known.visible, start, oracle)
+        for error in errors.values():
+            raise error
+        return replace(known, oracle=mask)
 
     @cached_property
     def _read(self) -> ReadRollouts:

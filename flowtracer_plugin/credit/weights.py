@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+
+from flowtracer_plugin.flow.arrays import check_readable, dtype_name
 
 
 def token_credit(
@@ -32,8 +35,10 @@ def token_credit(
         normalize: `"none"`, or `"mean_one"` to keep the mean credit of a row.
 
     Raises:
-        ValueError: Shapes differ, an option is out of range, or throughput is negative or not
-            finite.
+        TypeError: Throughput or mask are no arrays of one library, or of a kind or dtype that
+            cannot be read, such as masked or sparse ones.
+        ValueError: Shapes or devices differ, an option is out of range, or throughput is negative
+            or not finite.
 
     Examples:
         >>> token_credit(np.array([0.1, 0.6, 0.3, 0.0]), np.ones(4, bool), top_fraction=0.5)
@@ -58,12 +63,14 @@ def credit_weights(
     weights of a row's competing tokens are divided by their mean; if that is 0, each weight is 1.
 
     Raises:
-        ValueError: `gamma` or `normalize` is out of range.
+        TypeError: As for `token_credit`.
+        ValueError: Shapes or devices differ, or `gamma` or `normalize` is out of range.
 
     Examples:
         >>> credit_weights(np.array([0.0, 1.0, 0.5, 1.0]), np.array([1, 1, 1, 0]), gamma=1.5)
         array([1.  , 1.5 , 1.25, 1.  ])
     """
+    _check_pair("boost", boost, "competing", competing)
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma must be a number of at least 0, got {gamma!r}")
     if normalize not in ("none", "mean_one"):
@@ -91,8 +98,9 @@ def top_tokens(
     The earlier token goes first among equals, and a token without flow is never chosen.
 
     Raises:
-        ValueError: Shapes differ, `top_fraction` is out of range, or throughput is negative or not
-            finite.
+        TypeError: As for `token_credit`.
+        ValueError: Shapes or devices differ, `top_fraction` is out of range, or throughput is
+            negative or not finite.
 
     Examples:
         >>> top_tokens(np.array([0.1, 0.6, 0.3, 0.0]), np.array([1, 0, 1, 1]), top_fraction=0.5)
@@ -131,12 +139,45 @@ def _descending(values: Float[Any, "*batch token"]) -> Any:
 
 
 def _validate(throughput: Any, mask: Any, top_fraction: float) -> None:
-    if tuple(throughput.shape) != tuple(mask.shape):
-        raise ValueError(
-            f"mask must have the shape of throughput, {tuple(throughput.shape)}, "
-            f"got {tuple(mask.shape)}"
-        )
+    _check_pair("throughput", throughput, "mask", mask)
     if not 0 <= top_fraction <= 1:
         raise ValueError(f"top_fraction must be between 0 and 1, got {top_fraction!r}")
     if not bool(((throughput >= 0) & (throughput < math.inf)).all()):
         raise ValueError("throughput must be finite and not negative")
+
+
+def _check_pair(name: str, values: Any, mask_name: str, mask: Any) -> None:
+    """Refuse values and a mask that cannot be read together."""
+    for one, array, kinds in (
+        (name, values, ("float", "bfloat", "int", "uint", "bool")),
+        (mask_name, mask, ("bool", "int", "uint")),
+    ):
+        check_readable(one, array)
+        if not _is_array(array):
+            raise TypeError(
+                f"{one} must be a numpy array or a torch tensor, got {type(array).__name__}; "
+                "convert it first, for example with numpy.asarray"
+            )
+        if not dtype_name(array).startswith(kinds):
+            wanted = "real numbers" if one == name else "booleans, or 0 and 1"
+            raise TypeError(f"{one} must hold {wanted}, got dtype {dtype_name(array)}")
+    if isinstance(values, np.ndarray) != isinstance(mask, np.ndarray):
+        raise TypeError(
+            f"{name} and {mask_name} must be of one library, got {type(values).__name__} and "
+            f"{type(mask).__name__}; convert one of them"
+        )
+    if tuple(values.shape) != tuple(mask.shape):
+        raise ValueError(
+            f"{mask_name} must have the shape of {name}, {tuple(values.shape)}, "
+            f"got {tuple(mask.shape)}"
+        )
+    devices = [str(getattr(array, "device", "cpu")) for array in (values, mask)]
+    if devices[0] != devices[1]:
+        raise ValueError(f"{mask_name} must be on {devices[0]} like {name}, got {devices[1]}")
+
+
+def _is_array(array: Any) -> bool:
+    if isinstance(array, np.ndarray):
+        return True
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from flowtracer_plugin.attention.rounding import difference, rounding
+from flowtracer_plugin.flow.arrays import check_readable
 from flowtracer_plugin.model.causal_lm import (
     accepted_inputs,
     check_input,
@@ -92,6 +93,7 @@ def knock_out(
     Raises:
         KnockOutError: The model's attention cannot be cut, or its tokens also reach later ones by
             other ways, such as recurrent states.
+        TypeError: Ids, answer or tokens are no tensors, or of a kind that cannot be read.
         ValueError: Shapes differ, there is no answer, `rows` is not one of the choices, or
             `batch_size` is below 1.
     """
@@ -111,8 +113,7 @@ def cut_edges(
     Edges of a token to itself stay.
 
     Raises:
-        KnockOutError: As for `knock_out`.
-        ValueError: As for `knock_out`.
+        KnockOutError, TypeError, ValueError: As for `knock_out`.
     """
     return Baseline.read(model, ids, answer).cut_edges(edges, batch_size=batch_size)
 
@@ -156,10 +157,11 @@ class Baseline:
         """The text as the model reads it without a cut.
 
         Raises:
-            KnockOutError: As for `knock_out`.
+            KnockOutError, TypeError: As for `knock_out`.
             ValueError: The shapes of `ids` and `answer` differ, or there is no answer.
         """
         model = unwrapped(model)
+        _check_tensors(ids=ids, answer=answer)
         if ids.ndim != 1 or answer.shape != ids.shape or answer.dtype != torch.bool:
             raise ValueError(
                 f"ids and answer must both be [token], answer boolean, got {tuple(ids.shape)} and "
@@ -218,6 +220,7 @@ class Baseline:
         """`knock_out` for sets of this text's tokens."""
         if rows not in ROWS:
             raise ValueError(f"rows must be one of {', '.join(ROWS)}, got {rows!r}")
+        _check_tensors(tokens=tokens)
         size = self.ids.shape[1]
         if tokens.ndim != 2 or tokens.shape[1] != size or tokens.dtype != torch.bool:
             raise ValueError(
@@ -236,6 +239,7 @@ class Baseline:
 
     def cut_edges(self, edges: Edges, *, batch_size: int | None = None) -> KnockOut:
         """`cut_edges` for edges between this text's tokens."""
+        _check_tensors(edges=edges)
         size = self.ids.shape[1]
         if edges.ndim != 3 or edges.shape[1:] != (size, size) or edges.dtype != torch.bool:
             raise ValueError(
@@ -246,6 +250,16 @@ class Baseline:
         cut = edges.any(-1)
         first = cut.int().argmax(-1).where(cut.any(-1), size - 1)
         return _measure(self, lambda cuts: edges[cuts], first, batch_size)
+
+
+def _check_tensors(**given: object) -> None:
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name} must be a torch tensor, got {type(tensor).__name__}; convert it first, "
+                "for example with torch.tensor"
+            )
+        check_readable(name, tensor)
 
 
 def _measure(

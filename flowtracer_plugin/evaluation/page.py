@@ -139,4 +139,4 @@ def _rows(evaluation: Evaluation, gap: int) -> list[dict[str, Any]]:
 
 def _question(example: Example) -> str:
     asked = example.prompt
-    return asked if isinstance(asked, str) else str(asked[-1]["content"])
+    return asked if isinstance(asked, str) else str(asked[-1].get("content") or "")

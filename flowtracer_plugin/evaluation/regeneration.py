@@ -148,10 +148,10 @@ def _answer_without(
         said = generate_ids(
             tracer.model,
             kept,
+            tokenizer=tokenizer,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
-            pad_token_id=tokenizer.pad_token_id or 0,
             progress=False,
         )
     response = kept[trace.spans.prompt_length :] + said

@@ -6,14 +6,18 @@ run that was interrupted continues where it stopped.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from jinja2 import TemplateError
 from tqdm import tqdm
 
+from flowtracer_plugin.attention.adapter import NoAttentionError, UnsupportedArchitectureError
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
 from flowtracer_plugin.evaluation.examples import Example
 from flowtracer_plugin.evaluation.outcomes import REASONS, Outcome
@@ -24,11 +28,11 @@ from flowtracer_plugin.evaluation.protocols import (
     measure_example,
 )
 from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions
-from flowtracer_plugin.evaluation.scored_example import TooFewTokensError
+from flowtracer_plugin.evaluation.scored_example import InvalidScoreError, TooFewTokensError
 from flowtracer_plugin.files import RecordFile, typed
 from flowtracer_plugin.text.answers import find_answer, same_answer
 from flowtracer_plugin.text.result_cut import NotComputedError, cut_at_result
-from flowtracer_plugin.text.spans import AnswerNotFoundError
+from flowtracer_plugin.text.spans import AnswerNotFoundError, FinderError
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.memory import TooLittleMemoryError
 from flowtracer_plugin.trace.tracer import FlowTracer
@@ -84,22 +88,32 @@ def evaluate(
 
 
 def evaluate_example(tracer: FlowTracer, example: Example, settings: EvaluationSettings) -> Outcome:
-    """The outcome of one example."""
+    """The outcome of one example; what fails in it costs no other.
+
+    Raises:
+        KnockOutError: The model's attention cannot be cut.
+        NoAttentionError, UnsupportedArchitectureError: The tracer cannot read the model.
+    """
     outcome = Outcome(row=example.row, digest=example.digest)
     try:
         trace = _traced(tracer, example, settings)
+    except _EVERY_EXAMPLE:
+        raise
     except AnswerNotFoundError as error:
         return replace(outcome, left_out="no_answer", detail=str(error))
     except NotComputedError as error:
         return replace(outcome, left_out="not_computed", detail=str(error))
     except TooLittleMemoryError:
         return replace(outcome, left_out="not_traced", detail=_TOO_LONG)
-    except ValueError as error:
-        return replace(outcome, left_out="not_traced", detail=str(error))
+    except _ONE_EXAMPLE as error:
+        return replace(outcome, left_out="not_traced", detail=_in_words(error))
     right, answer = _right_answer(example.answer), trace.spans.answer_text
     if right is not None:
         outcome = replace(outcome, correct=same_answer(answer, right))
     scored = settings.example(tracer, trace, right)
+    if not math.isfinite(scored.baseline.log_prob):
+        detail = f"the log-probability of {answer!r} is {scored.baseline.log_prob}"
+        return replace(outcome, left_out="not_traced", detail=detail)
     if settings.predicted_only and not scored.baseline.predicted:
         doubt = (
             f"the tokens of {answer!r} have a mean log-probability of "
@@ -110,6 +124,18 @@ def evaluate_example(tracer: FlowTracer, example: Example, settings: EvaluationS
         return replace(outcome, measured=measure_example(scored, settings))
     except TooFewTokensError as error:
         return replace(outcome, left_out="few_tokens", detail=str(error))
+    except (FinderError, InvalidScoreError, *_NUMBERS) as error:
+        return replace(outcome, left_out="not_traced", detail=_in_words(error))
+
+
+_NUMBERS = ArithmeticError, MemoryError, torch.OutOfMemoryError
+_EVERY_EXAMPLE = NoAttentionError, UnsupportedArchitectureError
+_ONE_EXAMPLE = ValueError, TypeError, LookupError, TemplateError, *_NUMBERS
+"""A chat template, for one, refuses some conversations."""
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
 _TOO_LONG = (

@@ -25,6 +25,10 @@ class TooFewTokensError(ValueError):
     """A response has too few tokens before its answer that could be knocked out."""
 
 
+class InvalidScoreError(ValueError):
+    """A score of a text is not a finite number for each token."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoredExample:
     """A traced text with its scores; each part is computed when a protocol first needs it.
@@ -48,13 +52,14 @@ class ScoredExample:
         """The value of every token by each score.
 
         Raises:
-            ValueError: The trace was streamed, or a score is not finite.
+            InvalidScoreError: A score is not finite.
+            ValueError: The trace was streamed.
         """
         text = read_text(self.tracer, self.trace)
         values = {name: score(text) for name, score in self.scores.items()}
         for name, score in values.items():
             if not np.isfinite(score).all():
-                raise ValueError(f"the score {name!r} is not finite at some tokens")
+                raise InvalidScoreError(f"the score {name!r} is not finite at some tokens")
         return values
 
     @cached_property

@@ -6,9 +6,12 @@ only functions that both modules spell the same way are called on it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
+
+import numpy as np
 
 
 class Backend(NamedTuple):
@@ -64,3 +67,63 @@ def working_dtype(array: Any) -> str:
     if name.startswith(("bool", "int", "uint")):
         return "float64"
     raise TypeError(f"attention must hold real numbers of at most 64 bits, got dtype {name}")
+
+
+def check_readable(name: str, array: Any, *, sparse: bool = False) -> None:
+    """Refuse an array that does not hold a number at every place; `sparse` tensors may be allowed.
+
+    Raises:
+        TypeError: It is masked, nested, sparse or on the meta device, or a list that holds such
+            arrays.
+    """
+    if isinstance(array, list | tuple):
+        for one in array:
+            check_readable(name, one)
+        return
+    found = _unreadable(name, array, sparse=sparse)
+    if found is not None:
+        raise TypeError(f"{name} must not be {found}")
+
+
+def _unreadable(name: str, array: Any, *, sparse: bool) -> str | None:
+    """The kind of an array that cannot be read, and what to pass instead."""
+    if isinstance(array, np.ma.MaskedArray):
+        return f"a masked array; pass {name}.filled(0)"
+    torch, matrices = sys.modules.get("torch"), sys.modules.get("scipy.sparse")
+    if matrices is not None and matrices.issparse(array) and not sparse:
+        return f"a sparse array; pass {name}.toarray()"
+    if torch is None or not isinstance(array, torch.Tensor):
+        return None
+    if array.is_nested:
+        return f"a nested tensor; pass torch.nested.to_padded_tensor({name}, 0)"
+    if type(array).__name__ == "MaskedTensor":
+        return f"a masked tensor; pass {name}.to_tensor(0)"
+    if array.device.type == "meta":
+        return "a tensor on the meta device, which holds no numbers"
+    if array.layout is not torch.strided and not sparse:
+        return f"a sparse tensor; pass {name}.to_dense()"
+    return None
+
+
+def mask_on_host(name: str, mask: Any) -> np.ndarray:
+    """A list or an array of booleans, or of 0 and 1, as a numpy array; the numbers are not checked.
+
+    Raises:
+        TypeError: It is not an array, or holds something else than booleans and whole numbers.
+        ValueError: It is a list of rows of different lengths.
+    """
+    check_readable(name, mask)
+    if hasattr(mask, "detach"):  # a torch tensor, on any device
+        mask = mask.detach().cpu()
+    try:
+        array = np.asarray(mask)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must hold one value per token in rows of one length: {error}"
+        ) from error
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a list or an array of booleans: {error}") from error
+    if array.dtype.kind == "O":
+        odd = next((one for one in array.flat if one not in (0, 1)), None)
+        raise TypeError(f"{name} must hold booleans, or 0 and 1, got {odd!r:.80}")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -14,8 +14,6 @@ from flowtracer_plugin.flow.arrays import Backend, working_dtype
 
 def read(attention: np.ndarray) -> Float[np.ndarray, "..."]:
     """The attention as floats, in the machine's byte order."""
-    if isinstance(attention, np.ma.MaskedArray):
-        raise TypeError("attention must not be a masked array; pass attention.filled(0)")
     return np.asarray(attention, dtype=working_dtype(attention))
 
 

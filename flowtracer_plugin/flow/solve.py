@@ -22,7 +22,7 @@ from flowtracer_plugin.flow.arrays import dtype_name
 from flowtracer_plugin.flow.dispatch import backend_of, scale
 from flowtracer_plugin.flow.graph import FlowGraph
 from flowtracer_plugin.flow.substitution import product, solve
-from flowtracer_plugin.flow.validation import rows_without
+from flowtracer_plugin.flow.validation import read_mask, rows_without
 
 QUESTION_WEIGHTS = ("uniform", "reach")
 BOUNDARIES = ("literal", "absorbing")
@@ -85,13 +85,18 @@ class Flow:
 
         These are sums of rows of `edge_flow`, computed without a matrix of its size.
 
+        Raises:
+            TypeError: `tokens` are of a kind or dtype that cannot be read.
+            ValueError: Their shape or device is not that of the question.
+
         >>> attention = np.array([[0, 0, 0], [1, 0, 0], [0.75, 0.25, 0]])
         >>> flow = solve_flow(attention, [1, 0, 0], [0, 0, 1])
         >>> flow.inflow(np.array([True, False, False]))
         array([0.  , 0.25, 0.75])
         """
         arriving, leaving = self._ends()
-        return arriving * product(self.graph.matrix, leaving * tokens)
+        sending = read_mask("tokens", tokens, arriving, tuple(arriving.shape))
+        return arriving * product(self.graph.matrix, leaving * sending)
 
     def _ends(self) -> tuple[Float[Any, "*batch token"], Float[Any, "*batch token"]]:
         """The factors of an edge's attention: that of its later and that of its earlier token."""

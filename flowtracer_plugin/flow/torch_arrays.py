@@ -29,7 +29,12 @@ def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def mask(values: Any, like: Tensor) -> Tensor:
     """The mask as a tensor on the device of the attention."""
-    return values if isinstance(values, Tensor) else torch.tensor(values, device=like.device)
+    if isinstance(values, Tensor):
+        return values
+    # torch cannot compare unsigned numbers of more than one byte
+    return torch.tensor(
+        values if values.dtype.kind == "b" else values.astype(int), device=like.device
+    )
 
 
 def solve(

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from flowtracer_plugin.flow.arrays import dtype_name
+from flowtracer_plugin.flow.arrays import check_readable, dtype_name, mask_on_host
 from flowtracer_plugin.flow.dispatch import backend_of
 from flowtracer_plugin.flow.substitution import upper_sum
 
@@ -36,6 +36,7 @@ def read_matrices(attention: Any) -> list[Any]:
 
 
 def _read(attention: Any) -> Any:
+    check_readable("attention", attention, sparse=True)
     backend = backend_of(attention)
     shape = tuple(attention.shape)
     if len(shape) not in (2, 3) or shape[-1] != shape[-2]:
@@ -51,36 +52,38 @@ def _read(attention: Any) -> Any:
 def read_mask(name: str, mask: Any, beside: Any, shape: tuple[int, ...]) -> Any:
     """The mask in the library and on the device of the matrix; its values are not checked yet."""
     device = str(getattr(beside, "device", "cpu"))
-    on_host = isinstance(mask, list | tuple | np.ndarray)
-    if not on_host and str(getattr(mask, "device", "unknown")) != device:
+    if isinstance(mask, list | tuple | np.ndarray):
+        mask = mask_on_host(name, mask)
+    elif str(getattr(mask, "device", "unknown")) != device:
         found = getattr(mask, "device", type(mask).__name__)
         raise ValueError(
             f"{name} must be a list, or an array on {device} like the attention, got {found}; "
             "move it there first"
         )
-    read = backend_of(beside).mask(mask, beside)
-    if tuple(read.shape) != shape:
+    check_readable(name, mask)
+    if tuple(mask.shape) != shape:
         raise ValueError(
             f"{name} must have shape {shape}, one value per token of the attention, "
-            f"got {tuple(read.shape)}"
+            f"got {tuple(mask.shape)}"
         )
-    if not dtype_name(read).startswith(("bool", "int", "uint")):
+    if not dtype_name(mask).startswith(("bool", "int", "uint")):
         raise TypeError(
-            f"{name} must hold booleans, or 0 and 1, got dtype {dtype_name(read)}; "
+            f"{name} must hold booleans, or 0 and 1, got dtype {dtype_name(mask)}; "
             f"write for example {name} > 0.5"
         )
-    return read
+    return backend_of(beside).mask(mask, beside)
 
 
 def check(matrices: Sequence[Any], masks: Mapping[str, Any], *, listed: bool) -> None:
     """Raise ValueError for the first wrong number; `listed` if the matrices are a sparse batch."""
     xp = backend_of(matrices[0]).xp
-    sound = [_is_sound(one) for one in matrices] + [_is_mask(mask) for mask in masks.values()]
-    if bool(xp.stack(sound).all()):
-        return
-    for row, matrix in enumerate(matrices):
-        if not _is_sound(matrix):
-            _explain(matrix, f"batch row {row}, " if listed else "")
+    with np.errstate(all="ignore"):  # opposite infinities add up to nan, which is found
+        sound = [_is_sound(one) for one in matrices] + [_is_mask(mask) for mask in masks.values()]
+        if bool(xp.stack(sound).all()):
+            return
+        for row, matrix in enumerate(matrices):
+            if not _is_sound(matrix):
+                _explain(matrix, f"batch row {row}, " if listed else "")
     for name, mask in masks.items():
         if not _is_mask(mask):
             _explain_mask(name, mask)

@@ -258,6 +258,13 @@ class FlowCredit:
         competing = _competing(rollouts)
         if isinstance(found, Scored):
             found = self._attempted(partial(self._chosen, found, competing))
+        if isinstance(found, Scored) and self.options.on_error == "raise":
+            for row, error in found.errors.items():
+                error.add_note(
+                    f"This happened in completion {row} of {len(plain)}; flow_on_error='uniform' "
+                    "gives such a completion plain credit, and the training goes on."
+                )
+                raise error
         boost = torch.zeros_like(competing, dtype=torch.float32)
         if isinstance(found, Scored) and found.boost is not None:
             boost = found.boost
@@ -273,9 +280,8 @@ class FlowCredit:
     def _chosen(self, found: Scored, competing: Bool[Tensor, "batch completion"]) -> Scored:
         """The scores with the scorer's choice, which ignores the sign of the advantage."""
         started = perf_counter()
-        rollouts = replace(found.rollouts, competing=competing)
-        boost = self._scoring.scorer.choose(found.features, rollouts, self.options.top_fraction)
-        return replace(found, boost=boost, seconds=found.seconds + perf_counter() - started)
+        chosen = found.chosen(self._scoring.scorer, competing, self.options.top_fraction)
+        return replace(chosen, seconds=found.seconds + perf_counter() - started)
 
     def _signed(self, per_token: Float[Tensor, " batch #completion"]) -> Bool[Tensor, "..."]:
         """True where advantages of this sign are reweighted."""

@@ -17,7 +17,8 @@ from flowtracer_plugin.grpo.checks import find_tokenizer
 from flowtracer_plugin.grpo.options import CreditOptions
 from flowtracer_plugin.grpo.pages import GroupPages, rows_each
 from flowtracer_plugin.grpo.scoring import Scored
-from flowtracer_plugin.text.spans import AnswerNotFoundError
+from flowtracer_plugin.text.spans import AnswerNotFoundError, decode_tokens
+from flowtracer_plugin.trace.troubles import Troubles
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class CreditLog:
 
     def __init__(self, trainer: Any, options: CreditOptions) -> None:
         self._trainer, self._options = trainer, options
-        self._pages = GroupPages(trainer, options)
+        self._troubles = Troubles(logger)
+        self._pages = GroupPages(trainer, options, self._troubles)
         self._later = 0  # rows that TRL's table has after those of the last generation
         self._errors = 0.0
 
@@ -48,8 +50,9 @@ class CreditLog:
         everywhere = rows * self._trainer.accelerator.num_processes
         self._later += everywhere
         if self._trainer.log_completions:
-            for column in COLUMNS:
-                self._trainer._logs["extra"][column].extend([None] * everywhere)
+            with self._troubles.caught("the table of completions lacks the columns of flow"):
+                for column in COLUMNS:
+                    self._trainer._logs["extra"][column].extend([None] * everywhere)
 
     def begin(self, rollouts: Mapping[str, Any]) -> None:
         """Begin with new rollouts, whose flow is not known yet."""
@@ -70,33 +73,48 @@ class CreditLog:
         Raises:
             AnswerNotFoundError: A completion has no answer, and `no_answer` is "raise".
         """
-        if isinstance(heard, Exception):
-            logger.warning(
-                "flow credit failed, and these rollouts get plain credit", exc_info=heard
-            )
-        weights = rollouts["flow_weights"]
-        visible = rollouts["completion_mask"].bool().any(-1)
-        local = {
-            "visible": visible.sum(),
-            "tokens": competing.sum(),
-            "weight": (weights * competing).sum(),
-            "processes": 1,
-            "errors": isinstance(heard, Exception),
-            **(_sums(heard, competing, boost) if isinstance(heard, Scored) else _NOTHING),
-        }
-        total = self._reduced(local)
-        if self._options.no_answer == "raise" and not total["errors"]:
+        errors = {0: heard} if isinstance(heard, Exception) else heard.errors
+        which = "these completions" if isinstance(heard, Exception) else "a completion"
+        for error in errors.values():
+            self._troubles.add(f"flow credit failed, and {which} got plain credit", error)
+        total = self._reduced(self._local(rollouts, heard, competing, boost))
+        if self._options.no_answer == "raise":
             self._require_answers(total)
-        metrics = self._trainer._metrics["train"]
         self._errors += total["errors"]
-        metrics["flow/errors"] = [self._errors]  # a total, so it is not averaged
-        for name, part, whole in METRICS:
-            # TRL leaves nan out of its means.
-            metrics[f"flow/{name}"].append(total[part] / total[whole] if total[whole] else math.nan)
+        with self._troubles.caught("the metrics of flow could not be logged"):
+            metrics = self._trainer._metrics["train"]
+            metrics["flow/errors"] = [self._errors]  # a total, so it is not averaged
+            for name, part, whole in METRICS:
+                # TRL leaves nan out of its means.
+                mean = total[part] / total[whole] if total[whole] else math.nan
+                metrics[f"flow/{name}"].append(mean)
         if "flow_rows" in rollouts:  # rollouts made before flow credit was attached have none
             if self._trainer.log_completions:
                 self._fill_columns(rollouts, heard, competing)
             self._pages.add(rollouts, heard, plain, competing)
+
+    def _local(
+        self,
+        rollouts: Mapping[str, Any],
+        heard: Scored | Exception,
+        competing: Bool[Tensor, "batch completion"],
+        boost: Float[Tensor, "batch completion"],
+    ) -> dict[str, Any]:
+        """The sums of this process; all processes have the same ones, whatever happens here."""
+        visible = rollouts["completion_mask"].bool().any(-1)
+        sums = {
+            "visible": visible.sum(),
+            "tokens": competing.sum(),
+            "weight": (rollouts["flow_weights"] * competing).sum(),
+            "processes": 1,
+            "errors": isinstance(heard, Exception) or bool(heard.errors),
+            "failed": _failed(heard, visible),
+            **_NOTHING,
+        }
+        with self._troubles.caught("the metrics of flow could not be computed"):
+            if isinstance(heard, Scored):
+                sums |= _sums(heard, competing, boost)
+        return sums
 
     def _reduced(self, local: Mapping[str, Any]) -> dict[str, float]:
         accelerator = self._trainer.accelerator
@@ -104,10 +122,11 @@ class CreditLog:
         return dict(zip(local, accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
 
     def _require_answers(self, total: Mapping[str, float]) -> None:
-        if total["answers"] < total["visible"]:
+        missing = total["visible"] - total["answers"] - total["failed"]
+        if missing > 0:
             raise AnswerNotFoundError(
-                f"no answer found in {total['visible'] - total['answers']:.0f} of "
-                f"{total['visible']:.0f} completions; set flow_answer to a finder that fits, or "
+                f"no answer found in {missing:.0f} of {total['visible']:.0f} completions; set "
+                "flow_answer to a finder that fits, or "
                 "flow_no_answer='uniform' to give such completions plain credit"
             )
 
@@ -118,8 +137,25 @@ class CreditLog:
         competing: Bool[Tensor, "batch completion"],
     ) -> None:
         """Write the values of these rows of every process to their places in TRL's table."""
-        trainer = self._trainer
-        rows = len(competing)
+        trouble = "the table of completions lacks values of flow"
+        values: list[tuple[Any, ...]] = []
+        with self._troubles.caught(trouble):
+            values = self._values(rollouts, heard, competing)
+        for place, *row in gather_object(values):  # all processes meet here
+            with self._troubles.caught(trouble):
+                for column, value in zip(COLUMNS, row, strict=True):
+                    known = self._trainer._logs["extra"][column]
+                    if place <= len(known):  # an evaluation may have pushed the row out
+                        known[-place] = value
+
+    def _values(
+        self,
+        rollouts: Mapping[str, Any],
+        heard: Scored | Exception,
+        competing: Bool[Tensor, "batch completion"],
+    ) -> list[tuple[Any, ...]]:
+        """The place of each row in TRL's table, counted from its end, and its values."""
+        trainer, rows = self._trainer, len(competing)
         counts = competing.sum(-1).clamp(min=1)
         means = ((rollouts["flow_weights"] * competing).sum(-1) / counts).tolist()
         answers: list[str | None] = [None] * rows
@@ -130,17 +166,22 @@ class CreditLog:
         first = trainer.accelerator.process_index * rows_each(trainer)
         last = trainer.args.generation_batch_size + self._later
         places = [last - first - row for row in rollouts["flow_rows"].tolist()]
-        for place, *values in gather_object([*zip(places, answers, means, jumps, strict=True)]):
-            for column, value in zip(COLUMNS, values, strict=True):
-                known = trainer._logs["extra"][column]
-                if place <= len(known):  # an evaluation may have pushed the row out
-                    known[-place] = value
+        return [*zip(places, answers, means, jumps, strict=True)]
+
+
+def _failed(heard: Scored | Exception, visible: Bool[Tensor, " batch"]) -> int:
+    """The number of completions in which no answer was found because something failed."""
+    shown = visible.tolist()
+    if isinstance(heard, Exception):
+        return sum(shown)
+    return sum(shown[row] and heard.answers[row] is None for row in heard.errors)
 
 
 def _answer_texts(heard: Scored, tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
     rows = zip(heard.rollouts.ids, heard.rollouts.answer, strict=True)
     return [
-        str(tokenizer.decode(ids[answer])) if bool(answer.any()) else None for ids, answer in rows
+        decode_tokens(tokenizer, ids[answer].tolist()).text if bool(answer.any()) else None
+        for ids, answer in rows
     ]
 
 

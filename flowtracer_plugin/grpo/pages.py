@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,21 @@ from flowtracer_plugin.grpo.options import CreditOptions
 from flowtracer_plugin.grpo.scoring import Scored
 from flowtracer_plugin.report.pages.group_page import CompletionView, write_group_page, write_index
 from flowtracer_plugin.text.spans import decode_tokens
+from flowtracer_plugin.trace.troubles import Troubles
 
 HUBS = 10
-
-logger = logging.getLogger(__name__)
 
 
 class GroupPages:
     """Pages of the main process's first prompt, at most one every `page_steps` steps.
 
     They are written to the folder `flow` of the trainer's output directory. The oldest pages are
-    deleted when all together exceed `page_limit_mb`. A page that cannot be written is logged, and
-    the training goes on.
+    deleted when all together exceed `page_limit_mb`. A page that cannot be made or written is
+    logged, and the training goes on.
     """
 
-    def __init__(self, trainer: Any, options: CreditOptions) -> None:
-        self._trainer, self._options = trainer, options
+    def __init__(self, trainer: Any, options: CreditOptions, troubles: Troubles) -> None:
+        self._trainer, self._options, self._troubles = trainer, options, troubles
         self._step: int | None = None
         self._last: int | None = None
         self._views: dict[int, CompletionView] = {}
@@ -49,13 +48,15 @@ class GroupPages:
         step = trainer.state.global_step
         late = self._last is None or step - self._last >= every
         due = every > 0 and late and trainer.accelerator.is_main_process
-        self._step = step if due else None
-        self._views = {}
-        if due:
-            self._last = step
+        self._step, self._views = None, {}
+        if not due:
+            return
+        self._last = step
+        with self._caught(step):
             self._rewards = _rewards(trainer)
-            ids = rollouts["prompt_ids"][0][rollouts["prompt_mask"][0].bool()]
-            self._prompt = str(find_tokenizer(trainer.processing_class).decode(ids))
+            ids = rollouts["prompt_ids"][0][rollouts["prompt_mask"][0].bool()].tolist()
+            self._prompt = decode_tokens(find_tokenizer(trainer.processing_class), ids).text
+            self._step = step
 
     def add(
         self,
@@ -65,16 +66,22 @@ class GroupPages:
         competing: Bool[Tensor, "batch completion"],
     ) -> None:
         """Collect the rows of the page's group, and write the page when all are there."""
-        if self._step is None:
+        step, self._step = self._step, None  # a page that fails is not begun again
+        if step is None:
             return
         trainer = self._trainer
-        wanted = min(trainer.num_generations, rows_each(trainer))
-        for row, place in enumerate(rollouts["flow_rows"].tolist()):
-            if place < wanted:
-                self._views[place] = self._view(row, place, rollouts, heard, plain, competing)
-        if len(self._views) == wanted:
-            self._write(self._step, [self._views[place] for place in range(wanted)])
-            self._step = None
+        with self._caught(step):
+            wanted = min(trainer.num_generations, rows_each(trainer))
+            for row, place in enumerate(rollouts["flow_rows"].tolist()):
+                if place < wanted:
+                    self._views[place] = self._view(row, place, rollouts, heard, plain, competing)
+            if len(self._views) == wanted:
+                self._write(step, [self._views[place] for place in range(wanted)])
+            else:
+                self._step = step
+
+    def _caught(self, step: int) -> AbstractContextManager[None]:
+        return self._troubles.caught(f"the page of step {step} could not be written", kind="page")
 
     def _view(
         self,
@@ -89,8 +96,9 @@ class GroupPages:
         kept = shown.cpu().numpy()
         ids = rollouts["completion_ids"][row][shown].tolist()
         throughput, answer, note = np.zeros(len(ids)), np.zeros(len(ids), bool), ""
-        if isinstance(heard, Exception):
-            note = f"plain credit: {type(heard).__name__}: {heard}"
+        error = heard if isinstance(heard, Exception) else heard.errors.get(row)
+        if error is not None or isinstance(heard, Exception):
+            note = f"plain credit: {type(error).__name__}: {error}"
         else:
             start = heard.rollouts.prompt_length
             answer = heard.rollouts.answer[row, start:].cpu().numpy()[kept]
@@ -112,12 +120,9 @@ class GroupPages:
     def _write(self, step: int, views: list[CompletionView]) -> None:
         name = self._trainer.args.run_name or Path(self._trainer.args.output_dir).name
         page = self.folder / f"step_{step:06d}.html"
-        try:
-            write_group_page(page, self._prompt, views, title=str(name), step=step)
-            self._drop_oldest(page)
-            write_index(self.folder)
-        except OSError:
-            logger.warning("the page of step %s could not be written", step, exc_info=True)
+        write_group_page(page, self._prompt, views, title=str(name), step=step)
+        self._drop_oldest(page)
+        write_index(self.folder)
 
     def _drop_oldest(self, newest: Path) -> None:
         pages = set(self.folder.glob("step_*.html")) - {newest}

@@ -16,10 +16,15 @@ from flowtracer_plugin.credit.read_rollouts import Late, ReadRollouts
 from flowtracer_plugin.credit.saliency import check_whole
 from flowtracer_plugin.credit.scorers import Scorer, multiplied
 from flowtracer_plugin.reading.one_pass import Reading
-from flowtracer_plugin.text.answers import AnswerFinder, FoundAnswer, find_answer
+from flowtracer_plugin.text.answers import (
+    AnswerFinder,
+    FoundAnswer,
+    find_answer,
+    finder_name,
+)
 from flowtracer_plugin.text.matched_spans import SpanFinder
 from flowtracer_plugin.text.values import Span
-from flowtracer_plugin.trace.rollouts import rollout_masks
+from flowtracer_plugin.trace.rollouts import RowErrors, join_errors, rollout_masks
 from flowtracer_plugin.trace.tracer import FlowTracer
 
 _ATTENTIVE = {"flow", "attention", "heads"}
@@ -39,6 +44,7 @@ class Scored:
         answers: The answer that was found in each row, or None.
         replaced: Number of rows in which the last token stands in for an answer.
         seconds: Time this took beside the forward passes that were made anyway.
+        errors: The error of each row that has failed, by its number; such a row gets no boost.
         boost: The boost that the scorer chose; None before its choice.
     """
 
@@ -48,7 +54,19 @@ class Scored:
     answers: tuple[FoundAnswer | None, ...]
     replaced: int
     seconds: float
+    errors: RowErrors
     boost: Float[Tensor, "batch completion"] | None = None
+
+    def chosen(
+        self, scorer: Scorer, competing: Bool[Tensor, "batch completion"], top_fraction: float
+    ) -> Scored:
+        """The same with the scorer's choice among the competing tokens."""
+        rollouts = replace(self.rollouts, competing=competing)
+        boost, wrong = scorer.choices(self.features, rollouts, top_fraction)
+        errors = {**wrong, **self.errors}
+        for row in errors:
+            boost[row] = 0.0
+        return replace(self, boost=boost, errors=errors)
 
 
 class RolloutScorer:
@@ -198,6 +216,7 @@ class RolloutScorer:
             features=features,
             throughput=None if graph is None else graph.throughput,
             jump=None if graph is None else graph.jump,
+            errors=(len(part.ids), part.errors),
             seconds=perf_counter() - started + reading,
         )
 
@@ -222,6 +241,7 @@ class RolloutScorer:
         features = [
             early.pop(0) if one.needs & _ATTENTIVE else one.measure(rollouts) for one in self._parts
         ]
+        errors = {**batch.errors, **join_errors([part.errors for part in parts])}
         return Scored(
             rollouts=rollouts,
             features=features[0] if len(features) == 1 else multiplied(features),
@@ -229,15 +249,20 @@ class RolloutScorer:
             answers=batch.masks.answers,
             replaced=replaced,
             seconds=sum((part.seconds for part in parts), 0.0),
+            errors=errors,
         )
 
 
 class _Part(NamedTuple):
-    """Measures of some rows; their flow is None where none was solved."""
+    """Measures of some rows; their flow is None where none was solved.
+
+    `errors` are their number and the errors of those that have failed.
+    """
 
     features: list[Features]
     throughput: Float[Tensor, "batch token"] | None
     jump: Float[Tensor, " batch"] | None
+    errors: tuple[int, RowErrors]
     seconds: float
 
 
@@ -246,6 +271,7 @@ class _FinderOrLast:
 
     def __init__(self, finder: AnswerFinder) -> None:
         self.fallbacks = 0
+        self.__name__ = finder_name(finder)
         self._finder = finder
 
     def __call__(self, text: str) -> Span | None:

@@ -104,7 +104,7 @@ class FlowGRPOConfig(GRPOConfig):
         flow_on_error (`str`, *optional*, defaults to `"raise"`):
             What to do if flow cannot be read or solved for some rollouts: raise the error
             (`"raise"`), or give them plain credit (`"uniform"`) and count them in the metric
-            `flow/errors`.
+            `flow/errors`. What fails for one completion, such as an answer finder, costs no other.
         flow_page_steps (`int`, *optional*, defaults to `100`):
             Number of optimizer steps between two pages in the folder `flow` of `output_dir`. A page
             shows the completions of one prompt with their credit. `0` writes no pages.
@@ -192,10 +192,12 @@ class FlowGRPOTrainer(FlowCreditMixin, GRPOTrainer):
     * `flow/entropy`: how evenly the flow is spread over the tokens, from 0 to 1;
     * `flow/prompt_jump`: share of the flow that goes from the prompt straight to the answer;
     * `flow/seconds`: seconds for the credit of a batch, without the forward pass it is read in;
-    * `flow/errors`: number of batches that have failed so far, with `flow_on_error="uniform"`.
+    * `flow/errors`: number of batches so far in which all or some completions have failed, with
+      `flow_on_error="uniform"`.
 
     With `log_completions`, TRL's table of completions has the columns `flow_answer`, `flow_weight`
-    and `flow_prompt_jump`.
+    and `flow_prompt_jump`. Metrics, columns or pages that fail are logged once, and the training
+    goes on.
     """
 
     _tag_names = ["trl", "grpo", "flowtracer"]  # noqa: RUF012 - TRL's own form

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
+from flowtracer_plugin.flow.arrays import check_readable, dtype_name
 
 
 def unwrapped(model: Any) -> nn.Module:
@@ -160,14 +161,16 @@ def check_input(
     There may be `cached` tokens before the input.
 
     Raises:
-        TypeError: Ids or mask are not tensors, or ids are not whole numbers.
+        TypeError: Ids or mask are not tensors, or sparse, nested or on the meta device, or ids are
+            not whole numbers.
         ValueError: Shapes differ, the text is empty or too long, a token is outside the vocabulary,
             or the mask holds other numbers than 0 and 1.
     """
     for name, given in (("input_ids", input_ids), ("attention_mask", mask)):
         if not isinstance(given, Tensor | None if name == "attention_mask" else Tensor):
             raise TypeError(f"{name} must be a torch tensor, got a {type(given).__name__}")
-    if input_ids.is_floating_point():
+        check_readable(name, given)
+    if not dtype_name(input_ids).startswith(("int", "uint")):
         raise TypeError(f"input_ids must be whole numbers, got {input_ids.dtype}")
     wanted = (*input_ids.shape[:1], input_ids.shape[-1] + cached)
     shown = torch.ones(wanted, device=input_ids.device) if mask is None else mask
@@ -183,13 +186,22 @@ def check_input(
         raise ValueError("attention_mask must be 1 on tokens and 0 on padding, got other numbers")
     # Padding does not count: positions begin at the first visible token.
     check_length(model, int(shown.bool().sum(-1).max()))
+    check_vocabulary(model, input_ids)
+    return shown.bool()
+
+
+def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
+    """Refuse tokens that the model does not embed.
+
+    Raises:
+        ValueError: There is such a token.
+    """
     size = vocabulary_size(model)
-    if not bool(((input_ids >= 0) & (input_ids < size)).all()):
+    if not bool(((ids >= 0) & (ids < size)).all()):
         raise ValueError(
             f"token ids must be between 0 and {size - 1}, the model's vocabulary, got "
-            f"{int(input_ids.min())} to {int(input_ids.max())}"
+            f"{int(ids.min())} to {int(ids.max())}"
         )
-    return shown.bool()
 
 
 def check_packing(mask: Tensor | None, positions: Tensor | None) -> None:

@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from flowtracer_plugin.model.causal_lm import check_length, context_length, input_device
+
+_ONE_BY_ONE: Mapping[str, Any] = MappingProxyType(
+    {
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
+        "penalty_alpha": 0.0,
+        "is_assistant": False,
+        # It would write the end of the prompt anew, without the tokens of a chat template.
+        "token_healing": False,
+    }
+)
+"""Settings that make `generate` extend a prompt by one token after the other."""
+
+_OTHER_WAYS = ("constraints", "force_words_ids", "dola_layers")
+"""Ways of decoding that only None turns off."""
+
+_GREEDY: Mapping[str, Any] = MappingProxyType({"temperature": 1.0, "top_p": 1.0, "top_k": 50})
+"""The library's defaults, which greedy decoding does not use; others would be warned about."""
+
+
+def decoding(model: nn.Module, **settings: Any) -> dict[str, Any]:
+    """The arguments with which `generate` decodes token by token, by these settings.
+
+    What they leave open comes from the model's own generation config, such as end tokens, stop
+    strings and penalties; None turns a setting off.
+    """
+    own = getattr(model, "generation_config", None)
+    names = *_OTHER_WAYS, *(name for name, value in settings.items() if value is None)
+    # Passed as arguments, since in a config None stands for the model's own setting.
+    off = {name: None for name in names if getattr(own, name, None) is not None}
+    config = GenerationConfig(**{**_ONE_BY_ONE, **settings})  # type: ignore[no-untyped-call]
+    return {"generation_config": config, **off}
 
 
 def generate_ids(
     model: nn.Module,
     prompt_ids: Sequence[int],
     *,
+    tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     do_sample: bool,
     temperature: float | None,
-    pad_token_id: int,
     progress: bool,
 ) -> list[int]:
     """Token ids of one answer, which stops at the model's end token, or where the context ends.
+
+    The model's generation config may name stop strings, which also end it.
 
     Raises:
         ValueError: The prompt fills the context.
@@ -31,19 +68,20 @@ def generate_ids(
     most = min(max_new_tokens, context_length(model) - len(prompt_ids))
     inputs = torch.tensor([prompt_ids], device=input_device(model))
     # Sampling follows the model's own generation config, which greedy decoding does not use.
-    choice: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k"))
+    choice: Mapping[str, Any] = _GREEDY
     if do_sample:
         choice = {} if temperature is None else {"temperature": temperature}
     generated = cast(Any, model).generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
-        max_new_tokens=most,
-        do_sample=do_sample,
-        num_beams=1,
-        num_return_sequences=1,
-        return_dict_in_generate=False,
-        **choice,
-        pad_token_id=pad_token_id,
+        **decoding(
+            model,
+            max_new_tokens=most,
+            do_sample=do_sample,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            **choice,
+        ),
+        tokenizer=tokenizer,  # finds stop strings
         streamer=GenerationProgress(most) if progress else None,
     )
     answer: list[int] = generated[0, len(prompt_ids) :].tolist()

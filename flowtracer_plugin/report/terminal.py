@@ -11,6 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.constrain import Constrain
 from rich.padding import Padding
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +25,7 @@ from flowtracer_plugin.report.display import (
     standouts,
 )
 from flowtracer_plugin.result.trace_data import TraceData
-from flowtracer_plugin.text.visible import visible
+from flowtracer_plugin.text.visible import encodable, visible
 
 # Most terminals are dark, so the hottest is the brightest. White terminals stay legible too.
 _HEAT = (
@@ -45,11 +46,14 @@ _WIDEST = 100
 
 
 def render_trace(trace: TraceData) -> RenderableType:
-    """The view that `rich.print(trace)` shows, at any width, with or without colour."""
+    """The view that `rich.print(trace)` shows, at any width, with or without colour.
+
+    What the terminal's encoding cannot hold is shown by plain characters.
+    """
     shown = show(trace)
     hubs = standouts(shown, trace.backbone.hubs, _MARKS)
     checkpoints = standouts(shown, trace.backbone.checkpoints, _MARKS)
-    return Group(
+    view = Group(
         _title(shown),
         "",
         _body(shown, {unit.index: place for place, (unit, _) in enumerate(hubs, start=1)}),
@@ -63,6 +67,23 @@ def render_trace(trace: TraceData) -> RenderableType:
         "",
         _paths(shown),
     )
+    return Encodable(view=view)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Encodable:
+    """Something that is shown in characters that the terminal has.
+
+    Attributes:
+        view: What is shown.
+    """
+
+    view: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        """The segments of the view."""
+        for text, style, control in console.render(self.view, options):
+            yield Segment(encodable(text, options.encoding), style, control)
 
 
 def _title(shown: ShownTrace) -> Text:

@@ -15,6 +15,7 @@ from flowtracer_plugin.flow.solve import Flow, solve_flow
 from flowtracer_plugin.flow.streamed import stream_stored
 from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.text.spans import Region, Spans
+from flowtracer_plugin.text.visible import shown_on_stdout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +181,10 @@ class TraceData:
             )
             for index in order[eligible[order]][:count].tolist()
         )
+
+    def __str__(self) -> str:
+        """The same as `repr`, in characters that standard output can show."""
+        return shown_on_stdout(repr(self))
 
     def __repr__(self) -> str:
         return (

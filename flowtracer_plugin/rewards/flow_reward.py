@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -13,9 +14,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from flowtracer_plugin.model.causal_lm import check_length, check_vocabulary
 from flowtracer_plugin.text.encoding import content_text, encode_prompt, encode_response, is_text
+from flowtracer_plugin.text.spans import known_ids
 from flowtracer_plugin.trace.rollouts import FlowBatch
 from flowtracer_plugin.trace.tracer import FlowTracer
+from flowtracer_plugin.trace.troubles import Troubles
+
+logger = logging.getLogger(__name__)
 
 
 def concentration(
@@ -58,8 +64,10 @@ class FlowReward:
       answer. It rewards reasoning that passes through a few tokens. Filler that carries nothing
       can game it, and so can one token that everything must pass, such as a line break.
 
-    Without an answer the score is None, which TRL leaves out of the reward. Both scores measure
-    attention, not truth: combine them with an outcome, and see `docs/rewards.md`.
+    Without an answer the score is None, which TRL leaves out of the reward. So it is for a
+    completion that fails, such as one that is longer than the traced model's context; the log tells
+    the first. Both scores measure attention, not truth: combine them with an outcome, and see
+    `docs/rewards.md`.
 
     With an `outcome` reward function, the reward is outcome × score if the outcome is positive, and
     the outcome otherwise; without an answer the score counts as 0. So neither a wrong answer nor a
@@ -114,6 +122,7 @@ class FlowReward:
         self.batch_size = batch_size
         self.chat_template_kwargs = chat_template_kwargs
         self.retokenize = retokenize
+        self._troubles = Troubles(logger)
         self.__name__ = name or (score if outcome is None else f"{_name_of(outcome)}_x_{score}")
 
     @cached_property
@@ -139,7 +148,8 @@ class FlowReward:
         assert tokenizer is not None
         _refuse_images(prompts)
         encoded = [
-            encode_prompt(tokenizer, prompt, self.chat_template_kwargs) for prompt in prompts
+            encode_prompt(tokenizer, prompt, self.chat_template_kwargs) if prompt else ([], "")
+            for prompt in prompts
         ]
         if completion_ids is None or self.retokenize:
             said = [
@@ -154,7 +164,7 @@ class FlowReward:
         scores = [*self._scores([ids for ids, _ in encoded], said)]
         if "log_metric" in columns:
             found = sum(score is not None for score in scores)
-            columns["log_metric"](f"{self.__name__}/answer_found", found / len(scores))
+            columns["log_metric"](f"{self.__name__}/answer_found", found / max(1, len(scores)))
         if self.outcome is None:
             return scores
         ids = said if completion_ids is None else completion_ids
@@ -164,15 +174,33 @@ class FlowReward:
         return [_scaled(outcome, score) for outcome, score in zip(outcomes, scores, strict=True)]
 
     def _scores(self, asked: list[list[int]], said: list[list[int]]) -> Iterator[float | None]:
-        for start in range(0, len(asked), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            prompt_ids, prompt_mask = self._padded(asked[rows], "left")
-            completion_ids, completion_mask = self._padded(said[rows], "right")
+        pairs = [self._readable(*pair) for pair in zip(asked, said, strict=True)]
+        for start in range(0, len(pairs), self.batch_size):
+            prompts, completions = zip(*pairs[start : start + self.batch_size], strict=True)
+            prompt_ids, prompt_mask = self._padded(prompts, "left")
+            completion_ids, completion_mask = self._padded(completions, "right")
             batch = self.tracer.trace_ids(prompt_ids, completion_ids, prompt_mask, completion_mask)
+            for error in batch.errors.values():
+                self._troubles.add("a completion has no flow reward", error)
             found = zip(SCORES[self.score](batch).tolist(), batch.found.tolist(), strict=True)
             yield from (score if is_found else None for score, is_found in found)
 
-    def _padded(self, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+    def _readable(self, asked: list[int], said: list[int]) -> tuple[list[int], list[int]]:
+        """The text, or one without an answer in place of a text that the model cannot read.
+
+        All processes of a distributed run must make the same forward passes.
+        """
+        if not asked:
+            return [0], []
+        try:
+            check_length(self.tracer.model, len(asked) + len(said))
+            check_vocabulary(self.tracer.model, torch.tensor([*asked, *said]))
+        except ValueError as error:
+            self._troubles.add("a completion has no flow reward", error)
+            return asked[:1], []
+        return asked, said
+
+    def _padded(self, rows: Sequence[list[int]], side: str) -> tuple[Tensor, Tensor]:
         """Token ids and their mask."""
         device = next(self.tracer.model.parameters()).device
         ids = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
@@ -209,7 +237,8 @@ def _name_of(outcome: Any) -> str:
 
 def _refuse_images(prompts: Sequence[Any]) -> None:
     messages = (m for prompt in prompts if not isinstance(prompt, str) for m in prompt)
-    if not all(is_text(message.get("content", "")) for message in messages):
+    contents = (message.get("content") for message in messages)
+    if not all(content is None or is_text(content) for content in contents):
         raise NotImplementedError(
             "FlowReward reads text only, and a prompt holds something else; train on text, or "
             "leave this reward out"
@@ -217,7 +246,10 @@ def _refuse_images(prompts: Sequence[Any]) -> None:
 
 
 def completion_text(completion: Any) -> str | None:
-    """The text of a completion that is a text or one message; None for anything else."""
+    """The text of a completion that is a text or one message; None for anything else.
+
+    A message that only calls tools has no text.
+    """
     if isinstance(completion, str):
         return completion
     if len(completion) != 1 or not is_text(completion[0].get("content")):
@@ -227,6 +259,8 @@ def completion_text(completion: Any) -> str | None:
 
 def _only_text(completion: Any) -> str:
     text = completion_text(completion)
+    if text is None and len(completion) == 1 and completion[0].get("content") is None:
+        return ""  # it only calls tools
     if text is None:
         raise ValueError(
             "without completion_ids a completion must be text or one message of text, got "
@@ -238,7 +272,8 @@ def _only_text(completion: Any) -> str:
 def _sampled(tokenizer: Any, completion: Any, ids: Sequence[int]) -> list[int]:
     """The ids without the padding that some trainers leave behind them."""
     sampled, text = list(ids), completion_text(completion)
-    read = (tokenizer.decode(sampled, skip_special_tokens=skip) for skip in (True, False))
+    known = known_ids(tokenizer, sampled)
+    read = (tokenizer.decode(known, skip_special_tokens=skip) for skip in (True, False))
     # A trainer may have cut off a part, such as a tool call, but has added nothing.
     if text is not None and not any(text.strip() in whole for whole in read):
         raise ValueError(

@@ -5,10 +5,52 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+from jinja2 import TemplateError
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flowtracer_plugin.flow.arrays import check_readable
+
 Prompt = str | Sequence[Mapping[str, Any]]
-"""A text, or chat messages whose `content` is a text or a list of text parts."""
+"""A text, or chat messages whose `content` is a text or a list of text parts. A message that calls
+tools needs no content."""
+
+TokenIds = Sequence[int] | Sequence[Sequence[int]] | Int[Tensor, "..."] | Int[np.ndarray, "..."]
+"""The token ids of one text, also as a batch of one."""
+
+
+def token_ids(name: str, ids: TokenIds) -> list[int]:
+    """The token ids of one text as a list; a batch of one is unpacked.
+
+    Raises:
+        TypeError: They are no whole numbers, or in an array that cannot be read.
+        ValueError: There are several texts.
+    """
+    check_readable(name, ids)
+    if isinstance(ids, Tensor):
+        ids = ids.detach().cpu().numpy()
+    if not isinstance(ids, Sequence | np.ndarray) or isinstance(ids, str | bytes):
+        raise TypeError(
+            f"{name} must be a list, an array or a tensor of token ids, got a "
+            f"{type(ids).__name__}; pass tokenizer(text)['input_ids'], or trace a text with trace"
+        )
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be the token ids of one text, got rows of different lengths; trace_ids "
+            "traces a padded batch"
+        ) from error
+    if array.ndim not in (1, 2) or (array.ndim == 2 and len(array) != 1):
+        raise ValueError(
+            f"{name} must be the token ids of one text, [token] or [1, token], got the shape "
+            f"{array.shape}; trace_ids traces a padded batch"
+        )
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be whole numbers, got {array.ravel()[0]!r:.80} among them")
+    return [int(token) for token in array.ravel()]
 
 
 def encode_prompt(
@@ -21,8 +63,8 @@ def encode_prompt(
     `template_options`, such as `tools` or `enable_thinking`, are passed to the chat template.
 
     Raises:
-        ValueError: The prompt is empty or cannot be written as UTF-8, a message has no role or
-            content, or the tokenizer has no chat template for messages.
+        ValueError: The prompt is empty or cannot be written as UTF-8, a message has no role, or
+            neither content nor calls of tools, or the tokenizer has no chat template for messages.
     """
     if not prompt:
         raise ValueError("the prompt is empty, so there is no question to trace from")
@@ -33,18 +75,33 @@ def encode_prompt(
             "chat messages need a tokenizer with a chat template, and this one has none; "
             "pass the prompt as a string"
         )
-    messages = [dict(message) for message in prompt]
-    for message in messages:
-        if "role" not in message or "content" not in message:
-            raise ValueError(f"a chat message needs 'role' and 'content', got {message!r}")
-        if is_text(message["content"]):  # few chat templates accept text parts
-            message["content"] = content_text(message["content"])
-    text = str(
-        tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **(template_options or {})
-        )
-    )
+    messages = [_message(message) for message in prompt]
+
+    def rendered(messages: list[dict[str, Any]]) -> str:
+        options = {"tokenize": False, "add_generation_prompt": True, **(template_options or {})}
+        return str(tokenizer.apply_chat_template(messages, **options))
+
+    try:
+        text = rendered(messages)
+    except (TemplateError, TypeError):
+        # A few templates need content in every message, even in one that only calls tools.
+        if all("content" in message for message in messages):
+            raise
+        text = rendered([{"content": "", **message} for message in messages])
     return _ids(tokenizer, text, add_special_tokens=False), text
+
+
+def _message(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat message without missing parts, which tables hold as None, and with its text joined."""
+    message = {key: value for key, value in given.items() if value is not None}
+    if "role" not in message or not message.keys() & {"content", "tool_calls", "function_call"}:
+        raise ValueError(
+            f"a chat message needs 'role' and 'content', got {given!r}; only one that calls tools "
+            "needs no content"
+        )
+    if is_text(message.get("content")):  # few chat templates accept text parts
+        message["content"] = content_text(message["content"])
+    return message
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:
@@ -78,11 +135,12 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list
 
 
 def user_text(prompt: Prompt) -> str | None:
-    """The text of the user's last message; None if there is none."""
+    """The text of the user's last message; None if there is none, or if it is not only text."""
     if isinstance(prompt, str):
         return prompt
-    said = (m["content"] for m in reversed(prompt) if m["role"] == "user")
-    return next((content_text(content) if is_text(content) else content for content in said), None)
+    said = (m.get("content") for m in reversed(prompt) if m["role"] == "user")
+    content: Any = next(said, None)
+    return content_text(content) if is_text(content) else None
 
 
 def is_text(content: Any) -> bool:

@@ -149,9 +149,7 @@ def _hash(text: str) -> Span | None:
 
 
 # A calculation, a sentence or a record was cut off.
-_CUT_OFF = re.compile(
-    r"(?:[-+/×÷·=(^,{\\<≤≥]|\s\*|\\(?:cdot|times|frac|boxed\{?))\s{0,9}\Z"
-)
+_CUT_OFF = re.compile(r"(?:[-+/×÷·=(^,{\\<≤≥]|\s\*|\\(?:cdot|times|frac|boxed\{?))\s{0,9}\Z")
 _UNFINISHED = re.compile(
     r"\b(?:is|are|be|the|a|an|of|to|and|or|but|so|then|if|because|which|that|with|for|from|by|in|on|"
     r"at|we|have|has|need|needs|can|will|first)\s{0,9}\Z"

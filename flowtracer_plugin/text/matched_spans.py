@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool
 
-from flowtracer_plugin.text.spans import shown_text, tokens_in_span
+from flowtracer_plugin.text.spans import finder_errors, shown_text, tokens_in_span
 
 if TYPE_CHECKING:
     import transformers
@@ -28,6 +28,7 @@ def matched_mask(
     receives the text that `answer_mask` also shows to finders, and returns spans `(start, end)`.
 
     Raises:
+        FinderError: The function has failed.
         ValueError: A span does not lie within the text.
 
     Example:
@@ -36,7 +37,9 @@ def matched_mask(
     """
     shown = shown_text(tokenizer, response_ids)
     mask = np.zeros(len(response_ids), bool)
-    for start, end in _found_spans(shown.text, finder):
+    with finder_errors("the function", finder):
+        found = [*_found_spans(shown.text, finder)]
+    for start, end in found:
         if start == end:
             continue
         if not 0 <= start < end <= len(shown.text):

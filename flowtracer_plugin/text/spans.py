@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -15,7 +16,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
-from flowtracer_plugin.text.answers import AnswerFinder, FoundAnswer, find_answer, finder_name
+from flowtracer_plugin.flow.arrays import mask_on_host
+from flowtracer_plugin.text.answers import (
+    AnswerFinder,
+    FoundAnswer,
+    check_finder,
+    find_answer,
+    finder_name,
+)
 from flowtracer_plugin.text.thinking import leaves_thinking_open, mark_places
 from flowtracer_plugin.text.values import Span
 
@@ -46,16 +54,20 @@ def decode_tokens(
     """The text of `ids`, special tokens included, and the characters that each token touches.
 
     The text is `tokenizer.decode(ids)`, except for bytes that are not UTF-8: each of them becomes
-    one U+FFFD, while tokenizers differ in how many they write for a run of such bytes.
+    one U+FFFD, while tokenizers differ in how many they write for a run of such bytes. An id that
+    the tokenizer does not know, such as one of a padded embedding, is `<|unknown 151700|>`.
 
     Raises:
-        ValueError: An id is not in the tokenizer's vocabulary.
+        ValueError: An id is below 0.
 
     Example:
         >>> decode_tokens(tokenizer, tokenizer.encode("5 €")).pieces
         ('5', ' ', '', '', '€')
     """
-    chunks = _token_bytes(tokenizer, _checked_ids(tokenizer, ids))
+    ids = [int(token) for token in ids]
+    unknown = unknown_ids(tokenizer, ids)
+    known = iter(_token_bytes(tokenizer, [token for token in ids if token not in unknown]))
+    chunks = [_STAND_IN % token if token in unknown else next(known) for token in ids]
     chars = b"".join(chunks).decode("utf-8", "surrogateescape")
     text = _STRAY_BYTE.sub(_UNKNOWN, chars)
     char_sizes = [len(char.encode("utf-8", "surrogateescape")) for char in chars]
@@ -71,19 +83,27 @@ def decode_tokens(
     )
 
 
-def knows_ids(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
-    """Whether the tokenizer knows every id; a padded embedding has ids that it does not know."""
-    return all(_knows(tokenizer, int(token)) for token in set(ids))
+def unknown_ids(
+    tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]
+) -> frozenset[int]:
+    """The ids that the tokenizer does not know; a padded embedding has some.
 
-
-def _checked_ids(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
-    unknown = [token for token in set(ids) if not _knows(tokenizer, int(token))]
-    if unknown:
+    Raises:
+        ValueError: An id is below 0.
+    """
+    unknown = frozenset(token for token in {*ids} if not _knows(tokenizer, token))
+    if min(unknown, default=0) < 0:
         raise ValueError(
-            f"wanted ids of the tokenizer's {len(tokenizer)} tokens, found {min(unknown)!r}; where "
-            "the model's embedding is padded beyond the tokenizer, suppress those ids when sampling"
+            f"wanted token ids of at least 0, found {min(unknown)}; leave out padding and labels "
+            "to ignore, such as -100"
         )
-    return [int(token) for token in ids]
+    return unknown
+
+
+def known_ids(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """The ids without those that the tokenizer does not know, which some decoders cannot take."""
+    unknown = unknown_ids(tokenizer, ids)
+    return [token for token in ids if token not in unknown]
 
 
 def _knows(tokenizer: transformers.PreTrainedTokenizerBase, token: int) -> bool:
@@ -147,6 +167,7 @@ def _stored_bytes(name: str, alone: str) -> bytes | None:
 
 _CONTEXT = 8  # tokens decoded before a token, because decoders strip the first space of a text
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+_STAND_IN = b"<|unknown %d|>"
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")  # as "surrogateescape" decodes it
 _BYTE_NAME = re.compile("<0x([0-9A-Fa-f]{2})>")  # sentencepiece's byte fallback
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -185,12 +206,14 @@ def answer_mask(
 ) -> tuple[Bool[np.ndarray, " token"], FoundAnswer] | None:
     r"""The tokens that touch the answer, and its place in `decode_tokens(...).text`.
 
-    None if there is no answer. Special tokens are not part of an answer. The finder does not see
-    those around the response, and sees line breaks in place of those inside, so that "5<|end|>6" is
-    not 56. It does see `<answer>` and the marks of thinking, even if they are special.
-    `in_thinking` says whether the prompt has opened the thinking; see `prompt_opens_thinking`.
+    None if there is no answer. Special tokens, and ids that the tokenizer does not know, are not
+    part of an answer. The finder does not see those around the response, and sees line breaks in
+    place of those inside, so that "5<|end|>6" is not 56. It does see `<answer>` and the marks of
+    thinking, even if they are special. `in_thinking` says whether the prompt has opened the
+    thinking; see `prompt_opens_thinking`.
 
     Raises:
+        FinderError: A function that finds answers has failed.
         ValueError: As for `find_answer` and `decode_tokens`.
         TypeError: As for `find_answer`.
 
@@ -214,12 +237,12 @@ def shown_text(
     tokenizer: transformers.PreTrainedTokenizerBase, response_ids: Sequence[int]
 ) -> ShownText:
     """The response as finders see it; raises ValueError as `decode_tokens` does."""
-    decoded, special = decode_tokens(tokenizer, response_ids), special_ids(tokenizer)
-    hidden = np.array([token in special for token in response_ids], bool)
-    for start, end in [
-        *mark_places(decoded.text),
-        *(m.span() for m in _TAG.finditer(decoded.text)),
-    ]:
+    ids = [int(token) for token in response_ids]
+    decoded = decode_tokens(tokenizer, ids)
+    unseen = special_ids(tokenizer) | unknown_ids(tokenizer, ids)
+    hidden = np.array([token in unseen for token in ids], bool)
+    tags = [tag.span() for tag in _TAG.finditer(decoded.text)]
+    for start, end in [*mark_places(decoded.text), *tags]:
         hidden &= ~tokens_in_span(decoded, start, end)
     shown = ~hidden & (decoded.starts < decoded.ends)
     first = int(decoded.starts[shown].min(initial=len(decoded.text)))
@@ -245,12 +268,32 @@ _LAST_TOKENS = 24  # of a prompt; more than an opening mark has
 def _located_answer(
     shown: ShownText, finder: AnswerFinder, in_thinking: bool
 ) -> tuple[Bool[np.ndarray, " token"], FoundAnswer] | None:
-    found = find_answer(shown.text, finder, in_thinking=in_thinking)
+    if not shown.text:  # a function need not expect that
+        check_finder(finder)
+        return None
+    with finder_errors("the answer finder", finder):
+        found = find_answer(shown.text, finder, in_thinking=in_thinking)
     if found is None:
         return None
     found = replace(found, start=found.start + shown.first, end=found.end + shown.first)
     mask = tokens_in_span(shown.decoded, found.start, found.end) & ~shown.hidden
     return (mask, found) if mask.any() else None
+
+
+class FinderError(ValueError):
+    """A function that searches a text has failed."""
+
+
+@contextmanager
+def finder_errors(kind: str, finder: object) -> Iterator[None]:
+    """Say which function has failed and how; the errors that finders document pass unchanged."""
+    try:
+        yield
+    except (ValueError, TypeError):
+        raise
+    except Exception as error:
+        name = getattr(finder, "__name__", type(finder).__name__)
+        raise FinderError(f"{kind} {name!r} raised {type(error).__name__}: {error}") from error
 
 
 def special_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
@@ -270,13 +313,15 @@ def question_mask(
     Args:
         tokenizer: The tokenizer of the ids.
         prompt_ids: The prompt, as the model read it.
-        question: "prompt" for all tokens except special ones and the first (an attention sink);
-            "all"; "user" for the tokens that touch the last `user_text`; or a boolean mask.
+        question: "prompt" for all tokens except special ones and the first (an attention sink),
+            or, where that leaves none, all except special ones, all except the first, or the only
+            token; "all"; "user" for the tokens that touch the last `user_text`; or a boolean mask.
         user_text: The user's words; whitespace around them does not count.
 
     Raises:
         ValueError: The prompt or the mask is empty, `question` is neither a known name nor a
             boolean mask of the prompt's length, or `user_text` is missing or not in the prompt.
+        TypeError: `question` is a mask whose values cannot be read, such as a masked array.
 
     Example:
         >>> question_mask(tokenizer, tokenizer.encode("Hi!"))
@@ -286,13 +331,13 @@ def question_mask(
     if not length:
         raise ValueError("wanted at least one prompt token, found none; pass the tokenized prompt")
     if not isinstance(question, str):
-        mask = np.asarray(question)
+        mask = mask_on_host("question", question)
     elif question == "user":
         mask = _user_mask(tokenizer, prompt_ids, user_text)
-    elif question in ("prompt", "all"):
-        special = special_ids(tokenizer) if question == "prompt" else ()
-        mask = np.array([token not in special for token in prompt_ids])
-        mask[0] &= question == "all"
+    elif question == "all":
+        mask = np.ones(length, bool)
+    elif question == "prompt":
+        mask = _prompt_mask(tokenizer, prompt_ids)
     else:
         raise ValueError(
             f"wanted question to be 'prompt', 'all', 'user' or a boolean mask, found {question!r}"
@@ -395,6 +440,16 @@ def find_spans(
 
 
 _QUOTED = 160  # characters of a response that an error quotes
+
+
+def _prompt_mask(
+    tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]
+) -> Bool[np.ndarray, " token"]:
+    special = special_ids(tokenizer)
+    ordinary = np.array([int(token) not in special for token in ids])
+    later = np.arange(len(ids)) > 0
+    choices = ordinary & later, ordinary, later
+    return next((mask for mask in choices if mask.any()), ~later)
 
 
 def _user_mask(

@@ -19,6 +19,7 @@ from flowtracer_plugin.model.causal_lm import input_device, language_model, voca
 from flowtracer_plugin.model.free_memory import free_memory
 from flowtracer_plugin.model.parallel import may_stop, smallest
 from flowtracer_plugin.reading.reader import AttentionReader
+from flowtracer_plugin.text.visible import shown_on_stdout
 
 MODES = ("auto", "dense", "streamed")
 
@@ -77,10 +78,10 @@ class MemoryEstimate:
         return wanted is not None and wanted <= SPARE * self.free
 
     def __str__(self) -> str:
-        """The figures in words."""
+        """The figures in words, in characters that standard output can show."""
         streamed = "not possible" if self.streamed is None else readable(self.streamed)
         texts = f"{self.batch} × " if self.batch > 1 else ""
-        return (
+        return shown_on_stdout(
             f"{texts}{self.tokens:,} tokens: dense {readable(self.dense)}, streamed {streamed}; "
             f"{readable(self.free)} free → {self.mode or 'neither fits'}"
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,20 +11,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flowtracer_plugin.flow.arrays import check_readable
 from flowtracer_plugin.flow.solve import solve_flow
 from flowtracer_plugin.flow.streamed import stream_batch
 from flowtracer_plugin.flow.substitution import Rows
 from flowtracer_plugin.options import FlowOptions
-from flowtracer_plugin.text.answers import AnswerFinder, FoundAnswer
-from flowtracer_plugin.text.spans import answer_mask, knows_ids, question_mask, target_mask
+from flowtracer_plugin.text.answers import AnswerFinder, FoundAnswer, check_finder
+from flowtracer_plugin.text.spans import answer_mask, question_mask, target_mask
+
+RowErrors = Mapping[int, Exception]
+"""Errors by the number of the row."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FlowBatch:
     """The flow of padded rollouts, on the device of the model.
 
-    A row is 0 if it has no answer, if its question does not reach the answer, or if it contains an
-    id that the tokenizer does not have.
+    A row is 0 if it has no answer, if its question does not reach the answer, or if it has failed.
 
     Attributes:
         prompt_length: Number of columns before the completions.
@@ -34,6 +37,8 @@ class FlowBatch:
         reasoning_share: Share of each row's flow that enters the completion at another token than
             the target.
         answers: The answer that was found in each row, or None.
+        errors: By its number, the error of each row that has failed, such as that of an answer
+            finder or of attention that is not finite. It costs no other row.
     """
 
     prompt_length: int
@@ -42,6 +47,7 @@ class FlowBatch:
     target: Bool[Tensor, "batch token"]
     reasoning_share: Float[Tensor, " batch"]
     answers: tuple[FoundAnswer | None, ...]
+    errors: RowErrors = field(default_factory=dict)
 
     @property
     def completion_throughput(self) -> Float[Tensor, "batch completion"]:
@@ -70,12 +76,14 @@ class RolloutMasks:
         target: True on the tokens where flow ends.
         answer: True on the tokens of the answer.
         answers: The answer that was found in each row, or None.
+        errors: The error of each row in which the search has failed, by its number.
     """
 
     question: Bool[Tensor, "batch token"]
     target: Bool[Tensor, "batch token"]
     answer: Bool[Tensor, "batch token"]
     answers: tuple[FoundAnswer | None, ...]
+    errors: RowErrors = field(default_factory=dict)
 
     def rows(self, rows: slice) -> RolloutMasks:
         """The masks of some rows."""
@@ -84,7 +92,18 @@ class RolloutMasks:
             target=self.target[rows],
             answer=self.answer[rows],
             answers=self.answers[rows],
+            errors={
+                new: self.errors[old]
+                for new, old in enumerate(range(len(self.answers))[rows])
+                if old in self.errors
+            },
         )
+
+    def each(self) -> Iterator[tuple[slice, RolloutMasks]]:
+        """Every row alone, with its place."""
+        for row in range(len(self.answers)):
+            alone = slice(row, row + 1)
+            yield alone, self.rows(alone)
 
 
 def check_rollouts(
@@ -93,12 +112,21 @@ def check_rollouts(
     """Refuse ids and masks that do not belong to one batch.
 
     Raises:
-        ValueError: Shapes differ, there are no rows, or prompts are padded on the right.
+        TypeError: Ids or masks are no tensors, or of a kind that cannot be read.
+        ValueError: Shapes differ, there are no rows, prompts are padded on the right, or masks hold
+            other numbers than 0 and 1.
     """
     for name, ids, mask in (
         ("prompt", prompt_ids, prompt_mask),
         ("completion", completion_ids, completion_mask),
     ):
+        for kind, part in (("ids", ids), ("mask", mask)):
+            if not isinstance(part, Tensor):
+                raise TypeError(
+                    f"{name}_{kind} must be a torch tensor, got a {type(part).__name__}; "
+                    "pad and convert it first, for example with tokenizer.pad"
+                )
+            check_readable(f"{name}_{kind}", part)
         if ids.ndim != 2 or ids.shape != mask.shape or len(ids) != len(prompt_ids):
             raise ValueError(
                 f"{name}_ids and {name}_mask must both be [batch, {name}] with the batch of "
@@ -107,6 +135,9 @@ def check_rollouts(
             )
     if not len(prompt_ids):
         raise ValueError("wanted at least one rollout, found none")
+    for name, mask in (("prompt", prompt_mask), ("completion", completion_mask)):
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(f"{name}_mask must be 1 on tokens and 0 on padding, got other numbers")
     seen = prompt_mask.bool()
     if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
         raise ValueError(
@@ -123,28 +154,35 @@ def rollout_masks(
     options: FlowOptions,
     finder: AnswerFinder,
 ) -> RolloutMasks:
-    """The masks of rollouts, whose answers are found; only ids and masks are copied to the host."""
+    """The masks of rollouts, whose answers are found; only ids and masks are copied to the host.
+
+    Raises:
+        ValueError: There is no such finder.
+    """
+    check_finder(finder)
     rows, visible = ids.cpu().numpy(), mask.cpu().numpy()
     question, answer = np.zeros_like(visible), np.zeros_like(visible)
     answers: list[FoundAnswer | None] = []
+    errors: dict[int, Exception] = {}
     for row, seen in enumerate(visible):
         asked, said = np.flatnonzero(seen[:prompt_length]), np.flatnonzero(seen[prompt_length:])
-        sampled = rows[row, prompt_length:][said].tolist()
-        # A row without a prompt, or with an id that the tokenizer lacks, has no answer.
-        readable = len(asked) > 0 and knows_ids(tokenizer, sampled)
-        found = answer_mask(tokenizer, sampled, finder) if readable else None
-        answers.append(None if found is None else found[1])
-        if found is not None:
-            question[row, asked] = question_mask(
-                tokenizer, rows[row, asked].tolist(), options.question
-            )
-            answer[row, prompt_length + said] = found[0]
+        prompt, sampled = rows[row, asked].tolist(), rows[row, prompt_length:][said].tolist()
+        answers.append(None)
+        try:
+            # A row without a prompt has no question, so its answer is not searched.
+            found = answer_mask(tokenizer, sampled, finder) if prompt else None
+            if found is not None:
+                question[row, asked] = question_mask(tokenizer, prompt, options.question)
+                answer[row, prompt_length + said], answers[row] = found
+        except (ValueError, TypeError) as error:
+            errors[row] = error
     target = target_mask(answer, options.target)
     return RolloutMasks(
         question=torch.tensor(question, device=ids.device),
         target=torch.tensor(target, device=ids.device),
         answer=torch.tensor(answer, device=ids.device),
         answers=tuple(answers),
+        errors=errors,
     )
 
 
@@ -154,7 +192,24 @@ def solve_rollouts(
     prompt_length: int,
     options: FlowOptions,
 ) -> FlowBatch:
-    """The flow of all rows; 0 in rows whose question reaches no answer."""
+    """The flow of all rows; 0 in rows whose question reaches no answer, or that fail."""
+    try:
+        return _solved(attention, masks, prompt_length, options)
+    except (ValueError, ArithmeticError) as error:
+        if len(attention) == 1:
+            return _failed(masks, prompt_length, error)
+    parts = [
+        solve_rollouts(attention[row], part, prompt_length, options) for row, part in masks.each()
+    ]
+    return join_batches(parts)
+
+
+def _solved(
+    attention: Float[Tensor, "batch query key"],
+    masks: RolloutMasks,
+    prompt_length: int,
+    options: FlowOptions,
+) -> FlowBatch:
     throughput, reach = attention.new_zeros(2, *attention.shape[:2])
     share = attention.new_zeros(len(attention))
     rows = masks.target.any(-1).nonzero().squeeze(-1)
@@ -181,6 +236,21 @@ def solve_rollouts(
         target=masks.target,
         reasoning_share=share,
         answers=masks.answers,
+        errors=masks.errors,
+    )
+
+
+def _failed(masks: RolloutMasks, prompt_length: int, error: Exception) -> FlowBatch:
+    """The only row, without flow."""
+    nothing = torch.zeros_like(masks.target, dtype=torch.float32)
+    return FlowBatch(
+        prompt_length=prompt_length,
+        throughput=nothing,
+        reach=nothing,
+        target=masks.target,
+        reasoning_share=nothing[:, 0],
+        answers=masks.answers,
+        errors={0: error.with_traceback(None), **masks.errors},  # its frames hold the attention
     )
 
 
@@ -208,13 +278,24 @@ def stream_rollouts(
         return found
 
     prompt = torch.arange(visible.shape[1], device=visible.device) < prompt_length
-    nodes, entered = stream_batch(
-        rows,
-        moved(masks.question),
-        moved(masks.target),
-        moved(prompt.expand_as(visible)),
-        **options.solving,
-    )
+    try:
+        nodes, entered = stream_batch(
+            rows,
+            moved(masks.question),
+            moved(masks.target),
+            moved(prompt.expand_as(visible)),
+            **options.solving,
+        )
+    except (ValueError, ArithmeticError) as error:
+        if len(visible) == 1:
+            return _failed(masks, prompt_length, error)
+        parts = [
+            stream_rollouts(
+                _row_of(rows, row), ordered[row], visible[row], part, prompt_length, options
+            )
+            for row, part in masks.each()
+        ]
+        return join_batches(parts)
     reached = torch.as_tensor(nodes.question_reached)[:, None] > 0
     return FlowBatch(
         prompt_length=prompt_length,
@@ -223,7 +304,12 @@ def stream_rollouts(
         target=masks.target,
         reasoning_share=back(entered).masked_fill(prompt | masks.target, 0.0).sum(-1),
         answers=masks.answers,
+        errors=masks.errors,
     )
+
+
+def _row_of(rows: Rows, row: slice) -> Rows:
+    return lambda start, stop: rows(start, stop)[row]
 
 
 def join_batches(parts: Sequence[FlowBatch]) -> FlowBatch:
@@ -235,7 +321,18 @@ def join_batches(parts: Sequence[FlowBatch]) -> FlowBatch:
         target=torch.cat([part.target for part in parts]),
         reasoning_share=torch.cat([part.reasoning_share for part in parts]),
         answers=tuple(answer for part in parts for answer in part.answers),
+        errors=join_errors([(len(part.answers), part.errors) for part in parts]),
     )
+
+
+def join_errors(parts: Iterable[tuple[int, RowErrors]]) -> RowErrors:
+    """The errors of consecutive parts of a batch, each given with its number of rows."""
+    joined: dict[int, Exception] = {}
+    first = 0
+    for rows, errors in parts:
+        joined |= {first + row: error for row, error in errors.items()}
+        first += rows
+    return joined
 
 
 def drop_first_token(

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from flowtracer_plugin.attention.adapter import AttentionAdapter
 from flowtracer_plugin.model.causal_lm import (
     check_tokenizer,
+    check_vocabulary,
     input_device,
     language_model,
     model_name,
@@ -30,7 +31,14 @@ from flowtracer_plugin.model.layers import layer_numbers, select_layers
 from flowtracer_plugin.options import FlowOptions, flow_options, head_pairs
 from flowtracer_plugin.reading.reader import AttentionReader
 from flowtracer_plugin.text.answers import AnswerFinder, check_finder, finder_name
-from flowtracer_plugin.text.encoding import Prompt, encode_prompt, encode_response, user_text
+from flowtracer_plugin.text.encoding import (
+    Prompt,
+    TokenIds,
+    encode_prompt,
+    encode_response,
+    token_ids,
+    user_text,
+)
 from flowtracer_plugin.text.spans import decode_tokens, find_spans
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.memory import MODES, MemoryEstimate
@@ -258,25 +266,32 @@ class FlowTracer:
 
     def trace_tokens(
         self,
-        prompt_ids: Sequence[int],
-        response_ids: Sequence[int],
+        prompt_ids: TokenIds,
+        response_ids: TokenIds,
         *,
         answer: AnswerFinder | None = None,
         question: str | Sequence[bool] | TokenMask | None = None,
         progress: bool = False,
     ) -> FlowTrace:
-        """The trace of given token ids, such as sampled ones.
+        """The trace of given token ids, such as sampled ones: lists, arrays or tensors.
+
+        A batch of one is unpacked; use `trace_ids` for more.
 
         Raises:
-            ValueError: As for `trace`; or `question="user"`, which needs the text.
+            TypeError: Ids are no whole numbers.
+            ValueError: As for `trace`; an id is outside the model's vocabulary, there are several
+                texts, or `question="user"`, which needs the text.
         """
+        asked, said = token_ids("prompt_ids", prompt_ids), token_ids("response_ids", response_ids)
+        if asked or said:
+            check_vocabulary(self.model, torch.tensor([*asked, *said]))
         rule = self.options.question if question is None else question
         if isinstance(rule, str) and rule == "user":
             raise ValueError(
                 "question='user' needs to know what the user said, and token ids do not tell; "
                 "pass trace_tokens(..., question=mask)"
             )
-        return self._trace(list(prompt_ids), list(response_ids), answer, question, None, progress)
+        return self._trace(asked, said, answer, question, None, progress)
 
     def generate(
         self,
@@ -290,8 +305,10 @@ class FlowTracer:
     ) -> FlowTrace:
         """The trace of the model's own answer to `prompt`, greedy unless `do_sample`.
 
-        The response ends at the model's end token, after `max_new_tokens`, or at the end of the
-        context. Sampling uses the model's generation config, unless `temperature` is given.
+        The response ends at the model's end token, at a stop string of its generation config, after
+        `max_new_tokens`, or at the end of the context. Sampling uses this config, unless
+        `temperature` is given. Beams, several answers and token healing, which would change the
+        prompt, are not used.
 
         Raises:
             AnswerNotFoundError: The response has no answer; the message quotes it.
@@ -304,10 +321,10 @@ class FlowTracer:
             ids = generate_ids(
                 self.model,
                 prompt_ids,
+                tokenizer=tokenizer,
                 max_new_tokens=max_new_tokens,
                 do_sample=do_sample,
                 temperature=temperature,
-                pad_token_id=tokenizer.pad_token_id or 0,
                 progress=progress,
             )
         return self._trace(prompt_ids, ids, answer, None, user_text(prompt), progress)
@@ -326,7 +343,7 @@ class FlowTracer:
 
         Prompts are padded on the left, completions on the right. Only ids and masks are copied from
         the device, to find the answers. Rows without an answer or without a visible completion are
-        0, and None in `answers`.
+        0, and None in `answers`. A row that fails is 0, too, and its error is in `errors`.
 
         Args:
             prompt_ids: Prompts.
@@ -337,8 +354,9 @@ class FlowTracer:
             answer: An answer finder to use instead of the tracer's.
 
         Raises:
+            TypeError: Ids or masks are no tensors, or of a kind that cannot be read.
             ValueError: Ids and masks differ in shape, prompts are padded on the right, there are no
-                rows, `batch_size` is below 1, or as for `attention`.
+                rows, `batch_size` is below 1, there is no such finder, or as for `attention`.
         """
         check_rollouts(prompt_ids, completion_ids, prompt_mask, completion_mask)
         if batch_size is not None and batch_size < 1:

@@ -1,6 +1,7 @@
 import itertools
 import math
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -372,3 +373,21 @@ def test_only_the_adapters_of_lora_are_measured():
     assert [batch.squared for batch in batches] == pytest.approx([b.squared for b in of_b])
     assert all(batch.squared > 0 for batch in batches)
     assert np.isfinite(summarise_audit(batches).scorers[0].differences[0].mean)
+
+
+def test_a_completion_that_fails_costs_no_other(tracer, caplog):
+    """Finders that fail in one text choose what they choose if there is nothing to find in it."""
+
+    def digits(text):
+        return [found.span() for found in re.finditer(DIGITS, text) if "He ate" not in text]
+
+    def failing(text):
+        if "He ate" in text:
+            raise KeyError("no such token")
+        return digits(text)
+
+    wanted = audited(tracer, "oracle", oracle=digits)
+    caplog.clear()
+    assert audited(tracer, "oracle", oracle=failing) == wanted
+    assert len(caplog.records) == 1
+    assert "oracle chooses nothing in a completion" in caplog.records[0].message

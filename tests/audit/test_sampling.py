@@ -51,12 +51,17 @@ def test_the_seed_decides_the_completions_and_no_random_state_changes(model):
         {"repetition_penalty": 9.0},
         {"no_repeat_ngram_size": 1},
         {"num_beams": 3},
+        {"num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"token_healing": True},
+        {"stop_strings": ["a", "e"]},
     ],
     ids=lambda setting: next(iter(setting)),
 )
 def test_the_sampling_settings_of_a_model_are_ignored(model, setting):
     other = copy.deepcopy(model)
-    other.generation_config.update(**setting)
+    for name, value in setting.items():
+        setattr(other.generation_config, name, value)
     assert drawn(other) == drawn(model)
 
 

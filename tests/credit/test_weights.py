@@ -251,3 +251,37 @@ def test_a_mask_of_another_shape_is_an_error(monkeypatch):
 
 def test_docstring_examples():
     assert doctest.testmod(credit_module).failed == 0
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.ma.ones(3, bool), r"mask must not be a masked array; pass mask\.filled\(0\)"),
+        ([1, None, 0], "mask must be a numpy array or a torch tensor, got list"),
+        (None, "mask must be a numpy array or a torch tensor, got NoneType"),
+        (np.array([1, None, 0]), "mask must hold booleans, or 0 and 1, got dtype object"),
+        (np.ones(3), "mask must hold booleans, or 0 and 1, got dtype float64"),
+        (torch.ones(3, dtype=torch.bool), "of one library, got ndarray and Tensor; convert"),
+        (torch.ones(3, dtype=torch.bool, device="meta"), "on the meta device"),
+        (torch.ones(3, dtype=torch.bool).to_sparse(), "must not be a sparse tensor"),
+    ],
+)
+def test_a_mask_that_cannot_be_read_is_refused(mask, message):
+    throughput = np.array([0.1, 0.6, 0.3])
+    for function in (token_credit, top_tokens):
+        with pytest.raises(TypeError, match=message):
+            function(throughput, mask)
+    with pytest.raises(TypeError, match=message.replace("mask ", "competing ").split(";")[0]):
+        credit_weights(throughput, mask)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_throughput_that_cannot_be_read_is_refused():
+    for throughput, found in (
+        ([0.5, 0.5], "throughput must be a numpy array or a torch tensor, got list"),
+        (np.ma.ones(2), "throughput must not be a masked array"),
+        (np.array([None, 1.0]), "throughput must hold real numbers, got dtype object"),
+    ):
+        with pytest.raises(TypeError, match=found):
+            token_credit(throughput, np.ones(2, bool))

@@ -2,8 +2,11 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from flowtracer_plugin import wrap
+from flowtracer_plugin.credit.token_scores import TOKEN_SCORES
 from flowtracer_plugin.evaluation.examples import Example, load_examples
 from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions, measure_knock_outs
 from flowtracer_plugin.evaluation.run import FORMAT, VERSION, evaluate, evaluate_to_file
@@ -104,6 +107,32 @@ def test_what_cannot_be_traced_is_left_out_and_mistakes_are_not(tiny):
     short = Example(row=0, prompt=PROMPT, response=RESPONSE)
     with pytest.raises(ValueError, match="matched to one of the scores"):
         list(evaluate(tiny, [short], FEW, scores={}, predicted_only=False))
+
+
+def test_an_example_that_fails_costs_no_other(planted):
+    def finder(text):
+        if text == examples("good", "good")[0].response:
+            raise KeyError("no such answer")
+        return planted.answer.search(text).span(1)
+
+    tracer = wrap(planted.model, planted.tokenizer, answer=finder, mode="dense")
+    found = list(evaluate(tracer, examples("good", "good"), FEW))
+    assert [one.left_out for one in found] == ["not_traced", None]
+    assert "raised KeyError: 'no such answer'" in found[0].detail
+
+
+def test_a_score_that_is_not_finite_costs_its_example(planted):
+    first = planted.trace(examples("good")[0].prompt, examples("good")[0].response)
+
+    def score(text):
+        values = TOKEN_SCORES["recency"](text)
+        same = text.trace.token_ids.tolist() == first.token_ids.tolist()
+        return values + np.inf if same else values
+
+    scores = {"flow": TOKEN_SCORES["flow"], "odd": score}
+    found = list(evaluate(planted, examples("good", "good"), FEW, scores=scores))
+    assert [one.left_out for one in found] == ["not_traced", None]
+    assert found[0].detail == "InvalidScoreError: the score 'odd' is not finite at some tokens"
 
 
 # --- the file ---

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -216,6 +217,12 @@ def test_transposed_attention_is_refused_and_the_remedy_works():
     assert FlowGraph.from_attention(causal().T.T, FIRST, LAST).edges[2, 0] == 0.25
 
 
+def nested(layout):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*nested tensors is in prototype stage")
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["question", "answer"])
 @pytest.mark.parametrize(
@@ -233,6 +240,14 @@ def test_transposed_attention_is_refused_and_the_remedy_works():
             ValueError,
             "must be a list, or an array on cpu .*, got meta; move it",
         ),
+        ([None, 1, 0], TypeError, "must hold booleans, or 0 and 1, got None"),
+        ([2**70, 1, 0], TypeError, "must hold booleans, or 0 and 1, got 1180591620717411303424"),
+        ([[1, 0, 0], [1]], ValueError, "must hold one value per token in rows of one length"),
+        (np.ma.array([1, 1, 0], mask=[0, 1, 0]), TypeError, "must not be a masked array; pass"),
+        ([np.ma.masked, 1, 0], TypeError, "must not be a masked array"),
+        (torch.tensor([1, 0, 0]).to_sparse(), TypeError, "must not be a sparse tensor; pass"),
+        (nested(torch.strided), TypeError, "must not be a nested tensor; pass"),
+        (nested(torch.jagged), TypeError, "must not be a nested tensor; pass"),
     ],
 )
 def test_wrong_masks_are_refused(kind, name, mask, error, message):
@@ -416,6 +431,39 @@ assert "torch" not in sys.modules, "sparse"
 def test_the_smallest_share_keeps_the_strongest_edge():
     graph = FlowGraph.from_attention(np.tril(np.ones((4, 4))), [1, 0, 0, 0], [0, 0, 0, 1])
     assert (graph.prune(mass=1e-18).edges > 0).sum(1).tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint64, ">i4", np.int8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_may_hold_any_whole_numbers(kind, dtype):
+    graph = FlowGraph.from_attention(held_as(kind, causal()), np.array(FIRST, dtype), LAST)
+    assert graph.question.tolist() == [True, False, False]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("tokens", [3, 600])
+@pytest.mark.parametrize("kind", DENSE)
+def test_opposite_infinities_above_the_diagonal_are_refused_without_a_warning(kind, tokens):
+    attention, ends = np.tril(np.ones((tokens, tokens))), [1] + [0] * (tokens - 1)
+    attention[0, -2:] = np.inf, -np.inf
+    attention[1, -1] = np.inf
+    with pytest.raises(ValueError, match="be finite, got inf at query 0, key"):
+        FlowGraph.from_attention(held_as(kind, attention), ends, ends[::-1])
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (torch.ones(3, 3, device="meta"), "must not be a tensor on the meta device"),
+        (nested(torch.strided), "must not be a nested tensor"),
+        (nested(torch.jagged), "must not be a nested tensor"),
+        ([np.ma.ones((3, 3))], "must not be a masked array"),
+        (torch.ones(3, 3).to_sparse(), "layout torch.sparse_coo; call .to_sparse_csr"),
+    ],
+)
+def test_attention_that_holds_no_number_at_some_places_is_refused(attention, message):
+    with pytest.raises(TypeError, match=message):
+        FlowGraph.from_attention(attention, FIRST, LAST)
 
 
 def test_a_masked_array_is_refused_and_the_remedy_works():

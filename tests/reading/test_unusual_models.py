@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -39,12 +38,6 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
 }  # fmt: skip
 BOTH = pytest.mark.parametrize("backend", BACKENDS)
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without the suite's type checker, which refuses some values before our own code does."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 # --- masks and positions ---

@@ -326,3 +326,9 @@ def test_invalid_scores_are_refused(trace, values, said):
     assert len(trace.tokens) == 49
     with pytest.raises(ValueError, match=said):
         render_page(trace, scores={"x": values})
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_masked_score_is_refused(trace):
+    with pytest.raises(TypeError, match="the score 'x' must not be a masked array"):
+        render_page(trace, scores={"x": np.ma.ones(len(trace.tokens))})

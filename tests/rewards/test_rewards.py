@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from threading import Thread
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -43,12 +42,6 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _silent(monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without the suite's type checker, which refuses some values before our own code does."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +77,69 @@ def test_the_reward_is_the_reasoning_share(tracer):
         assert scores[row] == pytest.approx(trace.reasoning_share, rel=1e-5)
     assert all(0 < share <= 1 for share in scores)
     assert len(set(scores)) == 4
+
+
+def failing(text):
+    if "8 then" in text:
+        raise KeyError("no such answer")
+    return (0, 2) if text else None
+
+
+def test_a_completion_that_fails_costs_no_other(policy, caplog):
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    model.config.max_position_embeddings = 40
+    tracer = ft.wrap(model, word_tokenizer(), answer=failing)
+    flow_reward = FlowReward(tracer, batch_size=2)
+    texts = [TEXTS[0], "so 8 then 5", "so " * 50, "", TEXTS[1], TEXTS[1]]
+    prompts = [PROMPTS[0]] * 4 + ["", "3"]  # an empty prompt, and one of one token
+    for _ in range(3):
+        found = call(flow_reward, texts, prompts)
+    assert [score is None for score in found] == [False, True, True, True, True, False]
+    assert found[0] == call(flow_reward, TEXTS[:1], PROMPTS[:1])[0]
+    assert found[5] == call(flow_reward, TEXTS[1:2], ["3"])[0]
+    told = [str(record.exc_info[1]) for record in caplog.records]
+    assert len(told) == 2  # each kind once
+    assert "raised KeyError: 'no such answer'" in "".join(told)
+    assert "more than the model's context of 40" in "".join(told)
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_read():
+    tokenizer = tiny_tokenizer()
+    known = len(tokenizer)
+    tracer = ft.wrap(tiny_llama(vocab_size=known + 4), tokenizer)
+    ids = [known, *tokenizer.encode("He had 3."), known + 1]
+    (found,) = FlowReward(tracer)(["How many?"], [tokenizer.decode(ids)], [ids])
+    assert found is not None
+    said = [[known + 4, *ids], ids]  # the model does not embed the first of these ids
+    (lost, kept) = FlowReward(tracer)(["How many?"] * 2, [tokenizer.decode(ids)] * 2, said)
+    assert lost is None
+    assert kept == pytest.approx(found)
+
+
+def test_no_completions_have_no_scores(tracer):
+    said = []
+    assert FlowReward(tracer)([], [], [], log_metric=lambda *metric: said.append(metric)) == []
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+@pytest.mark.parametrize("ids", [True, False])
+def test_messages_that_only_call_tools_are_read(content, ids):
+    tokenizer = tiny_tokenizer(chat=True)
+    tracer = ft.wrap(tiny_llama(), tokenizer)
+    calls = {"role": "assistant", "tool_calls": [CALL], **content}
+    prompt = [
+        {"role": "user", "content": "3 + 1?"}, calls, {"role": "tool", "content": "4"}
+    ]  # fmt: skip
+    completions = [[{"role": "assistant", "content": "It is 4."}], [calls]]
+    said = [tokenizer.encode("It is 4."), tokenizer.encode("add")]
+    given = said if ids else None
+    found = FlowReward(tracer)([prompt] * 2, completions, given)
+    assert found[0] is not None
+    assert found[1] is None
+    assert rewards.math_answer(completions, ["4", "4"]) == [1.0, 0.0]
 
 
 def slow_concentration(flow):

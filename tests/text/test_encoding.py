@@ -1,4 +1,5 @@
 import pytest
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -117,3 +118,52 @@ def test_content_may_be_a_list_of_text_parts(chat):
 )
 def test_is_text(content, wanted):
     assert is_text(content) is wanted
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"tool_calls": [CALL]},
+        {"tool_calls": [CALL], "content": None},
+        {"tool_calls": [CALL], "content": ""},
+        {"function_call": CALL["function"]},
+    ],
+)
+def test_a_message_that_only_calls_tools_needs_no_content(chat, extra):
+    messages = [
+        {**MESSAGES[0], "tool_calls": None},  # as a table holds it
+        {"role": "assistant", **extra},
+        {"role": "tool", "content": "5"},
+    ]
+    text = encode_prompt(chat, messages)[1]
+    assert text == (
+        f"<s><|user|>\n{PROMPT}</s>\n<|assistant|>\n</s>\n<|tool|>\n5</s>\n<|assistant|>\n"
+    )
+    assert user_text(messages) == PROMPT
+
+
+def test_a_template_may_need_content_in_every_message():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ';' }}{% endfor %}"
+    for given in ({}, {"content": None}, {"content": ""}):
+        messages = [MESSAGES[0], {"role": "assistant", "tool_calls": [CALL], **given}]
+        assert encode_prompt(tokenizer, messages)[1] == f"{PROMPT};;"
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(TemplateError, match="no"):
+        encode_prompt(tokenizer, MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "message", [{"role": "user"}, {"content": "a"}, {"role": "assistant", "tool_calls": None}]
+)
+def test_a_message_without_role_or_anything_said_is_refused(chat, message):
+    with pytest.raises(ValueError, match=r"needs 'role' and 'content', got \{.*\}; only"):
+        encode_prompt(chat, [message])
+
+
+def test_the_users_words_are_none_where_they_are_not_only_text():
+    parts = [{"type": "image"}, {"type": "text", "text": "a"}]
+    assert user_text([{"role": "user", "content": parts}]) is None

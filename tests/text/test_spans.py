@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -277,22 +278,53 @@ def test_a_literal_byte_name_in_a_byte_level_vocabulary_is_text():
 
 
 @EVERY_TOKENIZER
-@pytest.mark.parametrize("beyond", [-1, 0, 1000])
-def test_an_id_outside_the_vocabulary_is_named_with_the_vocabulary_size(name, beyond):
-    size = len(TOKENIZERS[name])
-    wrong = -1 if beyond < 0 else size + beyond
-    with pytest.raises(
-        ValueError, match=rf"wanted ids of the tokenizer's {size} .* found {wrong};"
-    ):
-        decode_tokens(TOKENIZERS[name], [0, wrong])
+def test_an_id_that_the_tokenizer_does_not_know_is_shown_as_such(name):
+    tokenizer, size = TOKENIZERS[name], len(TOKENIZERS[name])
+    ids = [1, 2, 3]
+    shown = [f"<|unknown {size}|>", f"<|unknown {size + 1000}|>"]
+    decoded = decode_tokens(tokenizer, [size, *ids, size + 1000])
+    known = decode_tokens(tokenizer, ids)
+    assert decoded.pieces == (shown[0], *known.pieces, shown[1])
+    assert decoded.text == shown[0] + known.text + shown[1]
+    assert decode_tokens(tokenizer, [size]).text == shown[0]
+
+
+def test_an_unknown_id_may_cut_a_character():
+    start, *rest = byte_ids("€")
+    size = len(BYTE_LEVEL)
+    decoded = decode_tokens(BYTE_LEVEL, [start, size, *rest])
+    assert decoded.text == f"\ufffd<|unknown {size}|>\ufffd\ufffd"
+
+
+@EVERY_TOKENIZER
+def test_an_id_below_zero_is_refused(name):
+    with pytest.raises(ValueError, match="wanted token ids of at least 0, found -100; leave out"):
+        decode_tokens(TOKENIZERS[name], [0, -1, -100])
 
 
 def test_ids_with_gaps_may_exceed_the_vocabulary_size():
     backend = Tokenizer(models.WordLevel(vocab={"<unk>": 0, "a": 7}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert decode_tokens(tokenizer, [7]).text == "a"
-    with pytest.raises(ValueError, match="tokenizer's 2 tokens, found 1"):
-        decode_tokens(tokenizer, [7, 1])
+    assert decode_tokens(tokenizer, [7, 1]).text == "a<|unknown 1|>"
+
+
+def test_an_unknown_id_is_no_answer_and_no_part_of_one():
+    size = len(BYTE_LEVEL)
+    mask, found = answer_mask(BYTE_LEVEL, [*byte_ids("x 12"), size, *byte_ids("7"), size + 3])
+    assert mask.tolist() == [False] * 5 + [True, False]
+    assert found.rule == "last_number"
+    assert answer_mask(BYTE_LEVEL, [size, size + 3]) is None
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_ids_may_be_a_tensor():
+    ids = torch.tensor([*byte_ids("x 12"), special_id("<|im_end|>")])
+    mask, _ = answer_mask(BYTE_LEVEL, ids)
+    assert mask.tolist() == answer_mask(BYTE_LEVEL, ids.tolist())[0].tolist()
+    assert (
+        question_mask(BYTE_LEVEL, ids).tolist() == question_mask(BYTE_LEVEL, ids.tolist()).tolist()
+    )
 
 
 def test_no_ids_decode_to_no_text():
@@ -340,6 +372,12 @@ def test_the_answer_tokens_are_those_that_touch_the_answer():
 @pytest.mark.parametrize("ids", [[], byte_ids("no number"), [special_id("<|im_end|>")] * 2])
 def test_a_response_without_an_answer_has_no_mask(ids):
     assert answer_mask(BYTE_LEVEL, ids) is None
+
+
+def test_a_function_does_not_search_an_empty_response():
+    end = special_id("<|im_end|>")
+    for ids in ([], [end], [len(BYTE_LEVEL)]):
+        assert answer_mask(BYTE_LEVEL, ids, lambda text: (0, 1 // len(text))) is None
 
 
 def test_a_wrong_finder_is_refused_even_for_an_empty_response():
@@ -416,7 +454,8 @@ def test_answer_tokens_are_never_hidden_and_hold_the_answer(ids):
     assert re.search(r"\d", decoded.text[found.start : found.end])
 
 
-PROMPT = [special_id("<|im_end|>"), *byte_ids("ab"), special_id("<|reserved_5|>"), *byte_ids("a")]
+END = special_id("<|im_end|>")
+PROMPT = [END, *byte_ids("ab"), special_id("<|reserved_5|>"), *byte_ids("a")]
 
 
 @pytest.mark.parametrize(
@@ -455,8 +494,6 @@ def test_the_users_words_are_found_in_split_characters():
     ("ids", "arguments", "message"),
     [
         ([], {}, "at least one prompt token, found none"),
-        ([65], {}, "at least one question token, found none among 1 .* question='all'"),
-        (PROMPT[:1], {}, "found none among 1 prompt tokens"),
         (PROMPT, {"question": [False] * 5}, "found none among 5 prompt tokens"),
         (PROMPT, {"question": "promt"}, "'prompt', 'all', 'user' or a boolean mask, found 'promt'"),
         (PROMPT, {"question": "user"}, "wanted user_text for question='user', found None"),
@@ -473,8 +510,34 @@ def test_an_impossible_question_is_refused(ids, arguments, message):
         question_mask(BYTE_LEVEL, ids, **arguments)
 
 
-def test_the_remedy_for_a_prompt_of_one_token_works():
-    assert question_mask(BYTE_LEVEL, [65], question="all").tolist() == [True]
+@pytest.mark.parametrize(
+    ("ids", "wanted"),
+    [
+        ([65], [True]),  # the only token
+        ([END], [True]),
+        ([65, END], [True, False]),  # the first, but no special one
+        ([END, 65], [False, True]),
+        ([END, END, END], [False, True, True]),  # not the first
+    ],
+)
+def test_a_prompt_of_few_or_special_tokens_has_a_question(ids, wanted):
+    assert question_mask(BYTE_LEVEL, ids).tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (np.ma.array([True] * 5, mask=[0, 1, 0, 0, 0]), TypeError, r"pass question\.filled\(0\)"),
+        ([True, None, False, False, False], TypeError, "booleans, or 0 and 1, got None"),
+        ([[True], [True, False]], ValueError, "in rows of one length"),
+        (torch.ones(5, device="meta", dtype=torch.bool), TypeError, "on the meta device"),
+        (torch.ones(5, dtype=torch.bool).to_sparse(), TypeError, r"pass question\.to_dense\(\)"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_question_mask_that_cannot_be_read_is_refused(mask, error, message):
+    with pytest.raises(error, match=message):
+        question_mask(BYTE_LEVEL, PROMPT, mask)
 
 
 def test_docstring_examples():

@@ -5,8 +5,10 @@ from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
+import rich
 import torch
 from hypothesis import given, settings, strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 
 import flowtracer_plugin as ft
@@ -264,3 +266,38 @@ def test_a_page_is_written(trace, tmp_path):
 def test_options_have_choices(name):
     with pytest.raises(ValueError, match=f"{name} must be one of .* got 'else'"):
         FlowOptions(**{name: "else"})
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "gbk", "utf-8"])
+def test_a_trace_is_shown_in_the_characters_of_its_stream(encoding, monkeypatch):
+    trace = ft.wrap(tiny_llama(), tiny_tokenizer()).trace(PROMPT, RESPONSE)
+    tokens = ("北京", "→", "\u0301", *trace.tokens[3:])
+    spans = replace(trace.spans, answer_text="北京→é")
+    trace = replace(trace, tokens=tokens, spans=spans)
+    views = []
+    for name in (encoding, "utf-8"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=name, newline="")
+        Console(file=stream, width=100, force_terminal=False).print(trace)
+        monkeypatch.setattr("sys.stdout", stream)
+        print(trace)  # noqa: T201
+        rich.print(trace)
+        stream.flush()
+        views.append(stream.buffer.getvalue().decode(name))
+        monkeypatch.undo()
+    shown, whole = (view.splitlines() for view in views)
+    assert len(shown) == len(whole)
+    # as wide as before, but for characters without width that are left out
+    assert [cell_len(line) for line in shown] == [cell_len(line) for line in whole]
+    if encoding == "utf-8":
+        assert shown == whole
+    if encoding in ("cp1252", "latin-1"):
+        assert "answer '????>é' found by rule 'phrase'" in shown[0]
+        assert any(set(line) <= set("_.:-=+*#") and "#" in line for line in shown)
+
+
+def test_an_estimate_is_shown_in_the_characters_of_its_stream(monkeypatch):
+    estimate = ft.wrap(tiny_llama()).estimate(100)
+    assert "free → dense" in str(estimate)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr("sys.stdout", stream)
+    assert "free > dense" in str(estimate)

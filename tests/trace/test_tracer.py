@@ -467,8 +467,9 @@ def test_tokens_outside_the_vocabulary_are_refused(tracer, model):
         with pytest.raises(ValueError, match=f"between 0 and {size - 1}.* got .*{wrong}"):
             tracer.attention(torch.tensor([[3, wrong]]))
     assert tracer.attention(torch.tensor([[3, size - 1]])).shape == (1, 2, 2)
-    with pytest.raises(ValueError, match=f"found {size}"):
-        tracer.trace_tokens([3, 4], [size])
+    for wrong in (size, -1):
+        with pytest.raises(ValueError, match=f"between 0 and {size - 1}.* got .*{wrong}"):
+            tracer.trace_tokens([3, 4], [wrong])
 
 
 def test_input_and_mask_must_fit_together(tracer):

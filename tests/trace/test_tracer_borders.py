@@ -1,6 +1,5 @@
 """Tracing in threads, with compilers, with unusual model settings and with wrong input."""
 
-import copy
 import re
 import subprocess
 import sys
@@ -58,16 +57,44 @@ def test_a_traced_model_can_be_compiled(tokenizer):
     np.testing.assert_array_equal(again.throughput, first.throughput)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"num_beams": 3}, {"return_dict_in_generate": True}, {"num_return_sequences": 1}]
-)
-def test_greedy_generation_ignores_the_models_generation_config(tokenizer, settings):
+def generated(tokenizer, **settings):
+    """The tokens of a greedy answer of a model with these settings in its generation config."""
     model = tiny_llama()
-    wanted = ft.wrap(model, tokenizer, answer=EVERYTHING).generate(PROMPT, max_new_tokens=4)
-    other = copy.deepcopy(model)
-    other.generation_config.update(**settings)
-    found = ft.wrap(other, tokenizer, answer=EVERYTHING).generate(PROMPT, max_new_tokens=4)
-    assert found.tokens == wanted.tokens
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    before = model.generation_config.to_dict()
+    trace = ft.wrap(model, tokenizer, answer=EVERYTHING).generate(PROMPT, max_new_tokens=4)
+    assert model.generation_config.to_dict() == before
+    return trace.tokens
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"num_return_sequences": 3},
+        {"num_beams": 3, "num_return_sequences": 2, "num_beam_groups": 3},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"token_healing": True},
+        {"max_length": 2},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "low"},
+        {"constraints": [1]},
+        {"force_words_ids": [[5]]},
+        {"prompt_lookup_num_tokens": 3},
+        {"is_assistant": True},
+        {"do_sample": True, "temperature": 9.0, "top_p": 0.9},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_greedy_generation_ignores_other_ways_of_decoding(tokenizer, settings):
+    assert generated(tokenizer, **settings) == generated(tokenizer)
+
+
+def test_stop_strings_of_a_generation_config_end_an_answer(tokenizer):
+    whole = generated(tokenizer)
+    stopped = generated(tokenizer, stop_strings=["".join(whole[-3:-1])])
+    assert stopped == whole[:-1]
 
 
 @pytest.mark.parametrize(
@@ -107,20 +134,143 @@ def test_prompts_padded_on_the_right_are_refused_and_the_remedy_works(tracer, to
     assert trace("left").found.all()
 
 
-def test_a_row_without_a_prompt_or_with_a_strange_id_has_no_answer(tokenizer):
+def test_rows_with_little_or_strange_text_cost_no_other_row(tokenizer):
     known = len(tokenizer)
     tracer = ft.wrap(tiny_llama(vocab_size=known + 8), tokenizer)
-    prompt = torch.tensor([tokenizer(PROMPT)["input_ids"]]).repeat(3, 1)
-    said = tokenizer(RESPONSE, add_special_tokens=False)["input_ids"]
-    completion = torch.tensor([said, said, [*said[:-1], known + 3]])
-    seen = torch.ones_like(prompt)
-    seen[1] = 0
-    batch = tracer.trace_ids(prompt, completion, seen, torch.ones_like(completion))
-    assert batch.found.tolist() == [True, False, False]
-    alone = tracer.trace_ids(
-        *(part[:1] for part in (prompt, completion, seen)), seen.new_ones(1, len(said))
-    )
-    torch.testing.assert_close(batch.throughput[:1], alone.throughput)
+    asked, said = (tokenizer(text)["input_ids"] for text in (PROMPT, RESPONSE))
+    rows = [
+        (asked, said),
+        ([], said),  # no prompt, so no question
+        (asked, []),
+        (asked[:1], said),  # its only token is the question
+        ([1, 3], said),  # only special tokens
+        (asked, [known + 3, *said[1:-1], known + 3]),  # the tokenizer does not know these ids
+        ([*asked[:-1], known + 1], said),
+    ]
+    texts = [
+        tokenizer.pad(
+            {"input_ids": side}, padding_side=where, return_tensors="pt", return_attention_mask=True
+        )
+        for side, where in zip(zip(*rows, strict=True), ("left", "right"), strict=True)
+    ]
+    ids, masks = zip(*(text.values() for text in texts), strict=True)
+    batch = tracer.trace_ids(*map(torch.Tensor.long, (*ids, *masks)))
+    assert batch.errors == {}
+    assert batch.found.tolist() == [True, False, False, True, True, True, True]
+    width = ids[0].shape[1]
+    for row, (prompt, completion) in enumerate(rows):
+        if batch.found[row]:
+            trace = tracer.trace_tokens(prompt, completion)
+            flow = batch.throughput[row, width - len(prompt) : width + len(completion)]
+            np.testing.assert_allclose(flow, trace.throughput, atol=1e-6)
+
+
+def failing(text):
+    if "many" in text:
+        raise KeyError("no such answer")
+    return (1, 3)
+
+
+def test_a_finder_that_fails_costs_its_row_alone(tracer, tokenizer):
+    said = tokenizer([" many apples", " He ate apples"], padding=True, return_tensors="pt")
+    asked = tokenizer([PROMPT] * 2, return_tensors="pt")
+    parts = asked["input_ids"], said["input_ids"], asked["attention_mask"], said["attention_mask"]
+    batch = tracer.trace_ids(*parts, answer=failing)
+    assert batch.found.tolist() == [False, True]
+    assert list(batch.errors) == [0]
+    assert "the answer finder 'failing' raised KeyError: 'no such answer'" in str(batch.errors[0])
+    apart = tracer.trace_ids(*parts, answer=failing, batch_size=1)
+    assert list(apart.errors) == [0]
+    torch.testing.assert_close(apart.throughput, batch.throughput)
+    with pytest.raises(ValueError, match="the answer finder 'failing' raised KeyError"):
+        tracer.trace(PROMPT, " many apples", answer=failing)
+    with pytest.raises(ValueError, match="wanted the name of an answer finder"):
+        tracer.trace_ids(*parts, answer="bocksed")
+
+
+@pytest.mark.parametrize("mode", ["dense", "streamed"])
+def test_attention_that_is_not_finite_costs_its_row_alone(tokenizer, mode):
+    model = tiny_llama()
+    tracer = ft.wrap(model, tokenizer, mode=mode)
+    tracer.trace(PROMPT, RESPONSE)  # the model is checked before it breaks
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = torch.nan
+    asked = torch.tensor([tokenizer(PROMPT)["input_ids"]] * 3)
+    said = torch.tensor([tokenizer(RESPONSE)["input_ids"]] * 3)
+    said[1, 2] = 7
+    masks = torch.ones_like(asked), torch.ones_like(said)
+    batch = tracer.trace_ids(asked, said, *masks)
+    assert batch.found.tolist() == [True, False, True]
+    assert list(batch.errors) == [1]
+    assert isinstance(batch.errors[1], ValueError | FloatingPointError)
+    alone = tracer.trace_ids(asked[:1], said[:1], *(mask[:1] for mask in masks))
+    torch.testing.assert_close(batch.throughput[[0]], alone.throughput)
+    torch.testing.assert_close(batch.throughput[[2]], alone.throughput)
+    assert batch.throughput[1].tolist() == [0.0] * batch.throughput.shape[1]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_tokens_may_come_as_a_batch_of_one_and_several_texts_are_refused(tracer, tokenizer):
+    asked, said = (tokenizer(text)["input_ids"] for text in (PROMPT, RESPONSE))
+    wanted = tracer.trace_tokens(asked, said)
+    for kind in (
+        torch.tensor, np.array, tuple, lambda ids: [ids], lambda ids: torch.tensor([ids]),
+        lambda ids: np.array([ids]), lambda ids: torch.tensor(ids, dtype=torch.int32),
+    ):  # fmt: skip
+        found = tracer.trace_tokens(kind(asked), kind(said))
+        np.testing.assert_array_equal(found.throughput, wanted.throughput)
+        assert found.token_ids.tolist() == wanted.token_ids.tolist()
+        assert found.spans.answer.tolist() == wanted.spans.answer.tolist()
+    for wrong, error, message in (
+        (torch.tensor([said, said]), ValueError, r"the shape \(2, .*; trace_ids traces"),
+        ([said, said[1:]], ValueError, "rows of different lengths; trace_ids"),
+        (torch.tensor(3), ValueError, r"got the shape \(\)"),
+        (RESPONSE, TypeError, r"got a str; pass tokenizer\(text\)"),
+        (tokenizer(RESPONSE), TypeError, "got a BatchEncoding; pass tokenizer"),
+        (None, TypeError, "got a NoneType"),
+        ([3, None], TypeError, "must be whole numbers, got"),
+        ([3.0, 4.5], TypeError, r"must be whole numbers, got .*3\.0"),
+        (np.ma.array(said), TypeError, "must not be a masked array"),
+        (torch.tensor(said, device="meta"), TypeError, "on the meta device"),
+        (torch.tensor(said).to_sparse(), TypeError, "must not be a sparse tensor"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            tracer.trace_tokens(asked, wrong)
+    with pytest.raises(ValueError, match="the response is empty"):
+        tracer.trace_tokens(asked, torch.zeros(1, 0, dtype=torch.long))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ([[1, 1]], TypeError, "completion_mask must be a torch tensor, got a list"),
+        (np.ma.ones((1, 2)), TypeError, "completion_mask must not|must be a torch tensor"),
+        (torch.ones(1, 2, device="meta"), TypeError, "completion_mask must not be .* meta device"),
+        (torch.ones(1, 2).to_sparse(), TypeError, "completion_mask must not be a sparse tensor"),
+        (torch.tensor([[1, 2]]), ValueError, "completion_mask must be 1 on tokens and 0"),
+        (torch.tensor([[1, torch.nan]]), ValueError, "completion_mask must be 1 on tokens"),
+    ],
+)  # fmt: skip
+def test_masks_of_rollouts_that_cannot_be_read_are_refused(tracer, wrong, error, message):
+    ids = torch.tensor([[5, 6]])
+    with pytest.raises(error, match=message):
+        tracer.trace_ids(ids, ids, torch.ones_like(ids), wrong)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_input_and_masks_that_cannot_be_read_are_refused(tracer):
+    ids = torch.tensor([[5, 6, 7]])
+    for mask, message in (
+        (np.ma.ones((1, 3)), "attention_mask must be a torch tensor, got a MaskedArray"),
+        (torch.ones(1, 3, device="meta"), "attention_mask must not be a tensor on the meta device"),
+        (torch.ones(1, 3).to_sparse(), "attention_mask must not be a sparse tensor"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            tracer.attention(ids, mask)
+    for wrong in (ids.bool(), ids.to("meta"), ids.float()):
+        with pytest.raises(TypeError, match="input_ids must"):
+            tracer.attention(wrong)
 
 
 @pytest.mark.parametrize("block", [0, -1])

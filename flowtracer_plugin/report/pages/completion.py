@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from flowtracer_plugin.flow.arrays import check_readable
 from flowtracer_plugin.report.display import Piece, piece_starts, shorten, shown_text
 from flowtracer_plugin.report.drawing import RIBBON_HEIGHT, bars_path
 from flowtracer_plugin.text.visible import visible
@@ -40,6 +41,7 @@ class CompletionView:
         note: A remark on the completion, such as "no answer found: plain credit".
 
     Raises:
+        TypeError: An array cannot be read, such as a masked one.
         ValueError: Lengths differ, a number is not finite, a weight or a throughput is negative, or
             a hub is not among the tokens or is listed twice.
     """
@@ -58,7 +60,8 @@ class CompletionView:
         """Raise ValueError if the page could not show this; see the class."""
         length = len(self.tokens)
         for name in ("weights", "throughput", "answer", "competing"):
-            shape = getattr(self, name).shape
+            check_readable(name, getattr(self, name))
+            shape = np.shape(getattr(self, name))
             if shape != (length,):
                 raise ValueError(f"wanted {name} of {length} tokens, found the shape {shape}")
         for name in ("weights", "throughput"):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from markupsafe import escape
 
+from flowtracer_plugin.flow.arrays import check_readable
 from flowtracer_plugin.report import drawing
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
@@ -68,6 +69,7 @@ def render_page(
         scores: Other scores of the tokens by name. The page can shade the text by each of them.
 
     Raises:
+        TypeError: A score is an array that cannot be read, such as a masked one.
         ValueError: `drops` names a token that the trace does not have, or a score does not hold one
             number of at least 0 for each token.
     """
@@ -97,6 +99,7 @@ def render_page(
 
 
 def _check_scores(name: str, values: Float[np.ndarray, " _"], tokens: int) -> None:
+    check_readable(f"the score {name!r}", values)
     numbers = np.asarray(values)
     if numbers.shape != (tokens,) or not bool(((numbers >= 0) & (numbers < np.inf)).all()):
         raise ValueError(
