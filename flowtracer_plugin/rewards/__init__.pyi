@@ -1,4 +1,5 @@
 from .flow_reward import FlowReward as FlowReward, completion_text as completion_text
+from .judge import equal_answers as equal_answers
 from .named import (
     concentration as concentration,
     imported_reward as imported_reward,

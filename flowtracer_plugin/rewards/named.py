@@ -15,10 +15,10 @@ names its device, by default the GPU if there is one. For other options, put a
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 
 from flowtracer_plugin.model.loading import load_model, load_tokenizer
 from flowtracer_plugin.rewards.flow_reward import FlowReward, completion_text
+from flowtracer_plugin.rewards.referee import RefusedError, verdict
 from flowtracer_plugin.text.answers import find_answer
 from flowtracer_plugin.trace.tracer import FlowTracer, wrap
 
@@ -76,9 +77,15 @@ def math_answer(
     r"""1 where the answer of a completion equals the one in the column `answer`, 0 where not.
 
     `find_answer` finds the answer of a completion, so that the rewarded answer is the traced one.
-    `math-verify` compares: `1/2`, `0.5` and `\frac{1}{2}` are equal, as are `72` and `72 clips`.
-    In a reference such as GSM8K's, the part after `####` or in `\boxed{}` counts. The reward is
-    None, which TRL leaves out, if the reference cannot be read.
+    `equal_answers` judges it, and `docs/rewards.md` says what is equal: `1/2`, `0.5` and
+    `\frac{1}{2}` are, as are `72` and `72 clips`. In a reference such as GSM8K's, the part after
+    `####` or in `\boxed{}` counts. The reward is None, which TRL leaves out, if the reference
+    cannot be read.
+
+    Every judgement comes back within a second, in any thread and in any fork: what needs algebra
+    is judged by another process, which is started with the first such answer. What takes longer is
+    refused: it earns 0, a warning says how many were refused, and TRL logs their share as
+    `math_answer/refused`.
 
     Raises:
         ValueError: The data have no column `answer`.
@@ -93,49 +100,56 @@ def math_answer(
             "math_answer needs the right answers in a column `answer` of the data; rename it, or "
             "with `flowtracer train` name it by --answer_column"
         )
-    return [
-        _verdict(
-            completion_text(completion[-1:] if isinstance(completion, list) else completion), wanted
-        )
-        for completion, wanted in zip(completions, answer, strict=True)
-    ]
-
-
-def _verdict(said: str | None, wanted: Any) -> float | None:
-    reference = str(wanted)
-    marked = find_answer(reference, "hash") or find_answer(reference, "boxed")
-    right = _read(reference[marked.start : marked.end] if marked else reference)
-    if not right:
-        return None
-    found = find_answer(said or "")
-    if said is None or found is None:
-        return 0.0
-    from math_verify import verify
-
-    return float(verify(right, _read(said[found.start : found.end]), **_timeout("timeout_seconds")))
-
-
-def _read(text: str) -> list[Any]:
-    """All readings of a text: as a formula, and as a sentence that contains one."""
-    try:
-        from math_verify import parse
-    except ModuleNotFoundError as error:
+    if importlib.util.find_spec("math_verify") is None:
         raise ModuleNotFoundError(
             "math_answer needs math-verify; run: pip install 'flowtracer-plugin[math]'",
             name="math_verify",
-        ) from error
-    limit = _timeout("parsing_timeout")
-    return [*parse(rf"\boxed{{{text}}}", **limit), *parse(text, **limit)]
+        )
+    pairs = [
+        (_reference(wanted), _said(completion))
+        for completion, wanted in zip(completions, answer, strict=True)
+    ]
+    judged: dict[tuple[str, str | None], float | None] = {}
+    for gold, said in dict.fromkeys(pairs):
+        unreadable = any(found is None for (own, _), found in judged.items() if own == gold)
+        judged[gold, said] = None if unreadable else _verdict(gold, said)
+    verdicts = [judged[pair] for pair in pairs]
+    _log_refused(verdicts.count(REFUSED), len(verdicts), columns.get("log_metric"))
+    return [0.0 if verdict == REFUSED else verdict for verdict in verdicts]
 
 
-def _timeout(name: str) -> dict[str, int | None]:
-    # math-verify uses an alarm, which only the main thread can set.
-    if threading.current_thread() is threading.main_thread():
-        return {name: 5}
-    logging.getLogger("math_verify").setLevel(
-        logging.ERROR
-    )  # it logs a warning for every such call
-    return {name: None}
+REFUSED = -1.0
+
+
+def _reference(wanted: Any) -> str:
+    reference = str(wanted)
+    marked = find_answer(reference, "hash") or find_answer(reference, "boxed")
+    return reference[marked.start : marked.end] if marked else reference
+
+
+def _said(completion: Any) -> str | None:
+    text = completion_text(completion[-1:] if isinstance(completion, list) else completion)
+    found = find_answer(text or "")
+    return text[found.start : found.end] if text and found else None
+
+
+def _verdict(gold: str, said: str | None) -> float | None:
+    try:
+        right = verdict(gold, said or "")
+    except RefusedError:
+        return REFUSED
+    return None if right is None else float(right)
+
+
+def _log_refused(refused: int, judged: int, log_metric: Callable[..., None] | None) -> None:
+    if refused:
+        logging.getLogger(__name__).warning(
+            "math_answer refused %d of %d answers, which take too long to judge: they earn 0",
+            refused,
+            judged,
+        )
+    if log_metric is not None and judged:
+        log_metric("math_answer/refused", refused / judged)
 
 
 @cache
