@@ -17,10 +17,7 @@ from flowtracer_plugin.credit.saliency import check_whole
 from flowtracer_plugin.credit.scorers import Scorer, multiplied
 from flowtracer_plugin.reading.one_pass import Reading
 from flowtracer_plugin.text.answers import (
-    AnswerFinder,
     FoundAnswer,
-    find_answer,
-    finder_name,
 )
 from flowtracer_plugin.text.matched_spans import SpanFinder
 from flowtracer_plugin.text.values import Span
@@ -187,9 +184,15 @@ class RolloutScorer:
     ) -> tuple[ReadRollouts, int]:
         """The rollouts before the pass, and the number of rows whose last token is the answer."""
         tracer = self.tracer
-        finder = _FinderOrLast(tracer.answer) if self._last else None
-        tokenizer, answer = tracer.require_tokenizer(), finder or tracer.answer
-        masks = rollout_masks(tokenizer, ids, visible, prompt_length, tracer.options, answer)
+        masks = rollout_masks(
+            tracer.require_tokenizer(),
+            ids,
+            visible,
+            prompt_length,
+            tracer.options,
+            tracer.answer,
+            fallback=last_character if self._last else None,
+        )
         batch = ReadRollouts(
             tracer,
             ids,
@@ -202,7 +205,8 @@ class RolloutScorer:
         )
         if "saliency" in self.scorer.needs:
             batch.saliency  # noqa: B018 - its own passes must come before the one that is read
-        return batch, 0 if finder is None else finder.fallbacks
+        rules = [answer.rule for answer in masks.answers if answer]
+        return batch, rules.count(last_character.__name__)
 
     @torch.no_grad()
     def _measured(self, part: ReadRollouts) -> _Part:
@@ -266,18 +270,7 @@ class _Part(NamedTuple):
     seconds: float
 
 
-class _FinderOrLast:
-    """An answer finder that falls back on the last character that is no space."""
-
-    def __init__(self, finder: AnswerFinder) -> None:
-        self.fallbacks = 0
-        self.__name__ = finder_name(finder)
-        self._finder = finder
-
-    def __call__(self, text: str) -> Span | None:
-        found = find_answer(text, self._finder)
-        if found is not None:
-            return found.start, found.end
-        end = len(text.rstrip())
-        self.fallbacks += end > 0
-        return (end - 1, end) if end else None
+def last_character(text: str) -> Span | None:
+    """The last character of a text that is no space."""
+    end = len(text.rstrip())
+    return (end - 1, end) if end else None

@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -130,7 +131,21 @@ def _reference(wanted: Any) -> str:
 def _said(completion: Any) -> str | None:
     text = completion_text(completion[-1:] if isinstance(completion, list) else completion)
     found = find_answer(text or "")
-    return text[found.start : found.end] if text and found else None
+    return _with_units(text, found.start, found.end) if text and found else None
+
+
+def _with_units(text: str, start: int, end: int) -> str:
+    """The answer with its sign of a currency, percent or degrees, which finders leave outside."""
+    if text[start - 1 : start] in _CURRENCIES and not (
+        text[start - 1] == text[end : end + 1] == "$"
+    ):
+        start -= bool(start)
+    unit = _UNIT.match(text, end)
+    return text[start : unit.end() if unit else end]
+
+
+_CURRENCIES = tuple("$€£₹¥₩")
+_UNIT = re.compile(r"\s?\\?%|°[CF]?")
 
 
 def _verdict(gold: str, said: str | None) -> float | None:

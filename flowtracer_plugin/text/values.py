@@ -56,7 +56,11 @@ _REASON = (
     r"as (?=(?:we|it|the|shown|required|desired|expected|there)\b)|assuming|hence|therefore|"
     r"given that|if|when|for which|ya que|porque|car|puisque|denn|weil|da"
 )
-_COMMENT = r"so|but|or|and|with|after|i\.e\.|that|this|it|then|meaning|representing|leaving|making"
+_COMMENT = (
+    r"so|but|or (?:about|approximately|roughly|equivalently|simply|in|around)|"
+    r"and (?:the|this|that|we|it|not|so)|with|after|i\.e\.|that|this|it|then|meaning|representing|"
+    r"leaving|making"
+)
 _CLAUSE = re.compile(
     rf"\s{{0,2}}[,，;；(（—–]?\s{{0,2}}(?:\b(?:{_REASON})\b|因为|因為|而不是|потому)"
     r"|\s\((?=[^()]{0,200}[^\W\d][^()]{0,200}\s|or\b|≈|=)"
@@ -172,6 +176,10 @@ def _unwrapped(text: str, start: int, end: int) -> Span:
 
 
 _EQUALS = re.compile(r"(?<![<>!:=≤≥≠\\])\s{0,9}&?=\s{0,9}(?!=)")
+_SEVERAL = re.compile(
+    r"(?:[,;]|\b(?:and|or)\b|\\(?:text|quad|wedge|vee|lor|land)\b[^=]{0,20}?)\s{0,3}"
+    r"\\?[a-zA-Z](?:_?\{?\w\}?)?\s?&?="
+)
 _LETTERS = re.compile(r"\\[a-zA-Z]+|[^\W\d_]")
 
 
@@ -183,6 +191,8 @@ def _result(text: str, start: int, end: int, assigned: bool) -> Span:
     left = text[start : signs[0].start()]
     names = [letters[0] for letters in _LETTERS.finditer(left)]
     calculated = not any(len(name) == 1 for name in names) and any(c.isdigit() for c in left)
+    if len(signs) > 1 and _SEVERAL.search(text, signs[0].end(), signs[-1].end()):
+        return start, end  # "x = 1, y = 2" is no chain
     if len(signs) > 1 or calculated or assigned:
         return _trimmed(text, signs[-1].end(), end)
     return start, end

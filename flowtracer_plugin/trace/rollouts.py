@@ -17,7 +17,12 @@ from flowtracer_plugin.flow.streamed import stream_batch
 from flowtracer_plugin.flow.substitution import Rows
 from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.text.answers import AnswerFinder, FoundAnswer, check_finder
-from flowtracer_plugin.text.spans import answer_mask, question_mask, target_mask
+from flowtracer_plugin.text.spans import (
+    answer_mask,
+    prompt_opens_thinking,
+    question_mask,
+    target_mask,
+)
 
 RowErrors = Mapping[int, Exception]
 """Errors by the number of the row."""
@@ -153,8 +158,11 @@ def rollout_masks(
     prompt_length: int,
     options: FlowOptions,
     finder: AnswerFinder,
+    fallback: AnswerFinder | None = None,
 ) -> RolloutMasks:
     """The masks of rollouts, whose answers are found; only ids and masks are copied to the host.
+
+    Where `finder` finds no answer, `fallback` is tried.
 
     Raises:
         ValueError: There is no such finder.
@@ -170,7 +178,10 @@ def rollout_masks(
         answers.append(None)
         try:
             # A row without a prompt has no question, so its answer is not searched.
-            found = answer_mask(tokenizer, sampled, finder) if prompt else None
+            opened = prompt_opens_thinking(tokenizer, prompt) if prompt else False
+            found = answer_mask(tokenizer, sampled, finder, in_thinking=opened) if prompt else None
+            if found is None and fallback is not None and prompt:
+                found = answer_mask(tokenizer, sampled, fallback)
             if found is not None:
                 question[row, asked] = question_mask(tokenizer, prompt, options.question)
                 answer[row, prompt_length + said], answers[row] = found
