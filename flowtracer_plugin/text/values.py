@@ -63,7 +63,7 @@ _COMMENT = (
 )
 _CLAUSE = re.compile(
     rf"\s{{0,2}}[,，;；(（—–]?\s{{0,2}}(?:\b(?:{_REASON})\b|因为|因為|而不是|потому)"
-    r"|\s\((?=[^()]{0,200}[^\W\d][^()]{0,200}\s|or\b|≈|=)"
+    r"|\s\((?=[^()]{0,200}(?<!\\)\b[^\W\d_]{3}[^()]{0,200}\s|or\b|≈|=)"
     rf"|[,，;；](?=\s(?:{_COMMENT})\b)",
     re.IGNORECASE,
 )
@@ -177,7 +177,7 @@ def _unwrapped(text: str, start: int, end: int) -> Span:
 
 _EQUALS = re.compile(r"(?<![<>!:=≤≥≠\\])\s{0,9}&?=\s{0,9}(?!=)")
 _SEVERAL = re.compile(
-    r"(?:[,;]|\b(?:and|or)\b|\\(?:text|quad|wedge|vee|lor|land)\b[^=]{0,20}?)\s{0,3}"
+    r"(?:(?<!\\)[,;]|\b(?:and|or)\b|\\(?:text|quad|wedge|vee|lor|land)\b[^=]{0,20}?)\s{0,3}"
     r"\\?[a-zA-Z](?:_?\{?\w\}?)?\s?&?="
 )
 _LETTERS = re.compile(r"\\[a-zA-Z]+|[^\W\d_]")

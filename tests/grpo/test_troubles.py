@@ -132,7 +132,7 @@ def failing_oracle(text):
         {"answer": failing, "scorer": "surprisal"},  # which needs no answer
         {"scorer": "oracle", "oracle": failing_oracle},
     ],
-    ids=str,
+    ids=["answer", "answer of surprisal", "oracle"],
 )
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2}], ids=["training", "scoring"])
 def test_a_finder_that_fails_costs_one_row(policy, tmp_path, credit, options, caplog):
