@@ -25,11 +25,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+# First, since it starts a process that gets ready while this one imports PyTorch.
+from flowtracer_plugin.rewards.referee import RefusedError, verdict
+
+# isort: split
 import torch
 
 from flowtracer_plugin.model.loading import load_model, load_tokenizer
 from flowtracer_plugin.rewards.flow_reward import FlowReward, completion_text
-from flowtracer_plugin.rewards.referee import RefusedError, verdict
 from flowtracer_plugin.text.answers import find_answer
 from flowtracer_plugin.trace.tracer import FlowTracer, wrap
 
@@ -84,9 +87,9 @@ def math_answer(
     cannot be read.
 
     Every judgement comes back within a second, in any thread and in any fork: what needs algebra
-    is judged by another process, which is started with the first such answer. What takes longer is
-    refused: it earns 0, a warning says how many were refused, and TRL logs their share as
-    `math_answer/refused`.
+    is judged by another process, which starts when this function is imported and is ready a second
+    or two later. What takes longer is refused: it earns 0, a warning says how many were refused,
+    and TRL logs their share as `math_answer/refused`.
 
     Raises:
         ValueError: The data have no column `answer`.

@@ -1,9 +1,14 @@
-"""Judgements that always come back: in this process where they are easy, else in a worker."""
+"""Judgements that always come back: in this process where they are easy, else in a worker.
+
+Importing this module starts the worker, which needs a second until it can judge, and waits for
+nothing; the first judgement that needs it waits for what is left of that second.
+"""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -48,7 +53,7 @@ def verdict(gold: str, said: str) -> bool | None:
 
 def _readable(gold: str) -> bool:
     try:
-        _judged(gold, "0", worker.SECONDS / 2)
+        _judged(gold, "0", worker.SECONDS / 3)
     except RefusedError:
         return False
     return True
@@ -104,7 +109,7 @@ class _Connection:
             EOFError: It has died, or is late.
         """
         # It keeps the limit itself; this is for one that was stopped, or a machine that stands.
-        self._socket.settimeout(2 * worker.patience(request[2]))
+        self._socket.settimeout(worker.patience(request[2]) + 0.1)
         answer = b""
         try:
             self._socket.sendall(json.dumps(request).encode() + b"\n")
@@ -167,25 +172,36 @@ class _Piped:
         """End it and wait for it."""
         with contextlib.suppress(OSError):
             self._requests.close()
-        _ended(self._process)
+        self._process.kill()
+        self._process.wait()
         self._answers.close()
 
 
 class _Parent:
-    """The worker of which each connection is a fork, and the socket that asks it for one."""
+    """The worker of which each connection is a fork, and the socket that asks it for one.
+
+    Forks of this process share it, since each asks with one message.
+    """
 
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair()
+        self._control.settimeout(START_SECONDS)
         try:
             with theirs:
                 self._process = _started(worker.SOCKETS, theirs, subprocess.DEVNULL)
-            self._control.settimeout(START_SECONDS)
-            if self._control.recv(len(worker.READY), socket.MSG_WAITALL) != worker.READY:
-                self.stop()
-                raise OSError("the process that judges answers did not start")
         except BaseException:
             self._control.close()
             raise
+
+    def wait(self) -> None:
+        """Wait until it can judge.
+
+        Raises:
+            OSError: It did not start.
+        """
+        # The message stays where it is, for the forks of this process that wait for it, too.
+        if self._control.recv(len(worker.READY), socket.MSG_PEEK) != worker.READY:
+            raise OSError("the process that judges answers did not start")
 
     def connect(self) -> _Connection:
         """A fork of it.
@@ -202,19 +218,15 @@ class _Parent:
             raise
         return _Connection(mine)
 
-    def has_died(self) -> bool:
-        """Whether somebody killed it. Then nothing is left of it."""
-        return self._process.poll() is not None
-
     def stop(self) -> None:
-        """End it and wait for it."""
+        """End it and wait for it, unless it belongs to the process of which this one is a fork."""
         self._control.close()
-        _ended(self._process)
+        self._process.kill()
+        self._process.wait()
 
-    def forget(self) -> None:
-        """Leave it to the process that started it, of which this process is a fork."""
+    def lend(self) -> None:
+        """Leave its end to the process that started it, of which this process is a fork."""
         self._process.returncode = 0
-        self._control.close()
 
 
 def _started(way: str, requests: Any, answers: int) -> subprocess.Popen[bytes]:
@@ -231,23 +243,21 @@ def _started(way: str, requests: Any, answers: int) -> subprocess.Popen[bytes]:
     )
 
 
-def _ended(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(1)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 class _Pool:
     """The workers of this process: each serves one thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, parent: _Parent | None = None) -> None:
         self._free = threading.BoundedSemaphore(MOST_WORKERS)
         self._idle: list[_Connection | _Piped] = []
         self._starting = threading.Lock()
-        self._parent: _Parent | None = None
+        self._parent = parent
         self._cannot_start = False
+
+    def start(self) -> None:
+        """Begin to start a worker, and wait for nothing; `judge` says what fails."""
+        if worker.FORKS and importlib.util.find_spec("latex2sympy2_extended"):
+            with self._starting, contextlib.suppress(OSError):
+                self._parent = self._parent or _Parent()
 
     def judge(self, request: Sequence[Any]) -> bool | None:
         """A worker's verdict, or this process's own if there can be no worker.
@@ -258,7 +268,8 @@ class _Pool:
         with self._free:
             try:
                 answer = self._asked(request)
-            except EOFError:  # somebody killed the worker: one more
+            except EOFError:  # somebody killed the worker, and maybe all that wait: one more
+                self._end_idle()
                 try:
                     answer = self._asked(request)
                 except EOFError:
@@ -286,15 +297,20 @@ class _Pool:
         if self._cannot_start:
             raise OSError
         with self._starting:
-            if self._parent and self._parent.has_died():
-                self._parent.stop()
-                self._parent = None
             with contextlib.suppress(IndexError):
                 return self._idle.pop()
             if not worker.FORKS:
                 return _Piped()
-            self._parent = self._parent or _Parent()
-            return self._parent.connect()
+            if self._parent:
+                with contextlib.suppress(OSError):  # somebody killed it
+                    return self._connection(self._parent)
+                self._parent.stop()
+            self._parent = _Parent()
+            return self._connection(self._parent)
+
+    def _connection(self, parent: _Parent) -> _Connection:
+        parent.wait()
+        return parent.connect()
 
     def _own(self, request: Sequence[Any]) -> Any:
         if not self._cannot_start:
@@ -306,30 +322,35 @@ class _Pool:
             )
         return json.loads(worker.judged(json.dumps(request).encode()))
 
+    def _end_idle(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().stop()
+
     def close(self) -> None:
         """End all workers that judge nothing."""
-        while self._idle:
-            self._idle.pop().stop()
+        self._end_idle()
         if self._parent:
             self._parent.stop()
             self._parent = None
 
-    def forget(self) -> None:
-        """Leave the workers to the process that this one is a fork of."""
+    def forked(self) -> _Pool:
+        """The pool of a process that was just forked: the same worker, but no open questions."""
         for idle in self._idle:
             if isinstance(idle, _Connection):
                 idle.stop()
         if self._parent:
-            self._parent.forget()
+            self._parent.lend()
+        return _Pool(self._parent)
 
 
 _pool = _Pool()
+_pool.start()
 
 
 def _forked() -> None:
     global _pool
-    _pool.forget()
-    _pool = _Pool()
+    _pool = _pool.forked()
 
 
 def _at_exit() -> None:

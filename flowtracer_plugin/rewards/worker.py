@@ -23,7 +23,7 @@ import sys
 from flowtracer_plugin.rewards.algebra import TooHugeError
 from flowtracer_plugin.rewards.judge import equal_answers
 
-SECONDS = 0.35
+SECONDS = 0.3
 """How long one judgement may compute."""
 MEMORY = 2**30
 """Bytes of address space that a judging process may use."""
@@ -37,7 +37,7 @@ _WARM_UP = ("x^{2} + \\frac{\\sqrt{3}}{2}", "\\sin(2 x) + e^{x} - 3.5 \\pi"), ("
 
 def patience(seconds: float) -> float:
     """How long to wait for a judgement that may compute so long, on a busy machine."""
-    return 1.5 * seconds + 0.1
+    return 1.25 * seconds + 0.1
 
 
 def judged(request: bytes) -> bytes:
