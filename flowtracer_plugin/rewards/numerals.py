@@ -191,7 +191,7 @@ def _mixed(text: str) -> Exact | None:
 
 def _in_words(text: str) -> Exact | None:
     if found := _SCALED.fullmatch(text.lower()):
-        count = number(found[1])
+        count = number({"a": "1"}.get(found[1], found[1]))
         return Exact(count.value * _SCALES[found[2]]) if count else None
     if (part := _PART.fullmatch(text.lower())) and (part[1] or part[2] == "half"):
         above = {"a": 1, None: 1}.get(part[1]) or _WORDS.get(part[1] or "")

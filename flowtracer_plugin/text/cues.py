@@ -84,7 +84,7 @@ NO_ANSWER = re.compile(
     r"(?:not|never|obtained|found|computed|calculated|determined|as follows|below|above|correct|"
     r"right|wrong|incorrect|unknown|unclear|clear|obvious|in (?:the )?form|of the form|based|going|"
     r"to be|that|what|how|why|when|because|due|still|already|supposed|required|needed|placed|"
-    r"inside|within|shown|written|we|i|it|you|they|as|in|on|by|from|only|always|yet|also|hidden|"
+    r"inside|within|shown|written|we|i(?='|\s[a-z]{2})|it|you|they|as|in|on|by|from|only|always|yet|also|hidden|"
     r"different)\b(?![.)])",
     re.IGNORECASE,
 )

@@ -6,17 +6,18 @@ import re
 
 from flowtracer_plugin.text.cues import CHOSEN, CUE, DESCRIPTION, NAMELY, NO_ANSWER, WRONG
 from flowtracer_plugin.text.sentences import SENTENCE, sentence_end
-from flowtracer_plugin.text.values import BLOCK, Span, has_words, is_quantity, value_in
+from flowtracer_plugin.text.values import BLOCK, BULLET, Span, has_words, is_quantity, value_in
 
 LAST = 50  # matches of a pattern that are looked at, from the end
 
 _LEADS = re.compile(
-    r"(?:[\s:：=>*_#}]|[-•](?=\s)|"
+    rf"(?:[\s:：=>*_#}}]|{BULLET}|"
     r"(?:therefore|thus|hence|then|now|donc|also|simply|just|going to be)\b,?){0,40}",
     re.IGNORECASE,
 )
 _BLOCK_OPENS = re.compile(r"(?P<long>\\\[|\$\$|```|~~~|\\begin\{)|\*\*|`|\\\(|\$|[\"“「]")
 _FIRST_STEP = re.compile(r"(?:1|Step 1)[.):]\s\S")
+_DENIED = re.compile(r"not\s[^,;:\n]{1,60}", re.IGNORECASE)
 _NOT_BUT = re.compile(r"not\s[^.\n]{1,60}?,?\sbut\s(?:rather )?", re.IGNORECASE)
 
 
@@ -35,12 +36,14 @@ def stated_answer(text: str) -> Span | None:
 
 
 def described_answers(text: str) -> list[Span]:
-    """The sentences that describe an answer and do not name it: "It is the sum of its digits"."""
+    """What describes an answer and does not name it: "the sum of its digits", "not 7"."""
     found: list[Span] = []
     for cue in list(CUE.finditer(text))[-LAST:]:
         end = sentence_end(text, cue.end(), len(text))
         start = _led(text, cue.end(), end)
-        if DESCRIPTION.match(text, start, end) and not NAMELY.search(text, start, end):
+        if denied := _DENIED.match(text, start, end):
+            found.append((cue.start(), denied.end()))
+        elif DESCRIPTION.match(text, start, end) and not NAMELY.search(text, start, end):
             found.append((cue.start(), end))
     return found
 

@@ -29,7 +29,7 @@ _OPENERS = {
 }
 _OPENER = re.compile(
     r"(?P<fence>(?:```|~~~)[\w+-]{0,20}[ \t]{0,9}\n?)"
-    r"|\\begin\{(?P<env>\w{1,20}\*?)\}(?:\{[^{}\n]{0,20}\})?"
+    r"|\\begin\{(?P<env>(?!\w?(?:matrix|array|cases))\w{1,20}\*?)\}(?:\{[^{}\n]{0,20}\})?"
     r"|(?P<pair>\*{1,3}|__?|\$\$?|\\\[|\\\(|`|[\"“‘「『«„])"
 )
 _WRAPPER = re.compile(
@@ -40,8 +40,10 @@ _HEDGES = (
     r"almost|indeed|clearly|therefore|thus|hence|then|now|equal to|given by|ca\.|circa|"
     r"donc|environ|also|daher|etwa|por lo tanto|aproximadamente|circa|大约|约为?|大概|約"
 )
+BULLET = r"•(?=\s)|-(?=\s(?![\d.\\]))|(?<=\n)-(?=\s)"
+"""The mark of an item in a list, which is no minus."""
 _BEFORE = re.compile(
-    r"(?:[\s:：=>,，]|[-•](?=\s)|[€£₹¥₩]|\\\$|\\displaystyle\b|\\[,;! ]|\\quad\b|&|[≈≃~]"
+    rf"(?:[\s:：=>,，]|{BULLET}|[€£₹¥₩]|\\\$|\\displaystyle\b|\\[,;! ]|\\quad\b|&|[≈≃~]"
     rf"|\\approx\b|\\sim\b|(?:{_HEDGES})(?![\w-])\s?)",
     re.IGNORECASE,
 )
@@ -76,6 +78,8 @@ _OPTION = re.compile(
 _MORE_OPTIONS = re.compile(
     r"\s{0,3}(?:[,，、/&]|and\b|or\b|und\b|和)\s{0,3}(?:and\s)?\*{0,2}[(\[]?[A-J](?![\w'])"
 )
+_FACTORIAL = re.compile(r"(?<=[\w)}])!(?=[}$\\.]|</\w{5})")
+"""What ends a formula, not a sentence: the end of its marks follows."""
 BLOCK = 2_000  # characters between marks that are looked at
 
 
@@ -97,6 +101,7 @@ def value_in(text: str, start: int, end: int, *, assigned: bool = False) -> Span
     start, end = _trimmed(text, start, end)
     start, end = _unwrapped(text, start, end)
     start, end = _result(text, start, end, assigned)
+    end += bool(_FACTORIAL.match(text, end))
     option = _OPTION.match(text, start, end)
     if option and not _MORE_OPTIONS.match(text, option.end(), end):
         return option.span(option.lastgroup or 0)

@@ -73,6 +73,38 @@ def test_the_table_is_large_and_says_why_it_leaves_pairs_undecided():
     assert all(len(pair) == 3 for pair in pairs("undecided"))
 
 
+@pytest.mark.parametrize(
+    ("gold", "completion", "reward"),
+    [
+        ("120", r"\boxed{5!}", 1.0),
+        ("5", r"\boxed{5!}", 0.0),
+        ("120", "The answer is $5!$.", 1.0),
+        ("5", "The answer is 5!", 1.0),
+        ("-5", r"\boxed{- 5}", 1.0),
+        ("5", r"\boxed{- 5}", 0.0),
+        ("-5", "The answer is - 5.", 1.0),
+        ("5", "Answer:\n- 5", 1.0),
+        ("-1", "The answer is i^2.", 1.0),
+        ("2", "The answer is i^2.", 0.0),
+        ("7", "The answer is not 7.", 0.0),
+        ("8", "The answer is not 7; it is 8.", 1.0),
+        ("(1, 2)", r"The answer is \begin{pmatrix}1\\2\end{pmatrix}.", 1.0),
+        (
+            r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+            r"Answer: $\begin{bmatrix}1&2\\3&4\end{bmatrix}$",
+            1.0,
+        ),
+        (
+            r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+            r"Answer: $\begin{bmatrix}1&2\\3&5\end{bmatrix}$",
+            0.0,
+        ),
+    ],
+)
+def test_what_is_found_keeps_the_signs_that_change_its_value(gold, completion, reward):
+    assert rewards.math_answer([completion], [gold]) == [reward]
+
+
 def test_every_answer_equals_itself():
     texts = {text for kind in ("equal", "unequal") for pair in pairs(kind) for text in pair[:2]}
     assert [text for text in texts - {""} if not equal_answers(text, text)] == []
@@ -187,7 +219,25 @@ def test_a_dead_worker_is_replaced_and_nothing_is_left_behind(pool):
         assert pool._parent._process.pid != dead.pid
     last = pool._parent._process
     pool.close()
-    assert last.returncode == 0
+    assert last.returncode == -9
+
+
+def test_all_that_wait_may_be_killed_at_once(pool):
+    connections = [pool._worker() for _ in range(3)]
+    for connection in connections:
+        connection._socket.shutdown(2)
+    pool._idle.extend(connections)
+    assert outcome("2x", "x+x") is True
+    assert len(pool._idle) == 1
+
+
+def test_the_worker_is_started_ahead_and_awaited_when_it_is_needed(pool):
+    pool.start()
+    first = pool._parent
+    assert first is not None
+    pool.start()
+    assert outcome("2x", "x+x") is True
+    assert pool._parent is first
 
 
 def test_a_connection_that_breaks_is_replaced_at_once(pool):
@@ -216,14 +266,17 @@ SCRIPT = """
 import os, sys
 from flowtracer_plugin.rewards import referee
 
+worker = referee._pool._parent._process.pid
 assert referee.verdict("2x", "x+x") is True
 child = os.fork()
 if not child:
-    mine = referee.verdict("3x", "x+2x") is True and referee._pool._parent._process.pid
+    right = referee.verdict("3x", "x+2x") is True
+    shared = referee._pool._parent._process.pid == worker
     referee._pool.close()
-    os._exit(0 if mine else 1)
+    os._exit(0 if right and shared else 1)
 assert os.waitpid(child, 0)[1] == 0
 assert referee.verdict("2x", "x+1") is False
+assert referee._pool._parent._process.pid == worker
 assert not {"torch", "sympy", "numpy"} & set(sys.modules)
 print(referee._pool._parent._process.pid, flush=True)
 if sys.argv[1] == "kill":
@@ -233,7 +286,7 @@ if sys.argv[1] == "kill":
 
 @pytest.mark.skipif(not worker.FORKS, reason="this system cannot fork")
 @pytest.mark.parametrize("end", ["exit", "kill"])
-def test_a_fork_has_its_own_workers_and_none_outlives_its_process(end):
+def test_a_fork_shares_the_worker_that_does_not_outlive_its_process(end):
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", SCRIPT, end],
         capture_output=True,
