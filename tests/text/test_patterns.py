@@ -9,6 +9,8 @@ from time import process_time
 import pytest
 
 import flowtracer_plugin
+from flowtracer_plugin.rewards.judge import MAX_ANSWER
+from flowtracer_plugin.rewards.referee import RefusedError, verdict
 from flowtracer_plugin.text.answers import find_answer
 from flowtracer_plugin.text.result_cut import NotComputedError, cut_at_result
 
@@ -66,6 +68,7 @@ def package_patterns():
         for name, value in vars(importlib.import_module(module.name)).items():
             members = value if isinstance(value, tuple | list) else (value,)
             for pattern in members:
+                pattern = pattern[0] if isinstance(pattern, tuple) else pattern
                 if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
                     found[pattern.pattern, pattern.flags] = (f"{module.name}.{name}", pattern)
     return list(found.values())
@@ -81,7 +84,11 @@ def seconds(pattern, unit, length):
 
 @pytest.mark.timeout(120)
 def test_patterns_of_the_package_are_linear():
-    patterns = package_patterns()
+    patterns = [
+        (name, pattern)
+        for name, pattern in package_patterns()
+        if not name.startswith("flowtracer_plugin.rewards.")
+    ]
     assert len(patterns) > 40
     slow = [
         (name, unit)
@@ -92,6 +99,38 @@ def test_patterns_of_the_package_are_linear():
         and long > 9 * min(seconds(pattern, unit, 2_000) for _ in range(3))
     ]
     assert slow == []
+
+
+def test_patterns_for_answers_are_fast_on_the_longest_answer():
+    patterns = [
+        (name, pattern)
+        for name, pattern in package_patterns()
+        if name.startswith("flowtracer_plugin.rewards.")
+    ]
+    assert len(patterns) > 40
+    slow = [
+        (name, unit)
+        for name, pattern in patterns
+        for unit in UNITS
+        if min(matched_in(pattern, unit, MAX_ANSWER) for _ in range(2)) > 0.1
+    ]
+    assert slow == []
+
+
+def matched_in(pattern, unit, length):
+    text = (unit * (length // len(unit) + 1))[:length]
+    start = process_time()
+    pattern.fullmatch(text)
+    return process_time() - start
+
+
+def test_the_longest_answers_are_judged_at_once():
+    for unit in UNITS:
+        text = (unit * MAX_ANSWER)[:MAX_ANSWER]
+        start = process_time()
+        with contextlib.suppress(RefusedError):
+            verdict("7", text)
+        assert process_time() - start < 0.5, unit
 
 
 def test_a_quadratic_pattern_is_seen():
