@@ -11,7 +11,7 @@ EXTRAS = {
     "trl": "trl",
     "peft": "trl",
     "datasets": "trl",
-    "math_verify": "math",
+    "latex2sympy2_extended": "math",
     "matplotlib": "viz",
     "networkx": "viz",
     "pyarrow": "viz",

@@ -93,7 +93,7 @@ def math_answer(
 
     Raises:
         ValueError: The data have no column `answer`.
-        ModuleNotFoundError: math-verify is missing; the extra `math` installs it.
+        ModuleNotFoundError: latex2sympy2_extended is missing; the extra `math` installs it.
 
     Example:
         >>> math_answer([r"3 + 4 makes \boxed{7}", "#### 8"], ["#### 7", "7"])
@@ -104,10 +104,10 @@ def math_answer(
             "math_answer needs the right answers in a column `answer` of the data; rename it, or "
             "with `flowtracer train` name it by --answer_column"
         )
-    if importlib.util.find_spec("math_verify") is None:
+    if importlib.util.find_spec("latex2sympy2_extended") is None:
         raise ModuleNotFoundError(
-            "math_answer needs math-verify; run: pip install 'flowtracer-plugin[math]'",
-            name="math_verify",
+            "math_answer needs latex2sympy2_extended; run: pip install 'flowtracer-plugin[math]'",
+            name="latex2sympy2_extended",
         )
     pairs = [
         (_reference(wanted), _said(completion))

@@ -706,8 +706,8 @@ def test_the_right_answers_must_be_in_the_data():
         rewards.math_answer(completions=["7"], prompts=["?"])
 
 
-def test_without_math_verify_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)
+def test_without_the_parser_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "latex2sympy2_extended", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'flowtracer-plugin\[math\]'"):
         rewards.math_answer(["7"], ["7"])
 
