@@ -147,7 +147,7 @@ def _cut(text: str, start: int, end: int) -> int:
         if text.count(mark, start, end) % 2:
             end = text.rfind(mark, start, end)
     aside = _ASIDE.search(text, max(start + 1, end - 80), end)
-    if aside and text[start : aside.start()].strip()[-1:].isalpha():
+    if aside and _ENDS_IN_WORD.search(text, max(start, aside.start() - 40), aside.start()):
         end = aside.start()
     number = NUMBER.match(text, start, end)
     if number:  # "7, leaving ..." but not "7, 8 and 9"
@@ -156,6 +156,7 @@ def _cut(text: str, start: int, end: int) -> int:
     return end
 
 
+_ENDS_IN_WORD = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{1,40}\s{0,3}$")  # no command such as \\cup
 _ASIDE = re.compile(r"\s\([^()]{1,70}\)\W*$")
 _AFTER_NUMBER = re.compile(
     r"(?:[ \t]?[^\W\d]{1,30}(?:[ \t][^\W\d]{1,30}){0,2})?(?P<rest>[,;，；] ?[^\W\d]{2})"
