@@ -134,7 +134,7 @@ class RecordFile:
     """A file of records; without a path, records are not kept.
 
     A file that is not of this format is left untouched. Only in a file of this format, settings and
-    records, an incomplete last line, as a crash leaves it, is dropped.
+    records, an incomplete record at its end, as a crash leaves it, is dropped.
 
     Args:
         path: A new or empty file, or one that an earlier run with the same settings wrote.
@@ -171,7 +171,7 @@ class RecordFile:
         first, *lines = content.splitlines(keepends=True)
         _check_settings(path, _header(path, first, kind, version), settings)
         kept = [first, *lines]
-        if lines and not _is_whole(lines[-1]):
+        if lines and lines[-1].startswith(b"{") and not _is_whole(lines[-1]):
             kept.pop()
         for number, line in enumerate(kept[1:], 2):
             if line.strip():

@@ -86,6 +86,15 @@ def test_a_damaged_record_is_named_and_nothing_is_dropped(tmp_path, line, proble
     assert path.read_bytes() == content
 
 
+def test_a_last_line_that_never_was_a_record_stays(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for line in (b"my notes on this run", b"\0" * 100, b"12"):
+        path.write_bytes(HEADER + b'{"number": 1}\n' + line)
+        with pytest.raises(ValueError, match=r"a\.jsonl': line 3 is damaged: .*; it is left as it"):
+            opened(path)
+        assert path.read_bytes() == HEADER + b'{"number": 1}\n' + line
+
+
 def test_other_settings_drop_nothing_either(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(HEADER + b'{"num')

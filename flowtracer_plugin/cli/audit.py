@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowtracer_plugin.cli.loading import load_tokenizer, load_tracer
+from flowtracer_plugin.cli.loading import load_tokenizer, load_tracer, waiting
 from flowtracer_plugin.cli.options import (
     SCORES,
     AnswerRule,
@@ -103,15 +103,16 @@ def audit(
 
     flowtracer audit Qwen/Qwen3-0.6B questions.jsonl --reward math_answer --parameters layers.20
     """
-    tokenizer = load_tokenizer(model, loading)
-    from flowtracer_plugin.audit.policy_gradient import check_memory, named_parameters
-    from flowtracer_plugin.audit.results_file import FORMAT, VERSION, AuditFile
-    from flowtracer_plugin.audit.run import AuditOptions, audit as audited
-    from flowtracer_plugin.audit.summary import summarise_audit
-    from flowtracer_plugin.audit.verdict import document
-    from flowtracer_plugin.rewards.named import named_reward
+    with waiting("importing PyTorch and transformers"):
+        from flowtracer_plugin.audit.policy_gradient import check_memory, named_parameters
+        from flowtracer_plugin.audit.results_file import FORMAT, VERSION, AuditFile
+        from flowtracer_plugin.audit.run import AuditOptions, audit as audited
+        from flowtracer_plugin.audit.summary import summarise_audit
+        from flowtracer_plugin.audit.verdict import document
+        from flowtracer_plugin.rewards.named import named_reward
 
     check_records(results.output, FORMAT, VERSION)
+    tokenizer = load_tokenizer(model, loading)
     scorers = _scorers(credit)
     options = AuditOptions(
         batches=credit.batches,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flowtracer_plugin.cli.loading import load_tokenizer, load_tracer
+from flowtracer_plugin.cli.loading import load_tokenizer, load_tracer, waiting
 from flowtracer_plugin.cli.options import (
     SCORES,
     AnswerRule,
@@ -122,12 +122,13 @@ def evaluate(
     flowtracer evaluate Qwen/Qwen3-0.6B questions.jsonl --limit 50 --output results.jsonl
     """
     check_separate([results.output, html], [Path(data.data)])
-    tokenizer = load_tokenizer(model, loading)
-    from flowtracer_plugin.evaluation.outcomes import Evaluation
-    from flowtracer_plugin.evaluation.protocols import EvaluationSettings
-    from flowtracer_plugin.evaluation.run import FORMAT, VERSION, plain_settings
+    with waiting("importing PyTorch and transformers"):
+        from flowtracer_plugin.evaluation.outcomes import Evaluation
+        from flowtracer_plugin.evaluation.protocols import EvaluationSettings
+        from flowtracer_plugin.evaluation.run import FORMAT, VERSION, plain_settings
 
     check_records(results.output, FORMAT, VERSION)
+    tokenizer = load_tokenizer(model, loading)
     options = _options(chosen)
     protocols, scores = _protocols(chosen.protocols), _scores(chosen, options.matched)
     examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)

@@ -69,16 +69,21 @@ def working_dtype(array: Any) -> str:
     raise TypeError(f"attention must hold real numbers of at most 64 bits, got dtype {name}")
 
 
-def check_readable(name: str, array: Any, *, sparse: bool = False) -> None:
+def check_readable(name: str, array: Any, *, sparse: bool = False, axes: int = 64) -> None:
     """Refuse an array that does not hold a number at every place; `sparse` tensors may be allowed.
+
+    Lists may be nested as deeply as numpy's arrays have `axes`.
 
     Raises:
         TypeError: It is masked, nested, sparse or on the meta device, or a list that holds such
             arrays.
+        ValueError: It is a list that is nested too deeply, such as one that holds itself.
     """
     if isinstance(array, list | tuple):
+        if not axes:
+            raise ValueError(f"{name} must be a list of numbers, found lists nested too deeply")
         for one in array:
-            check_readable(name, one)
+            check_readable(name, one, axes=axes - 1)
         return
     found = _unreadable(name, array, sparse=sparse)
     if found is not None:
@@ -124,6 +129,8 @@ def mask_on_host(name: str, mask: Any) -> np.ndarray:
     except (TypeError, RuntimeError) as error:
         raise TypeError(f"{name} must be a list or an array of booleans: {error}") from error
     if array.dtype.kind == "O":
-        odd = next((one for one in array.flat if one not in (0, 1)), None)
-        raise TypeError(f"{name} must hold booleans, or 0 and 1, got {odd!r:.80}")
+        whole = int, np.integer, np.bool
+        odd = [one for one in array.flat if not isinstance(one, whole) or one not in (0, 1)]
+        found = f"{odd[0]!r:.80}" if odd else "dtype object"
+        raise TypeError(f"{name} must hold booleans, or 0 and 1, got {found}")
     return array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -56,9 +56,10 @@ def read_mask(name: str, mask: Any, beside: Any, shape: tuple[int, ...]) -> Any:
         mask = mask_on_host(name, mask)
     elif str(getattr(mask, "device", "unknown")) != device:
         found = getattr(mask, "device", type(mask).__name__)
+        remedy = "move it there first" if hasattr(mask, "device") else "pass a list of booleans"
         raise ValueError(
             f"{name} must be a list, or an array on {device} like the attention, got {found}; "
-            "move it there first"
+            f"{remedy}"
         )
     check_readable(name, mask)
     if tuple(mask.shape) != shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,6 +20,9 @@ from flowtracer_plugin.text.spans import decode_tokens
 from flowtracer_plugin.trace.troubles import Troubles
 
 HUBS = 10
+
+_NAME = re.compile(r"step_\d{6,}\.html")
+"""The names of the pages; other files in their folder are left alone."""
 
 
 class GroupPages:
@@ -125,7 +129,8 @@ class GroupPages:
         write_index(self.folder)
 
     def _drop_oldest(self, newest: Path) -> None:
-        pages = set(self.folder.glob("step_*.html")) - {newest}
+        named = (page for page in self.folder.iterdir() if _NAME.fullmatch(page.name))
+        pages = {page for page in named if page.is_file()} - {newest}
         size = newest.stat().st_size
         for page in sorted(pages, key=lambda page: page.stat().st_mtime, reverse=True):
             size += page.stat().st_size

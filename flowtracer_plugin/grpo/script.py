@@ -108,6 +108,8 @@ def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> Ar
 
 def _check_config(arguments: Sequence[str]) -> None:
     """Check the file of `--config`, whose damages TRL's parser reports without its name."""
+    if any(argument.startswith("--config=") for argument in arguments):
+        raise ValueError("--config takes its file as the next argument: --config FILE.yaml")
     if "--config" not in arguments[:-1]:
         if "--config" in arguments:
             raise ValueError("--config needs a file of YAML after it")

@@ -151,7 +151,7 @@ def _read(path: Path, kind: type[Trace]) -> tuple[Trace, bool]:
     with safe_open(path, framework="numpy") as file:
         metadata: dict[str, str] = file.metadata() or {}
         streamed = _check_metadata(metadata)
-        header: _Header = typed(_Header, _plain_header(metadata["trace"]), "its header")
+        header = _read_header(metadata["trace"])
         # Nothing is loaded before its size is known to be right: a few bytes can claim any length.
         _check_arrays(file, _streamed_arrays(header, file) if streamed else _dense_arrays(header))
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -161,6 +161,8 @@ def _read(path: Path, kind: type[Trace]) -> tuple[Trace, bool]:
             "it is damaged: its checksum is not that of its content; trace the text again, or get "
             "the whole file"
         )
+    if held is None:
+        _check_numbers(arrays)
     return _assemble(header, arrays, kind), held is not None
 
 
@@ -169,7 +171,7 @@ def _check_metadata(metadata: Mapping[str, str]) -> bool:
     if metadata.get("format") != FORMAT:
         raise ValueError("wanted a file that FlowTrace.save() wrote; this one is something else")
     version = metadata.get("version", "")
-    if version.isdecimal() and int(version) > VERSION:
+    if version.isdecimal() and version.isascii() and len(version) < 10 and int(version) > VERSION:
         raise ValueError(
             f"it has format version {version}, but this flowtracer-plugin reads versions up to "
             f"{VERSION}; upgrade flowtracer-plugin"
@@ -186,11 +188,14 @@ def _check_metadata(metadata: Mapping[str, str]) -> bool:
     return version == "3"
 
 
-def _plain_header(text: str) -> Any:
+def _read_header(text: str) -> _Header:
     try:
-        return parsed(text)
+        header: _Header = typed(_Header, parsed(text), "it")
     except ValueError as error:
-        raise ValueError(f"its header is damaged: {error}") from error
+        raise ValueError(
+            f"its header is damaged: {error}; trace the text again, or get the whole file"
+        ) from error
+    return header
 
 
 def _dense_arrays(header: _Header) -> _Shapes:
@@ -231,6 +236,22 @@ def _check_arrays(file: Any, wanted: _Shapes) -> None:
                 f"its header and its arrays differ: wanted {name} of the shape {list(shape)} in "
                 f"{' or '.join(dtypes)}, found {held.get_shape()} in {held.get_dtype()}; trace the "
                 "text again"
+            )
+
+
+def _check_numbers(arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuse numbers that no trace has, which a file without a checksum may hold."""
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and array.size:
+            if not (array.min() >= 0 and array.max() < np.inf):  # nan fails both
+                raise ValueError(
+                    f"it is damaged: wanted finite numbers of at least 0 in {name}, found others; "
+                    "trace the text again, or get the whole file"
+                )
+        elif name in _MASKS and not (array.any() and array.view(np.uint8).max() == 1):
+            raise ValueError(
+                f"it is damaged: wanted 0 and 1 in {name}, with a 1 for at least one token, found "
+                "something else; trace the text again, or get the whole file"
             )
 
 

@@ -237,7 +237,7 @@ def _name_of(outcome: Any) -> str:
 
 def _refuse_images(prompts: Sequence[Any]) -> None:
     messages = (m for prompt in prompts if not isinstance(prompt, str) for m in prompt)
-    contents = (message.get("content") for message in messages)
+    contents = (message.get("content") for message in messages if isinstance(message, Mapping))
     if not all(content is None or is_text(content) for content in contents):
         raise NotImplementedError(
             "FlowReward reads text only, and a prompt holds something else; train on text, or "
@@ -252,14 +252,20 @@ def completion_text(completion: Any) -> str | None:
     """
     if isinstance(completion, str):
         return completion
-    if len(completion) != 1 or not is_text(completion[0].get("content")):
+    message = _only_message(completion)
+    if message is None or not is_text(message.get("content")):
         return None
-    return content_text(completion[0]["content"])
+    return content_text(message["content"])
+
+
+def _only_message(completion: Any) -> Mapping[str, Any] | None:
+    messages = list(completion) if isinstance(completion, list | tuple) else []
+    return messages[0] if len(messages) == 1 and isinstance(messages[0], Mapping) else None
 
 
 def _only_text(completion: Any) -> str:
-    text = completion_text(completion)
-    if text is None and len(completion) == 1 and completion[0].get("content") is None:
+    text, message = completion_text(completion), _only_message(completion)
+    if text is None and message is not None and message.get("content") is None:
         return ""  # it only calls tools
     if text is None:
         raise ValueError(

@@ -189,11 +189,15 @@ def as_prompt(value: Any, template: str | None, system: str | None, chat: bool) 
             and there is a template or system message.
     """
     if not isinstance(value, str):
-        if template is not None or system is not None or not isinstance(value, list):
+        if not isinstance(value, list):
+            raise ValueError(
+                f"wanted a text or a list of chat messages as each prompt, found {value!r:.80} in "
+                "a row; leave that row out, or name another --prompt_column"
+            )
+        if template is not None or system is not None:
             raise ValueError(
                 "--prompt_template and --system_prompt are for prompts that are texts, and one is "
-                f"{value!r}; leave them out for chat messages, and name another --prompt_column "
-                "for anything else"
+                f"{value!r:.80}; leave them out for chat messages"
             )
         return value
     # Not str.format, which would interpret the braces of \boxed{}.

@@ -82,22 +82,34 @@ def encode_prompt(
         return str(tokenizer.apply_chat_template(messages, **options))
 
     try:
-        text = rendered(messages)
-    except (TemplateError, TypeError):
-        # A few templates need content in every message, even in one that only calls tools.
-        if all("content" in message for message in messages):
-            raise
-        text = rendered([{"content": "", **message} for message in messages])
+        try:
+            text = rendered(messages)
+        except (TemplateError, TypeError):
+            # A few templates need content in every message, even in one that only calls tools.
+            if all("content" in message for message in messages):
+                raise
+            text = rendered([{"content": "", **message} for message in messages])
+    except TypeError as error:
+        raise ValueError(
+            f"the tokenizer's chat template cannot take these messages ({error}); pass texts as "
+            "their content, or the whole prompt as a string"
+        ) from error
     return _ids(tokenizer, text, add_special_tokens=False), text
 
 
-def _message(given: Mapping[str, Any]) -> dict[str, Any]:
+def _message(given: Any) -> dict[str, Any]:
     """A chat message without missing parts, which tables hold as None, and with its text joined."""
-    message = {key: value for key, value in given.items() if value is not None}
+    held = given.items() if isinstance(given, Mapping) else ()
+    message = {key: value for key, value in held if value is not None}
     if "role" not in message or not message.keys() & {"content", "tool_calls", "function_call"}:
         raise ValueError(
-            f"a chat message needs 'role' and 'content', got {given!r}; only one that calls tools "
-            "needs no content"
+            f"a chat message needs 'role' and 'content', got {given!r:.200}; only one that calls "
+            "tools needs no content"
+        )
+    if not _is_content(message.get("content", "")):
+        raise ValueError(
+            "the content of a chat message must be a text or a list of parts, and each part of "
+            f"text needs 'text', got {message['content']!r:.200}"
         )
     if is_text(message.get("content")):  # few chat templates accept text parts
         message["content"] = content_text(message["content"])
@@ -143,11 +155,27 @@ def user_text(prompt: Prompt) -> str | None:
     return content_text(content) if is_text(content) else None
 
 
+def _is_content(content: Any) -> bool:
+    """Whether a chat template may know what to do with the content of a message."""
+    return isinstance(content, str) or (
+        isinstance(content, list)
+        and all(
+            isinstance(part, Mapping) and (part.get("type") != "text" or is_text([part]))
+            for part in content
+        )
+    )
+
+
 def is_text(content: Any) -> bool:
     """Whether the content of a chat message is a text, or a list of only text parts."""
     return isinstance(content, str) or (
         isinstance(content, list)
-        and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content)
+        and all(
+            isinstance(part, Mapping)
+            and part.get("type") == "text"
+            and isinstance(part.get("text"), str)
+            for part in content
+        )
     )
 
 

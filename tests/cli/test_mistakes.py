@@ -161,19 +161,13 @@ def test_what_a_command_reads_is_never_replaced(flowtracer, saved, tmp_path):
     assert data.read_text() == '{"prompt": "2 + 2?"}\n'
 
 
-def test_foreign_results_are_refused_before_the_model_is_loaded(
-    flowtracer, plain_model, tmp_path, monkeypatch
-):
-    def refuse(*parts, **options):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(loading, "load_model", refuse)
+def test_foreign_results_are_refused_before_the_model_is_sought(flowtracer, tmp_path):
     data, notes = tmp_path / "data.jsonl", tmp_path / "notes.txt"
     data.write_text('{"prompt": "2 + 2?", "answer": "4"}\n')
     for content in (b"my only notes", b"first line\nlast", b"\0" * 99):
         notes.write_bytes(content)
         for command in ("evaluate", "audit"):
-            ran = flowtracer(command, plain_model, data, "--output", notes)
+            ran = flowtracer(command, "nowhere", data, "--output", notes)
             assert_failed(ran, 1, "cannot go on with", "notes.txt", "write to another file")
             assert notes.read_bytes() == content
 

@@ -5,6 +5,7 @@ import sys
 import warnings
 
 import numpy as np
+import pandas
 import pytest
 import scipy.sparse
 import torch
@@ -223,6 +224,10 @@ def nested(layout):
         return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
 
 
+HOLDS_ITSELF: list[object] = []
+HOLDS_ITSELF.append(HOLDS_ITSELF)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["question", "answer"])
 @pytest.mark.parametrize(
@@ -234,7 +239,14 @@ def nested(layout):
         ([2, 0, 0], ValueError, "must hold booleans, or 0 and 1, got 2"),
         ([1, -1, 0], ValueError, "must hold booleans, or 0 and 1, got -1"),
         ([0, 0, 0], ValueError, "must mark at least one token, got none"),
-        ("100", ValueError, "must be a list, or an array on cpu like the attention, got str"),
+        ("100", ValueError, "must be a list, or an array on cpu .*, got str; pass a list"),
+        (HOLDS_ITSELF, ValueError, "must be a list of numbers, found lists nested too deeply"),
+        (
+            np.array([0, 0, 1], object),
+            TypeError,
+            "must hold booleans, or 0 and 1, got dtype object",
+        ),
+        ([pandas.NA, 0, 1], TypeError, "must hold booleans, or 0 and 1, got <NA>"),
         (
             torch.ones(3, device="meta"),
             ValueError,

@@ -149,6 +149,8 @@ def test_a_damaged_file_of_options_is_named(tmp_path, content):
 def test_a_file_of_options_must_be_named():
     with pytest.raises(ValueError, match="--config needs a file of YAML after it"):
         parse(["--config"])
+    with pytest.raises(ValueError, match=r"--config takes its file as the next argument: --config"):
+        parse(["--config=run.yaml"])
 
 
 def test_an_output_folder_is_tried_before_anything_is_loaded(tmp_path):

@@ -229,3 +229,15 @@ def test_every_error_of_a_page_is_caught(policy, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(pages, "write_group_page", failing)
     build(FlowGRPOTrainer, policy, tmp_path, max_steps=3, flow_page_steps=1).train()
     assert caplog.text.count("could not be written") == 1
+
+
+def test_foreign_files_among_the_pages_stay_and_hinder_nothing(policy, tmp_path, caplog):
+    folder = tmp_path / "out" / "flow"
+    (folder / "step_folder.html").mkdir(parents=True)
+    (folder / "step_gone.html").symlink_to(tmp_path / "nowhere")
+    (folder / "step_notes.html").write_text("mine")
+    build(FlowGRPOTrainer, policy, tmp_path, flow_page_steps=1, flow_page_limit_mb=1e-6).train()
+    assert "could not be written" not in caplog.text
+    assert (folder / "step_notes.html").read_text() == "mine"
+    assert sorted(page.name for page in folder.glob("step_0*")) == ["step_000001.html"]
+    assert (folder / "index.html").is_file()

@@ -445,6 +445,8 @@ def test_damaged_pages_are_left_out_and_named_in_the_log(group, tmp_path, caplog
         *({"step": step} for step in ("1", None, 1.5, [1], True, 10**400)),
         *({"best": reward} for reward in ("1", [1], float("nan"), float("inf"))),
         *({"spread": spread} for spread in (None, "0.5", {})),
+        *({name: 1e308} for name in ("best", "mean", "spread") * 2),  # their sums are infinite
+        {"worst": -1e308},
         *({name: 3} for name in ("title", "prompt")),
         *({name: "3"} for name in ("completions", "answers")),
         {"unheard_of": 1},

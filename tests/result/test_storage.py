@@ -405,7 +405,8 @@ def test_a_header_of_other_types_is_refused(kind, trace, streamed, tmp_path):
     whole = {"dense": trace, "streamed": streamed}[kind]
     for changes in [*OTHER_TYPES, {"paths": None}][: None if kind == "streamed" else -1]:
         path = unsigned(whole, tmp_path / "a.flow", **changes)
-        with pytest.raises(ValueError, match=r"cannot read .*a\.flow' as a trace: "):
+        damage = r"cannot read .*a\.flow' as a trace: its header.*; trace the text again"
+        with pytest.raises(ValueError, match=damage):
             load(path)
 
 
@@ -414,6 +415,28 @@ def test_a_deep_header_is_refused(trace, tmp_path):
         path = rewritten(trace, tmp_path / "a.flow", lambda *_, deep=deep: deep)
         with pytest.raises(ValueError, match=r"its header is damaged: .* nested too deeply"):
             load(path)
+
+
+def test_numbers_that_no_trace_has_are_refused_without_a_checksum(trace, streamed, tmp_path):
+    path, ones = tmp_path / "a.flow", np.ones(8, np.float32)
+    for held, name, values in (
+        (trace, "attention", trace.attention[np.tril_indices(3)] * np.nan),
+        (trace, "reach", trace.reach * np.nan),
+        (trace, "throughput", np.full(3, np.inf, np.float32)),
+        (trace, "throughput", np.full(3, -1, np.float64)),
+        (streamed, "prompt_inflow", ones * np.nan),
+        (streamed, "source", -ones),
+        (trace, "answer", np.zeros(3, bool)),
+        (trace, "target", np.full(3, 2, np.uint8).view(bool)),
+    ):
+        with pytest.raises(ValueError, match=rf"it is damaged: wanted .* in {name}, .*found"):
+            load(unsigned(held, path, {name: values}))
+
+
+def test_a_version_of_thousands_of_digits_is_damage(trace, tmp_path):
+    path = rewritten(trace, tmp_path / "a.flow", lambda meta, _: meta.update(version="9" * 5000))
+    with pytest.raises(ValueError, match="it is damaged: wanted format"):
+        load(path)
 
 
 def test_a_streamed_trace_of_an_earlier_version_is_read(streamed, tmp_path):

@@ -142,6 +142,13 @@ def test_messages_that_only_call_tools_are_read(content, ids):
     assert rewards.math_answer(completions, ["4", "4"]) == [1.0, 0.0]
 
 
+def test_what_is_no_message_is_no_answer(tracer):
+    strange = [["a"], [None], {"role": "assistant", "content": "7"}, None, [{"content": [None]}]]
+    assert rewards.math_answer(strange, ["7"] * 5) == [0.0] * 5
+    with pytest.raises(ValueError, match="a completion must be text or one message of text"):
+        FlowReward(tracer)(["How many?"], [["a"]])
+
+
 def slow_concentration(flow):
     """1 - perplexity / length of the flow over the tokens before the answer."""
     total = sum(flow)

@@ -179,7 +179,7 @@ def test_a_stream_gets_prompts(data):
         ({"answer_column": "ans"}, "no column 'ans', which --answer_column names; they have 'ques"),
         ({"template": "boxd"}, "must be hash, boxed or a text with {prompt} .* got 'boxd'"),
         ({"system": "Be kind."}, "--system_prompt needs chat messages"),
-        ({"prompt_column": "n"}, "for prompts that are texts, and one is 5"),
+        ({"prompt_column": "n"}, "wanted a text or a list .* as each prompt, found 5 in a row"),
         ({"prompt_column": "said", "template": "boxed"}, "leave them out for chat messages"),
     ],
 )

@@ -1,3 +1,5 @@
+import inspect
+
 import pytest
 from jinja2 import TemplateError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -162,6 +164,31 @@ def test_a_template_may_need_content_in_every_message():
 def test_a_message_without_role_or_anything_said_is_refused(chat, message):
     with pytest.raises(ValueError, match=r"needs 'role' and 'content', got \{.*\}; only"):
         encode_prompt(chat, [message])
+
+
+@pytest.mark.parametrize("message", ["a", None, ["role", "content"]])
+def test_a_message_that_is_none_is_refused(chat, message):
+    encode = inspect.unwrap(encode_prompt)  # the tests' type checker would refuse it first
+    with pytest.raises(ValueError, match="a chat message needs 'role' and 'content', got "):
+        encode(chat, [message])
+    with pytest.raises(ValueError, match="a chat message needs 'role' and 'content', got 'role'"):
+        encode(chat, MESSAGES[0])
+
+
+@pytest.mark.parametrize(
+    "content", [5, {"a": 1}, ["a"], [None], [{"type": "text"}], [{"type": "text", "text": None}]]
+)
+def test_content_of_another_kind_is_refused(chat, content):
+    with pytest.raises(ValueError, match="must be a text or a list of parts, and each part of"):
+        encode_prompt(chat, [{"role": "user", "content": content}])
+
+
+def test_a_template_that_cannot_take_parts_is_named():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ';' }}{% endfor %}"
+    parts = [{"type": "image"}, {"type": "text", "text": "a"}]
+    with pytest.raises(ValueError, match=r"template cannot take these messages .*; pass texts"):
+        encode_prompt(tokenizer, [{"role": "user", "content": parts}])
 
 
 def test_the_users_words_are_none_where_they_are_not_only_text():

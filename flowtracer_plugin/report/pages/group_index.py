@@ -22,6 +22,9 @@ _SUMMARY = re.compile(rb'<script type="application/json" id="summary">(.*?)</scr
 _HEAD = 16_384
 """The bytes of a page that are searched for its summary, which comes before the styles."""
 
+_LARGEST = 1e100
+"""Numbers of a page stay below it, so that their sums and differences are finite."""
+
 TREND_WIDTH, TREND_HEIGHT = 1000, 100
 
 
@@ -88,6 +91,9 @@ def _read(path: Path) -> GroupSummary | None:
         if found is None:
             return None
         summary: GroupSummary = typed(GroupSummary, parsed(found[1]), "its summary")
+        numbers = (summary.best, summary.mean, summary.worst, summary.spread)
+        if any(abs(number or 0) > _LARGEST for number in numbers):
+            raise ValueError(f"its rewards must be numbers of at most {_LARGEST:g}")
     except (OSError, ValueError) as error:
         logger.warning("the list of pages leaves out %r: %s", str(path), error)
         return None
