@@ -226,18 +226,21 @@ def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Non
 
     Raises:
         ValueError: It knows tokens that the model does not embed, or fewer than 90 % of those that
-            the model embeds.
+            the model embeds, and not because these are padded to a multiple of 64.
     """
     known, embedded = len(tokenizer), vocabulary_size(model)
     # Embeddings are often padded beyond the tokenizer, by at most a few per cent. A tokenizer's
     # image token may lie beyond the embeddings of a text-only model (Gemma 3).
-    if known < 0.9 * embedded or tokenizer.vocab_size > embedded:
+    padded = -(-known // _PADDING) * _PADDING
+    if known < 0.9 * embedded > 0.9 * padded or tokenizer.vocab_size > embedded:
         raise ValueError(
             f"the tokenizer knows {known} tokens and the model embeds {embedded}: they do not "
             "belong together; load both from the same path (wrap(..., verify=False) takes them as "
             "they are)"
         )
 
+
+_PADDING = 64  # the multiple to which embeddings are often padded, which shows in small models
 
 _in_evaluation: WeakKeyDictionary[nn.Module, list[list[nn.Module]]] = WeakKeyDictionary()
 _modes = Lock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 
 from flowtracer_plugin.text.finders import FINDERS, Finder, found_in_parts
 from flowtracer_plugin.text.thinking import visible_parts
@@ -83,17 +84,31 @@ def _matches(text: str, finder: AnswerFinder, in_thinking: bool) -> Iterator[tup
 def same_answer(one: str | None, other: str | None) -> bool:
     """Whether two answers are equal apart from spaces, case, commas, and the signs around them.
 
+    Numbers are equal if their values are.
+
     Example:
-        >>> same_answer("$1,000.", "1000"), same_answer(None, "0")
+        >>> same_answer("$1,000.", "1e3"), same_answer(None, "0")
         (True, False)
     """
-    return _plain(one) == _plain(other)
+    plain = _plain(one), _plain(other)
+    if plain[0] == plain[1] or None in plain:
+        return plain[0] == plain[1]
+    values = [_value(answer or "") for answer in plain]
+    return values[0] is not None and values[0] == values[1]
 
 
 def _plain(answer: str | None) -> str | None:
     if answer is None:
         return None
     return "".join(answer.split()).strip("$.").replace(",", "").casefold()
+
+
+def _value(answer: str) -> Decimal | None:
+    try:
+        value = Decimal(answer.replace("\N{MINUS SIGN}", "-"))
+    except InvalidOperation:
+        return None
+    return value if value.is_finite() else None
 
 
 def finder_name(finder: AnswerFinder) -> str:

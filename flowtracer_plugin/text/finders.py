@@ -134,7 +134,7 @@ def _hash(text: str) -> Span | None:
     stated_later = False
     for line in reversed(list(_HASH.finditer(text))[-LAST:]):
         span = _trimmed(text, *line.span(1))
-        value = value_in(text, *span, assigned=True) if span else None
+        value = value_in(text, *span) if span else None
         if span is None or value is None:
             continue
         inside, rest = text[slice(*span)], text[line.end() :].strip("# \n\t")

@@ -152,6 +152,10 @@ def test_the_rest_is_written_without_looking_at_what_is_hidden(reasoner):
 def test_answers_are_compared_by_what_they_say():
     assert same_answer(" $1,200. ", "1200")
     assert same_answer("Yes", "yes")
+    assert same_answer("1.5e3", "1500")
+    assert same_answer("\N{MINUS SIGN}7.0", "-7")
+    assert not same_answer("nan", "inf")
+    assert not same_answer("1e999999999", "1")
     assert same_answer(None, None)
     assert not same_answer(None, "none")
     assert not same_answer("12", "120")
