@@ -11,12 +11,13 @@ from flowtracer_plugin.text.values import BLOCK, Span, has_words, is_quantity, v
 LAST = 50  # matches of a pattern that are looked at, from the end
 
 _LEADS = re.compile(
-    r"(?:[\s:：=>*_#}]|[-•](?=\s)|"
+    r"(?:</?\w{1,9}>|[\s:：=>*_#}]|[-•](?=\s)|"
     r"(?:therefore|thus|hence|then|now|donc|also|simply|just|going to be)\b,?){0,40}",
     re.IGNORECASE,
 )
 _BLOCK_OPENS = re.compile(r"(?P<long>\\\[|\$\$|```|~~~|\\begin\{)|\*\*|`|\\\(|\$|[\"“「]")
 _FIRST_STEP = re.compile(r"(?:1|Step 1)[.):]\s\S")
+_CALCULATION = re.compile(r"[\d\s.+*/×÷()-]{1,80},? which\s")
 _NOT_BUT = re.compile(r"not\s[^.\n]{1,60}?,?\sbut\s(?:rather )?", re.IGNORECASE)
 
 
@@ -67,7 +68,7 @@ def _value_after(text: str, start: int, limit: int, *, weak: bool) -> Span | Non
     if not block:
         if NO_ANSWER.match(text, begin, end):
             return None
-        if DESCRIPTION.match(text, begin, end):
+        if DESCRIPTION.match(text, begin, end) or _CALCULATION.match(text, begin, end):
             named = NAMELY.search(text, begin, end)
             if not named:
                 return None
