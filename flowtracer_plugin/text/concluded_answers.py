@@ -30,7 +30,7 @@ _PREDICATE = re.compile(
 )
 _LEADING = re.compile(
     r"[\s*_(\[]{0,9}(?:(?P<option>[A-J](?:(?=[)\]])|(?=[.:][\s*]))"
-    r"|(?-i:[A-J])(?=[*_]{0,3}(?: [-–—] |\n|\s{0,9}\Z)))"
+    r"|(?-i:[A-HJ])(?=[*_]{0,3}(?: [-–—] |\n|\s{0,9}\Z)))"
     r"|(?P<word>yes|no|true|false)[*]{0,2}(?:[,.!;]|\Z)(?![^\n]{0,400}\n))",
     re.IGNORECASE,
 )

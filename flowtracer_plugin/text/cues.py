@@ -54,7 +54,7 @@ _WEAK = _any(
     r"\A[\s*_]{0,9}(?:option|choice)\s",
     r"^[\s*_]{0,9}(?:my |final )?(?:choice|selection|selected|verdict|prediction)"
     rf"{_MARKS}{_COLON}",
-    r"\b(?:final |end |overall )?(?:result|solution(?:s| set)?(?: (?:to|of) [^.!?\n:=]{1,40}?)?"
+    r"\b(?:final |end |overall )?(?:result|solution(?:s| set)?(?: (?:to|of) [^.!?\n:]{1,40}?)?"
     r"|outcome|output)\s?[*_]{0,3}"
     rf"(?:{_COLON}|\b{_IS}(?!\w))",
     r"\b(?:correct|right|best)\s(?:option|choice|alternative|letter|statement)\b"

@@ -6,7 +6,7 @@ import re
 
 from flowtracer_plugin.text.cues import CHOSEN, CUE, DESCRIPTION, NAMELY, NO_ANSWER, WRONG
 from flowtracer_plugin.text.sentences import SENTENCE, sentence_end
-from flowtracer_plugin.text.values import BLOCK, Span, has_words, is_quantity, value_in
+from flowtracer_plugin.text.values import BLOCK, JOINT, Span, has_words, is_quantity, value_in
 
 LAST = 50  # matches of a pattern that are looked at, from the end
 
@@ -81,4 +81,4 @@ def _value_after(text: str, start: int, limit: int, *, weak: bool) -> Span | Non
 
 
 def _is_value(said: str) -> bool:
-    return len(said) == 1 or is_quantity(said) or not has_words(said)
+    return len(said) == 1 or is_quantity(said) or not has_words(JOINT.sub("", said))

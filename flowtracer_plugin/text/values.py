@@ -20,6 +20,7 @@ _OPENERS = {
     r"\(": r"\)",
     "`": "`",
     '"': '"',
+    "'": "'",
     "“": "”",
     "‘": "’",
     "「": "」",
@@ -30,7 +31,7 @@ _OPENERS = {
 _OPENER = re.compile(
     r"(?P<fence>(?:```|~~~)(?:[\w+-]{0,20}[ \t]{0,9}\n)?)"
     r"|\\begin\{(?P<env>\w{1,20}\*?)\}(?:\{[^{}\n]{0,20}\})?"
-    r"|(?P<pair>\*{1,3}|__?|\$\$?|\\\[|\\\(|`|[\"“‘「『«„])"
+    r"|(?P<pair>\*{1,3}|__?|\$\$?|\\\[|\\\(|`|[\"“‘「『«„]|'(?=[^'\n]{1,80}'(?:\W|\Z)))"
 )
 _WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|rm|it|sf|tt|bb)|mbox|bm|boldsymbol|emph)\s?\{"
@@ -42,7 +43,7 @@ _HEDGES = (
 )
 _HTML = r"</?(?:b|strong|i|em|u|p|br|span|code|center|h\d)\s?/?>"
 _BEFORE = re.compile(
-    rf"(?:{_HTML}|[\s:：=>,，、]|[-•](?=\s)|[€£₹¥₩]|\\\$"
+    rf"(?:{_HTML}|[\s:：=>,，、]|[-•](?=\s)|[€£₹¥₩]|\\\$|→"
     r"|\\(?:displaystyle|therefore|implies|Rightarrow)\b|\\[,;! ]|\\quad\b|&|[≈≃~]"
     rf"|\\approx\b|\\sim\b|(?:{_HEDGES})(?![\w-])\s?)",
     re.IGNORECASE,
@@ -65,7 +66,7 @@ _COMMENT = (
 )
 _CLAUSE = re.compile(
     rf"\s{{0,2}}[,，;；(（—–]?\s{{0,2}}(?:(?<!\\)\b(?:{_REASON})\b|因为|因為|而不是|потому)"
-    r"|\s\((?=[^()]{0,200}(?<!\\)\b[^\W\d_]{3}[^()]{0,200}\s|or\b|≈|=)"
+    r"|\s\((?!mod\b)(?=[^()]{0,200}(?<!\\)\b[^\W\d_]{3}[^()]{0,200}\s|or\b|≈|=)"
     rf"|[,，;；](?=\s(?:{_COMMENT})\b)",
     re.IGNORECASE,
 )
@@ -83,12 +84,14 @@ _MORE_OPTIONS = re.compile(
     r"\s{0,3}(?:[,，、/&]|and\b|or\b|und\b|和)\s{0,3}(?:and\s)?\*{0,2}[(\[]?[A-J](?![\w'])"
 )
 _ITEM = r"(?:\$[^\s$][^$\n]{0,80}\$|\\\([^()\n]{1,80}\\\)|\*\*[^*\n]{1,80}\*\*)(?!\d)"
-_LISTED = re.compile(rf"{_ITEM}(?:(?:,|,? (?:and|or)) {_ITEM}){{1,8}}")  # "$2$ and $3$"
-_JOINT = re.compile(r"\b(?:and|or)\b")
+_LISTED = re.compile(
+    rf"{_ITEM}(?:(?:,|,? (?:and|or)) {_ITEM}){{1,8}}(?=\W*(?:\n|\Z))"
+)  # "$2$ and $3$"
+JOINT = re.compile(r"\b(?:and|or)\b")
 _MATRIX = re.compile(
     r"\\begin\{(?P<kind>\w{0,6}matrix|array|cases)\}[\s\S]{1,1500}?\\end\{(?P=kind)\}"
 )
-_QUOTES = '"“‘「『«„'  # what stands between them is one value
+_QUOTES = "'\"“‘「『«„"  # what stands between them is one value
 BLOCK = 2_000  # characters between marks that are looked at
 
 
@@ -111,7 +114,7 @@ def _value(text: str, start: int, end: int, *, assigned: bool, whole: bool) -> S
     if block is not None:
         several = _LISTED.match(text, start, end)
         equal = several and " or " in several[0] and "=" not in several[0]  # "$1/2$ or $0.5$"
-        if several and not equal and not has_words(_JOINT.sub("", several[0])):
+        if several and not equal and not has_words(JOINT.sub("", several[0])):
             return several.span()
         inner = _value(text, *block, assigned=assigned, whole=text[start] in _QUOTES)
         if inner is not None:
@@ -160,11 +163,11 @@ def _closer(opener: re.Match[str]) -> str:
 
 def _cut(text: str, start: int, end: int) -> int:
     """Where the value ends: before a reason, a remark, or the end of marks opened earlier."""
-    clause = _CLAUSE.search(text, start + 1, end)
-    end = clause.start() if clause else end
     for mark in ("**", "__", "`", "$$", r"\]", r"\)"):
         if text.count(mark, start, end) % 2:
-            end = text.rfind(mark, start, end)
+            end = text.find(mark, start, end)
+    clause = _CLAUSE.search(text, start + 1, end)
+    end = clause.start() if clause else end
     aside = _ASIDE.search(text, max(start + 1, end - 80), end)
     if aside and (
         text[aside.start() - 1].isalpha() or NUMBER.fullmatch(text, start, aside.start())
@@ -177,7 +180,9 @@ def _cut(text: str, start: int, end: int) -> int:
     return end
 
 
-_ASIDE = re.compile(r"(?:\s\((?!(?:p?mod|base)\b)[^()]{1,70}\)|（[^（）]{1,70}）)\W*$")
+_ASIDE = re.compile(
+    r"(?:\s\((?!(?:p?mod|base)\b|[a-z]\s?[-+^*/]|\\)[^()]{1,70}\)|（[^（）]{1,70}）)\W*$"
+)
 _AFTER_NUMBER = re.compile(
     r"(?:[ \t]?[^\W\d]{1,30}(?:[ \t][^\W\d]{1,30}){0,2})?(?P<rest>[,;，；] ?[^\W\d]{2})"
 )
