@@ -66,12 +66,12 @@ _COMMA = re.compile(r"(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))")
 _REPEATED = re.compile(r"(\d*\.\d*)(?:\\(?:overline|bar|dot)\{?(\d+)\}?|\((\d+)\))")
 _DOTTED = re.compile(r"(\d*\.\d*?)(\d{1,9}?)(?=(\2+)\.\.\.)\3\.\.\.")
 _POWER = re.compile(
-    r"(?:(?P<mantissa>.+?)\s*(?:\\cdot|[xX])\s*)?10\s*\^\s*(?:\{\s*(?P<braced>[-+]?\d+)\s*\}|"
+    r"(?:(?P<mantissa>.{1,60}?)\s?(?:\\cdot|[xX])\s?)?10\s?\^\s?(?:\{\s?(?P<braced>[-+]?\d+)\s?\}|"
     r"(?P<bare>[-+]?\d+)|\((?P<round>[-+]?\d+)\))"
 )
 _EXPONENT = re.compile(rf"(?P<mantissa>{_POINT})[eE](?P<power>[-+]?\d+)")
 _FRACTION = re.compile(r"\\frac\{\s*([-+]?[^{}]+)\}\{\s*([-+]?[^{}]+)\}")
-_SLASH = re.compile(r"([^/]+)/([^/]+)")
+_SLASH = re.compile(r"([^/]{1,99})/([^/]{1,99})")
 _MIXED = re.compile(r"(\d+)\s*(\\frac\{\s*\d+\s*\}\{\s*\d+\s*\}|(?<=\s)\d+\s*/\s*\d+)")
 _ORDINAL = re.compile(r"(\d+)\s*(?:\^\s*\{?\s*)?(?:st|nd|rd|th)\s*\}?")
 _SCALES = {

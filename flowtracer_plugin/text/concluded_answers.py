@@ -29,13 +29,16 @@ _PREDICATE = re.compile(
     re.IGNORECASE,
 )
 _LEADING = re.compile(
-    r"[\s*_(\[]{0,9}(?:(?P<option>[A-J])(?:[)\]]|[.:](?=[\s*]))"
+    r"[\s*_(\[]{0,9}(?:(?P<option>[A-J](?:(?=[)\]])|(?=[.:][\s*]))"
+    r"|(?-i:[A-HJ])(?=[*_]{0,3}(?: [-–—] |\n|\s{0,9}\Z)))"
     r"|(?P<word>yes|no|true|false)[*]{0,2}(?:[,.!;]|\Z)(?![^\n]{0,400}\n))",
     re.IGNORECASE,
 )
 _NAMED = re.compile(
-    r"(?:\n|\A)(?:The|This|That|My)\b[^.!?\n]{1,80}?\b(?:is|was|will be) "
+    r"(?:\n|\A|, )(?:[Tt]he|This|That|My)\b[^.!?\n]{1,80}?\b(?:is|was|will be) "
     r"([A-Z][\w'-]{1,30}(?: [A-Z][\w'-]{1,30}){0,2}|true|false|yes|no)\W{0,9}\Z"
+    r"|\b(?:is|it's) \W{0,4}([A-J]|true|false)\W{0,9}\Z"
+    r"|\b(?:has|have|is|are) (no (?:real |integer )?solutions?)\W{0,9}\Z"
 )
 _OTHER_OPTIONS = re.compile(r"\n[\s*_(\[-]{0,9}[A-J][)\].:]")
 
@@ -60,7 +63,7 @@ def concluded_answer(text: str) -> Span | None:
         return leading.span(leading.lastgroup or 0)
     named = _NAMED.search(body)
     if named and open_end:
-        return named.span(1)
+        return named.span(named.lastindex or 0)
     found = _emphasised_value(body)
     if found or len(body) == len(text.rstrip()):
         return found
@@ -81,6 +84,8 @@ def first_sentence_answer(text: str) -> Span | None:
 def formula_answer(text: str) -> Span | None:
     """The text if it is only an expression or a block, or its last formula before any number."""
     whole = text.strip()
+    if r"\boxed" in whole:  # it is empty
+        return None
     fence = whole[:3]
     if fence in ("```", "~~~") and whole.endswith(fence) and whole.count(fence) == 2:
         return value_in(text, text.index(whole), len(text))
@@ -90,7 +95,7 @@ def formula_answer(text: str) -> Span | None:
         said = text[slice(*value)] if value else ""
         if re.search(r"[(\[{^\\a-zA-Z∞]", said) and not _WITH_UNIT.match(said):
             return value
-    formulas = list(_MATH.finditer(text))
+    formulas = [match for match in _MATH.finditer(text) if r"\boxed" not in match[0]]
     if not formulas or NUMBER.search(text, formulas[-1].end()):
         return None
     return _formula_value(text, formulas[-1])
@@ -131,7 +136,10 @@ def _short_predicate(text: str, start: int, end: int) -> Span | None:
 
 def _last_value(text: str, start: int, end: int) -> Span | None:
     """The first value after the last verb that has one, or the last number."""
-    for verb in reversed(list(VERB.finditer(text, start, end))):
+    verbs = list(VERB.finditer(text, start, end))
+    for place, verb in reversed(list(enumerate(verbs))):
+        if place and verb[0].strip() == ":" and NUMBER.search(text, verbs[0].end(), verb.start()):
+            continue  # what follows "There are 7 of them:" lists them
         first = _first_value(text, verb.end(), end)
         if first:
             return first

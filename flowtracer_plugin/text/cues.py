@@ -24,16 +24,16 @@ _BEFORE_ANSWER = r"(?:the|my|our|your|this|so|thus|hence|therefore,?|and)\s{1,3}
 _LETTER = r"(?=(?:option|answer|choice)?\s?\*{0,2}\(?[A-Ja-j]\b)"
 
 _ENGLISH = _any(
-    rf"\b{_BEFORE_ANSWER}{_KIND}answer(?:\s{{1,3}}{_ABOUT})?\s{{1,3}}{_IS}(?!\w|n't)",
+    rf"\b{_BEFORE_ANSWER}{_KIND}answers?(?:\s{{1,3}}{_ABOUT})?\s{{1,3}}{_IS}(?!\w|n't)",
     r"\banswer\s{1,3}(?:is|=)(?!\w|n't)",
     r"\bans(?:wer)?\.?(?:\s(?:choice|key))?\s?(?:\([^()\n]{0,30}\))?"
-    rf"[\s*_\"”]{{0,20}}(?:{_COLON}|=)",
+    rf"[\s*_\"”]{{0,20}}(?:</\w{{1,9}}>)?(?:{_COLON}|=)(?!\s?(?:null|None|\"\"|''|\[\])\s?[,}}])",
     r"^[ \t>]{0,9}(?:#{1,6}[ \t]?)?[*_]{0,3}(?:the )?(?:final |correct )?answer"
     r"[*_]{0,3}[ \t]{0,9}\n",
     r"\A\s{0,9}A:(?=\s)",
 )
 _OTHER_LANGUAGES = _any(
-    r"(?:答案|最终结果|正解|正确选项)[\s*_】\]]{0,9}"
+    r"(?:答案|最终结果|正解|正确选项|正确的选项)[\s*_】\]]{0,9}"
     rf"(?:应该|应当|应|就|便|分别)?(?:选|是|为|為|{_COLON}|=)",
     r"【答案】",
     rf"(?:答え|正解|回答|解答){_MARKS}(?:は|{_COLON})",
@@ -45,17 +45,28 @@ _OTHER_LANGUAGES = _any(
     rf"\bresposta(?:\s(?:final|correta))?{_MARKS}(?:é\b|{_COLON})",
     rf"\brisposta(?:\s(?:finale|corretta|esatta))?{_MARKS}(?:è\b|{_COLON})",
     rf"\bответ{_MARKS}(?:{_COLON}|[—–]|равен\b)",
+    r"(?:\b(?:jawaban|cevap|yanıt|đáp án|odpowiedź|antwoord|svar|vastaus|απάντηση|jibu)"
+    r"|الإجابة|الجواب|إجابة|उत्तर|উত্তর|답변|คำตอบ|תשובה)(?: [^\s:：]{1,20}){0,2}"
+    rf"{_MARKS}{_COLON}(?=[\s*]{{0,4}}\(?[A-Ja-j]\b)",
 )
 # After these an answer stands only where it looks like a value.
 _WEAK = _any(
-    rf"\b(?:final |end |overall )?(?:result|solution|outcome|output)\s?[*_]{{0,3}}"
+    r"\A[\s*_]{0,9}(?:option|choice)\s",
+    r"^[\s*_]{0,9}(?:my |final )?(?:choice|selection|selected|verdict|prediction)"
+    rf"{_MARKS}{_COLON}",
+    r"\b(?:final |end |overall )?(?:result|solution(?:s| set)?(?: (?:to|of) [^.!?\n:]{1,40}?)?"
+    r"|outcome|output)\s?[*_]{0,3}"
     rf"(?:{_COLON}|\b{_IS}(?!\w))",
     r"\b(?:correct|right|best)\s(?:option|choice|alternative|letter|statement)\b"
     r"[^.!?\n:]{0,40}?(?:\bis\b|:)",
     rf"\b(?:choose|pick|select|go(?:ing)? with)\s{_LETTER}",
     rf"\b(?:leaves?|left with)\s(?:us with |only )?{_LETTER}",
     r"\bis (?:option|choice)\s(?=\*{0,2}\(?[A-Ja-j\d]\b)",
-    rf"(?:故|应|應|因此|所以|正确|正確|即|，)选(?:择|擇|项|項)?(?:是|为)?{_COLON}?",
+    r"\[\[(?=[A-J]\]\])",
+    r"\banswer[*_]{0,3}\s{0,3}(?:->|→|[-—–])\s",
+    r"\b(?:actually|correction|wait|sorry|rather)\b[,:]?\s(?:no, )?"
+    r"(?:it's|it is|it should be|that's|make that)\s",
+    rf"(?:故|应|應|因此|所以|正确|正確|即|题|題|我|，|^)[选選](?:择|擇|项|項)?(?:是|为)?{_COLON}?",
     rf"^\s{{0,9}}答{_COLON}",
 )
 CUE = re.compile(
@@ -64,11 +75,14 @@ CUE = re.compile(
 """Words such as "the answer is" in the group `sure`; after those in `weak`, only a value counts."""
 
 CHOSEN = re.compile(
-    r"(?:\b(?:option|choice|answer|statement)\s\*{0,2}\(?(?P<named>[A-J])\)?\*{0,2}"
-    r"|\((?P<held>[A-J])\)\*{0,2}|(?<![\w'*])\*{0,2}(?P<bare>[A-J])\*{0,2})[.:]?"
+    r"(?:\b(?:option|choice|answer|statement)\s\*{0,2}\(?(?P<named>[A-Ja-j])\)?\*{0,2}"
+    r"|\((?P<held>[A-Ja-j])\)\*{0,2}|(?<![\w'*])\*{0,2}(?P<bare>[A-J])\*{0,2})[.:]?"
     r"(?:\s[^.!?\n:,]{1,60}?)??\s(?:is|as|must be)\s(?:therefore |thus )?(?:the )?(?:only )?"
     r"(?:correct|right|best|true)\b(?!\s(?:about|that|in|when|if))"
-    r"|\bwhich is (?:option|choice|answer)\s\*{0,2}\(?(?P<last>[A-J])\b",
+    r"|\b(?:which is|match(?:es|ing)?|corresponds? to|corresponding to)\s"
+    r"(?:option|choice|answer)\s\*{0,2}\(?(?P<last>[A-J])\b"
+    r"|\b[Oo]nly (?:option|choice|answer|statement)\s\*{0,2}\(?(?P<only>[A-J])\b"
+    r"|[选選][项項]\s?\*{0,2}(?P<chinese>[A-J])\*{0,2}\s?(?:是|为|為)?(?:正确|正確|对的)",
 )
 """Options chosen afterwards: "(D) is correct", "so E is the best answer", "which is choice D"."""
 
@@ -84,7 +98,8 @@ NO_ANSWER = re.compile(
     r"(?:not|never|obtained|found|computed|calculated|determined|as follows|below|above|correct|"
     r"right|wrong|incorrect|unknown|unclear|clear|obvious|in (?:the )?form|of the form|based|going|"
     r"to be|that|what|how|why|when|because|due|still|already|supposed|required|needed|placed|"
-    r"inside|within|shown|written|we|i(?='|\s[a-z]{2})|it|you|they|as|in|on|by|from|only|always|yet|also|hidden|"
+    r"inside|within|shown|written|given(?! by)|provided|stated|expressed|"
+    r"presented|rounded|we|i(?='|\s[a-z]{2})|it|you|they|as|in|on|by|from|only|always|yet|also|hidden|"
     r"different)\b(?![.)])",
     re.IGNORECASE,
 )
@@ -142,6 +157,7 @@ REFUSAL = re.compile(
     r"\bI (?:do not|don't) know the answer|"
     r"\b(?:could|can) you (?:please )?(?:provide|upload|share|send|tell)|"
     r"\bplease (?:provide|upload|share|send)|\bcannot be (?:answered|determined)|"
+    r"\banswer[\"']\s?:\s?(?:null|None|\"\"|''|\[\])|"
     r"\bdo not have access|\bimpossible to (?:find|answer|determine|say)",
     re.IGNORECASE,
 )

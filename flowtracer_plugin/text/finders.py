@@ -11,7 +11,7 @@ from flowtracer_plugin.text.concluded_answers import (
     first_sentence_answer,
     formula_answer,
 )
-from flowtracer_plugin.text.cues import REFUSAL, RUN_ON
+from flowtracer_plugin.text.cues import REFUSAL, RUN_ON, VERB
 from flowtracer_plugin.text.numbers import NUMBER, UNSIGNED
 from flowtracer_plugin.text.stated_answers import LAST, described_answers, stated_answer
 from flowtracer_plugin.text.thinking import visible_parts
@@ -47,6 +47,9 @@ _BARE_BOX = re.compile(
 )
 
 
+_REJECTED = re.compile(r"\bnot\s\$?\\(?:boxed|fbox)\{\Z")
+
+
 def _boxed(text: str) -> Span | None:
     opened: list[re.Match[str]] = []
     closed = [match.span(match.lastgroup or 0) for match in _BARE_BOX.finditer(text)]
@@ -57,7 +60,11 @@ def _boxed(text: str) -> Span | None:
                 closed.append((opening.end(), brace.start()))
         elif brace["box"] or brace[0] == "{":
             opened.append(brace)
-    values = (_in_marks(text, *span) for span in sorted(closed, reverse=True))
+    values = (
+        _in_marks(text, *span)
+        for span in sorted(closed, reverse=True)
+        if not _REJECTED.search(text, max(0, span[0] - 20), span[0])
+    )
     return next((value for value in values if value), None)
 
 
@@ -69,25 +76,6 @@ def _in_marks(text: str, start: int, end: int) -> Span | None:
     value = value_in(text, *span)
     whole = value is not None and not has_words(text[span[0] : value[0]] + text[value[1] : span[1]])
     return value if whole else span
-
-
-_ANSWER_TAG = re.compile(
-    r"<(final_?answer|answer|output)>((?:(?!</?(?:final_?answer|answer|output)>)[\s\S])*+)</\1>",
-    re.IGNORECASE,
-)
-
-
-def _answer_tag(text: str) -> Span | None:
-    filled = last_filled(text, (match.span(2) for match in _ANSWER_TAG.finditer(text)))
-    if filled is None:
-        return None
-    inside = text[slice(*filled)]
-    stated = None
-    if re.search(r"\s\S+\s", inside):  # a sentence
-        stated = stated_answer(inside) or concluded_answer(inside) or first_sentence_answer(inside)
-    if stated:
-        return filled[0] + stated[0], filled[0] + stated[1]
-    return _in_marks(text, *filled)
 
 
 _STRING = r"\"(?P<double>(?:[^\"\\\n]|\\.){0,2000})\"|'(?P<single>(?:[^'\\\n]|\\.){0,2000})'"
@@ -117,6 +105,25 @@ def _json(text: str) -> Span | None:
     return None
 
 
+_ANSWER_TAG = re.compile(
+    r"<(final_?answer|answer|output)>((?:(?!</?(?:final_?answer|answer|output)>)[\s\S])*+)</\1>",
+    re.IGNORECASE,
+)
+
+
+def _answer_tag(text: str) -> Span | None:
+    filled = last_filled(text, (match.span(2) for match in _ANSWER_TAG.finditer(text)))
+    if filled is None:
+        return None
+    inside = text[slice(*filled)]
+    stated = _json(inside)
+    if not stated and has_words(inside) and VERB.search(inside):  # a sentence
+        stated = stated_answer(inside) or concluded_answer(inside) or first_sentence_answer(inside)
+    if stated:
+        return filled[0] + stated[0], filled[0] + stated[1]
+    return _in_marks(text, *filled)
+
+
 _HASH = re.compile(r"#{4,}((?:(?!####)[^\n])*+)")
 _HEADING = re.compile(
     r"(?:step|part|case|solution|answer|final|conclusion|explanation|summary|note|verification|"
@@ -139,6 +146,9 @@ def _hash(text: str) -> Span | None:
             continue
         inside, rest = text[slice(*span)], text[line.end() :].strip("# \n\t")
         if not rest and len(inside) <= _ANSWER_LINE and inside[-1] != ":":
+            stated = stated_answer(inside)
+            if stated:
+                return span[0] + stated[0], span[0] + stated[1]
             if not _HEADING.match(inside):
                 return value
         elif NUMBER.fullmatch(text, *value) and not stated_later:
@@ -149,7 +159,9 @@ def _hash(text: str) -> Span | None:
 
 
 # A calculation, a sentence or a record was cut off.
-_CUT_OFF = re.compile(r"(?:[-+/×÷·=(^,{\\<≤≥]|\s\*|\\(?:cdot|times|frac|boxed\{?))\s{0,9}\Z")
+_CUT_OFF = re.compile(
+    r"(?:[-+/×÷·=(^,{\\<≤≥]|\s\*|\\(?:cdot|times|frac|boxed(?:\{[^{}]*)?))\s{0,9}\Z"
+)
 _UNFINISHED = re.compile(
     r"\b(?:is|are|be|the|a|an|of|to|and|or|but|so|then|if|because|which|that|with|for|from|by|in|on|"
     r"at|we|have|has|need|needs|can|will|first)\s{0,9}\Z"
@@ -198,7 +210,7 @@ def _last_word(text: str) -> Span | None:
 
 
 def _remainder(text: str) -> Span | None:
-    return _trimmed(text, 0, len(text))
+    return (_trimmed if has_words(text) else _in_marks)(text, 0, len(text))
 
 
 _MARKS: Mapping[str, Finder] = {
@@ -239,16 +251,29 @@ def found_in_parts(
 
 def _auto(text: str, after_thinking: bool) -> Iterator[tuple[str, Span | None]]:
     """Marked answers first; in a text that breaks off or refuses, no answer is guessed."""
+    yield "phrase", _option_after_box(text)
     for name, find in _MARKS.items():
         yield name, find(text)
-    rest = _remainder(text) if after_thinking else None
-    if rest and "\n" not in text[slice(*rest)] and not has_words(text[slice(*rest)]):
-        yield "after_think", _in_marks(text, *rest)
+    rest = text.strip()
+    if after_thinking and "\n" not in rest and not has_words(rest):
+        yield "after_think", _remainder(text)
     if not _gives_no_answer(text):
         named = _without_descriptions(text)
         for name, find in _GUESSES.items():
             if after_thinking or name not in _AFTER_THINKING:
                 yield name, find(named)
+
+
+def _option_after_box(text: str) -> Span | None:
+    """The letter of "Answer: D" behind a boxed formula, which is then only a step."""
+    box = _boxed(text)
+    if box is None or box[1] - box[0] == 1:
+        return None
+    stated = stated_answer(text[box[1] :])
+    if stated is None or stated[1] - stated[0] != 1:
+        return None
+    letter = box[1] + stated[0]
+    return (letter, letter + 1) if "A" <= text[letter] <= "J" else None
 
 
 def _without_descriptions(text: str) -> str:
@@ -265,6 +290,7 @@ FINDERS: Mapping[str, Finder] = MappingProxyType({name: _finder(name) for name i
 """The built-in finders; each returns its last match outside the response's thinking.
 
 "auto" tries them in this order, except for "last_word", which finds something in nearly every text.
+A letter that is announced behind a boxed formula, as by "Answer: D", comes before the formula.
 It takes what follows thinking as a whole ("after_think") if that is only a value, or if nothing
 else is found there.
 """

@@ -50,7 +50,7 @@ UNSIGNED = "|".join(
 # A number is not the end of a word or of a longer number, as in x2 and v1.2.3, and its sign is no
 # operator, as in 9-7. All repeats are bounded or possessive, which makes a search linear.
 NUMBER = re.compile(
-    rf"(?=[-+±\N{{MINUS SIGN}}\d.\\√π¼-¾⅐-⅞])(?<![a-z0-9_])(?<!\d\.)"
+    rf"(?={_SIGN}?(?:\.?\d|\\[dt]?(?:frac|sqrt|pi)|√\(?\d|[π¼-¾⅐-⅞]))(?<![a-z0-9_])(?<!\d\.)"
     rf"((?:(?<![)\]}}\d]){_SIGN})?(?:{UNSIGNED}))",
     re.IGNORECASE,
 )

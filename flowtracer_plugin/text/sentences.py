@@ -16,6 +16,9 @@ _ABBREVIATION = re.compile(
 )
 
 
+_INITIAL = re.compile(r"\s?[A-Z]\.")
+
+
 def sentence_end(text: str, start: int, end: int) -> int:
     """Where the sentence that begins at `start` ends: before its full stop, or at a line's end.
 
@@ -27,6 +30,7 @@ def sentence_end(text: str, start: int, end: int) -> int:
         at = stop.start()
         abbreviated = stop[0] == "." and _ABBREVIATION.search(text, max(start, at - 8), at)
         last = not text[stop.end() : stop.end() + 2].strip()
-        if not abbreviated or last or len(text[start:at].strip()) <= 1:
+        alone = len(text[start:at].strip()) <= 1 and not _INITIAL.match(text, stop.end())
+        if not abbreviated or last or alone:
             return at
     return end

@@ -208,9 +208,9 @@ def answer_mask(
 
     None if there is no answer. Special tokens, and ids that the tokenizer does not know, are not
     part of an answer. The finder does not see those around the response, and sees line breaks in
-    place of those inside, so that "5<|end|>6" is not 56. It does see `<answer>` and the marks of
-    thinking, even if they are special. `in_thinking` says whether the prompt has opened the
-    thinking; see `prompt_opens_thinking`.
+    place of those inside, so that "5<|end|>6" is not 56. It does see `<answer>`, the marks of
+    a box and those of thinking, even if they are special. `in_thinking` says whether the prompt
+    has opened the thinking; see `prompt_opens_thinking`.
 
     Raises:
         FinderError: A function that finds answers has failed.
@@ -252,7 +252,7 @@ def shown_text(
     return ShownText(decoded, hidden, "".join(blanked)[first:last], first)
 
 
-_TAG = re.compile(r"</?answer>", re.IGNORECASE)
+_TAG = re.compile(r"</?(?:final_?)?answer>|<\|(?:begin|end)_of_box\|>", re.IGNORECASE)
 
 
 def prompt_opens_thinking(

@@ -6,18 +6,27 @@ import re
 
 from flowtracer_plugin.text.cues import CHOSEN, CUE, DESCRIPTION, NAMELY, NO_ANSWER, WRONG
 from flowtracer_plugin.text.sentences import SENTENCE, sentence_end
-from flowtracer_plugin.text.values import BLOCK, BULLET, Span, has_words, is_quantity, value_in
+from flowtracer_plugin.text.values import (
+    BLOCK,
+    BULLET,
+    JOINT,
+    Span,
+    has_words,
+    is_quantity,
+    value_in,
+)
 
 LAST = 50  # matches of a pattern that are looked at, from the end
 
 _LEADS = re.compile(
-    rf"(?:[\s:：=>*_#}}]|{BULLET}|"
+    rf"(?:</?\w{{1,9}}>|[\s:：=>*_#}}]|{BULLET}|"
     r"(?:therefore|thus|hence|then|now|donc|also|simply|just|going to be)\b,?){0,40}",
     re.IGNORECASE,
 )
 _BLOCK_OPENS = re.compile(r"(?P<long>\\\[|\$\$|```|~~~|\\begin\{)|\*\*|`|\\\(|\$|[\"“「]")
 _FIRST_STEP = re.compile(r"(?:1|Step 1)[.):]\s\S")
 _DENIED = re.compile(r"not\s[^,;:\n]{1,60}", re.IGNORECASE)
+_CALCULATION = re.compile(r"[\d\s.+*/×÷()-]{1,80},? which\s")
 _NOT_BUT = re.compile(r"not\s[^.\n]{1,60}?,?\sbut\s(?:rather )?", re.IGNORECASE)
 
 
@@ -70,7 +79,7 @@ def _value_after(text: str, start: int, limit: int, *, weak: bool) -> Span | Non
     if not block:
         if NO_ANSWER.match(text, begin, end):
             return None
-        if DESCRIPTION.match(text, begin, end):
+        if DESCRIPTION.match(text, begin, end) or _CALCULATION.match(text, begin, end):
             named = NAMELY.search(text, begin, end)
             if not named:
                 return None
@@ -83,4 +92,4 @@ def _value_after(text: str, start: int, limit: int, *, weak: bool) -> Span | Non
 
 
 def _is_value(said: str) -> bool:
-    return len(said) == 1 or is_quantity(said) or not has_words(said)
+    return len(said) == 1 or is_quantity(said) or not has_words(JOINT.sub("", said))

@@ -18,16 +18,19 @@ class ThinkingMark(NamedTuple):
     written_by: str
 
 
-_TAG = r"(?:think(?:ing)?|thoughts?|reasoning|reflection|scratchpad|\w+:think|longcat_think)"
+_TAG = (
+    r"(?:think(?:ing)?(?:_process)?|thoughts?|reason(?:ing)?|reflection|scratchpad|\w+:think"
+    r"|longcat_think)"
+)
 
 THINKING_MARKS = (
     ThinkingMark(
-        rf"<{_TAG}>",
+        rf"<{_TAG}(?: [^<>\n]{{0,60}})?>",
         rf"</{_TAG}>",
         "<think>: DeepSeek-R1, Qwen 3, QwQ, GLM 4.5, Phi-4-reasoning, MiniMax M2, Olmo 3 and many; "
         "<thought>: EXAONE Deep, Marco-o1; <seed:think>: Seed-OSS; <mm:think>: MiniMax M3; "
-        "<longcat_think>: LongCat; <thinking>, <reasoning>, <reflection>, <scratchpad>: formats "
-        "asked for by prompts, such as Reflection 70B's and the first GRPO recipes'",
+        "<longcat_think>: LongCat; <thinking>, <reasoning>, <reason>, <reflection>, <scratchpad>: "
+        "formats asked for by prompts, such as Reflection 70B's and the first GRPO recipes'",
     ),
     ThinkingMark(r"\[THINK\]", r"\[/THINK\]", "Mistral's Magistral and later models"),
     ThinkingMark(

@@ -20,6 +20,7 @@ _OPENERS = {
     r"\(": r"\)",
     "`": "`",
     '"': '"',
+    "'": "'",
     "“": "”",
     "‘": "’",
     "「": "」",
@@ -28,9 +29,9 @@ _OPENERS = {
     "„": "“",
 }
 _OPENER = re.compile(
-    r"(?P<fence>(?:```|~~~)[\w+-]{0,20}[ \t]{0,9}\n?)"
+    r"(?P<fence>(?:```|~~~)(?:[\w+-]{0,20}[ \t]{0,9}\n)?)"
     r"|\\begin\{(?P<env>(?!\w?(?:matrix|array|cases))\w{1,20}\*?)\}(?:\{[^{}\n]{0,20}\})?"
-    r"|(?P<pair>\*{1,3}|__?|\$\$?|\\\[|\\\(|`|[\"“‘「『«„])"
+    r"|(?P<pair>\*{1,3}|__?|\$\$?|\\\[|\\\(|`|[\"“‘「『«„]|'(?=[^'\n]{1,80}'(?:\W|\Z)))"
 )
 _WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|rm|it|sf|tt|bb)|mbox|bm|boldsymbol|emph)\s?\{"
@@ -42,15 +43,17 @@ _HEDGES = (
 )
 BULLET = r"•(?=\s)|-(?=\s(?![\d.\\]))|(?<=\n)-(?=\s)"
 """The mark of an item in a list, which is no minus."""
+_HTML = r"</?(?:b|strong|i|em|u|p|br|span|code|center|h\d)\s?/?>"
 _BEFORE = re.compile(
-    rf"(?:[\s:：=>,，]|{BULLET}|[€£₹¥₩]|\\\$|\\displaystyle\b|\\[,;! ]|\\quad\b|&|[≈≃~]"
+    rf"(?:{_HTML}|[\s:：=>,，、]|{BULLET}|[€£₹¥₩]|\\\$|→"
+    r"|\\(?:displaystyle|therefore|implies|Rightarrow)\b|\\[,;! ]|\\quad\b|&|[≈≃~]"
     rf"|\\approx\b|\\sim\b|(?:{_HEDGES})(?![\w-])\s?)",
     re.IGNORECASE,
 )
 _SPECIAL = r"<\|[^|<>\s]{1,40}\|>|</s>|<eos>|<end_of_turn>"
 _AFTER = re.compile(
-    rf"(?:{_SPECIAL}|[\s.,;:!?…。．，；：！？|]|\\\\|\\[,; ]|\\quad|&|\\blacksquare|\\square"
-    r"|[✅✓✔☑️🎉]|です|になります|となります|입니다|이다|である|だ(?=$))$"
+    rf"(?:{_SPECIAL}|{_HTML}|[\s.,;:!?…。．，；：！？|~]|\\\\|\\[,; ]|\\quad|&"
+    r"|\\blacksquare|\\square|[\u2600-\u27bf\ufe0f\U0001f300-\U0001faff]|です|になります|となります|입니다|이다|である|だ(?=$))$"
 )
 _REASON = (
     r"because|since|which|who|whose|where|whereas|though|although|even though|while|due to|"
@@ -64,15 +67,19 @@ _COMMENT = (
     r"leaving|making"
 )
 _CLAUSE = re.compile(
-    rf"\s{{0,2}}[,，;；(（—–]?\s{{0,2}}(?:\b(?:{_REASON})\b|因为|因為|而不是|потому)"
-    r"|\s\((?=[^()]{0,200}(?<!\\)\b[^\W\d_]{3}[^()]{0,200}\s|or\b|≈|=)"
+    rf"\s{{0,2}}[,，;；(（—–]?\s{{0,2}}(?:(?<!\\)\b(?:{_REASON})\b|因为|因為|而不是|потому)"
+    r"|\s\((?!mod\b)(?=[^()]{0,200}(?<!\\)\b[^\W\d_]{3}[^()]{0,200}\s|or\b|≈|=)"
     rf"|[,，;；](?=\s(?:{_COMMENT})\b)",
     re.IGNORECASE,
 )
+_NOUN = r"(?:option|choice|letter|letra|alternativa|opción|вариант|选项)"
+_ARTICLE = r"(?:(?:the|la|le|el|a|die|l['’])\s{0,3})"
 _OPTION = re.compile(
-    r"(?:(?:option|choice|answer|letter|statement|letra|alternativa|opción|вариант|选项|la|le)\s*)?"
-    r"(?:[(\[（](?P<a>[A-Ja-j])[)\]）]|(?P<b>[A-Ja-j])[)）]|(?P<c>[A-J])(?=[.:：．]|\s+[-–—]\s|[,，]\s|$))"
-    r"|(?:option|choice|letter|letra|alternativa|opción|вариант|选项)\s*(?P<d>[A-Ja-j]|\d|[IV]{1,4})(?!\w)",
+    rf"(?:{_ARTICLE}?(?:{_NOUN}|answer|statement)\s*|(?:la|le)\s)?"
+    r"(?:\\(?:text|math)(?:bf|rm|it)?\{\s?)?"
+    r"(?:[(\[（](?P<a>[A-Ja-j])[)\]）]|(?P<b>[A-Ja-j])[)）]"
+    r"|(?P<c>[A-J](?=[.:：．](?!\s?[A-Z]\.)|$)|(?-i:[A-J])(?=、|\]\]|[,，]\s|\s+[-–—]\s)))"
+    rf"|{_ARTICLE}?{_NOUN}\s*(?P<d>[A-Ja-j]|\d|[IV]{{1,4}})(?!\w)",
     re.IGNORECASE,
 )
 _MORE_OPTIONS = re.compile(
@@ -80,6 +87,15 @@ _MORE_OPTIONS = re.compile(
 )
 _FACTORIAL = re.compile(r"(?<=[\w)}])!(?=[}$\\.]|</\w{5})")
 """What ends a formula, not a sentence: the end of its marks follows."""
+_ITEM = r"(?:\$[^\s$][^$\n]{0,80}\$|\\\([^()\n]{1,80}\\\)|\*\*[^*\n]{1,80}\*\*)(?!\d)"
+_LISTED = re.compile(
+    rf"{_ITEM}(?:(?:,|,? (?:and|or)) {_ITEM}){{1,8}}(?=\W*(?:\n|\Z))"
+)  # "$2$ and $3$"
+JOINT = re.compile(r"\b(?:and|or)\b")
+_MATRIX = re.compile(
+    r"\\begin\{(?P<kind>\w{0,6}matrix|array|cases)\}[\s\S]{1,1500}?\\end\{(?P=kind)\}"
+)
+_QUOTES = "'\"“‘「『«„"  # what stands between them is one value
 BLOCK = 2_000  # characters between marks that are looked at
 
 
@@ -90,14 +106,25 @@ def value_in(text: str, start: int, end: int, *, assigned: bool = False) -> Span
     reasons and remarks after it are left out. Of a calculation such as "3 + 4 = 7" the value is its
     result; with `assigned`, that of "x = 7" is 7, too. Of "(B) Paris" it is the option's letter.
     """
+    return _value(text, start, end, assigned=assigned, whole=False)
+
+
+def _value(text: str, start: int, end: int, *, assigned: bool, whole: bool) -> Span | None:
     start = _skipped(text, start, end)
+    matrix = _MATRIX.match(text, start)
+    if matrix:
+        return matrix.span()
     block = _block(text, start, end)
     if block is not None:
-        inner = value_in(text, *block, assigned=assigned)
+        several = _LISTED.match(text, start, end)
+        equal = several and " or " in several[0] and "=" not in several[0]  # "$1/2$ or $0.5$"
+        if several and not equal and not has_words(JOINT.sub("", several[0])):
+            return several.span()
+        inner = _value(text, *block, assigned=assigned, whole=text[start] in _QUOTES)
         if inner is not None:
             return inner
     start = _skipped(text, start + (text[start : start + 1] == "$"), end)  # the price's sign
-    end = _cut(text, start, end)
+    end = end if whole else _cut(text, start, end)
     start, end = _trimmed(text, start, end)
     start, end = _unwrapped(text, start, end)
     start, end = _result(text, start, end, assigned)
@@ -141,13 +168,16 @@ def _closer(opener: re.Match[str]) -> str:
 
 def _cut(text: str, start: int, end: int) -> int:
     """Where the value ends: before a reason, a remark, or the end of marks opened earlier."""
+    for mark in ("**", "__", "`", "$$", r"\]", r"\)"):
+        if text.count(mark, start, end) % 2:
+            end = text.find(mark, start, end)
     clause = _CLAUSE.search(text, start + 1, end)
     end = clause.start() if clause else end
-    for mark in ("**", "__", "`", r"\]", r"\)"):
-        if text.count(mark, start, end) % 2:
-            end = text.rfind(mark, start, end)
     aside = _ASIDE.search(text, max(start + 1, end - 80), end)
-    if aside and _ENDS_IN_WORD.search(text, max(start, aside.start() - 40), aside.start()):
+    if aside and (
+        _ENDS_IN_WORD.search(text, max(start, aside.start() - 40), aside.start())
+        or NUMBER.fullmatch(text, start, aside.start())
+    ):
         end = aside.start()
     number = NUMBER.match(text, start, end)
     if number:  # "7, leaving ..." but not "7, 8 and 9"
@@ -157,7 +187,9 @@ def _cut(text: str, start: int, end: int) -> int:
 
 
 _ENDS_IN_WORD = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{1,40}\s{0,3}$")  # no command such as \\cup
-_ASIDE = re.compile(r"\s\([^()]{1,70}\)\W*$")
+_ASIDE = re.compile(
+    r"(?:\s\((?!(?:p?mod|base)\b|[a-z]\s?[-+^*/]|\\)[^()]{1,70}\)|（[^（）]{1,70}）)\W*$"
+)
 _AFTER_NUMBER = re.compile(
     r"(?:[ \t]?[^\W\d]{1,30}(?:[ \t][^\W\d]{1,30}){0,2})?(?P<rest>[,;，；] ?[^\W\d]{2})"
 )

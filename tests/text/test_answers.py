@@ -8,6 +8,7 @@ from hypothesis import given, strategies as st
 
 from flowtracer_plugin.text import answers
 from flowtracer_plugin.text.answers import FINDERS, AnswerFinder, FoundAnswer, find_answer
+from flowtracer_plugin.text.thinking import visible_parts
 
 
 def answer_text(text: str, finder: AnswerFinder) -> str | None:
@@ -300,6 +301,31 @@ def test_found_spans_are_not_empty_and_auto_agrees_with_its_rule(text):
             assert text[found.start : found.end].strip() == text[found.start : found.end] != ""
     found = find_answer(text)
     assert found is None or found == find_answer(text, found.rule)
+
+
+CUES = (
+    *(r"\boxed{", r"\boxed ", "{", "}", "<answer>", "</answer>", "#### ", "**", "`", "$", "$$"),
+    *(r"\[", r"\]", r"\(", r"\begin{align}", r"\end{align}", r"\text{", "&", r"\\", "=", "(", ")"),
+    *("The answer is ", "Answer: ", "答案是", "选", "A. ", "(B) ", "option C ", " is correct"),
+    *(", which is ", "because ", " and ", " not ", "So ", "Therefore, ", "\nNote: ", "\nQ: "),
+    *("<think>", "</think>", "[THINK]", "<|channel|>final<|message|>", "<response>", "<b>"),
+    *('{"answer": ', '"', ": ", ", ", ".", "。", "!", "?", "~", "✅", "°", "%", "€", "-", "±"),
+    *("7", "1,234", "1.234,56", "6.02 × 10^23", "2½", r"\frac{1}{2}", "x = ", "Paris", " cm"),
+    *(" ", "\n", "\n\n", "\r\n", "\t", "\xa0", "\u2028", "\u3000", "\x00", "\x1c", "\ud800", "İ"),
+)
+
+
+@given(
+    st.lists(st.sampled_from(CUES) | st.text(max_size=2), max_size=9).map("".join), st.booleans()
+)
+def test_spans_have_no_blanks_around_them_and_hold_no_thinking(text, in_thinking):
+    parts = visible_parts(text, in_thinking=in_thinking)
+    for finder in ["auto", *FINDERS]:
+        found = find_answer(text, finder, in_thinking=in_thinking)
+        if found is not None:
+            said = text[found.start : found.end]
+            assert said == said.strip() != ""
+            assert any(part.start <= found.start and found.end <= part.end for part in parts)
 
 
 @pytest.mark.parametrize("end", ["3 + 4 =", f"{'so ' * 30}we add 3 to the", '{"steps": "3'])

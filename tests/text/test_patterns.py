@@ -57,6 +57,8 @@ UNITS = (
         "=1*",
     ),
     *("_", "\\", "\nQuestion:", '{"', "[1, ", "\nnote ", "</think>", "1h "),
+    *("±", "...", "$x$ and ", "**a** or ", "(a) ", "（", "[[A]]", "<b>", "<think ", "actually "),
+    *("\\begin{cases}", "the solution to ", "only option ", "\nA - ", "答案", "1+2, which "),
 )
 
 

@@ -48,7 +48,8 @@ BYTE_TOKENS = [
     b"\xac\xe2",
     "é€".encode(),
 ]
-SPECIAL = ["<|im_end|>", "<|reserved_5|>", "</think>", "<ANSWER>", "</answer>"]
+BOX = ["<|begin_of_box|>", "<|end_of_box|>"]
+SPECIAL = ["<|im_end|>", "<|reserved_5|>", "</think>", "<ANSWER>", "</answer>", *BOX]
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
@@ -426,6 +427,7 @@ def test_an_answer_of_only_special_tokens_is_none():
     [
         ([0x35, special_id("</think>"), 0x36], "after_think", [2]),
         ([special_id("<ANSWER>"), 0x36, special_id("</answer>"), 0x37], "answer_tag", [1]),
+        ([special_id(BOX[0]), 0x36, special_id(BOX[1]), 0x37], "boxed", [1]),
     ],
 )
 def test_markers_are_found_even_if_the_tokenizer_calls_them_special(ids, rule, places):

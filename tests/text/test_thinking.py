@@ -67,6 +67,8 @@ def test_no_finder_looks_into_thinking(opens, closes):
         ("<think>a</think>", []),
         ("<think>a", []),
         ("7 <think>a", ["7 "]),
+        ('<think type="deep">a', []),
+        ("<reason>a</reason>7", ["7"]),
         ("a</think>7", ["7"]),
         ("b</think>a</think>7", ["7"]),
         ("<think>a</think>6<think>b</think>7", ["6", "7"]),
