@@ -127,7 +127,9 @@ def _value_of_sentence(text: str, start: int) -> Span | None:
 
 
 def _short_predicate(text: str, start: int, end: int) -> Span | None:
-    """The last words of "So the statement is false"."""
+    """The last words of a whole sentence such as "So the statement is false."."""
+    if text[end : end + 1] not in tuple(".!。！"):
+        return None
     predicate = _PREDICATE.search(text[:end], start)
     if predicate is None or NO_ANSWER.match(text, *predicate.span("value")):
         return None
