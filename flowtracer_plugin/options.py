@@ -19,14 +19,17 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "heads": 0.3,
             "edges": "value",
         },
+        "decided": {"layers": "all", "rows": "decision", "edges": "value"},
     }
 )
 """The options that each preset sets; all others are as in the paper.
 
 In "decision", flow ends at the rows whose logits choose the answer, and is injected in proportion
 to reach. "sharp" also chooses the heads that attend most from these rows to the reasoning, and
-weights edges by the length of the moved values. Among all measured configurations, answers depend
-most on the top tokens of "sharp".
+weights edges by the length of the moved values.
+
+"decided" follows who decided whom: into each token lead the edges of the row that chose it, over
+all layers, weighted by the length of the moved values.
 """
 
 
@@ -56,6 +59,9 @@ class FlowOptions:
         heads: `"all"`; (layer, head) pairs; or a share such as 0.3 of the layers' heads, that is,
             those with the most attention from the target's rows to the response up to five tokens
             before the answer.
+        rows: Whose attention leads into a token: `"own"`, that of its own row, in which the model
+            reads it; or `"decision"`, that of the row before it, whose logits chose it. With
+            `"decision"`, nothing leads into prompt tokens, since they were given.
         edges: `"attention"`, or `"value"`: each head's attention times the length `‖W_O v‖` of the
             moved value; rows of the mean keep their sum.
     """
@@ -69,6 +75,7 @@ class FlowOptions:
     first_token: str = "keep"
     heads: Heads = "all"
     edges: str = "attention"
+    rows: str = "own"
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -83,6 +90,11 @@ class FlowOptions:
             raise ValueError(
                 "heads must be 'all', a share above 0 and up to 1, or (layer, head) pairs, "
                 f"got {self.heads!r}"
+            )
+        if self.rows == self.target == "decision":
+            raise ValueError(
+                "with rows='decision' the rows that decide the answer lead into the answer itself; "
+                "use target='answer'"
             )
 
     @property
@@ -104,6 +116,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "boundary": ("literal", "absorbing"),
         "first_token": ("keep", "drop"),
         "edges": ("attention", "value"),
+        "rows": ("own", "decision"),
     }
 )
 """The allowed values of every option that has a fixed set of values."""

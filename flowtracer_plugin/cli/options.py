@@ -77,7 +77,8 @@ Layers = Annotated[
     _tracing(
         parser=parsing.layer_selection,
         metavar="LAYERS",
-        help="Layers to read: middle, early, late, all, middle:5, or numbers such as 4,5,6.",
+        help="Layers to read: middle, early, late, all, middle:5, or numbers such as 4,5,6; by "
+        "default the preset's.",
         autocompletion=_starting_with(lambda: ["middle", "early", "late", "all"]),
     ),
 ]
@@ -172,10 +173,13 @@ class TracingOptions:
     """How the flow is traced: the options of `wrap`."""
 
     preset: Annotated[
-        Literal["paper", "decision", "sharp"],
-        _tracing(help="Sets defaults of --target, --question-weights, --heads and --edges."),
+        Literal["paper", "decision", "sharp", "decided"],
+        _tracing(
+            help="Sets defaults of --layers, --target, --question-weights, --heads, --edges "
+            "and --rows."
+        ),
     ] = "paper"
-    layers: Layers = "middle"
+    layers: Layers = None
     question: Annotated[
         Literal["prompt", "all", "user"],
         _tracing(
@@ -212,6 +216,13 @@ class TracingOptions:
     edges: Annotated[
         Literal["attention", "value"] | None,
         _tracing(help="Edge weights: attention, or attention times the length of the moved value."),
+    ] = None
+    rows: Annotated[
+        Literal["own", "decision"] | None,
+        _tracing(
+            help="Whose attention leads into a token: its own row's, or that of the row that chose "
+            "it."
+        ),
     ] = None
     adapter: Adapter = None
     backend: Backend = "nnsight"

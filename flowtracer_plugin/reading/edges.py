@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
 from flowtracer_plugin.attention.head_choice import attention_to, most_attentive, named_heads
 from flowtracer_plugin.attention.head_mean import query_tensor
+from flowtracer_plugin.flow.substitution import Rows
 from flowtracer_plugin.options import FlowOptions, Heads
 from flowtracer_plugin.reading.rows import AttentionRows
 
@@ -59,6 +60,8 @@ def edge_choice(
     """The edges that `options` ask for; None for the plain mean."""
     if options.plain:
         return None
+    if options.rows == "decision":  # heads are chosen in rows as the model makes them
+        target = target.roll(-1, -1)
     return EdgeChoice(
         heads=options.heads,
         by_value=options.edges == "value",
@@ -81,6 +84,36 @@ def completions(
 ) -> Bool[Tensor, "batch token"]:
     """The visible tokens after the prompts."""
     return visible & (torch.arange(visible.shape[1], device=visible.device) >= prompt_length)
+
+
+def deciding_rows(
+    attention: Float[Tensor, "batch query key"],
+    visible: Bool[Tensor, "batch query"],
+    response: Bool[Tensor, "batch query"],
+) -> Float[Tensor, "batch query key"]:
+    """The attention by which each response token was decided: that of the token before it.
+
+    The row of a token is computed from that token, and its logits choose the next one. Rows of
+    prompt tokens are 0, since the prompt was given.
+    """
+    place = torch.arange(visible.shape[1], device=attention.device)
+    last = place.where(visible, 0).cummax(-1).values  # the last visible token up to each place
+    before = last.roll(1, -1)[:, :, None].expand_as(attention)
+    return attention.gather(1, before) * response[:, :, None]
+
+
+def deciding_blocks(rows: Rows, response: Bool[Tensor, "batch token"]) -> Rows:
+    """`deciding_rows`, by blocks of rows of texts with all padding behind them."""
+
+    def shifted(start: int, stop: int) -> Float[Tensor, "batch row key"]:
+        first = max(start - 1, 0)
+        block = rows(first, max(stop - 1, 1))
+        found = block.new_zeros(len(block), stop - start, stop)
+        if stop > 1:
+            found[:, start == 0 :, : block.shape[2]] = block[:, : stop - 1 - first]
+        return found * response[:, start:stop, None]
+
+    return shifted
 
 
 def chosen_rows(
