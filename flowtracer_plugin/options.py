@@ -20,6 +20,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "edges": "value",
         },
         "decided": {"layers": "all", "rows": "decision", "edges": "value"},
+        "derivation": {"layers": "all", "rows": "decision", "edges": "influence"},
     }
 )
 """The options that each preset sets; all others are as in the paper.
@@ -29,7 +30,8 @@ to reach. "sharp" also chooses the heads that attend most from these rows to the
 weights edges by the length of the moved values.
 
 "decided" follows who decided whom: into each token lead the edges of the row that chose it, over
-all layers, weighted by the length of the moved values.
+all layers, weighted by the length of the moved values. "derivation" also weighs each head and row
+by its influence on the sampled tokens, at the cost of a forward and a backward pass.
 """
 
 
@@ -62,8 +64,10 @@ class FlowOptions:
         rows: Whose attention leads into a token: `"own"`, that of its own row, in which the model
             reads it; or `"decision"`, that of the row before it, whose logits chose it. With
             `"decision"`, nothing leads into prompt tokens, since they were given.
-        edges: `"attention"`, or `"value"`: each head's attention times the length `‖W_O v‖` of the
-            moved value; rows of the mean keep their sum.
+        edges: `"attention"`; `"value"`: each head's attention times the length `‖W_O v‖` of the
+            moved value; or `"influence"`: times `‖v‖` and `‖∂ Σ λ / ∂ o‖`, with the head's output
+            `o` in that row and the log-odds `λ` of the sampled tokens. Rows of the mean keep their
+            sum.
     """
 
     layers: str | tuple[int, ...] = "middle"
@@ -115,7 +119,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "question_weights": ("uniform", "reach"),
         "boundary": ("literal", "absorbing"),
         "first_token": ("keep", "drop"),
-        "edges": ("attention", "value"),
+        "edges": ("attention", "value", "influence"),
         "rows": ("own", "decision"),
     }
 )

@@ -173,7 +173,7 @@ class TracingOptions:
     """How the flow is traced: the options of `wrap`."""
 
     preset: Annotated[
-        Literal["paper", "decision", "sharp", "decided"],
+        Literal["paper", "decision", "sharp", "decided", "derivation"],
         _tracing(
             help="Sets defaults of --layers, --target, --question-weights, --heads, --edges "
             "and --rows."
@@ -214,8 +214,11 @@ class TracingOptions:
         ),
     ] = None
     edges: Annotated[
-        Literal["attention", "value"] | None,
-        _tracing(help="Edge weights: attention, or attention times the length of the moved value."),
+        Literal["attention", "value", "influence"] | None,
+        _tracing(
+            help="Edge weights: attention; attention times the length of the moved value; or also "
+            "times the influence of the head on what was sampled, by one backward pass."
+        ),
     ] = None
     rows: Annotated[
         Literal["own", "decision"] | None,

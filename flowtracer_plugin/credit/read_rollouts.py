@@ -77,6 +77,7 @@ class ReadRollouts:
         seed: Seed of the scorers that draw.
         batch_size: Rows in one pass for the saliency; all by default.
         reading: A forward pass over the tracer's layers that the caller has already made.
+        sizes: The influence of the heads and rows of the tracer's layers, if it is known.
         graphs: Graphs that are known, by preset; None stands for the tracer's own options.
     """
 
@@ -90,6 +91,7 @@ class ReadRollouts:
     seed: int = 0
     batch_size: int | None = None
     reading: Reading | None = None
+    sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
     graphs: dict[str | None, Graph] = field(default_factory=dict)
 
     def rollouts(self, scorer: Scorer) -> Rollouts:
@@ -141,6 +143,7 @@ class ReadRollouts:
             visible=self.visible[rows],
             masks=self.masks.rows(rows),
             reading=reading,
+            sizes=[size[rows] for size in self.sizes],
             graphs={},
         )
 
@@ -247,18 +250,35 @@ class ReadRollouts:
         if preset is not None and "layers" in PRESETS[preset]:
             layers = select_layers(options.layers, [site.layer for site in tracer.reader.sites])
         calls = self.calls(layers)
-        lengths = self._lengths(calls, layers) if options.edges == "value" else ()
-        return tracer.reader.rows_of(calls, layers, lengths, self.visible, choice).whole()
+        lengths = self._lengths(calls, layers, options.edges)
+        sizes = self.influence(layers) if options.edges == "influence" else ()
+        rows = tracer.reader.rows_of(calls, layers, lengths, self.visible, choice, sizes)
+        return rows.whole()
+
+    def influence(self, layers: Sequence[int]) -> Sequence[Float[Tensor, "batch _ _"]]:
+        """The influence of the heads and rows of these layers on the sampled tokens."""
+        if self.sizes:
+            return self.sizes
+        return self.tracer.reader.influences(
+            self.ids,
+            self.visible,
+            completions(self.visible, self.prompt_length),
+            layers,
+            batch_size=self.batch_size,
+        )
 
     def _lengths(
-        self, calls: Sequence[AttentionCall | AttentionWeights], layers: Sequence[int]
+        self, calls: Sequence[AttentionCall | AttentionWeights], layers: Sequence[int], edges: str
     ) -> Sequence[Float[Tensor, "batch _ _"]]:
+        if edges == "attention":
+            return ()
         if self.reading is not None:
             return self.reading.lengths
         reader = self.tracer.reader
         sites = [site for site in reader.sites if site.layer in set(layers)]
         pairs = zip(calls, sites, strict=True)
-        return [value_lengths(call, reader.projections[site]) for call, site in pairs]
+        maps = reader.projections if edges == "value" else dict.fromkeys(sites)
+        return [value_lengths(call, maps[site]) for call, site in pairs]
 
 
 def oracle_mask(

@@ -29,6 +29,7 @@ class EdgeChoice:
     Attributes:
         heads: As in `FlowOptions`.
         by_value: Whether attention is weighed by the lengths of the values that it moves.
+        decided: The sampled tokens, if heads and rows are weighed by their influence on these.
         target: The rows of the answer, or the rows that decide it.
         reasoning: The tokens of the response before the answer, as `reasoning_mask` finds them.
     """
@@ -37,6 +38,7 @@ class EdgeChoice:
     by_value: bool
     target: Bool[Tensor, "batch token"]
     reasoning: Bool[Tensor, "batch token"]
+    decided: Bool[Tensor, "batch token"] | None = None
 
     def behind(
         self, mask: Bool[Tensor, "batch token"], ordered: Bool[Tensor, "batch most"]
@@ -48,7 +50,12 @@ class EdgeChoice:
             found[ordered] = values.to(ordered.device)[mask.to(ordered.device)]
             return found
 
-        return replace(self, target=moved(self.target), reasoning=moved(self.reasoning))
+        return replace(
+            self,
+            target=moved(self.target),
+            reasoning=moved(self.reasoning),
+            decided=None if self.decided is None else moved(self.decided),
+        )
 
 
 def edge_choice(
@@ -64,9 +71,10 @@ def edge_choice(
         target = target.roll(-1, -1)
     return EdgeChoice(
         heads=options.heads,
-        by_value=options.edges == "value",
+        by_value=options.edges != "attention",
         target=target,
         reasoning=reasoning_mask(response, answer),
+        decided=response if options.edges == "influence" else None,
     )
 
 
@@ -125,6 +133,7 @@ def chosen_rows(
     choice: EdgeChoice,
     *,
     block: int,
+    sizes: Sequence[Float[Tensor, "batch _ _"]] = (),
 ) -> AttentionRows:
     """The rows of the chosen edges.
 
@@ -136,6 +145,7 @@ def chosen_rows(
         visible: True for tokens, False for padding.
         choice: The edges to compute.
         block: Query rows that are computed at a time.
+        sizes: The influence of each call's heads and rows; empty if that is not asked for.
 
     Raises:
         ValueError: The choice names layers or heads that the model does not have.
@@ -147,4 +157,6 @@ def chosen_rows(
     elif not isinstance(choice.heads, str):
         paid = [attention_to(call, choice.target, choice.reasoning) for call in calls]
         heads = most_attentive(paid, choice.heads)
-    return AttentionRows(model, calls, visible, block=block, heads=heads, lengths=lengths)
+    return AttentionRows(
+        model, calls, visible, block=block, heads=heads, lengths=lengths, sizes=sizes
+    )
