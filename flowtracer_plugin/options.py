@@ -19,14 +19,19 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "heads": 0.3,
             "edges": "value",
         },
+        "decided": {"layers": "all", "rows": "decision", "edges": "value"},
+        "derivation": {"layers": "all", "rows": "decision", "edges": "influence"},
     }
 )
 """The options that each preset sets; all others are as in the paper.
 
 In "decision", flow ends at the rows whose logits choose the answer, and is injected in proportion
 to reach. "sharp" also chooses the heads that attend most from these rows to the reasoning, and
-weights edges by the length of the moved values. Among all measured configurations, answers depend
-most on the top tokens of "sharp".
+weights edges by the length of the moved values.
+
+"decided" follows who decided whom: into each token lead the edges of the row that chose it, over
+all layers, weighted by the length of the moved values. "derivation" also weighs each head and row
+by its influence on the sampled tokens, at the cost of a forward and a backward pass.
 """
 
 
@@ -56,8 +61,13 @@ class FlowOptions:
         heads: `"all"`; (layer, head) pairs; or a share such as 0.3 of the layers' heads, that is,
             those with the most attention from the target's rows to the response up to five tokens
             before the answer.
-        edges: `"attention"`, or `"value"`: each head's attention times the length `‖W_O v‖` of the
-            moved value; rows of the mean keep their sum.
+        rows: Whose attention leads into a token: `"own"`, that of its own row, in which the model
+            reads it; or `"decision"`, that of the row before it, whose logits chose it. With
+            `"decision"`, nothing leads into prompt tokens, since they were given.
+        edges: `"attention"`; `"value"`: each head's attention times the length `‖W_O v‖` of the
+            moved value; or `"influence"`: times `‖v‖` and `‖∂ Σ λ / ∂ o‖`, with the head's output
+            `o` in that row and the log-odds `λ` of the sampled tokens. Rows of the mean keep their
+            sum.
     """
 
     layers: str | tuple[int, ...] = "middle"
@@ -69,6 +79,7 @@ class FlowOptions:
     first_token: str = "keep"
     heads: Heads = "all"
     edges: str = "attention"
+    rows: str = "own"
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -83,6 +94,11 @@ class FlowOptions:
             raise ValueError(
                 "heads must be 'all', a share above 0 and up to 1, or (layer, head) pairs, "
                 f"got {self.heads!r}"
+            )
+        if self.rows == self.target == "decision":
+            raise ValueError(
+                "with rows='decision' the rows that decide the answer lead into the answer itself; "
+                "use target='answer'"
             )
 
     @property
@@ -103,7 +119,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "question_weights": ("uniform", "reach"),
         "boundary": ("literal", "absorbing"),
         "first_token": ("keep", "drop"),
-        "edges": ("attention", "value"),
+        "edges": ("attention", "value", "influence"),
+        "rows": ("own", "decision"),
     }
 )
 """The allowed values of every option that has a fixed set of values."""

@@ -68,8 +68,12 @@ def weighed_mean_of_rows(
     *,
     heads: Int[Tensor, " chosen"] | None = None,
     keys: int | None = None,
+    sizes: Float[Tensor, "batch head query"] | None = None,
 ) -> tuple[Float[Tensor, "batch rows seen"], Float[Tensor, "batch rows"]]:
-    """The mean of each head's attention times `lengths`, and the rows' sums without `lengths`."""
+    """The mean of each head's attention times `lengths`, and the rows' sums without `lengths`.
+
+    `sizes` are factors of each head's rows.
+    """
     call = _normalized(call)
     with torch.autocast(query_tensor(call).device.type, enabled=False):
         probabilities = row_probabilities(call, rows, heads, keys)
@@ -77,6 +81,9 @@ def weighed_mean_of_rows(
         sums /= probabilities.shape[1]
         chosen = lengths if heads is None else lengths[:, heads]
         weighed = probabilities * chosen[:, :, None, : probabilities.shape[-1]]
+        if sizes is not None:
+            factors = (sizes if heads is None else sizes[:, heads])[..., rows]
+            weighed *= factors[..., None].to(weighed.device)
         return _to_tokens(call, weighed), sums
 
 

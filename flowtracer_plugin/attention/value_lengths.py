@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -25,15 +25,17 @@ from flowtracer_plugin.attention.adapter import (
 from flowtracer_plugin.attention.head_mean import attention_output
 from flowtracer_plugin.attention.rounding import difference, rounding
 
-Projections = Mapping[AttentionSite, nn.Module]
-"""For each site, the linear map of its attention output, all heads side by side."""
+Projections = Mapping[AttentionSite, nn.Module | None]
+"""For each site, the linear map of its attention output, all heads side by side, or None."""
 
 
 @torch.no_grad()
 def value_lengths(
-    call: AttentionCall | AttentionWeights, projection: nn.Module
+    call: AttentionCall | AttentionWeights, projection: nn.Module | None
 ) -> Float[Tensor, "batch head key"]:
     """`‖W_O v‖` of every query head and key, float32; query heads share the values of their group.
+
+    Without a projection, it is `‖v‖`.
 
     Raises:
         UnsupportedArchitectureError: The projection's weights are in other processes.
@@ -41,6 +43,9 @@ def value_lengths(
     value = call.value
     assert value is not None, "find_projections refuses calls without values"
     heads = (call.weights if isinstance(call, AttentionWeights) else call.query).shape[1]
+    if projection is None:
+        lengths = value.detach().float().norm(dim=-1)
+        return repeat(lengths, "b group key -> b (group each) key", each=heads // value.shape[1])
     with torch.autocast(value.device.type, enabled=False):
         each = rearrange(
             _matrix(projection, value, heads).to(value.device),

@@ -70,7 +70,7 @@ class AnswerOptions:
         ),
     ] = "given"
     answer: AnswerRule = "auto"
-    layers: Layers = "middle"
+    layers: Layers = None
 
 
 @dataclass(frozen=True, kw_only=True)

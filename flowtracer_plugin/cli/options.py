@@ -77,7 +77,8 @@ Layers = Annotated[
     _tracing(
         parser=parsing.layer_selection,
         metavar="LAYERS",
-        help="Layers to read: middle, early, late, all, middle:5, or numbers such as 4,5,6.",
+        help="Layers to read: middle, early, late, all, middle:5, or numbers such as 4,5,6; by "
+        "default the preset's.",
         autocompletion=_starting_with(lambda: ["middle", "early", "late", "all"]),
     ),
 ]
@@ -172,10 +173,13 @@ class TracingOptions:
     """How the flow is traced: the options of `wrap`."""
 
     preset: Annotated[
-        Literal["paper", "decision", "sharp"],
-        _tracing(help="Sets defaults of --target, --question-weights, --heads and --edges."),
+        Literal["paper", "decision", "sharp", "decided", "derivation"],
+        _tracing(
+            help="Sets defaults of --layers, --target, --question-weights, --heads, --edges "
+            "and --rows."
+        ),
     ] = "paper"
-    layers: Layers = "middle"
+    layers: Layers = None
     question: Annotated[
         Literal["prompt", "all", "user"],
         _tracing(
@@ -210,8 +214,18 @@ class TracingOptions:
         ),
     ] = None
     edges: Annotated[
-        Literal["attention", "value"] | None,
-        _tracing(help="Edge weights: attention, or attention times the length of the moved value."),
+        Literal["attention", "value", "influence"] | None,
+        _tracing(
+            help="Edge weights: attention; attention times the length of the moved value; or also "
+            "times the influence of the head on what was sampled, by one backward pass."
+        ),
+    ] = None
+    rows: Annotated[
+        Literal["own", "decision"] | None,
+        _tracing(
+            help="Whose attention leads into a token: its own row's, or that of the row that chose "
+            "it."
+        ),
     ] = None
     adapter: Adapter = None
     backend: Backend = "nnsight"

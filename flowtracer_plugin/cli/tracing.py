@@ -120,7 +120,7 @@ def estimate(
     tokens: Annotated[int, typer.Option(min=1, help="Number of tokens in prompt and response.")],
     loading: LoadingOptions,
     batch: Annotated[int, typer.Option(min=1, help="Number of texts traced at once.")] = 1,
-    layers: Layers = "middle",
+    layers: Layers = None,
     json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:

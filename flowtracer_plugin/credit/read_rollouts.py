@@ -20,8 +20,8 @@ from flowtracer_plugin.credit.measures import Rollouts
 from flowtracer_plugin.credit.saliency import answer_saliency
 from flowtracer_plugin.credit.scorers import LATE, Scorer
 from flowtracer_plugin.model.layers import select_layers
-from flowtracer_plugin.options import FlowOptions, flow_options
-from flowtracer_plugin.reading.edges import completions, edge_choice
+from flowtracer_plugin.options import PRESETS, FlowOptions, flow_options
+from flowtracer_plugin.reading.edges import completions, deciding_rows, edge_choice
 from flowtracer_plugin.reading.one_pass import Reading
 from flowtracer_plugin.text.matched_spans import SpanFinder, matched_mask
 from flowtracer_plugin.text.spans import target_mask
@@ -77,6 +77,7 @@ class ReadRollouts:
         seed: Seed of the scorers that draw.
         batch_size: Rows in one pass for the saliency; all by default.
         reading: A forward pass over the tracer's layers that the caller has already made.
+        sizes: The influence of the heads and rows of the tracer's layers, if it is known.
         graphs: Graphs that are known, by preset; None stands for the tracer's own options.
     """
 
@@ -90,6 +91,7 @@ class ReadRollouts:
     seed: int = 0
     batch_size: int | None = None
     reading: Reading | None = None
+    sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
     graphs: dict[str | None, Graph] = field(default_factory=dict)
 
     def rollouts(self, scorer: Scorer) -> Rollouts:
@@ -141,6 +143,7 @@ class ReadRollouts:
             visible=self.visible[rows],
             masks=self.masks.rows(rows),
             reading=reading,
+            sizes=[size[rows] for size in self.sizes],
             graphs={},
         )
 
@@ -151,7 +154,7 @@ class ReadRollouts:
         if graph is None:
             # The masks hold the target of the tracer's own options, so training copies nothing.
             target = self.masks.target if preset is None else self._target(options)
-            graph = self._graph(options, target)
+            graph = self._graph(options, target, preset)
         if solved and graph.throughput is None:
             masks = replace(self.masks, target=graph.target)
             flow = solve_rollouts(graph.attention, masks, self.prompt_length, options)
@@ -224,31 +227,58 @@ class ReadRollouts:
         answer = self.masks.answer.cpu().numpy()
         return torch.from_numpy(target_mask(answer, options.target)).to(self.ids.device)
 
-    def _graph(self, options: FlowOptions, target: Bool[Tensor, "batch token"]) -> Graph:
-        attention = self._edges(options, target)
+    def _graph(
+        self, options: FlowOptions, target: Bool[Tensor, "batch token"], preset: str | None
+    ) -> Graph:
+        attention = self._edges(options, target, preset)
         if options.first_token == "drop":
             attention = drop_first_token(attention, self.visible)
+        if options.rows == "decision":
+            response = completions(self.visible, self.prompt_length)
+            attention = deciding_rows(attention, self.visible, response)
         return Graph(attention, target)
 
-    def _edges(self, options: FlowOptions, target: Tensor) -> Float[Tensor, "batch query key"]:
+    def _edges(
+        self, options: FlowOptions, target: Tensor, preset: str | None
+    ) -> Float[Tensor, "batch query key"]:
         tracer, reading = self.tracer, self.reading
         response = completions(self.visible, self.prompt_length)
         choice = edge_choice(options, target, response, self.masks.answer)
         if reading is not None and choice is None:
             return reading.mean
-        calls = self.calls(tracer.layers)
-        lengths = self._lengths(calls) if options.edges == "value" else ()
-        return tracer.reader.rows_of(calls, tracer.layers, lengths, self.visible, choice).whole()
+        layers = tracer.layers
+        if preset is not None and "layers" in PRESETS[preset]:
+            layers = select_layers(options.layers, [site.layer for site in tracer.reader.sites])
+        calls = self.calls(layers)
+        lengths = self._lengths(calls, layers, options.edges)
+        sizes = self.influence(layers) if options.edges == "influence" else ()
+        rows = tracer.reader.rows_of(calls, layers, lengths, self.visible, choice, sizes)
+        return rows.whole()
+
+    def influence(self, layers: Sequence[int]) -> Sequence[Float[Tensor, "batch _ _"]]:
+        """The influence of the heads and rows of these layers on the sampled tokens."""
+        if self.sizes:
+            return self.sizes
+        return self.tracer.reader.influences(
+            self.ids,
+            self.visible,
+            completions(self.visible, self.prompt_length),
+            layers,
+            batch_size=self.batch_size,
+        )
 
     def _lengths(
-        self, calls: Sequence[AttentionCall | AttentionWeights]
+        self, calls: Sequence[AttentionCall | AttentionWeights], layers: Sequence[int], edges: str
     ) -> Sequence[Float[Tensor, "batch _ _"]]:
+        if edges == "attention":
+            return ()
         if self.reading is not None:
             return self.reading.lengths
-        reader, layers = self.tracer.reader, set(self.tracer.layers)
-        sites = [site for site in reader.sites if site.layer in layers]
+        reader = self.tracer.reader
+        sites = [site for site in reader.sites if site.layer in set(layers)]
         pairs = zip(calls, sites, strict=True)
-        return [value_lengths(call, reader.projections[site]) for call, site in pairs]
+        maps = reader.projections if edges == "value" else dict.fromkeys(sites)
+        return [value_lengths(call, maps[site]) for call, site in pairs]
 
 
 def oracle_mask(

@@ -274,7 +274,8 @@ def _one(name: str) -> Scorer:
             f"a preset says how the graph of {reading} is made, and {base!r} reads none; "
             f"leave out {colon + preset!r}"
         )
-    return replace(scorer, name=name, preset=preset)
+    layers = PRESETS[preset].get("layers", scorer.layers)
+    return replace(scorer, name=name, preset=preset, layers=layers)
 
 
 def _product(factors: tuple[Scorer, ...]) -> Scorer:

@@ -15,6 +15,7 @@ from flowtracer_plugin.credit.measures import Features, Rollouts
 from flowtracer_plugin.credit.read_rollouts import Late, ReadRollouts
 from flowtracer_plugin.credit.saliency import check_whole
 from flowtracer_plugin.credit.scorers import Scorer, multiplied
+from flowtracer_plugin.reading.influence import check_backward
 from flowtracer_plugin.reading.one_pass import Reading
 from flowtracer_plugin.text.answers import (
     FoundAnswer,
@@ -160,8 +161,7 @@ class RolloutScorer:
         """The parts that a reading must hold."""
         options = self.tracer.options
         heads = "heads" in self.scorer.needs or not options.plain
-        value = options.edges == "value"
-        return {"keep": heads, "by_value": value, "average": options.plain}
+        return {"keep": heads, "edges": options.edges, "average": options.plain}
 
     def prepare(self) -> None:
         """Make the forward passes that are needed before the pass that is read.
@@ -172,7 +172,9 @@ class RolloutScorer:
         """
         if "saliency" in self.scorer.needs:
             check_whole(self.tracer.model)
-        if self._kept["by_value"]:
+        if self.tracer.options.edges == "influence":
+            check_backward(self.tracer.model)
+        if self.tracer.options.edges != "attention":
             self.tracer.reader.projections  # noqa: B018 - found once, by a run of the model
 
     def _batch(
@@ -205,6 +207,8 @@ class RolloutScorer:
         )
         if "saliency" in self.scorer.needs:
             batch.saliency  # noqa: B018 - its own passes must come before the one that is read
+        if tracer.options.edges == "influence":  # the same
+            batch = replace(batch, sizes=batch.influence(tracer.layers))
         rules = [answer.rule for answer in masks.answers if answer]
         return batch, rules.count(last_character.__name__)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
 from flowtracer_plugin.attention.head_choice import attention_to, most_attentive, named_heads
 from flowtracer_plugin.attention.head_mean import query_tensor
+from flowtracer_plugin.flow.substitution import Rows
 from flowtracer_plugin.options import FlowOptions, Heads
 from flowtracer_plugin.reading.rows import AttentionRows
 
@@ -28,6 +29,7 @@ class EdgeChoice:
     Attributes:
         heads: As in `FlowOptions`.
         by_value: Whether attention is weighed by the lengths of the values that it moves.
+        decided: The sampled tokens, if heads and rows are weighed by their influence on these.
         target: The rows of the answer, or the rows that decide it.
         reasoning: The tokens of the response before the answer, as `reasoning_mask` finds them.
     """
@@ -36,6 +38,7 @@ class EdgeChoice:
     by_value: bool
     target: Bool[Tensor, "batch token"]
     reasoning: Bool[Tensor, "batch token"]
+    decided: Bool[Tensor, "batch token"] | None = None
 
     def behind(
         self, mask: Bool[Tensor, "batch token"], ordered: Bool[Tensor, "batch most"]
@@ -47,7 +50,12 @@ class EdgeChoice:
             found[ordered] = values.to(ordered.device)[mask.to(ordered.device)]
             return found
 
-        return replace(self, target=moved(self.target), reasoning=moved(self.reasoning))
+        return replace(
+            self,
+            target=moved(self.target),
+            reasoning=moved(self.reasoning),
+            decided=None if self.decided is None else moved(self.decided),
+        )
 
 
 def edge_choice(
@@ -59,11 +67,14 @@ def edge_choice(
     """The edges that `options` ask for; None for the plain mean."""
     if options.plain:
         return None
+    if options.rows == "decision":  # heads are chosen in rows as the model makes them
+        target = target.roll(-1, -1)
     return EdgeChoice(
         heads=options.heads,
-        by_value=options.edges == "value",
+        by_value=options.edges != "attention",
         target=target,
         reasoning=reasoning_mask(response, answer),
+        decided=response if options.edges == "influence" else None,
     )
 
 
@@ -83,6 +94,36 @@ def completions(
     return visible & (torch.arange(visible.shape[1], device=visible.device) >= prompt_length)
 
 
+def deciding_rows(
+    attention: Float[Tensor, "batch query key"],
+    visible: Bool[Tensor, "batch query"],
+    response: Bool[Tensor, "batch query"],
+) -> Float[Tensor, "batch query key"]:
+    """The attention by which each response token was decided: that of the token before it.
+
+    The row of a token is computed from that token, and its logits choose the next one. Rows of
+    prompt tokens are 0, since the prompt was given.
+    """
+    place = torch.arange(visible.shape[1], device=attention.device)
+    last = place.where(visible, 0).cummax(-1).values  # the last visible token up to each place
+    before = last.roll(1, -1)[:, :, None].expand_as(attention)
+    return attention.gather(1, before) * response[:, :, None]
+
+
+def deciding_blocks(rows: Rows, response: Bool[Tensor, "batch token"]) -> Rows:
+    """`deciding_rows`, by blocks of rows of texts with all padding behind them."""
+
+    def shifted(start: int, stop: int) -> Float[Tensor, "batch row key"]:
+        first = max(start - 1, 0)
+        block = rows(first, max(stop - 1, 1))
+        found = block.new_zeros(len(block), stop - start, stop)
+        if stop > 1:
+            found[:, start == 0 :, : block.shape[2]] = block[:, : stop - 1 - first]
+        return found * response[:, start:stop, None]
+
+    return shifted
+
+
 def chosen_rows(
     model: nn.Module,
     calls: Sequence[AttentionCall | AttentionWeights],
@@ -92,6 +133,7 @@ def chosen_rows(
     choice: EdgeChoice,
     *,
     block: int,
+    sizes: Sequence[Float[Tensor, "batch _ _"]] = (),
 ) -> AttentionRows:
     """The rows of the chosen edges.
 
@@ -103,6 +145,7 @@ def chosen_rows(
         visible: True for tokens, False for padding.
         choice: The edges to compute.
         block: Query rows that are computed at a time.
+        sizes: The influence of each call's heads and rows; empty if that is not asked for.
 
     Raises:
         ValueError: The choice names layers or heads that the model does not have.
@@ -114,4 +157,6 @@ def chosen_rows(
     elif not isinstance(choice.heads, str):
         paid = [attention_to(call, choice.target, choice.reasoning) for call in calls]
         heads = most_attentive(paid, choice.heads)
-    return AttentionRows(model, calls, visible, block=block, heads=heads, lengths=lengths)
+    return AttentionRows(
+        model, calls, visible, block=block, heads=heads, lengths=lengths, sizes=sizes
+    )

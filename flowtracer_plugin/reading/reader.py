@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from flowtracer_plugin.attention.adapter import (
     AttentionWeights,
     UnsupportedArchitectureError,
 )
+from flowtracer_plugin.attention.head_mean import query_tensor
 from flowtracer_plugin.attention.rounding import difference, rounding
 from flowtracer_plugin.attention.value_lengths import Projections, find_projections
 from flowtracer_plugin.model.causal_lm import first_output
@@ -24,6 +26,7 @@ from flowtracer_plugin.model.padding import put_back, text_first
 from flowtracer_plugin.model.parallel import tensor_parallel_group
 from flowtracer_plugin.reading.backend import Receive, Result, Sites
 from flowtracer_plugin.reading.edges import EdgeChoice, chosen_rows
+from flowtracer_plugin.reading.influence import check_backward, influences
 from flowtracer_plugin.reading.one_pass import Reading, ReadingSum, Wanted
 from flowtracer_plugin.reading.rows import AttentionRows, KeptCalls, check_causal
 from flowtracer_plugin.reading.runner import ModelRunner
@@ -40,6 +43,7 @@ class AttentionReader(ModelRunner):
     """
 
     _known_projections: Projections | None = None
+    _known_heads: Mapping[AttentionSite, int] = MappingProxyType({})
 
     def read(
         self,
@@ -71,7 +75,7 @@ class AttentionReader(ModelRunner):
         *,
         model_inputs: Mapping[str, Any] | None = None,
         keep: bool = False,
-        by_value: bool = False,
+        edges: str = "attention",
         average: bool = True,
         progress: bool = False,
     ) -> Reading:
@@ -82,7 +86,7 @@ class AttentionReader(ModelRunner):
         """
         sites = self._chosen(layers)
         shape = (*input_ids.shape, attention_mask.shape[1])
-        wanted = self._wanted(keep, by_value, average)
+        wanted = self._wanted(keep, edges, average)
         total = self._sum(sites, shape, input_ids.device, wanted)
         inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
         self._run(inputs, sites, total.receive, progress)
@@ -111,16 +115,21 @@ class AttentionReader(ModelRunner):
         """
         seen = attention_mask
         input_ids, attention_mask = text_first(input_ids, attention_mask)
-        by_value = choice is not None and choice.by_value
+        edges = "attention"
+        if choice is not None and choice.by_value:
+            edges = "value" if choice.decided is None else "influence"
         kept = KeptCalls(
-            self.model, self.adapter, maps=maps, projections=self.projections if by_value else None
+            self.model, self.adapter, maps=maps, projections=self._projections_for(edges)
         )
         inputs = self._inputs(input_ids, attention_mask, {})
         self._run(inputs, self._chosen(layers), kept.receive, progress)
         visible, calls = attention_mask.to(input_ids.device), kept.calls()
         check_causal(calls)
         choice = None if choice is None else choice.behind(seen, visible)
-        return self.rows_of(calls, layers, kept.lengths, visible, choice), visible
+        sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
+        if choice is not None and choice.decided is not None:
+            sizes = self.influences(input_ids, visible, choice.decided, layers)
+        return self.rows_of(calls, layers, kept.lengths, visible, choice, sizes), visible
 
     def read_edges(
         self,
@@ -151,6 +160,7 @@ class AttentionReader(ModelRunner):
         lengths: Sequence[Float[Tensor, "batch _ _"]],
         visible: Bool[Tensor, "batch token"],
         choice: EdgeChoice | None,
+        sizes: Sequence[Float[Tensor, "batch _ _"]] = (),
     ) -> AttentionRows:
         """Rows of the chosen edges, or of the plain mean, from calls of `layers` already read.
 
@@ -166,7 +176,40 @@ class AttentionReader(ModelRunner):
                 "each process; use heads='all' and edges='attention'"
             )
         numbers = [site.layer for site in self._chosen(layers)]
-        return chosen_rows(self.model, calls, numbers, lengths, visible, choice, block=self.block)
+        return chosen_rows(
+            self.model, calls, numbers, lengths, visible, choice, block=self.block, sizes=sizes
+        )
+
+    def influences(
+        self,
+        ids: Int[Tensor, "batch token"],
+        visible: Bool[Tensor, "batch token"],
+        decided: Bool[Tensor, "batch token"],
+        layers: Sequence[int],
+        *,
+        batch_size: int | None = None,
+    ) -> tuple[Float[Tensor, "batch _ _"], ...]:
+        """The influence of every head and row of these layers on the tokens that were `decided`.
+
+        It takes a forward and a backward pass, of `batch_size` texts at a time.
+
+        Raises:
+            UnsupportedArchitectureError: As `influence.influences`, or as `projections`.
+        """
+        check_backward(self.model)
+        chosen = [self.projections[site] for site in self._chosen(layers)]
+        heads = [self._known_heads[site] for site in self._chosen(layers)]
+        size = batch_size or len(ids)
+        parts = [
+            influences(self.model, chosen, heads, ids[rows], visible[rows], decided[rows])
+            for rows in (slice(start, start + size) for start in range(0, len(ids), size))
+        ]
+        return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
+
+    def _projections_for(self, edges: str) -> Projections | None:
+        if edges == "influence":  # the gradient before the projection says what it does
+            return dict.fromkeys(self.sites)
+        return self.projections if edges == "value" else None
 
     @property
     def projections(self) -> Projections:
@@ -182,7 +225,15 @@ class AttentionReader(ModelRunner):
                 with self._running():
                     self.backend.listen(lambda: self.model(**inputs), self.sites, receive, runs=1)
 
-            self._known_projections = find_projections(run, self._read, self.model, self.sites)
+            heads: dict[AttentionSite, int] = {}
+
+            def read(site: AttentionSite, args: Any, kwargs: Any) -> Any:
+                call = self._read(site, args, kwargs)
+                heads[site] = query_tensor(call).shape[1]
+                return call
+
+            self._known_projections = find_projections(run, read, self.model, self.sites)
+            self._known_heads = heads
         return self._known_projections
 
     def listen(
@@ -194,7 +245,7 @@ class AttentionReader(ModelRunner):
         *,
         batch_size: int | None = None,
         keep: bool = False,
-        by_value: bool = False,
+        edges: str = "attention",
         average: bool = True,
     ) -> Result:
         """What `call` returns; it runs the model, whose attention goes to `take`.
@@ -205,7 +256,7 @@ class AttentionReader(ModelRunner):
         as `read_in_place` returns it. Errors in reading are raised when `call` has returned.
         """
         sites, rows = self._chosen(layers), len(attention_mask)
-        wanted = self._wanted(keep, by_value, average)
+        wanted = self._wanted(keep, edges, average)
         size = batch_size or rows
         parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
         waiting = iter(parts)
@@ -234,8 +285,8 @@ class AttentionReader(ModelRunner):
             raise errors[0]
         return returned
 
-    def _wanted(self, keep: bool, by_value: bool, average: bool) -> Wanted:
-        projections = self.projections if by_value else None
+    def _wanted(self, keep: bool, edges: str, average: bool) -> Wanted:
+        projections = self._projections_for(edges)
         return Wanted(keep=keep, projections=projections, average=average)
 
     def _sum(self, sites: Sites, shape: Sequence[int], device: Any, wanted: Wanted) -> ReadingSum:

@@ -112,6 +112,7 @@ class AttentionRows:
         heads: The heads of each call to average, for each text; all by default.
         lengths: The lengths of each call's values, by which attention is weighed; rows keep their
             sums. Without them, attention is not weighed.
+        sizes: Further factors of each head's rows, such as their influence.
     """
 
     def __init__(
@@ -123,12 +124,14 @@ class AttentionRows:
         block: int,
         heads: Chosen | None = None,
         lengths: Sequence[Float[Tensor, "batch _ _"]] = (),
+        sizes: Sequence[Float[Tensor, "batch _ _"]] = (),
     ) -> None:
         self._model, self._block, self.heads = model, block, heads
         self._hidden = None if bool(visible.all()) else ~visible
         self.shape, self.device = visible.shape, visible.device
-        weighed = lengths or (None,) * len(calls)
-        every = tuple(_Part(call, None, one) for call, one in zip(calls, weighed, strict=True))
+        nothing = (None,) * len(calls)
+        parts = zip(calls, lengths or nothing, sizes or nothing, strict=True)
+        every = tuple(_Part(call, None, length, size) for call, length, size in parts)
         self._parts = [(slice(None), every)]
         if heads is not None:
             self._parts = [
@@ -162,11 +165,12 @@ class AttentionRows:
 
 
 class _Part(NamedTuple):
-    """A call, the heads of it that are averaged, and the lengths that weigh their rows."""
+    """A call, the heads of it that are averaged, and the factors of its keys and of its rows."""
 
     call: AttentionCall | AttentionWeights
     heads: Int[Tensor, " chosen"] | None
     lengths: Float[Tensor, "batch head key"] | None
+    sizes: Float[Tensor, "batch head query"] | None
 
 
 def _add_mean(
@@ -175,14 +179,16 @@ def _add_mean(
     """Add the mean over all chosen heads; without a choice, the mean of the calls' head means."""
     counts = [1 if part.heads is None else len(part.heads) for part in parts]
     sums = total.new_zeros(*total.shape[:2], 1)
-    for (call, heads, lengths), count in zip(parts, counts, strict=True):
+    for (call, heads, lengths, sizes), count in zip(parts, counts, strict=True):
         # Keys that stand for several tokens are not numbered like the tokens.
         keys = stop if getattr(call, "key_tokens", None) is None else None
         share = count / sum(counts)
         if lengths is None:
             mean = mean_of_rows(call, rows, heads=heads, keys=keys)
         else:
-            mean, had = weighed_mean_of_rows(call, rows, lengths, heads=heads, keys=keys)
+            mean, had = weighed_mean_of_rows(
+                call, rows, lengths, heads=heads, keys=keys, sizes=sizes
+            )
             sums.add_(had[..., None].to(total.device), alpha=share)
         mean = mean[..., :stop].to(total.device)
         total[..., : mean.shape[-1]].add_(mean, alpha=share)
@@ -200,6 +206,7 @@ def _of_text(
             one_text(part.call, text),
             heads.to(query_tensor(part.call).device),
             None if part.lengths is None else part.lengths[text : text + 1],
+            None if part.sizes is None else part.sizes[text : text + 1],
         )
         for part, heads in zip(parts, chosen, strict=True)
         if len(heads)

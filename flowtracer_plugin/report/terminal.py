@@ -92,13 +92,14 @@ def _title(shown: ShownTrace) -> Text:
     tokens = trace.spans.answer.nonzero()[0].tolist()
     spent = f"token{'s' * (len(tokens) > 1)} {ranges(tokens)}".replace("–", "-")
     layers = ranges(sorted(trace.layers)).replace("–", "-")
+    rows = ", rows that decided" if trace.options.rows == "decision" else ""
     return Text.assemble(
         (f"answer '{answer}'", "bold"),
         f" found by rule '{visible(trace.spans.rule)}' in {spent}\n",
         (f"{percent(trace.reasoning_share)}", "bold"),
         " of the flow passes through the reasoning, the rest jumps straight to the answer\n",
         f"{trace.backbone.question_reached} of {int(trace.spans.question.sum())} question tokens "
-        f"reached · {len(trace.tokens)} tokens · {visible(trace.model)}, layers {layers}",
+        f"reached · {len(trace.tokens)} tokens · {visible(trace.model)}, layers {layers}{rows}",
     )
 
 

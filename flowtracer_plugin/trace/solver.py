@@ -16,7 +16,13 @@ from flowtracer_plugin.flow.streamed import stream_flow
 from flowtracer_plugin.flow.substitution import Rows
 from flowtracer_plugin.model.causal_lm import check_input, check_packing
 from flowtracer_plugin.options import FlowOptions
-from flowtracer_plugin.reading.edges import EdgeChoice, completions, edge_choice
+from flowtracer_plugin.reading.edges import (
+    EdgeChoice,
+    completions,
+    deciding_blocks,
+    deciding_rows,
+    edge_choice,
+)
 from flowtracer_plugin.reading.reader import AttentionReader
 from flowtracer_plugin.reading.rows import AttentionRows
 from flowtracer_plugin.text.spans import Spans
@@ -93,13 +99,13 @@ class Solver:
         )
         choice = edge_choice(self.options, target, response, answer)
         if self._ready(ids, mask) == "dense":
-            edges, heads = self._edges(ids, mask, choice, progress=progress)
+            edges, heads = self._edges(ids, mask, response, choice, progress=progress)
             attention = edges[0].cpu().numpy()
             solving = self.options.solving
             flow = solve_flow(attention, spans.question, spans.target, **solving)
             found = {"reach": flow.reach, "throughput": flow.throughput}
             return {"attention": attention, "heads": heads, **found}
-        rows, _, heads = self._rows(ids, mask, choice, progress=progress)
+        rows, _, heads = self._rows(ids, mask, response, choice, progress=progress)
         twice = 2 * (int(spans.target.nonzero()[0].max()) + 1)
         with tqdm(total=twice, desc="streaming", unit="row", disable=not progress) as bar:
 
@@ -123,9 +129,9 @@ class Solver:
         response = completions(mask.to(masks.answer.device), prompt_length)
         choice = edge_choice(self.options, masks.target, response, masks.answer)
         if self._ready(ids, mask) == "dense":
-            attention, _ = self._edges(ids, mask, choice)
+            attention, _ = self._edges(ids, mask, response, choice)
             return solve_rollouts(attention, masks, prompt_length, self.options)
-        rows, ordered, _ = self._rows(ids, mask, choice)
+        rows, ordered, _ = self._rows(ids, mask, response, choice)
         visible = mask.to(ordered.device)
         return stream_rollouts(rows, ordered, visible, masks, prompt_length, self.options)
 
@@ -138,7 +144,13 @@ class Solver:
         return self.budget.choose(self.mode, ids.shape[1], len(ids), padded=padded)
 
     def _edges(
-        self, ids: Ids, mask: Mask, choice: EdgeChoice | None, *, progress: bool = False
+        self,
+        ids: Ids,
+        mask: Mask,
+        response: Mask,
+        choice: EdgeChoice | None,
+        *,
+        progress: bool = False,
     ) -> tuple[Float[Tensor, "batch query key"], HeadPairs]:
         """All edges, and the heads chosen for the first text."""
         heads: HeadPairs = ()
@@ -151,22 +163,34 @@ class Solver:
             heads = self._pairs(rows)
         if self.options.first_token == "drop":
             attention = drop_first_token(attention, mask)
+        if self.options.rows == "decision":
+            attention = deciding_rows(attention, mask, response)
         return attention, heads
 
     def _rows(
-        self, ids: Ids, mask: Mask, choice: EdgeChoice | None, *, progress: bool = False
+        self,
+        ids: Ids,
+        mask: Mask,
+        response: Mask,
+        choice: EdgeChoice | None,
+        *,
+        progress: bool = False,
     ) -> tuple[Rows, Bool[Tensor, "batch most"], HeadPairs]:
         """The edges by rows with padding behind the text, their mask, and the chosen heads."""
         rows, ordered = self.reader.read_rows(
             ids, mask, self.layers, choice=choice, progress=progress
         )
-        if self.options.first_token == "keep":
-            return rows, ordered, self._pairs(rows)
 
-        def without_first(start: int, stop: int) -> Float[Tensor, "batch row key"]:
-            return drop_first_token(rows(start, stop), ordered[:, :stop])
+        def edges(start: int, stop: int) -> Float[Tensor, "batch row key"]:
+            kept = self.options.first_token == "keep"
+            block = rows(start, stop)
+            return block if kept else drop_first_token(block, ordered[:, :stop])
 
-        return without_first, ordered, self._pairs(rows)
+        if self.options.rows == "decision":
+            said = torch.zeros_like(ordered)
+            said[ordered] = response.to(ordered.device)[mask.to(ordered.device)]
+            return deciding_blocks(edges, said), ordered, self._pairs(rows)
+        return edges, ordered, self._pairs(rows)
 
     def _pairs(self, rows: AttentionRows) -> HeadPairs:
         """Layer and number of each head chosen for the first text; empty if all heads count."""

@@ -53,7 +53,7 @@ def wrap(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     preset: str = "paper",
-    layers: str | int | Iterable[SupportsIndex] = "middle",
+    layers: str | int | Iterable[SupportsIndex] | None = None,
     question: str = "prompt",
     answer: AnswerFinder = "auto",
     target: str | None = None,
@@ -62,6 +62,7 @@ def wrap(
     first_token: str | None = None,
     heads: str | float | Iterable[tuple[int, int]] | None = None,
     edges: str | None = None,
+    rows: str | None = None,
     adapter: AttentionAdapter | None = None,
     backend: str = "nnsight",
     block: int = 64,
@@ -76,8 +77,10 @@ def wrap(
         model: A transformers model, possibly with LoRA. Wrappers such as `torch.compile`'s are
             removed.
         tokenizer: The model's tokenizer; needed for everything that involves text.
-        preset: `"paper"`, `"decision"` or `"sharp"`: sets the options below that are None.
-        layers: The attention layers to average: a name, or numbers.
+        preset: `"paper"`, `"decision"`, `"sharp"`, `"decided"` or `"derivation"`: sets the
+            options below that are None.
+        layers: The attention layers to average: a name, or numbers; by default the preset's, which
+            are the middle third or, for `"decided"` and `"derivation"`, all.
         question: The prompt tokens at which flow is injected.
         answer: The answer finder: a name (`"auto"`, `"boxed"`, …), a compiled pattern with one
             group, or a function from the text to a span.
@@ -86,7 +89,8 @@ def wrap(
         boundary: `"literal"` or `"absorbing"`.
         first_token: `"keep"` or `"drop"`.
         heads: `"all"`, a share such as 0.3, or (layer, head) pairs.
-        edges: `"attention"` or `"value"`.
+        edges: `"attention"`, `"value"` or `"influence"`.
+        rows: `"own"` or `"decision"`.
         adapter: An adapter for this architecture, if the built-in ones cannot read it.
         backend: `"nnsight"` reads any model. `"interface"` reads models that use transformers'
             attention interface, also with tensor parallelism, in several threads, or without
@@ -114,7 +118,7 @@ def wrap(
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     options = flow_options(
         preset,
-        layers=layers if isinstance(layers, str) else layer_numbers(layers),
+        layers=layers if layers is None or isinstance(layers, str) else layer_numbers(layers),
         question=question,
         answer=finder_name(answer),
         target=target,
@@ -123,6 +127,7 @@ def wrap(
         first_token=first_token,
         heads=None if heads is None else head_pairs(heads),
         edges=edges,
+        rows=rows,
     )
     language_model(unwrapped(model))
     reader = AttentionReader(model, adapter, backend=backend, block=block)

@@ -15,6 +15,7 @@ from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
 PROMPTS = [PROMPT, "Tom ate 3 apples. How many?"]
 OTHERS = [
     *("flow:paper", "reach:decision", "attention:decision", "attention_power:sharp"),
+    *("flow:decided", "reach:decided*entropy", "attention:decided", "flow:derivation"),
     *("flow:sharp*grad_x_input", "rollout*surprisal", "fai*entropy", "reach*attention"),
 ]
 MEASURED = [name for name in {*SCORERS, *NAMES, *OTHERS} if name not in ("coupled", "recency")]

@@ -18,7 +18,8 @@ LONG = [f"{text} {text} {text}" for text in TEXTS]
 """FAI looks ten tokens ahead."""
 
 NAMES = [name for name in SCORERS if name != "uniform"]
-NAMES += ["flow:sharp", "attention:decision", "flow*entropy", "attention:sharp*surprisal"]
+NAMES += ["flow:sharp", "flow:decided", "reach:derivation", "attention:decision", "flow*entropy"]
+NAMES += ["attention:sharp*surprisal"]
 PASSES = {"training": {}, "scoring": {"num_iterations": 2}, "extra": {"flow_pass": "extra"}}
 
 

@@ -243,6 +243,7 @@ def _made(traces: Sequence[TraceData]) -> list[tuple[str, str]]:
             "model": trace.model,
             "layers": layers if isinstance(layers, str) else ranges(sorted(layers)),
             "numbers of layers": ranges(sorted(trace.layers)),
+            "rows": trace.options.rows,
             "question": f"{trace.options.question}, weights: {trace.options.question_weights}",
             "answer": trace.options.answer,
             "flow ends at": f"{trace.options.target}, {trace.options.boundary} boundary",

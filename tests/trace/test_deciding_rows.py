@@ -1,0 +1,142 @@
+"""The graph in which the row that chose a token leads into it."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+import flowtracer_plugin as ft
+from flowtracer_plugin.credit.token_scores import score_text
+from flowtracer_plugin.options import FlowOptions, flow_options
+from flowtracer_plugin.reading.edges import deciding_blocks, deciding_rows
+from tests.flow import reference
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+PROMPT = [1, 7, 9, 4, 8]
+SAID = [5, 11, 6, 3, 12, 10, 14, 9, 5, 4]
+
+
+def shifted_by_hand(attention, visible, response):
+    """Row t of a response token is the row of the last visible token before it."""
+    found = np.zeros_like(attention)
+    for text, token in np.argwhere(response):
+        before = [t for t in range(token) if visible[text, t]]
+        found[text, token] = attention[text, before[-1]]
+    return found
+
+
+@st.composite
+def rollouts(draw):
+    batch, tokens = draw(st.integers(1, 3)), draw(st.integers(2, 9))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    visible = rng.random((batch, tokens)) < 0.8
+    attention = np.tril(rng.random((batch, tokens, tokens))) * visible[:, None] * visible[..., None]
+    start = draw(st.integers(1, tokens))
+    response = visible & (np.arange(tokens) >= start)
+    response &= np.cumsum(visible, -1) > 1  # something precedes each
+    return attention, visible, response
+
+
+@given(rollouts())
+def test_rows_are_those_of_the_token_before(drawn):
+    parts = [torch.from_numpy(part) for part in drawn]
+    np.testing.assert_array_equal(deciding_rows(*parts).numpy(), shifted_by_hand(*drawn))
+
+
+@given(rollouts(), st.integers(1, 4))
+def test_blocks_of_rows_are_parts_of_the_whole(drawn, size):
+    attention, visible, response = (torch.from_numpy(part) for part in drawn)
+    visible[:] = True
+    whole = deciding_rows(attention, visible, response)
+    rows = deciding_blocks(lambda start, stop: attention[:, start:stop, :stop], response)
+    for start in range(0, attention.shape[1], size):
+        stop = min(start + size, attention.shape[1])
+        assert torch.equal(rows(start, stop), whole[:, start:stop, :stop])
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = tiny_tokenizer()
+    return tiny_llama(vocab_size=len(tokenizer)), tokenizer
+
+
+def tracer(model, **options):
+    return ft.wrap(*model, answer="last_word", **options)
+
+
+def test_the_flow_is_that_of_the_slow_definition(model):
+    own = tracer(model, layers="all", edges="value").trace_tokens(PROMPT, SAID)
+    trace = tracer(model, preset="decided").trace_tokens(PROMPT, SAID)
+    start = len(PROMPT)
+    edges = np.zeros_like(own.attention)
+    edges[start:] = own.attention[start - 1 : -1]
+    np.testing.assert_allclose(trace.attention, edges, atol=1e-7)
+    wanted = reference.flow(edges, trace.spans.question, trace.spans.target)
+    np.testing.assert_allclose(trace.throughput, wanted["throughput"], atol=1e-6)
+    np.testing.assert_allclose(trace.reach, wanted["reach"], atol=1e-6)
+
+
+@pytest.mark.parametrize("first_token", ["keep", "drop"])
+@pytest.mark.parametrize("edges", ["attention", "value"])
+def test_streamed_traces_are_equal_to_dense_ones(model, edges, first_token):
+    options = {"rows": "decision", "layers": "all", "edges": edges, "first_token": first_token}
+    dense, streamed = (
+        tracer(model, mode=mode, block=3, **options).trace_tokens(PROMPT, SAID)
+        for mode in ("dense", "streamed")
+    )
+    np.testing.assert_allclose(streamed.throughput, dense.throughput, atol=1e-5)
+    np.testing.assert_allclose(streamed.reach, dense.reach, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["dense", "streamed"])
+def test_padding_and_batching_change_nothing(model, mode):
+    traced = tracer(model, preset="decided", mode=mode)
+    texts = [(PROMPT, SAID), (PROMPT[:3], SAID[2:]), (PROMPT, [*SAID[:4], 9])]
+    width = len(SAID)
+    prompts, said = torch.zeros(3, 5, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+    asked, spoken = torch.zeros_like(prompts), torch.zeros_like(said)
+    for row, (prompt, response) in enumerate(texts):
+        prompts[row, 5 - len(prompt) :] = torch.tensor(prompt)
+        asked[row, 5 - len(prompt) :] = 1
+        said[row, : len(response)] = torch.tensor(response)
+        spoken[row, : len(response)] = 1
+    batch = traced.trace_ids(prompts, said, asked, spoken)
+    for row, (prompt, response) in enumerate(texts):
+        alone = traced.trace_tokens(prompt, response)
+        seen = torch.cat([asked[row], spoken[row]]).bool()
+        np.testing.assert_allclose(batch.throughput[row][seen], alone.throughput, atol=1e-5)
+        np.testing.assert_allclose(batch.reach[row][seen], alone.reach, atol=1e-5)
+
+
+def test_one_unit_arrives_and_inflow_equals_outflow(model):
+    trace = tracer(model, preset="decided", boundary="absorbing").trace_tokens(PROMPT, SAID)
+    target, flow = trace.spans.target, trace.flow
+    assert trace.throughput[target].sum() == pytest.approx(1, abs=1e-5)
+    inflow = flow.inflow(np.ones_like(target))
+    inside = ~target & trace.spans.response
+    np.testing.assert_allclose(inflow[inside], trace.throughput[inside], atol=1e-6)
+
+
+def test_scores_of_the_preset_read_its_layers(model):
+    middle = tracer(model, mode="dense")
+    text = middle.trace_tokens(PROMPT, SAID)
+    own = tracer(model, preset="decided", mode="dense")
+    alone = own.trace_tokens(PROMPT, SAID)
+    scores = score_text(middle, text, ["flow:decided", "reach:decided"])
+    start = len(PROMPT)
+    np.testing.assert_allclose(scores["flow:decided"][start:], alone.throughput[start:], atol=1e-6)
+    np.testing.assert_allclose(scores["reach:decided"][start:], alone.reach[start:], atol=1e-6)
+
+
+def test_layers_are_the_presets_where_nobody_chose(model):
+    assert tracer(model).layers != tracer(model, preset="decided").layers
+    assert tracer(model, preset="decided").options.layers == "all"
+    assert tracer(model, preset="decided", layers="late").options.layers == "late"
+    assert flow_options("decided").target == "answer"
+
+
+def test_rows_and_target_must_not_both_decide():
+    with pytest.raises(ValueError, match=r"lead into the answer itself; use target='answer'"):
+        FlowOptions(rows="decision", target="decision")
+    with pytest.raises(ValueError, match=r"rows must be one of \('own', 'decision'\)"):
+        FlowOptions(rows="before")
