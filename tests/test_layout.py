@@ -36,7 +36,7 @@ ROOMS = [
     "cli",
 ]
 
-# Imports inside functions that load a heavy or optional package where it is used.
+# Imports inside functions: what is heavy, optional or starts a process is loaded where it is used.
 LATE = {
     ("credit.weights", "torch"),
     ("flow.dispatch", "flow.numpy_arrays"),
@@ -49,6 +49,7 @@ LATE = {
     ("model.free_memory", "resource"),
     ("rewards.algebra", "latex2sympy2_extended"),
     ("rewards.algebra", "sympy"),
+    ("rewards.named", "rewards.right_answers"),
     ("rewards.worker", "resource"),
     ("text.data_sets", "datasets"),
     ("text.data_sets", "datasets.exceptions"),

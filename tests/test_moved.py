@@ -48,6 +48,8 @@ report: CompletionView group_page render_comparison render_evaluation render_not
 reward: FlowReward SCORES
 rewards: completion_text concentration imported_reward math_answer math_flow named_reward
     reasoning_share
+rewards.named: completion_text concentration imported_reward math_answer math_flow named_reward
+    reasoning_share
 river: River
 rollouts: FlowBatch
 sampling: Group rewarded sample

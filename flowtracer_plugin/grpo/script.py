@@ -24,7 +24,7 @@ from flowtracer_plugin.model.loading import load_model, load_tokenizer
 from flowtracer_plugin.grpo.trainer import FlowGRPOConfig, FlowGRPOTrainer
 from flowtracer_plugin.grpo.options import documented
 from flowtracer_plugin.rewards.flow_reward import FlowReward
-from flowtracer_plugin.rewards.named import imported_reward, math_answer
+from flowtracer_plugin.rewards.named import imported_reward, named_reward
 from flowtracer_plugin.trace.tracer import FlowTracer, wrap
 from flowtracer_plugin.text.data_sets import columns, load_rows, with_prompts
 
@@ -261,9 +261,9 @@ def _rewards(
 
 def _reward(name: str, tracer: Callable[[], FlowTracer]) -> Callable[..., Any]:
     if name == "math_answer":
-        return math_answer
+        return named_reward(name)
     if name == "math_flow":
-        return FlowReward(tracer, outcome=math_answer, name=name)
+        return FlowReward(tracer, outcome=named_reward("math_answer"), name=name)
     if name in REWARDS:
         return FlowReward(tracer, score="reasoning_share" if name == "flow" else name)
     return imported_reward(name, REWARDS)

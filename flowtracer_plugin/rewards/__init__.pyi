@@ -3,8 +3,8 @@ from .judge import equal_answers as equal_answers
 from .named import (
     concentration as concentration,
     imported_reward as imported_reward,
-    math_answer as math_answer,
     math_flow as math_flow,
     named_reward as named_reward,
     reasoning_share as reasoning_share,
 )
+from .right_answers import math_answer as math_answer

@@ -14,7 +14,7 @@ _DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?"
 _YEAR = r"(?:,?\s*(?P<year>\d{4}))?"
 _WEEKDAY = r"(?:(?:mon|tues|wednes|thurs|fri|satur|sun)day,?\s+)?"
 _DATES = [
-    re.compile(rf"{_WEEKDAY}{pattern}")
+    re.compile(rf"\A{_WEEKDAY}{pattern}")
     for pattern in (
         rf"(?:the\s+)?{_DAY}\s*(?:of\s+)?{_NAME}{_YEAR}",
         rf"{_NAME}\s*(?:the\s+)?{_DAY}{_YEAR}",
@@ -26,10 +26,10 @@ _DATES = [
     )
 ]
 _CLOCK = re.compile(
-    r"(?P<hour>\d{1,2})(?::(?P<minute>\d{2}))?(?::(?P<second>\d{2}))?\s*"
+    r"\A(?P<hour>\d{1,2})(?::(?P<minute>\d{2}))?(?::(?P<second>\d{2}))?\s*"
     r"(?P<half>[ap]\.?\s?m\.?|o'clock|noon|h|hrs|hours)?"
 )
-_RATIO = re.compile(r"-?[\d./]+(?:\s*(?::|\bto\b)\s*-?[\d./]+)+")
+_RATIO = re.compile(r"\A-?[\d./]++(?:\s*+(?::|\bto\b)\s*+-?[\d./]++)+")
 
 
 def date(text: str) -> Date | None:

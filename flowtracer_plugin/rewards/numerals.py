@@ -47,9 +47,10 @@ class Exact:
         return abs(self.value - value) * 2 <= unit or (self.value * value > 0 and 0 <= cut < unit)
 
 
-_POINT = r"(?:\d+\.\d*|\.\d+|\d+)"
+# They match whole answers. `\A` and repeats that give nothing back keep them linear on any text.
+_POINT = r"\A(?:\d++\.\d*+|\.\d++|\d++)"
 _GROUPED = [  # a pattern, the sign between groups, the decimal sign
-    (re.compile(rf"{groups}(?:{re.escape(point)}(\d+))?"), between, point)
+    (re.compile(rf"\A{groups}(?:{re.escape(point)}(\d+))?"), between, point)
     for groups, between, point in (
         (r"[1-9]\d{0,2}(?:,\d{3})+", ",", "."),
         (r"[1-9]\d?(?:,\d{2})+,\d{3}", ",", "."),
@@ -61,19 +62,21 @@ _GROUPED = [  # a pattern, the sign between groups, the decimal sign
         (r"[1-9]\d{0,2}(?:_\d{3})+", "_", "."),
     )
 ]
-_GERMAN = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+,\d+")
-_COMMA = re.compile(r"(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))")
-_REPEATED = re.compile(r"(\d*\.\d*)(?:\\(?:overline|bar|dot)\{?(\d+)\}?|\((\d+)\))")
-_DOTTED = re.compile(r"(\d*\.\d*?)(\d{1,9}?)(?=(\2+)\.\.\.)\3\.\.\.")
+_GERMAN = re.compile(r"\A[1-9]\d{0,2}(?:\.\d{3})+,\d+")
+_COMMA = re.compile(r"\A(?:0,\d+|\d++,(?:\d{1,2}|\d{4,}))")
+_REPEATED = re.compile(r"\A(\d*+\.\d*+)(?:\\(?:overline|bar|dot)\{?(\d++)\}?|\((\d++)\))")
+_DOTTED = re.compile(r"\A(\d*+\.(?=\d{1,200}\.{3})\d*?)(\d{1,9}?)(?=(\2+)\.\.\.)\3\.\.\.")
 _POWER = re.compile(
-    r"(?:(?P<mantissa>.{1,60}?)\s?(?:\\cdot|[xX])\s?)?10\s?\^\s?(?:\{\s?(?P<braced>[-+]?\d+)\s?\}|"
-    r"(?P<bare>[-+]?\d+)|\((?P<round>[-+]?\d+)\))"
+    r"\A(?:(?P<mantissa>.*?\S)\s*+(?:\\cdot|[xX])\s*+)?10\s*+\^\s*+"
+    r"(?:\{\s*+(?P<braced>[-+]?\d++)\s*+\}|(?P<bare>[-+]?\d++)|\((?P<round>[-+]?\d++)\))"
 )
-_EXPONENT = re.compile(rf"(?P<mantissa>{_POINT})[eE](?P<power>[-+]?\d+)")
-_FRACTION = re.compile(r"\\frac\{\s*([-+]?[^{}]+)\}\{\s*([-+]?[^{}]+)\}")
-_SLASH = re.compile(r"([^/]{1,99})/([^/]{1,99})")
-_MIXED = re.compile(r"(\d+)\s*(\\frac\{\s*\d+\s*\}\{\s*\d+\s*\}|(?<=\s)\d+\s*/\s*\d+)")
-_ORDINAL = re.compile(r"(\d+)\s*(?:\^\s*\{?\s*)?(?:st|nd|rd|th)\s*\}?")
+_EXPONENT = re.compile(rf"(?P<mantissa>{_POINT})[eE](?P<power>[-+]?\d++)")
+_FRACTION = re.compile(r"\A\\frac\{([^{}]++)\}\{([^{}]++)\}")
+_SLASH = re.compile(r"\A([^/]++)/([^/]++)")
+_MIXED = re.compile(
+    r"\A(\d++)\s*+(\\frac\{\s*+\d++\s*+\}\{\s*+\d++\s*+\}|(?<=\s)\d++\s*+/\s*+\d++)"
+)
+_ORDINAL = re.compile(r"\A(\d++)\s*+(?:\^\s*+\{?\s*+)?(?:st|nd|rd|th)\s*+\}?")
 _SCALES = {
     "hundred": 10**2,
     "thousand": 10**3,
@@ -82,7 +85,7 @@ _SCALES = {
     "trillion": 10**12,
     "dozen": 12,
 }
-_SCALED = re.compile(rf"(.+?)\s+({'|'.join(_SCALES)})s?")
+_SCALED = re.compile(rf"\A(.*?\S)\s++({'|'.join(_SCALES)})s?")
 _SMALL = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen"
@@ -90,7 +93,7 @@ _SMALL = (
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6}
 _PARTS |= {"seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10, "hundredth": 100}
-_PART = re.compile(rf"(?:([a-z]+|\d+)[\s-]+)?({'|'.join(_PARTS)})s?")
+_PART = re.compile(rf"\A(?:([a-z]++|\d++)[\s-]++)?({'|'.join(_PARTS)})s?")
 _WORDS = {word: value for value, word in enumerate(_SMALL.split())}
 _WORDS |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
 

@@ -42,38 +42,40 @@ _NOTHING = {"no solution", "no real solution", "empty set", "no solution exist",
 _NOTHING |= {r"\{\}", r"\{ \}", "{}", "the empty set", "there is no solution"}
 _ALL = {"all real number", r"\mathbb{R}", "all real", "real number", "any real number"}
 _SENTENCE = re.compile(
-    r"(yes|no|true|false|correct|incorrect)\s*[,.;:!-]\s+(?!\w+$|(?:and|or|but)\b)"
+    r"\A(yes|no|true|false|correct|incorrect)\s*+[,.;:!-]\s++(?!\w+$|(?:and|or|but)\b)"
     r"(?!.*\b(?:yes|no|true|false)\b)[^+].*",
     re.IGNORECASE,
 )
 _CHOICE = re.compile(  # what follows is neither a formula, nor initials, nor another letter
-    r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s*:?\s*)?"
+    r"\A(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s*+:?\s*+)?"
     r"(?:[(\[]\s*(?P<both>[A-Za-z])\s*[)\]]|"
-    r"(?P<one>[A-Za-z])\s*(?P<mark>[).:]|-(?=\s[A-Za-z]{3})))"
-    r"(?:[.:]?\s+(?P<text>(?![A-Z]\.|(?:and|or|nor|but|not)\b|.*\([A-J]\)|.*\b[B-J][).]\s)"
+    r"(?P<one>[A-Za-z])\s*+(?P<mark>[).:]|-(?=\s[A-Za-z]{3})))"
+    r"(?:[.:]?\s++(?P<text>(?![A-Z]\.|(?:and|or|nor|but|not)\b|.*\([A-J]\)|.*\b[B-J][).]\s)"
     r"[^,;&+*/^=<>\s].*)|[.:]?)",
     re.IGNORECASE,
 )
-_OPTION = re.compile(r"(?:(?:option|choice|answer)\s*:?\s+)(?P<letter>[A-Z])", re.IGNORECASE)
-_CHEMICAL = re.compile(r"(?:\(?[A-Z][a-z]?\s?(?:_?\s?\{?\d+\}?)?\)?){2,10}")
+_OPTION = re.compile(r"\A(?:option|choice|answer)(?:\s*+:)?\s++(?P<letter>[A-Z])", re.IGNORECASE)
+_CHEMICAL = re.compile(r"\A(?:\(?[A-Z][a-z]?\s?(?:_?\s?\{?\d+\}?)?\)?){2,10}")
 _WITHOUT = re.compile(
-    r"(?P<base>.+?)\s*\\(?:setminus|backslash)\s*\\\{(?P<points>.+)\\\}|"
-    r"(?:all\s+|the\s+)?(?:real numbers?|reals|\\mathbb\{R\})\s+"
-    r"(?:except|other than|excluding|without)(?:\s+for)?\s+(?P<words>.+)",
+    r"\A(?:(?>(?P<base>.*?\S)\s*+\\(?:setminus|backslash)\s*+\\\{)(?P<points>.+)\\\}|"
+    r"(?:all\s++|the\s++)?(?:real numbers?|reals|\\mathbb\{R\})\s++"
+    r"(?:except|other than|excluding|without)(?:\s++for)?\s++(?P<words>.+))",
     re.IGNORECASE,
 )
-_BASED = re.compile(r"\(?\s*([0-9][0-9A-F]*|[0-9A-F]{2,})\s*\)?\s*_\s*\{?\s*(\d{1,2})\s*\}?")
+_BASED = re.compile(
+    r"\A\(?\s*+([0-9][0-9A-F]*+|[A-F][0-9A-F]++)\s*+\)?\s*+_\s*+\{?\s*+(\d{1,2})\s*+\}?"
+)
 _MATRIX = re.compile(
-    r"(?:[\[(]\s*)?\\begin\{([pbB]?matrix|array)\}(?:\s*\{[lcr|]*\})?(.*?)\\end\{\1\}(?:\s*[\])])?",
+    r"\A(?:[\[(]\s*+)?\\begin\{([pbB]?matrix|array)\}(?:\s*\{[lcr|]*\})?(.*?)\\end\{\1\}(?:\s*[\])])?",
     re.DOTALL,
 )
 _LEADING = re.compile(
-    r"(?P<sign>[-+]\s*)?(?P<money>US\$|(?:USD|EUR|GBP|CHF|CNY|INR|JPY)(?=\s)|[$€£¥₹₩₽]|Rs\.?(?=\s))\s*(?P<inner>-\s*)?(?P<number>[^$€£¥₹₩₽]+?)"
-    r"(?P<per>\s*(?:/|per\b).*)?"
+    r"\A(?P<sign>[-+]\s*+)?(?P<money>US\$|(?:USD|EUR|GBP|CHF|CNY|INR|JPY)(?=\s)|[$€£¥₹₩₽]|Rs\.?(?=\s))"
+    r"\s*+(?P<inner>-\s*+)?(?P<number>[^$€£¥₹₩₽]*?[^$€£¥₹₩₽\s])(?P<per>\s*+(?:/|per\b).*)?\s*+"
 )
-_NUMBER_START = re.compile(r"[-+]?\s*(?:\d+(?:[.,']\d+)*|\.\d+)")
-_WORD_NUMBER = re.compile(r"[a-z]+(?:-[a-z]+)?(?=\s)", re.IGNORECASE)
-_PART_JOINT = re.compile(r"\s*(?:,\s*(?:and\s+)?|\band\s+)?")
+_NUMBER_START = re.compile(r"\A[-+]?\s*+(?:\d++(?:[.,']\d++)*|\.\d++)")
+_WORD_NUMBER = re.compile(r"\A[a-z]++(?:-[a-z]++)?(?=\s)", re.IGNORECASE)
+_PART_JOINT = re.compile(r"\A\s*(?:,\s*(?:and\s+)?|\band\s+)?")
 
 
 def readings(text: str) -> list[Reading]:

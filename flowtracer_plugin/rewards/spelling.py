@@ -74,7 +74,7 @@ _NOTHING = re.compile(
     r"\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|nolimits|rm|bf|it)(?![a-zA-Z])"
 )
 _FRACTION = re.compile(r"\\[dtc]?frac(?![a-zA-Z])\s*")
-_ARGUMENT = re.compile(r"\s*(\d|[a-zA-Z]|\\[a-zA-Z]+)")
+_ARGUMENT = re.compile(r"(\d|[a-zA-Z]|\\[a-zA-Z]+)")
 _NAMES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -100,7 +100,7 @@ _NAMES = [
         (r"\\(?:[lr]?vert|mid)(?![a-zA-Z])", "|"),
         (r"\\(?:varnothing|O)(?![a-zA-Z])", r"\\emptyset "),
         (r"\\(?:R|Reals?)(?![a-zA-Z])|\\mathbb\s*R|\\mathbf\s*R", r"\\mathbb{R}"),
-        (r"\{([^{}]*)\\choose\s*([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\{((?:[^{}\\]|\\(?!choose))*+)\\choose\s*+([^{}]*+)\}", r"\\binom{\1}{\2}"),
         (r"\\(vec|bar|hat|tilde|overline)\s+([a-zA-Z])(?![a-zA-Z])", r"\\\1{\2}"),
         (r"(?<=\d) x (?=\d)", r" \\cdot "),
         (r"^half an?(?= )", "1/2"),
@@ -210,11 +210,12 @@ _CUE = re.compile(  # "the answer is", "it equals", but no "none of them is"
     re.IGNORECASE,
 )
 _REASON = re.compile(
-    r"(?:,?\s+(?:because|since)\b|,\s+where\b|\s+\((?!mod|base|or\b|and\b|not\b)(?=[a-zA-Z]{3})"
-    r"[a-zA-Z ,.'-]+\)$).*",
+    r"(?:,?\s(?:because|since)\b|,\swhere\b|\s\((?!mod|base|or\b|and\b|not\b)(?=[a-zA-Z]{3})"
+    r"[a-zA-Z ,.'-]++\)$).*",
     re.IGNORECASE | re.DOTALL,
 )
-_ENDING = re.compile(r"(?:(?<!\\)[,;:?\\]|(?<!\.)\.|(?<![\d)}a-z])!)+$")
+_MARK = r"(?:(?<!\\)[,;:?\\]|(?<!\.)\.|(?<![\d)}a-z])!)"
+_ENDING = re.compile(rf"(?<!{_MARK}){_MARK}++$")
 
 
 def _trimmed(text: str) -> str:

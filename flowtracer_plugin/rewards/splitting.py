@@ -7,14 +7,14 @@ import unicodedata
 
 _NESTING = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|approx)(?![a-z])")
-_AND = re.compile(r",?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])\s*")
+_AND = re.compile(r"(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])")
 _THOUSANDS = re.compile(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])")
-_LETTER = r"(?:\\?[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:\{?\w+\}?|\{[^{}]*\}))?'*"
+_LETTER = r"(?:\\[a-zA-Z]++|[a-zA-Z])(?:_(?>\{[^{}]*+\}|\{?\w++\}?))?'*+"
 _NAME = re.compile(
-    rf"{_LETTER}|{_LETTER}\s*\(\s*{_LETTER}(?:,\s*{_LETTER})*\s*\)|"  # x_1, f(x)
+    rf"\A(?:{_LETTER}|{_LETTER}\s*\(\s*{_LETTER}(?:,\s*{_LETTER})*\s*\)|"  # x_1, f(x)
     rf"\(\s*{_LETTER}(?:,\s*{_LETTER})+\s*\)|"  # (x, y)
     r"\|?[a-zA-Z]{2,}(?:[ _]+[a-zA-Z]+){0,5}\|?|"  # area of it
-    r"m?\s?\\[a-z]+\s*(?:[A-Z]+|\{\s*[A-Za-z]+\s*\})"  # \angle ABC, \overline{AB}
+    r"m?\s?\\[a-z]+\s*(?:[A-Z]+|\{\s*[A-Za-z]+\s*\}))"  # \angle ABC, \overline{AB}
 )
 _COMMANDS = (
     "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln exp sqrt pi lg max min lim "

@@ -129,7 +129,7 @@ _JOINING = (
 )
 _NO_THINGS = frozenset(_JOINING.split())
 _POWERS = {"square": 2, "sq": 2, "sq.": 2, "cubic": 3, "cu": 3, "cu.": 3}
-_AFTER = re.compile(r"^(.*?)\s*(?:\^\s*\{?\s*(-?\d)\s*\}?|\s(squared|cubed))$")
+_AFTER = re.compile(r"\A(.*?)\s?(?:\^\s*+\{?\s*+(-?\d)\s*+\}?|\s(squared|cubed))$")
 
 
 def units(text: str, attached: bool = False) -> list[Unit]:

@@ -265,6 +265,34 @@ def test_an_interrupt_leaves_no_answer_for_the_next_question(pool, monkeypatch):
     assert asked not in pool._idle
 
 
+NAMED = """
+import sys
+started = []
+sys.addaudithook(lambda event, args: event == "subprocess.Popen" and started.append(str(args)))
+import flowtracer_plugin.rewards.named as named
+from flowtracer_plugin.rewards import math_flow, reasoning_share
+from flowtracer_plugin.rewards.named import *
+import flowtracer_plugin.grpo.script
+dir(named), hasattr(named, "nothing"), hasattr(named, "save")
+print(sum("flowtracer_plugin.rewards.worker" in one for one in started))
+from flowtracer_plugin.rewards import math_answer
+assert named.math_answer is math_answer is named.named_reward("math_answer")
+print(sum("flowtracer_plugin.rewards.worker" in one for one in started))
+"""
+
+
+@pytest.mark.skipif(not worker.FORKS, reason="this system cannot fork")
+def test_only_the_reward_for_right_answers_starts_a_process():
+    ran = subprocess.run(
+        [sys.executable, "-c", NAMED],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert ran.stdout == "0\n1\n", ran.stderr
+
+
 SCRIPT = """
 import os, sys
 from flowtracer_plugin.rewards import referee

@@ -11,6 +11,7 @@ import pytest
 import flowtracer_plugin
 from flowtracer_plugin.rewards.judge import MAX_ANSWER
 from flowtracer_plugin.rewards.referee import RefusedError, verdict
+from flowtracer_plugin.rewards.splitting import is_name
 from flowtracer_plugin.text.answers import find_answer
 from flowtracer_plugin.text.result_cut import NotComputedError, cut_at_result
 
@@ -59,6 +60,7 @@ UNITS = (
     *("_", "\\", "\nQuestion:", '{"', "[1, ", "\nnote ", "</think>", "1h "),
     *("±", "...", "$x$ and ", "**a** or ", "(a) ", "（", "[[A]]", "<b>", "<think ", "actually "),
     *("\\begin{cases}", "the solution to ", "only option ", "\nA - ", "答案", "1+2, which "),
+    *("\t", "111.", "yes, a ", "\\begin{array}", "{,}", "x_{1},", "x ", "a \\setminus\\{", "1 h "),
 )
 
 
@@ -86,44 +88,21 @@ def seconds(pattern, unit, length):
 
 @pytest.mark.timeout(120)
 def test_patterns_of_the_package_are_linear():
-    patterns = [
-        (name, pattern)
-        for name, pattern in package_patterns()
-        if not name.startswith("flowtracer_plugin.rewards.")
-    ]
-    assert len(patterns) > 40
+    patterns = package_patterns()
+    assert len(patterns) > 140
+    assert sum(name.startswith("flowtracer_plugin.rewards.") for name, _ in patterns) > 100
     slow = [
         (name, unit)
         for name, pattern in patterns
         for unit in UNITS
         # four times the text takes four times as long, and sixteen times if it is quadratic
-        if (long := seconds(pattern, unit, 8_000)) > 0.05
-        and long > 9 * min(seconds(pattern, unit, 2_000) for _ in range(3))
+        if seconds(pattern, unit, 1_000) > 0.01  # what is worse than quadratic
+        or (
+            (long := seconds(pattern, unit, 8_000)) > 0.03
+            and long > 9 * min(seconds(pattern, unit, 2_000) for _ in range(3))
+        )
     ]
     assert slow == []
-
-
-def test_patterns_for_answers_are_fast_on_the_longest_answer():
-    patterns = [
-        (name, pattern)
-        for name, pattern in package_patterns()
-        if name.startswith("flowtracer_plugin.rewards.")
-    ]
-    assert len(patterns) > 40
-    slow = [
-        (name, unit)
-        for name, pattern in patterns
-        for unit in UNITS
-        if min(matched_in(pattern, unit, MAX_ANSWER) for _ in range(2)) > 0.1
-    ]
-    assert slow == []
-
-
-def matched_in(pattern, unit, length):
-    text = (unit * (length // len(unit) + 1))[:length]
-    start = process_time()
-    pattern.fullmatch(text)
-    return process_time() - start
 
 
 def test_the_longest_answers_are_judged_at_once():
@@ -133,6 +112,13 @@ def test_the_longest_answers_are_judged_at_once():
         with contextlib.suppress(RefusedError):
             verdict("7", text)
         assert process_time() - start < 0.5, unit
+
+
+def test_a_name_is_told_at_once():
+    for unit in ("x_{1},", r"\a,", "x_1, ", "f(x),", "x'_{12}, "):
+        start = process_time()
+        assert not is_name("(" + unit * (MAX_ANSWER // len(unit)))
+        assert process_time() - start < 0.1, unit
 
 
 def test_a_quadratic_pattern_is_seen():
