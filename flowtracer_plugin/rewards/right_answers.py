@@ -18,6 +18,7 @@ from flowtracer_plugin.rewards.referee import RefusedError, verdict
 # isort: split
 from flowtracer_plugin.rewards.flow_reward import completion_text
 from flowtracer_plugin.text.answers import find_answer
+from flowtracer_plugin.text.thinking import leaves_thinking_open
 
 
 def math_answer(
@@ -54,9 +55,10 @@ def math_answer(
             "math_answer needs latex2sympy2_extended; run: pip install 'flowtracer-plugin[math]'",
             name="latex2sympy2_extended",
         )
+    prompts = columns.get("prompts") or [None] * len(completions)
     pairs = [
-        (_reference(wanted), _said(completion))
-        for completion, wanted in zip(completions, answer, strict=True)
+        (_reference(wanted), _said(completion, prompt))
+        for completion, wanted, prompt in zip(completions, answer, prompts, strict=True)
     ]
     judged: dict[tuple[str, str | None], float | None] = {}
     for gold, said in dict.fromkeys(pairs):
@@ -76,9 +78,10 @@ def _reference(wanted: Any) -> str:
     return reference[marked.start : marked.end] if marked else reference
 
 
-def _said(completion: Any) -> str | None:
+def _said(completion: Any, prompt: Any) -> str | None:
     text = completion_text(completion[-1:] if isinstance(completion, list) else completion)
-    found = find_answer(text or "")
+    opened = isinstance(prompt, str) and leaves_thinking_open(prompt)
+    found = find_answer(text or "", in_thinking=opened)
     return _with_units(text, found.start, found.end) if text and found else None
 
 

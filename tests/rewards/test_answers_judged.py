@@ -122,6 +122,12 @@ def refused(caplog):
     return [record.getMessage() for record in caplog.records]
 
 
+def test_thinking_that_the_prompt_opened_has_no_answer():
+    said = ["It is 7", "It is 8</think>7", "It is 7"]
+    prompts = ["3 + 4?<think>\n", "3 + 4?<think>\n", "3 + 4?"]
+    assert rewards.math_answer(said, ["7"] * 3, prompts=prompts) == [0.0, 1.0, 1.0]
+
+
 def test_what_takes_for_ever_is_refused_counted_and_costs_nothing_else(caplog):
     said = [rf"\boxed{{{text}}}" for text in ENDLESS[:5]] + [r"\boxed{x+x}", r"\boxed{7}"]
     logged = []
