@@ -390,7 +390,7 @@ def test_ctrl_c_ends_a_process_quietly(plain_model):
         stderr=subprocess.PIPE,
         cwd=ROOT,
     )
-    while b"read" not in (wait := Path(f"/proc/{process.pid}/wchan").read_bytes()):
+    while b"pipe_read" not in (wait := Path(f"/proc/{process.pid}/wchan").read_bytes()):
         time.sleep(0.05)
         assert process.poll() is None, wait
     process.send_signal(signal.SIGINT)

@@ -296,7 +296,7 @@ def test_other_files_are_read_by_datasets(tmp_path):
         ('{"prompt": "q"}\nnope\n', {}, "line 2 of .* is not JSON"),
         ("[1]\n", {}, "line 1 of .* is not an object"),
         ('{"prompt": "q"}\n{"prompt": ' + "[" * 100_000, {}, "line 2 of .* nested too deeply"),
-        ('{"prompt": 3}\n', {}, r"cannot use '.*data\.jsonl': .* one is 3"),
+        ('{"prompt": 3}\n', {}, r"cannot use '.*data\.jsonl': .*found 3 in a row"),
         ('{"prompt": "q", "response": [1]}\n', {}, "'response' of row 0 is not text"),
         ('{"prompt": "q"}\n', {"template": "x"}, "the template must be hash, boxed or a text with"),
     ],

@@ -228,7 +228,7 @@ def test_adapters_of_the_projection_count():
     for one in (plain, model):
         reader = AttentionReader(one)
         before = torch.get_rng_state()
-        found = reader.read_in_place(ids, mask, (1,), keep=True, by_value=True)
+        found = reader.read_in_place(ids, mask, (1,), keep=True, edges="value")
         assert torch.equal(torch.get_rng_state(), before)
         site = next(site for site in reader.sites if site.layer == 1)
         module = reader.model.get_submodule(site.module).o_proj
@@ -267,12 +267,12 @@ def test_presets_set_what_is_left_out():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"preset": "blunt"}, r"preset must be one of paper, decision, sharp, got 'blunt'"),
+        ({"preset": "blunt"}, r"preset must be one of paper, decision, sharp, decided, derivation, got 'blunt'"),
         ({"heads": 0.0}, r"heads must be 'all', a share"),
         ({"heads": 1.5}, r"heads must be 'all', a share"),
         ({"heads": "most"}, r"heads must be 'all', a share"),
         ({"heads": ()}, r"heads must be 'all', a share"),
-        ({"edges": "gradient"}, r"edges must be one of \('attention', 'value'\)"),
+        ({"edges": "gradient"}, r"edges must be one of \('attention', 'value', 'influence'\)"),
     ],
 )
 def test_wrong_options_are_refused(wrong, said):
