@@ -267,7 +267,7 @@ def test_presets_set_what_is_left_out():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"preset": "blunt"}, r"preset must be one of paper, decision, sharp, decided, derivation, got 'blunt'"),
+        ({"preset": "blunt"}, r"preset must be one of paper, .*, decided, derivation, got 'blunt'"),
         ({"heads": 0.0}, r"heads must be 'all', a share"),
         ({"heads": 1.5}, r"heads must be 'all', a share"),
         ({"heads": "most"}, r"heads must be 'all', a share"),
