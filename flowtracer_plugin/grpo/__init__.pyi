@@ -1,4 +1,5 @@
 from .options import CreditOptions as CreditOptions
+from .other_trainers import rollout_credit as rollout_credit
 from .trainer import (
     FlowCreditMixin as FlowCreditMixin,
     FlowGRPOConfig as FlowGRPOConfig,
