@@ -46,6 +46,7 @@ class Rollouts:
         entropies: Entropy of the policy at each completion token, in nats.
         surprisals: −log p of each completion token, in nats.
         saliency: Saliency of every token for the answer, see `saliency.answer_saliency`.
+        swaps: What the answer loses by swapping each token, see `counterfactual.swap_losses`.
         oracle: The completion tokens that matter, according to someone who knows the task.
         seed: Seed of the scorers that draw.
     """
@@ -63,6 +64,7 @@ class Rollouts:
     entropies: Float[Tensor, "batch completion"] | None = None
     surprisals: Float[Tensor, "batch completion"] | None = None
     saliency: Float[Tensor, "batch token"] | None = None
+    swaps: Float[Tensor, "batch token"] | None = None
     oracle: Bool[Tensor, "batch completion"] | None = None
     seed: int = 0
 
@@ -113,6 +115,11 @@ def rollout(rollouts: Rollouts) -> Features:
 def grad_x_input(rollouts: Rollouts) -> Features:
     """The length of the answer's gradient at each embedding, times the embedding's length."""
     return _completions(_needed(rollouts.saliency, "saliency"), rollouts)
+
+
+def counterfactual(rollouts: Rollouts) -> Features:
+    """What the answer loses if a token is swapped for the likeliest other one."""
+    return _completions(_needed(rollouts.swaps, "swaps"), rollouts)
 
 
 def entropy(rollouts: Rollouts) -> Features:

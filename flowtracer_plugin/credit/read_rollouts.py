@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
 from flowtracer_plugin.attention.value_lengths import value_lengths
+from flowtracer_plugin.credit.counterfactual import swap_losses
 from flowtracer_plugin.credit.measures import Rollouts
 from flowtracer_plugin.credit.saliency import answer_saliency
 from flowtracer_plugin.credit.scorers import LATE, Scorer
@@ -115,6 +116,8 @@ class ReadRollouts:
             found = replace(found, calls=self.calls(scorer.layers))
         if "saliency" in needs:
             found = replace(found, saliency=self.saliency)
+        if "swaps" in needs:
+            found = replace(found, swaps=self.swaps)
         if "oracle" in needs:
             found = replace(found, oracle=self.oracle_tokens)
         if needs & LATE:
@@ -184,6 +187,14 @@ class ReadRollouts:
         """Gradient times input for the answer."""
         model, answer = self.tracer.model, self.masks.answer
         return answer_saliency(model, self.ids, self.visible, answer, batch_size=self.batch_size)
+
+    @cached_property
+    def swaps(self) -> Float[Tensor, "batch token"]:
+        """What the answer loses by swapping each token."""
+        model, answer = self.tracer.model, self.masks.answer
+        return swap_losses(
+            model, self.ids, self.visible, answer, self.prompt_length, batch_size=self.batch_size
+        )
 
     @property
     def errors(self) -> RowErrors:

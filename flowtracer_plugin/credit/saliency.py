@@ -57,7 +57,7 @@ def check_whole(model: nn.Module) -> None:
     """
     if not may_stop(model) or tensor_parallel_group(model) is not None:
         raise UnsupportedArchitectureError(
-            "the scorer 'grad_x_input' needs a forward and a backward pass of its own, which a "
+            "the scorers 'grad_x_input' and 'counterfactual' need passes of their own, which a "
             "sharded or offloaded model cannot run between others; choose another scorer"
         )
 

@@ -40,7 +40,7 @@ class Scorer:
         name: The name by which `find_scorer` finds it.
         needs: The parts of `Rollouts` that it measures: "flow" (`throughput` and `reach`),
             "attention", "heads" (`calls`), "entropy" (`entropies`), "surprisal" (`surprisals`),
-            "saliency", "oracle".
+            "saliency", "swaps", "oracle".
         layers: The selection of layers that it was published with.
         measure: Maps rollouts to the features by which tokens are chosen, without a gradient. It
             raises `ValueError` if something that it needs is missing.
@@ -242,6 +242,9 @@ _ALL = (
     _scorer("grad_x_input", measures.grad_x_input, "saliency",
             formula="‖∂ log p(answer) / ∂x‖ · ‖x‖ at the embedding x",
             source="Li et al. 2016, arXiv 1506.01066", cost="one more forward and backward pass"),
+    _scorer("counterfactual", measures.counterfactual, "swaps",
+            formula="max(0, log p(answer) − log p(answer | token swapped for the likeliest other))",
+            source="the exact definition, for small models", cost="a forward pass for every token"),
     _scorer("entropy", measures.entropy, "entropy", formula="H of the policy at the token",
             source="arXiv 2506.01939; baseline of both papers", cost=FREE),
     _scorer("surprisal", measures.surprisal, "surprisal", formula="−log p(token)",

@@ -170,7 +170,7 @@ class RolloutScorer:
             UnsupportedArchitectureError: Values cannot be weighed, or the model is sharded and the
                 scorer needs passes of its own.
         """
-        if "saliency" in self.scorer.needs:
+        if self.scorer.needs & {"saliency", "swaps"}:
             check_whole(self.tracer.model)
         if self.tracer.options.edges == "influence":
             check_backward(self.tracer.model)
@@ -207,6 +207,8 @@ class RolloutScorer:
         )
         if "saliency" in self.scorer.needs:
             batch.saliency  # noqa: B018 - its own passes must come before the one that is read
+        if "swaps" in self.scorer.needs:
+            batch.swaps  # noqa: B018 - the same
         if tracer.options.edges == "influence":  # the same
             batch = replace(batch, sizes=batch.influence(tracer.layers))
         rules = [answer.rule for answer in masks.answers if answer]
@@ -243,6 +245,7 @@ class RolloutScorer:
             entropies=entropies,
             surprisals=surprisals,
             saliency=batch.saliency if "saliency" in self.scorer.needs else None,
+            swaps=batch.swaps if "swaps" in self.scorer.needs else None,
             oracle=batch.oracle_tokens if "oracle" in self.scorer.needs else None,
         )
         early = [torch.cat(rows, 1) for rows in zip(*(p.features for p in parts), strict=True)]

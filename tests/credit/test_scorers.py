@@ -29,6 +29,7 @@ INPUTS = {
     "entropy": "entropies",
     "surprisal": "surprisals",
     "saliency": "saliency",
+    "swaps": "swaps",
     "oracle": "oracle",
 }
 RHYTHM = ("fai", "waad", "coupled")
@@ -100,6 +101,7 @@ def rollouts(draw, longest=16):
         "surprisals": coarse[6, :, prompts:].masked_fill(~competing, torch.nan),
         "reach": coarse[7] * visible * answer.any(-1, keepdim=True),
         "saliency": coarse[8] * visible,
+        "swaps": coarse[8].flip(-1) * visible,
         "oracle": (uniform[3] < 0.3)[:, prompts:],
         "seed": draw(st.integers(-2, 2)),
     }
@@ -146,6 +148,7 @@ def row_of(batch, row):
             throughput=tokens(batch.throughput),
             reach=tokens(batch.reach),
             saliency=tokens(batch.saliency),
+            swaps=tokens(batch.swaps),
             attention=square(batch.attention),
             calls=[call(one) for one in batch.calls],
             entropies=said(batch.entropies),
@@ -209,7 +212,12 @@ def slow_score(name, row):
         return slow.rollout(layers, target, start)
     if name.startswith("attention"):
         return slow.hops(alone.attention[0].tolist(), target, start, 1 + (name != "attention"))
-    fields_ = {"flow": "throughput", "reach": "reach", "grad_x_input": "saliency"}
+    fields_ = {
+        "flow": "throughput",
+        "reach": "reach",
+        "grad_x_input": "saliency",
+        "counterfactual": "swaps",
+    }
     if name in fields_:
         return getattr(alone, fields_[name])[0, start:].tolist()
     part = {"entropy": alone.entropies, "surprisal": alone.surprisals}[name]
@@ -560,6 +568,7 @@ def test_no_gradient_is_attached_and_autocast_lowers_nothing(name):
         surprisals=grown[:, 4:],
         reach=grown,
         saliency=grown,
+        swaps=grown,
         oracle=grown[:, 4:] > 0.2,
         calls=[AttentionCall(query=query, key=key, scaling=0.3)],
         target=torch.arange(74)[None] == 70,
@@ -581,6 +590,7 @@ def test_a_scorer_reads_what_it_says_and_asks_for_it(name):
         "surprisals": numbers[:, 4:],
         "reach": numbers,
         "saliency": numbers,
+        "swaps": numbers,
         "oracle": numbers[:, 4:] > 0.5,
         "calls": batch.calls,
     }
@@ -598,7 +608,8 @@ def test_the_scorers_are_these():
     layers = {name: scorer.layers for name, scorer in SCORERS.items()}
     assert list(layers) == [
         "flow", "reach", "attention", "attention_power", "rollout", "fai", "waad", "coupled",
-        "grad_x_input", "entropy", "surprisal", "oracle", "random", "shuffled", "uniform",
+        "grad_x_input", "counterfactual", "entropy", "surprisal", "oracle", "random", "shuffled",
+        "uniform",
     ]  # fmt: skip
     assert {name for name, chosen in layers.items() if chosen == "middle:5"} == set(RHYTHM)
     assert {name for name, chosen in layers.items() if chosen == "all"} == {"rollout"}
@@ -659,6 +670,7 @@ def test_cuda_chooses_the_same_tokens(name):
         surprisals=numbers[:, 4:],
         reach=numbers,
         saliency=numbers,
+        swaps=numbers,
         oracle=numbers[:, 4:] > 0.5,
         target=torch.arange(74)[None] == 70,
     )
