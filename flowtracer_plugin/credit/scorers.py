@@ -243,7 +243,7 @@ _ALL = (
             formula="‖∂ log p(answer) / ∂x‖ · ‖x‖ at the embedding x",
             source="Li et al. 2016, arXiv 1506.01066", cost="one more forward and backward pass"),
     _scorer("counterfactual", measures.counterfactual, "swaps",
-            formula="max(0, log p(answer) − log p(answer | token swapped for the likeliest other))",
+            formula="max(0, log p(answer) − log p(answer, token swapped for the likeliest other))",
             source="the exact definition, for small models", cost="a forward pass for every token"),
     _scorer("entropy", measures.entropy, "entropy", formula="H of the policy at the token",
             source="arXiv 2506.01939; baseline of both papers", cost=FREE),
