@@ -78,12 +78,12 @@ class FlowGRPOConfig(GRPOConfig):
             the answer; `"waad"`, `"fai"` and `"coupled"` are those of its predecessor (arXiv
             2510.13554); `"attention"`, `"attention_power"` and `"rollout"` are the answer's
             attention in one hop, in two hops and through all layers; `"grad_x_input"` is a
-            gradient; `"entropy"` and `"surprisal"` are those of the policy; `"oracle"` is a
-            pattern; `"random"` is chance. `"shuffled"` permutes flow's choice among tokens of the
-            same role and position: if it trains as well as `"flow"`, flow is not what helps.
-            `"uniform"` is plain GRPO. `"flow:sharp"` and `"flow:decision"` make the graph by
-            another preset, and `"flow*entropy"` multiplies two scores. `docs/credit.md` describes
-            all scores.
+            gradient, and `"counterfactual"` the exact effect of swapping a token; `"entropy"` and
+            `"surprisal"` are those of the policy; `"oracle"` is a pattern; `"random"` is chance.
+            `"shuffled"` permutes flow's choice among tokens of the same role and position: if it
+            trains as well as `"flow"`, flow is not what helps. `"uniform"` is plain GRPO.
+            `"flow:decided"` and `"flow:sharp"` make the graph by another preset, and
+            `"flow*entropy"` multiplies two scores. `docs/credit.md` describes all scores.
         flow_side (`str`, *optional*, defaults to `"top"`):
             `"top"` chooses the tokens with the highest scores; `"bottom"`, a control, as many with
             the lowest scores.
