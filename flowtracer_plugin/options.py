@@ -142,6 +142,24 @@ def flow_options(preset: str = "paper", **chosen: Any) -> FlowOptions:
     return FlowOptions(**{**PRESETS[preset], **given})
 
 
+def preset_over(preset: str | None, own: FlowOptions) -> FlowOptions:
+    """The options of a preset, with layers, question and answer of `own` where it sets none.
+
+    Raises:
+        ValueError: There is no such preset.
+
+    Examples:
+        >>> preset_over("decided", FlowOptions(layers="late", question="all")).layers
+        'all'
+        >>> preset_over("sharp", FlowOptions(layers="late", question="all")).layers
+        'late'
+    """
+    if preset is None:
+        return own
+    stays = {"layers": own.layers, "question": own.question, "answer": own.answer}
+    return flow_options(preset, **{**stays, **PRESETS.get(preset, {})})
+
+
 def head_pairs(heads: str | float | Iterable[Iterable[int]]) -> Heads:
     """The option `heads`, with pairs as sorted tuples; names and shares are unchanged."""
     if isinstance(heads, str | int | float):

@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from flowtracer_plugin.model.causal_lm import (
-    accepted_inputs,
     evaluating,
     first_output,
     input_device,
+    text_inputs,
 )
 from flowtracer_plugin.model.free_memory import free_memory
 from flowtracer_plugin.model.parallel import uncompiled
@@ -92,14 +92,7 @@ def token_probabilities(
     """The result of one forward pass over a prompt's completions, padded after the text."""
     # Each token is predicted one position earlier, so that the last position predicts none of them.
     kept = ids.shape[1] - prompt_length + 1
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": visible.long(),
-        "use_cache": False,
-        "logits_to_keep": kept,
-    }
-    accepted = accepted_inputs(model)
-    given = {name: value for name, value in inputs.items() if name in accepted}
+    given = text_inputs(model, ids, visible, logits_to_keep=kept)
     logits = first_output(model(**given))[:, -kept:-1].float() / temperature
     every = logits.log_softmax(-1)
     said, shown = ids[:, prompt_length:], visible[:, prompt_length:]

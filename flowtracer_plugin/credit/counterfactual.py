@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from flowtracer_plugin.credit.saliency import check_whole
-from flowtracer_plugin.model.causal_lm import accepted_inputs, evaluating, first_output
+from flowtracer_plugin.model.causal_lm import evaluating, first_output, text_inputs
 from flowtracer_plugin.model.padding import text_first
 
 BATCH = 16
@@ -69,11 +67,7 @@ def _of_text(
 
 
 def _logits(model: nn.Module, texts: Tensor) -> Float[Tensor, "batch token vocabulary"]:
-    inputs: dict[str, Any] = {"input_ids": texts, "attention_mask": torch.ones_like(texts)}
-    accepted = accepted_inputs(model)
-    inputs = {name: value for name, value in inputs.items() if name in accepted}
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
+    inputs = text_inputs(model, texts, torch.ones_like(texts, dtype=torch.bool))
     with evaluating(model):
         return first_output(model(**inputs)).float()
 

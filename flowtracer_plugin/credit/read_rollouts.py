@@ -21,7 +21,7 @@ from flowtracer_plugin.credit.measures import Rollouts
 from flowtracer_plugin.credit.saliency import answer_saliency
 from flowtracer_plugin.credit.scorers import LATE, Scorer
 from flowtracer_plugin.model.layers import select_layers
-from flowtracer_plugin.options import PRESETS, FlowOptions, flow_options
+from flowtracer_plugin.options import FlowOptions, preset_over
 from flowtracer_plugin.reading.edges import completions, deciding_rows, edge_choice
 from flowtracer_plugin.reading.one_pass import Reading
 from flowtracer_plugin.text.matched_spans import SpanFinder, matched_mask
@@ -152,12 +152,12 @@ class ReadRollouts:
 
     def graph(self, preset: str | None = None, *, solved: bool = True) -> Graph:
         """The graph with the options of a preset, by default with the tracer's own options."""
-        options = self.tracer.options if preset is None else flow_options(preset)
+        options = preset_over(preset, self.tracer.options)
         graph = self.graphs.get(preset)
         if graph is None:
             # The masks hold the target of the tracer's own options, so training copies nothing.
             target = self.masks.target if preset is None else self._target(options)
-            graph = self._graph(options, target, preset)
+            graph = self._graph(options, target)
         if solved and graph.throughput is None:
             masks = replace(self.masks, target=graph.target)
             flow = solve_rollouts(graph.attention, masks, self.prompt_length, options)
@@ -238,10 +238,8 @@ class ReadRollouts:
         answer = self.masks.answer.cpu().numpy()
         return torch.from_numpy(target_mask(answer, options.target)).to(self.ids.device)
 
-    def _graph(
-        self, options: FlowOptions, target: Bool[Tensor, "batch token"], preset: str | None
-    ) -> Graph:
-        attention = self._edges(options, target, preset)
+    def _graph(self, options: FlowOptions, target: Bool[Tensor, "batch token"]) -> Graph:
+        attention = self._edges(options, target)
         if options.first_token == "drop":
             attention = drop_first_token(attention, self.visible)
         if options.rows == "decision":
@@ -249,17 +247,13 @@ class ReadRollouts:
             attention = deciding_rows(attention, self.visible, response)
         return Graph(attention, target)
 
-    def _edges(
-        self, options: FlowOptions, target: Tensor, preset: str | None
-    ) -> Float[Tensor, "batch query key"]:
+    def _edges(self, options: FlowOptions, target: Tensor) -> Float[Tensor, "batch query key"]:
         tracer, reading = self.tracer, self.reading
         response = completions(self.visible, self.prompt_length)
         choice = edge_choice(options, target, response, self.masks.answer)
         if reading is not None and choice is None:
             return reading.mean
-        layers = tracer.layers
-        if preset is not None and "layers" in PRESETS[preset]:
-            layers = select_layers(options.layers, [site.layer for site in tracer.reader.sites])
+        layers = select_layers(options.layers, [site.layer for site in tracer.reader.sites])
         calls = self.calls(layers)
         lengths = self._lengths(calls, layers, options.edges)
         sizes = self.influence(layers) if options.edges == "influence" else ()

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
 from flowtracer_plugin.model.causal_lm import (
-    accepted_inputs,
+    embeddings_as_leaves,
     evaluating,
     first_output,
-    language_model,
+    text_inputs,
 )
 from flowtracer_plugin.model.padding import text_first
 from flowtracer_plugin.model.parallel import may_stop, tensor_parallel_group
@@ -67,15 +63,9 @@ def _of_batch(model: nn.Module, ids: Tensor, visible: Tensor, answer: Tensor) ->
     ordered_ids, ordered = text_first(ids, visible)
     asked = torch.zeros_like(ordered)
     asked[ordered] = answer[visible]
-    embedded: list[Tensor] = []
-    with torch.enable_grad(), evaluating(model), _embeddings(model, embedded):
-        inputs: dict[str, Any] = {"input_ids": ordered_ids, "attention_mask": ordered.long()}
-        accepted = accepted_inputs(model)
-        inputs = {name: value for name, value in inputs.items() if name in accepted}
-        if "use_cache" in accepted:
-            inputs["use_cache"] = False
+    with torch.enable_grad(), evaluating(model), embeddings_as_leaves(model) as embedded:
         row, place = asked[:, 1:].nonzero(as_tuple=True)
-        logits = first_output(model(**inputs))[row, place].float()
+        logits = first_output(model(**text_inputs(model, ordered_ids, ordered)))[row, place].float()
         chances = logits.log_softmax(-1)
         total = chances.gather(-1, ordered_ids[row, place + 1, None]).sum()
         (gradient,) = torch.autograd.grad(total, embedded)
@@ -83,18 +73,3 @@ def _of_batch(model: nn.Module, ids: Tensor, visible: Tensor, answer: Tensor) ->
     found = torch.zeros(ids.shape, device=ids.device)
     found[visible] = lengths[ordered].to(ids.device)
     return found
-
-
-@contextmanager
-def _embeddings(model: nn.Module, embedded: list[Tensor]) -> Iterator[None]:
-    """Append the embeddings to `embedded`, as the start of the autograd graph."""
-
-    def begin(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    hook = language_model(model).get_input_embeddings().register_forward_hook(begin)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -83,7 +83,8 @@ def check_readable(name: str, array: Any, *, sparse: bool = False, axes: int = 6
         if not axes:
             raise ValueError(f"{name} must be a list of numbers, found lists nested too deeply")
         for one in array:
-            check_readable(name, one, axes=axes - 1)
+            if not isinstance(one, int | float):
+                check_readable(name, one, axes=axes - 1)
         return
     found = _unreadable(name, array, sparse=sparse)
     if found is not None:

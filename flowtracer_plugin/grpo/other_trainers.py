@@ -13,10 +13,10 @@ from flowtracer_plugin.credit.scorers import LATE
 from flowtracer_plugin.credit.weights import credit_weights
 from flowtracer_plugin.grpo.options import CreditOptions
 from flowtracer_plugin.grpo.scoring import RolloutScorer
-from flowtracer_plugin.model.causal_lm import first_output
+from flowtracer_plugin.model.causal_lm import first_output, text_inputs
 from flowtracer_plugin.model.cutting import plainly
 from flowtracer_plugin.model.padding import text_first
-from flowtracer_plugin.options import PRESETS, flow_options
+from flowtracer_plugin.options import preset_over
 from flowtracer_plugin.text.spans import AnswerNotFoundError
 from flowtracer_plugin.trace.rollouts import check_rollouts
 from flowtracer_plugin.trace.tracer import FlowTracer
@@ -103,11 +103,8 @@ def rollout_credit(
 
 def _following(tracer: FlowTracer, options: CreditOptions) -> FlowTracer:
     """A tracer of the same model with the scorer's preset, and the answers of the options."""
-    preset = options.chosen_scorer.preset
-    own, made = tracer.options, tracer.options
-    if preset is not None:
-        layers = None if "layers" in PRESETS[preset] else own.layers
-        made = flow_options(preset, layers=layers, question=own.question, answer=own.answer)
+    own = tracer.options
+    made = preset_over(options.chosen_scorer.preset, own)
     if options.layers != "auto":
         chosen = options.layers
         made = replace(made, layers=chosen if isinstance(chosen, str) else tuple(chosen))
@@ -123,7 +120,8 @@ def _late(tracer: FlowTracer, ids: Tensor, visible: Tensor, start: int) -> Late:
     """Entropies and surprisals of the completions' tokens, by a forward pass."""
     ordered_ids, ordered = text_first(ids, visible)
     with torch.no_grad(), plainly(tracer.model):
-        logits = first_output(tracer.model(input_ids=ordered_ids, attention_mask=ordered.long()))
+        inputs = text_inputs(tracer.model, ordered_ids, ordered)
+        logits = first_output(tracer.model(**inputs))
     chances = logits[:, :-1].float().log_softmax(-1)
     told = torch.zeros(2, *ordered.shape, device=chances.device)
     told[0, :, 1:] = torch.special.entr(chances.exp()).sum(-1)

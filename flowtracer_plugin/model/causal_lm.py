@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -77,6 +77,34 @@ def accepted_inputs(model: nn.Module) -> frozenset[str]:
         if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
             break
     return frozenset(parameters)
+
+
+def text_inputs(
+    model: nn.Module,
+    ids: Int[Tensor, "batch token"],
+    visible: Bool[Tensor, "batch token"],
+    **others: Any,
+) -> dict[str, Any]:
+    """The arguments of one pass over these texts, without a cache; only those the model takes."""
+    inputs = {"input_ids": ids, "attention_mask": visible.long(), "use_cache": False, **others}
+    accepted = accepted_inputs(model)
+    return {name: value for name, value in inputs.items() if name in accepted}
+
+
+@contextmanager
+def embeddings_as_leaves(model: nn.Module) -> Iterator[list[Tensor]]:
+    """A list to which each pass appends its embeddings, where its autograd graph then begins."""
+    embedded: list[Tensor] = []
+
+    def begin(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = language_model(model).get_input_embeddings().register_forward_hook(begin)
+    try:
+        yield embedded
+    finally:
+        hook.remove()
 
 
 def input_device(model: nn.Module) -> torch.device:

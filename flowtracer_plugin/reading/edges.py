@@ -28,17 +28,17 @@ class EdgeChoice:
 
     Attributes:
         heads: As in `FlowOptions`.
-        by_value: Whether attention is weighed by the lengths of the values that it moves.
-        decided: The sampled tokens, if heads and rows are weighed by their influence on these.
+        edges: As in `FlowOptions`.
         target: The rows of the answer, or the rows that decide it.
         reasoning: The tokens of the response before the answer, as `reasoning_mask` finds them.
+        response: The sampled tokens, on which heads and rows may have influence.
     """
 
     heads: Heads
-    by_value: bool
+    edges: str
     target: Bool[Tensor, "batch token"]
     reasoning: Bool[Tensor, "batch token"]
-    decided: Bool[Tensor, "batch token"] | None = None
+    response: Bool[Tensor, "batch token"]
 
     def behind(
         self, mask: Bool[Tensor, "batch token"], ordered: Bool[Tensor, "batch most"]
@@ -54,7 +54,7 @@ class EdgeChoice:
             self,
             target=moved(self.target),
             reasoning=moved(self.reasoning),
-            decided=None if self.decided is None else moved(self.decided),
+            response=moved(self.response),
         )
 
 
@@ -71,10 +71,10 @@ def edge_choice(
         target = target.roll(-1, -1)
     return EdgeChoice(
         heads=options.heads,
-        by_value=options.edges != "attention",
+        edges=options.edges,
         target=target,
         reasoning=reasoning_mask(response, answer),
-        decided=response if options.edges == "influence" else None,
+        response=response,
     )
 
 
@@ -107,7 +107,8 @@ def deciding_rows(
     place = torch.arange(visible.shape[1], device=attention.device)
     last = place.where(visible, 0).cummax(-1).values  # the last visible token up to each place
     before = last.roll(1, -1)[:, :, None].expand_as(attention)
-    return attention.gather(1, before) * response[:, :, None]
+    # Filled in place, so that no third map of all pairs is made.
+    return attention.gather(1, before).masked_fill_(~response[:, :, None], 0.0)
 
 
 def deciding_blocks(rows: Rows, response: Bool[Tensor, "batch token"]) -> Rows:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
 from flowtracer_plugin.model.causal_lm import (
-    accepted_inputs,
+    embeddings_as_leaves,
     evaluating,
     first_output,
-    language_model,
+    text_inputs,
 )
 from flowtracer_plugin.model.padding import text_first
 from flowtracer_plugin.model.parallel import may_stop, tensor_parallel_group
@@ -61,13 +61,8 @@ def influences(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(evaluating(model))
         outputs = stack.enter_context(_outputs(model, projections))
-        inputs: dict[str, Any] = {"input_ids": ordered_ids, "attention_mask": ordered.long()}
-        accepted = accepted_inputs(model)
-        inputs = {name: value for name, value in inputs.items() if name in accepted}
-        if "use_cache" in accepted:
-            inputs["use_cache"] = False
         row, place = asked[:, 1:].nonzero(as_tuple=True)
-        logits = first_output(model(**inputs))[row, place].float()
+        logits = first_output(model(**text_inputs(model, ordered_ids, ordered)))[row, place].float()
         total = log_odds(logits, ordered_ids[row, place + 1].to(logits.device)).sum()
         reached = [outputs[number] for number in range(len(projections)) if number in outputs]
         if len(reached) < len(projections) or not all(one.requires_grad for one in reached):
@@ -124,13 +119,8 @@ def _outputs(
 ) -> Iterator[dict[int, Tensor]]:
     """The attention output of each layer, by its place in `projections`, once the model has run."""
     kept: dict[int, Tensor] = {}
-
-    def begin(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return output if output.requires_grad else output.detach().requires_grad_()
-
     with ExitStack() as stack:
-        embedding = language_model(model).get_input_embeddings()
-        stack.callback(embedding.register_forward_hook(begin).remove)
+        stack.enter_context(embeddings_as_leaves(model))
         for number, projection in enumerate(projections):
 
             def keep(_module: nn.Module, args: Any, number: int = number) -> None:

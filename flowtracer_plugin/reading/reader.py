@@ -115,9 +115,7 @@ class AttentionReader(ModelRunner):
         """
         seen = attention_mask
         input_ids, attention_mask = text_first(input_ids, attention_mask)
-        edges = "attention"
-        if choice is not None and choice.by_value:
-            edges = "value" if choice.decided is None else "influence"
+        edges = "attention" if choice is None else choice.edges
         kept = KeptCalls(
             self.model, self.adapter, maps=maps, projections=self._projections_for(edges)
         )
@@ -127,8 +125,8 @@ class AttentionReader(ModelRunner):
         check_causal(calls)
         choice = None if choice is None else choice.behind(seen, visible)
         sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
-        if choice is not None and choice.decided is not None:
-            sizes = self.influences(input_ids, visible, choice.decided, layers)
+        if choice is not None and choice.edges == "influence":
+            sizes = self.influences(input_ids, visible, choice.response, layers)
         return self.rows_of(calls, layers, kept.lengths, visible, choice, sizes), visible
 
     def read_edges(

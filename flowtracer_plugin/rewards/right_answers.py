@@ -75,7 +75,7 @@ REFUSED = -1.0
 def _reference(wanted: Any) -> str:
     reference = str(wanted)
     marked = find_answer(reference, "hash") or find_answer(reference, "boxed")
-    return reference[marked.start : marked.end] if marked else reference
+    return _with_units(reference, marked.start, marked.end) if marked else reference
 
 
 def _said(completion: Any, prompt: Any) -> str | None:
@@ -87,10 +87,9 @@ def _said(completion: Any, prompt: Any) -> str | None:
 
 def _with_units(text: str, start: int, end: int) -> str:
     """The answer with its sign of a currency, percent or degrees, which finders leave outside."""
-    if text[start - 1 : start] in _CURRENCIES and not (
-        text[start - 1] == text[end : end + 1] == "$"
-    ):
-        start -= bool(start)
+    sign = text[start - 1 : start]
+    if sign in _CURRENCIES and not (sign == "$" == text[end : end + 1]):
+        start -= 1
     unit = _UNIT.match(text, end)
     return text[start : unit.end() if unit else end]
 

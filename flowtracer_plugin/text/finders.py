@@ -32,11 +32,6 @@ def last_filled(text: str, spans: Iterable[Span], chars: str | None = None) -> S
     return next((span for span in trimmed if span), None)
 
 
-def last_group(pattern: re.Pattern[str], chars: str | None = None) -> Finder:
-    """A finder of the only group of the last match of a pattern, without `chars` around it."""
-    return lambda text: last_filled(text, (m.span(1) for m in pattern.finditer(text)), chars)
-
-
 _BRACE = re.compile(
     r"(?P<box>\\(?:boxed|fbox|framebox)\s*\{|<\|begin_of_box\|>)|(?P<end><\|end_of_box\|>)|\\[{}]|[{}]"
 )
@@ -251,9 +246,12 @@ def found_in_parts(
 
 def _auto(text: str, after_thinking: bool) -> Iterator[tuple[str, Span | None]]:
     """Marked answers first; in a text that breaks off or refuses, no answer is guessed."""
-    yield "phrase", _option_after_box(text)
-    for name, find in _MARKS.items():
-        yield name, find(text)
+    box = _boxed(text)
+    if box:
+        yield "phrase", _option_behind(text, box)
+        yield "boxed", box
+    for name in ("answer_tag", "json", "hash", "phrase"):
+        yield name, _MARKS[name](text)
     rest = text.strip()
     if after_thinking and "\n" not in rest and not has_words(rest):
         yield "after_think", _remainder(text)
@@ -264,12 +262,9 @@ def _auto(text: str, after_thinking: bool) -> Iterator[tuple[str, Span | None]]:
                 yield name, find(named)
 
 
-def _option_after_box(text: str) -> Span | None:
+def _option_behind(text: str, box: Span) -> Span | None:
     """The letter of "Answer: D" behind a boxed formula, which is then only a step."""
-    box = _boxed(text)
-    if box is None or box[1] - box[0] == 1:
-        return None
-    stated = stated_answer(text[box[1] :])
+    stated = stated_answer(text[box[1] :]) if box[1] - box[0] > 1 else None
     if stated is None or stated[1] - stated[0] != 1:
         return None
     letter = box[1] + stated[0]
@@ -291,6 +286,7 @@ FINDERS: Mapping[str, Finder] = MappingProxyType({name: _finder(name) for name i
 
 "auto" tries them in this order, except for "last_word", which finds something in nearly every text.
 A letter that is announced behind a boxed formula, as by "Answer: D", comes before the formula.
-It takes what follows thinking as a whole ("after_think") if that is only a value, or if nothing
+No finder looks behind a question that the model asks itself ("Question: …") after it has answered.
+"auto" takes what follows thinking as a whole ("after_think") if that is only a value, or if nothing
 else is found there.
 """

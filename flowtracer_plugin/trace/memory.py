@@ -99,7 +99,7 @@ class Footprint:
         masks: Bytes per pair of tokens of their masks and biases, which are kept, too.
         heads: Largest number of query heads in a layer.
         block: Number of query rows that are computed at a time.
-        drops_first: Whether attention to the first token is divided among the other tokens.
+        copies: Maps of all pairs that are made of the map, beside it.
         keeps: Whether dense traces also keep queries and keys, to choose among heads.
     """
 
@@ -110,16 +110,15 @@ class Footprint:
     masks: int
     heads: int
     block: int
-    drops_first: bool
+    copies: int
     keeps: bool = False
 
     def dense(self, tokens: int, batch: int) -> int:
         """The peak of a dense trace: the map, and the forward pass or the copies of the map."""
         maps = batch * tokens**2 * FLOAT
         rows = batch * 3 * self.heads * min(self.block, tokens) * tokens * FLOAT
-        copies = 3 * maps if self.drops_first else 0
         kept = batch * (self.kept or 0) * tokens if self.keeps else 0
-        return maps + kept + max(self._forward(tokens, batch) + rows, copies)
+        return maps + kept + max(self._forward(tokens, batch) + rows, self.copies * maps)
 
     def streamed(self, tokens: int, batch: int) -> int | None:
         """The peak of a streamed trace: queries and keys, and the forward pass or one block."""
@@ -164,7 +163,7 @@ def footprint(
     calls: tuple[AttentionCall | AttentionWeights, ...],
     *,
     block: int,
-    drops_first: bool,
+    copies: int,
     keeps: bool = False,
 ) -> Footprint:
     """The footprint of a model, from the `calls` of its read layers on a short text."""
@@ -188,7 +187,7 @@ def footprint(
         masks=max(0 if window is None else 1, _masks(calls)),
         heads=heads,
         block=block,
-        drops_first=drops_first,
+        copies=copies,
         keeps=keeps,
     )
 
@@ -250,11 +249,11 @@ class Budget:
         reader: AttentionReader,
         layers: Sequence[int],
         *,
-        drops_first: bool,
+        copies: int,
         keeps: bool = False,
     ) -> None:
         self._reader, self._layers = reader, layers
-        self._drops_first, self._keeps = drops_first, keeps
+        self._copies, self._keeps = copies, keeps
         self._known: Footprint | None = None
 
     def estimate(self, tokens: int, batch: int = 1, *, padded: bool = False) -> MemoryEstimate:
@@ -312,7 +311,7 @@ class Budget:
                 reader.model,
                 calls,
                 block=reader.block,
-                drops_first=self._drops_first,
+                copies=self._copies,
                 keeps=self._keeps,
             )
         return self._known

@@ -40,6 +40,13 @@ Mask = Bool[Tensor, "batch token"]
 HeadPairs = tuple[tuple[int, int], ...]
 
 
+def _copies(options: FlowOptions) -> int:
+    """The maps that are made of a dense map of edges, beside it."""
+    if options.first_token == "drop":
+        return 3
+    return 1 if options.rows == "decision" else 0
+
+
 class Solver:
     """Reads the attention of a model and solves the flow, in the mode that fits.
 
@@ -54,9 +61,7 @@ class Solver:
         self, reader: AttentionReader, layers: Sequence[int], options: FlowOptions, mode: str
     ) -> None:
         self.reader, self.layers, self.options, self.mode = reader, layers, options, mode
-        self.budget = Budget(
-            reader, layers, drops_first=options.first_token == "drop", keeps=not options.plain
-        )
+        self.budget = Budget(reader, layers, copies=_copies(options), keeps=not options.plain)
 
     def attention(
         self,

@@ -75,7 +75,10 @@ def read_by_hand(family, ids, mask, share, *, by_value=True):
 
 def choice(batch, heads, *, by_value=True, tokens=21):
     target, reasoning = (torch.tensor(part).expand(batch, -1) for part in parts(tokens))
-    return EdgeChoice(heads=heads, by_value=by_value, target=target, reasoning=reasoning)
+    edges, response = "value" if by_value else "attention", torch.ones_like(target)
+    return EdgeChoice(
+        heads=heads, edges=edges, target=target, reasoning=reasoning, response=response
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,11 +1,14 @@
 """The graph in which the row that chose a token leads into it."""
 
+import doctest
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
 import flowtracer_plugin as ft
+from flowtracer_plugin import options
 from flowtracer_plugin.credit.token_scores import score_text
 from flowtracer_plugin.options import FlowOptions, flow_options
 from flowtracer_plugin.reading.edges import deciding_blocks, deciding_rows
@@ -140,3 +143,8 @@ def test_rows_and_target_must_not_both_decide():
         FlowOptions(rows="decision", target="decision")
     with pytest.raises(ValueError, match=r"rows must be one of \('own', 'decision'\)"):
         FlowOptions(rows="before")
+
+
+def test_examples_of_presets():
+    result = doctest.testmod(options)
+    assert (result.attempted, result.failed) == (3, 0)

@@ -73,6 +73,8 @@ def test_eager_attention_and_the_dropped_first_token_take_more():
     model = tiny_llama()
     plain = wrap(model).estimate(20_000)
     assert wrap(model, first_token="drop").estimate(20_000).dense > 2 * plain.dense
+    shifted = wrap(model, rows="decision").estimate(20_000).dense - plain.dense
+    assert 0.7 * 20_000**2 * 4 < shifted <= 20_000**2 * 4
     model.set_attn_implementation("eager")
     eager = wrap(model).estimate(20_000)
     assert eager.streamed > 20_000**2 * 4 * 4  # the forward pass itself makes a map for each head
@@ -87,7 +89,7 @@ def test_masks_and_biases_are_counted_as_often_as_they_are_kept():
         AttentionCall(**parts, mask=shared, bias=None if bias is None else bias.clone())
         for bias in (None, own, own)
     )
-    found = memory.footprint(tiny_llama(), calls, block=64, drops_first=False)
+    found = memory.footprint(tiny_llama(), calls, block=64, copies=0)
     assert found.masks == 1 + 2 * 2 * 4  # of [1, 17, 17] booleans, and twice [2, 17, 17] floats
     assert found.streamed(50_000, 1) > found.masks * 50_000**2
 
