@@ -71,6 +71,7 @@ def test_no_finder_looks_into_thinking(opens, closes):
         ("<reason>a</reason>7", ["7"]),
         ("a</think>7", ["7"]),
         ("b</think>a</think>7", ["7"]),
+        ("6<think>a</think>5</think>7", ["7"]),
         ("<think>a</think>6<think>b</think>7", ["6", "7"]),
         ("<think>a <think>b</think> c</think>7", ["7"]),
         ("<think>a</think><response>7</response> bye", ["7", " bye"]),
