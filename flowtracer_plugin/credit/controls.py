@@ -26,11 +26,16 @@ def row_draws(
     tokens, seen = ids.to("cpu", torch.int64), visible.cpu()
     draws = torch.ones(ids.shape[0], ids.shape[1] - prompt_length, device="cpu")
     for row, shown in enumerate(seen):
-        generator = torch.Generator("cpu").manual_seed(_row_seed(tokens[row, shown], seed))
+        generator = row_generator(tokens[row, shown], seed)
         said = shown[prompt_length:]
         drawn = torch.rand(int(said.sum()), generator=generator, device="cpu")
         draws[row, said] = 1 - drawn
     return draws.to(ids.device)
+
+
+def row_generator(tokens: Int[Tensor, " token"], seed: int) -> torch.Generator:
+    """A generator whose draws depend on the seed and on the tokens of a row alone."""
+    return torch.Generator("cpu").manual_seed(_row_seed(tokens, seed))
 
 
 def _row_seed(tokens: Int[Tensor, " token"], seed: int) -> int:

@@ -47,6 +47,8 @@ class Rollouts:
         surprisals: −log p of each completion token, in nats.
         saliency: Saliency of every token for the answer, see `saliency.answer_saliency`.
         swaps: What the answer loses by swapping each token, see `counterfactual.swap_losses`.
+        sensitivity: How far noise at each token moves the answer, see
+            `outcome_gate.outcome_sensitivity`.
         oracle: The completion tokens that matter, according to someone who knows the task.
         seed: Seed of the scorers that draw.
     """
@@ -65,6 +67,7 @@ class Rollouts:
     surprisals: Float[Tensor, "batch completion"] | None = None
     saliency: Float[Tensor, "batch token"] | None = None
     swaps: Float[Tensor, "batch token"] | None = None
+    sensitivity: Float[Tensor, "batch token"] | None = None
     oracle: Bool[Tensor, "batch completion"] | None = None
     seed: int = 0
 
@@ -120,6 +123,11 @@ def grad_x_input(rollouts: Rollouts) -> Features:
 def counterfactual(rollouts: Rollouts) -> Features:
     """What the answer loses if a token is swapped for the likeliest other one."""
     return _completions(_needed(rollouts.swaps, "swaps"), rollouts)
+
+
+def oar(rollouts: Rollouts) -> Features:
+    """The sensitivity of the answer to each token before it: OAR-G of arXiv 2601.07408."""
+    return _completions(_needed(rollouts.sensitivity, "sensitivity"), rollouts)
 
 
 def entropy(rollouts: Rollouts) -> Features:

@@ -18,6 +18,7 @@ from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
 from flowtracer_plugin.attention.value_lengths import value_lengths
 from flowtracer_plugin.credit.counterfactual import swap_losses
 from flowtracer_plugin.credit.measures import Rollouts
+from flowtracer_plugin.credit.outcome_gate import outcome_sensitivity
 from flowtracer_plugin.credit.saliency import answer_saliency
 from flowtracer_plugin.credit.scorers import LATE, Scorer
 from flowtracer_plugin.model.layers import select_layers
@@ -33,6 +34,9 @@ from flowtracer_plugin.trace.rollouts import (
     solve_rollouts,
 )
 from flowtracer_plugin.trace.tracer import FlowTracer
+
+OWN_PASSES = ("saliency", "swaps", "sensitivity")
+"""The parts of `Rollouts` that take passes of their own."""
 
 
 class Graph(NamedTuple):
@@ -114,10 +118,8 @@ class ReadRollouts:
             )
         if "heads" in needs:
             found = replace(found, calls=self.calls(scorer.layers))
-        if "saliency" in needs:
-            found = replace(found, saliency=self.saliency)
-        if "swaps" in needs:
-            found = replace(found, swaps=self.swaps)
+        own = {part: getattr(self, part) for part in OWN_PASSES if part in needs}
+        found = replace(found, **own)
         if "oracle" in needs:
             found = replace(found, oracle=self.oracle_tokens)
         if needs & LATE:
@@ -194,6 +196,19 @@ class ReadRollouts:
         model, answer = self.tracer.model, self.masks.answer
         return swap_losses(
             model, self.ids, self.visible, answer, self.prompt_length, batch_size=self.batch_size
+        )
+
+    @cached_property
+    def sensitivity(self) -> Float[Tensor, "batch token"]:
+        """How far noise at each token moves the answer."""
+        return outcome_sensitivity(
+            self.tracer.model,
+            self.ids,
+            self.visible,
+            self.masks.answer,
+            self.prompt_length,
+            seed=self.seed,
+            batch_size=self.batch_size,
         )
 
     @property

@@ -18,6 +18,7 @@ from torch import Tensor
 from flowtracer_plugin.credit import measures
 from flowtracer_plugin.credit.controls import permute_within, role_and_position
 from flowtracer_plugin.credit.measures import Features, Rollouts as Rollouts
+from flowtracer_plugin.credit.outcome_gate import outcome_gate
 from flowtracer_plugin.credit.rhythm import Rhythm, coupled_boost
 from flowtracer_plugin.credit.weights import credit_weights as credit_weights, top_tokens
 from flowtracer_plugin.options import PRESETS
@@ -40,15 +41,15 @@ class Scorer:
         name: The name by which `find_scorer` finds it.
         needs: The parts of `Rollouts` that it measures: "flow" (`throughput` and `reach`),
             "attention", "heads" (`calls`), "entropy" (`entropies`), "surprisal" (`surprisals`),
-            "saliency", "swaps", "oracle".
+            "saliency", "swaps", "sensitivity", "oracle".
         layers: The selection of layers that it was published with.
         measure: Maps rollouts to the features by which tokens are chosen, without a gradient. It
             raises `ValueError` if something that it needs is missing.
         choose: Maps features, rollouts and the share of competing tokens to choose to the boost of
-            each token, float32: from 0 to 1 (`coupled`: to 1.5), and 0 for tokens that do not
-            compete. It chooses the `⌈share · n⌉` of a row's `n` competing tokens with the highest
-            scores, the earlier among equals, and never a token whose score is 0. It raises
-            `ValueError` if a score is negative or not finite.
+            each token, float32: from 0 to 1 (`coupled`: to 1.5; `gated`: from −1), and 0 for tokens
+            that do not compete. It chooses the `⌈share · n⌉` of a row's `n` competing tokens with
+            the highest scores, the earlier among equals, and never a token whose score is 0. It
+            raises `ValueError` if a score is negative or not finite.
         formula: The score in words or symbols.
         source: The publication of the score.
         cost: What it costs in addition to the forward pass that trains.
@@ -167,6 +168,17 @@ def coupled(features: Features, rollouts: Rollouts, top_fraction: float) -> Boos
     return coupled_boost(found, anchors, rollouts.competing)
 
 
+def gated(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
+    """The boost with which `gamma=2` gives the weights of `outcome_gate`: from −1 upwards.
+
+    Tokens of the answer and behind it keep the weight 1.
+    """
+    _top(features[0], rollouts, top_fraction)  # refuses invalid scores
+    answer = rollouts.answer[:, rollouts.prompt_length :]
+    weighed = rollouts.competing & (answer.cumsum(-1) == 0) & answer.any(-1, keepdim=True)
+    return outcome_gate(features[0], weighed, top_fraction) - 1.0
+
+
 def shuffled(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
     """The choice of `flow`, permuted among tokens of the same role and position.
 
@@ -245,6 +257,9 @@ _ALL = (
     _scorer("counterfactual", measures.counterfactual, "swaps",
             formula="max(0, log p(answer) − log p(answer, token swapped for the likeliest other))",
             source="the exact definition, for small models", cost="a forward pass for every token"),
+    _scorer("oar", measures.oar, "sensitivity", choose=gated,
+            formula="abs(∂ KL / ∂x · x) under noise at the embedding x, through a gate",
+            source="OAR-G, arXiv 2601.07408", cost="two more forward passes and a backward pass"),
     _scorer("entropy", measures.entropy, "entropy", formula="H of the policy at the token",
             source="arXiv 2506.01939; baseline of both papers", cost=FREE),
     _scorer("surprisal", measures.surprisal, "surprisal", formula="−log p(token)",

@@ -57,7 +57,7 @@ def credit_weights(
     gamma: float = 1.5,
     normalize: str = "none",
 ) -> Float[Any, "*batch token"]:
-    """Weight `1 + (gamma − 1) · boost` for the competing tokens, exactly 1 for all others.
+    """Weight `1 + (gamma − 1) · boost`, at least 0, for the competing tokens; exactly 1 for others.
 
     With `gamma=1` or a boost of 0, every weight is exactly 1. With `normalize="mean_one"` the
     weights of a row's competing tokens are divided by their mean; if that is 0, each weight is 1.
@@ -78,6 +78,7 @@ def credit_weights(
     xp, counted = _library(boost), competing != 0
     # Rounding must not change gamma where the boost is 1.
     boosted = xp.where(boost == 1, gamma, 1 + (gamma - 1) * boost)
+    boosted = xp.where(boosted > 0, boosted, 0.0)
     weights = xp.where(counted, boosted, 1.0)
     if normalize == "none":
         return weights

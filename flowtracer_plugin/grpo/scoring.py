@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flowtracer_plugin.credit.measures import Features, Rollouts
-from flowtracer_plugin.credit.read_rollouts import Late, ReadRollouts
+from flowtracer_plugin.credit.read_rollouts import OWN_PASSES, Late, ReadRollouts
 from flowtracer_plugin.credit.saliency import check_whole
 from flowtracer_plugin.credit.scorers import Scorer, multiplied
 from flowtracer_plugin.reading.influence import check_backward
@@ -170,7 +170,7 @@ class RolloutScorer:
             UnsupportedArchitectureError: Values cannot be weighed, or the model is sharded and the
                 scorer needs passes of its own.
         """
-        if self.scorer.needs & {"saliency", "swaps"}:
+        if self.scorer.needs.intersection(OWN_PASSES):
             check_whole(self.tracer.model)
         if self.tracer.options.edges == "influence":
             check_backward(self.tracer.model)
@@ -205,10 +205,9 @@ class RolloutScorer:
             seed=self._seed,
             batch_size=batch_size,
         )
-        if "saliency" in self.scorer.needs:
-            batch.saliency  # noqa: B018 - its own passes must come before the one that is read
-        if "swaps" in self.scorer.needs:
-            batch.swaps  # noqa: B018 - the same
+        for part in OWN_PASSES:
+            if part in self.scorer.needs:
+                getattr(batch, part)  # its own passes must come before the one that is read
         if tracer.options.edges == "influence":  # the same
             batch = replace(batch, sizes=batch.influence(tracer.layers))
         rules = [answer.rule for answer in masks.answers if answer]
@@ -244,8 +243,7 @@ class RolloutScorer:
             throughput=torch.cat(flows) if flows else None,
             entropies=entropies,
             surprisals=surprisals,
-            saliency=batch.saliency if "saliency" in self.scorer.needs else None,
-            swaps=batch.swaps if "swaps" in self.scorer.needs else None,
+            **{part: getattr(batch, part) for part in OWN_PASSES if part in self.scorer.needs},
             oracle=batch.oracle_tokens if "oracle" in self.scorer.needs else None,
         )
         early = [torch.cat(rows, 1) for rows in zip(*(p.features for p in parts), strict=True)]

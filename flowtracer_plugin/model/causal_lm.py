@@ -92,12 +92,16 @@ def text_inputs(
 
 
 @contextmanager
-def embeddings_as_leaves(model: nn.Module) -> Iterator[list[Tensor]]:
-    """A list to which each pass appends its embeddings, where its autograd graph then begins."""
+def embeddings_as_leaves(model: nn.Module, added: Tensor | None = None) -> Iterator[list[Tensor]]:
+    """A list to which each pass appends its embeddings, where its autograd graph then begins.
+
+    `added` is added to them before, such as noise.
+    """
     embedded: list[Tensor] = []
 
     def begin(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
+        moved = output.detach() if added is None else output.detach() + added.to(output)
+        embedded.append(moved.requires_grad_())
         return embedded[-1]
 
     hook = language_model(model).get_input_embeddings().register_forward_hook(begin)
