@@ -142,7 +142,8 @@ class ReadingSum:
                 block=self._block,
             )
         if self._wanted.keep:
-            self._calls.append(call)
+            weighed_later = self._total is None and lengths is not None
+            self._calls.append(replace(call, value=None) if weighed_later else call)
             self._lengths += [] if lengths is None else [lengths]
 
     def reading(self, seen: Bool[Tensor, "batch key"]) -> Reading:
