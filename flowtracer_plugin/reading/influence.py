@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
 from flowtracer_plugin.model.causal_lm import (
@@ -146,6 +146,38 @@ def keeps_graph(
         bool((one - other.float()).norm() <= _SAME * one.norm())
         for one, other in zip(before, again, strict=True)
     )
+
+
+def graph_bytes(
+    model: nn.Module,
+    projections: Sequence[nn.Module | None],
+    ids: Int[Tensor, "1 token"],
+    visible: Bool[Tensor, "1 token"],
+) -> tuple[int, int]:
+    """The bytes that the graph of `influences` keeps per token, and per pair of tokens.
+
+    They are counted in a pass over a short text: a tensor with two axes as long as the text has a
+    number for each pair. Parameters and what depends on no token are not counted.
+
+    Raises:
+        UnsupportedArchitectureError: The model cannot make a backward pass of its own.
+    """
+    tokens = ids.shape[1]
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, tuple[int, int]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        held, pairs = tensor.untyped_storage(), list(tensor.shape).count(tokens) > 1
+        if held.data_ptr() not in own and tensor.numel() >= tokens:
+            each = held.nbytes() // (tokens**2 if pairs else tokens)
+            sizes[held.data_ptr()] = (0, each) if pairs else (each, 0)
+        return tensor
+
+    with _own_pass(model, projections), saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = _total_log_odds(model, ids, visible, torch.ones_like(visible))
+        found = tuple(sum(size) for size in zip(*sizes.values(), strict=True))
+        del total  # its graph keeps what was counted, so that no address comes twice
+    return found[0], found[1]
 
 
 LEAST = 2.0**-16

@@ -29,6 +29,7 @@ from flowtracer_plugin.reading.edges import EdgeChoice, chosen_rows
 from flowtracer_plugin.reading.influence import (
     Outputs,
     check_backward,
+    graph_bytes,
     influences,
     keeps_graph,
 )
@@ -143,17 +144,18 @@ class AttentionReader(ModelRunner):
         seen = attention_mask
         input_ids, attention_mask = text_first(input_ids, attention_mask)
         edges = "attention" if choice is None else choice.edges
+        visible = attention_mask.to(input_ids.device)
+        choice = None if choice is None else choice.behind(seen, visible)
+        sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
+        if choice is not None and choice.edges == "influence":  # while no calls are kept
+            sizes = self.influences(input_ids, visible, choice.response, layers)
         kept = KeptCalls(
             self.model, self.adapter, maps=maps, projections=self._projections_for(edges)
         )
         inputs = self._inputs(input_ids, attention_mask, {})
         self._run(inputs, self._chosen(layers), kept.receive, progress)
-        visible, calls = attention_mask.to(input_ids.device), kept.calls()
+        calls = kept.calls()
         check_causal(calls)
-        choice = None if choice is None else choice.behind(seen, visible)
-        sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
-        if choice is not None and choice.edges == "influence":
-            sizes = self.influences(input_ids, visible, choice.response, layers)
         return self.rows_of(calls, layers, kept.lengths, visible, choice, sizes), visible
 
     def read_edges(
@@ -245,6 +247,16 @@ class AttentionReader(ModelRunner):
             every = [self.projections[site] for site in self.sites]
             self._known_keeping = keeps_graph(self.model, every, *self.check_text(0))
         return self._known_keeping
+
+    def graph_bytes(self, layers: Sequence[int]) -> tuple[int, int]:
+        """What the graph of `influences` keeps on a short text: see `influence.graph_bytes`.
+
+        Raises:
+            UnsupportedArchitectureError: As `influences`.
+        """
+        check_backward(self.model)
+        chosen = [self.projections[site] for site in self._chosen(layers)]
+        return graph_bytes(self.model, chosen, *self.check_text(0))
 
     def _check_all_heads(self) -> None:
         if tensor_parallel_group(self.model) is not None:

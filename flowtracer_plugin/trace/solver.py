@@ -61,8 +61,13 @@ class Solver:
         self, reader: AttentionReader, layers: Sequence[int], options: FlowOptions, mode: str
     ) -> None:
         self.reader, self.layers, self.options, self.mode = reader, layers, options, mode
-        keeps = options.heads != "all"
-        self.budget = Budget(reader, layers, copies=_copies(options), keeps=keeps)
+        self.budget = Budget(
+            reader,
+            layers,
+            copies=_copies(options),
+            keeps=options.heads != "all",
+            gradients=options.edges == "influence",
+        )
 
     def attention(
         self,
