@@ -9,6 +9,12 @@ default, on one thread, in float32.
 makes anyway; for `scoring`, rollouts are trained on twice (`num_iterations=2`), and both steps are
 timed. `extra` is an additional pass; `extra alone` is this pass without the step around it, with
 reading, answers, flow and choice (`with`), or the same layers without reading (`without`).
+`whole` is `training` without gradient checkpointing, which TRL uses by default.
+
+`scorer` says what credit is given by. `flow` reads the middle third of the layers. `flow:decided`
+reads all, weighed by their values. `flow:derivation` also takes gradients from the graph of the
+training pass: a backward pass to the attention outputs, without gradients of weights, and with
+checkpoints also the layers' forward pass.
 
 Whole steps vary by more than credit takes, even on an idle machine. So there are two measures:
 
@@ -57,15 +63,32 @@ from flowtracer_plugin.reading.interface_backend import InterfaceBackend
 OURS = "with"
 REASONER = "reasoner"
 READ = ("training", "scoring", "extra", "extra alone")
+LARGE = {"model": SMOLLM2, "tokens": 128}
+WEIGHED = (("flow:decided", "training", 0.03), ("flow:derivation", "training", 0.15))
+WEIGHED += (("flow:derivation", "whole", 0.15),)
 CASES = [
-    *({"model": REASONER, "tokens": MAX_NEW_TOKENS, "read": read} for read in READ),
-    *({"model": SMOLLM2, "tokens": 128, "read": read} for read in READ if read != "extra"),
+    *(
+        {"model": REASONER, "tokens": MAX_NEW_TOKENS, "read": read, "scorer": "flow"}
+        for read in READ
+    ),
+    *({**LARGE, "read": read, "scorer": "flow"} for read in READ if read != "extra"),
+    *({**LARGE, "read": read, "scorer": scorer} for scorer, read, _ in WEIGHED),
 ]
 TARGETS = [
-    Target(other="without", measure="credit", ratio=share, where={"model": model, "read": read})
+    Target(
+        other="without",
+        measure="credit",
+        ratio=share,
+        where={"model": model, "read": read, "scorer": "flow"},
+    )
     for model, share in ((REASONER, 0.05), (SMOLLM2, 0.02))
     for read in ("training", "scoring")
-] + [Target(other="without", measure="seconds", ratio=1.15, where={"read": "extra alone"})]
+]
+TARGETS += [Target(other="without", measure="seconds", ratio=1.15, where={"read": "extra alone"})]
+TARGETS += [
+    Target(other="without", measure="credit", ratio=share, where={"read": read, "scorer": scorer})
+    for scorer, read, share in WEIGHED
+]
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
@@ -84,13 +107,16 @@ ROLLOUTS = {REASONER: 64, SMOLLM2: 8}
 """Completions in a step; the reasoner has as many as in the demo."""
 
 
-def ways(*, model: str, tokens: int, read: str, rollouts: int | None = None) -> Ways:
+def ways(
+    *, model: str, tokens: int, read: str, scorer: str = "flow", rollouts: int | None = None
+) -> Ways:
     torch.set_num_threads(1)
     size = rollouts or ROLLOUTS[model]
     if read == "extra alone":
         return _extra_pass(*load(_folder(model)), tokens, size)
     common = {"tokens": tokens, "size": size, "iterations": 2 if read == "scoring" else 1}
-    credit = {"flow_pass": read}
+    common["checkpointing"] = read != "whole"
+    credit = {"flow_pass": "training" if read == "whole" else read, "flow_scorer": scorer}
     return {
         "with": Stepper(partial(_trainer, model, ClockedTrainer, FlowGRPOConfig, common, credit)),
         "without": Stepper(partial(_trainer, model, GRPOTrainer, GRPOConfig, common, {})),
@@ -246,6 +272,7 @@ def _trainer(
             per_device_train_batch_size=size,
             num_generations=GROUP,
             num_iterations=common["iterations"],
+            gradient_checkpointing=bool(common["checkpointing"]),
             max_completion_length=tokens,
             generation_kwargs={"min_new_tokens": tokens},
             learning_rate=1e-6,

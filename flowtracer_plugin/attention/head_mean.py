@@ -6,6 +6,7 @@ forward pass itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -30,16 +31,58 @@ def add_head_mean(
     `heads` restricts the mean to some query heads. Rows of queries that see no key are unchanged.
     Computed in float32, also under autocast.
     """
-    # The cache of a sliding window holds only the last keys; a static cache has spare room.
-    first = max(0, total.shape[2] - tokens_of(call))
+    for rows in _row_blocks(call, total, block):
+        _add_rows(call, total, rows, mean_of_rows(call, rows, heads=heads), weight)
+
+
+def add_weighed_mean(
+    call: AttentionCall | AttentionWeights,
+    total: Float[Tensor, "batch query key"],
+    sums: Float[Tensor, "batch query"],
+    lengths: Float[Tensor, "batch head key"],
+    *,
+    sizes: Float[Tensor, "batch head query"] | None = None,
+    weight: float = 1.0,
+    block: int = 64,
+) -> None:
+    """Add what `weighed_mean_of_rows` returns, times `weight`, to `total` and `sums`, in place.
+
+    Once all calls have been added, `keep_sums` gives the rows of `total` the sums of the plain
+    mean. Computed in float32, also under autocast.
+    """
+    for rows in _row_blocks(call, total, block):
+        mean, had = weighed_mean_of_rows(call, rows, lengths, sizes=sizes)
+        _add_rows(call, total, rows, mean, weight)
+        sums[:, rows].add_(had.to(sums.device), alpha=weight)
+
+
+def keep_sums(total: Float[Tensor, "batch row key"], sums: Float[Tensor, "batch row"]) -> None:
+    """Scale the rows of `total` to these sums, in place; rows of zeros stay so."""
+    after = total.sum(-1)
+    total *= torch.where(after > 0, sums.to(total.device) / after, 0.0)[..., None]
+
+
+def _row_blocks(
+    call: AttentionCall | AttentionWeights, total: Float[Tensor, "batch query key"], block: int
+) -> Iterator[slice]:
     # Some models pad the text at its end.
     queries = min(query_tensor(call).shape[2], total.shape[1])
     for start in range(0, queries, block):
-        rows = slice(start, min(start + block, queries))
-        mean = mean_of_rows(call, rows, heads=heads)
-        columns = slice(first, first + mean.shape[-1])
-        mean = mean[..., : total.shape[2] - first].to(total.device)
-        total[:, rows, columns].add_(mean, alpha=weight)
+        yield slice(start, min(start + block, queries))
+
+
+def _add_rows(
+    call: AttentionCall | AttentionWeights,
+    total: Float[Tensor, "batch query key"],
+    rows: slice,
+    mean: Float[Tensor, "batch rows seen"],
+    weight: float,
+) -> None:
+    # The cache of a sliding window holds only the last keys; a static cache has spare room.
+    first = max(0, total.shape[2] - tokens_of(call))
+    columns = slice(first, first + mean.shape[-1])
+    mean = mean[..., : total.shape[2] - first].to(total.device)
+    total[:, rows, columns].add_(mean, alpha=weight)
 
 
 @torch.no_grad()

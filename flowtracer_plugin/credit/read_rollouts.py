@@ -81,7 +81,8 @@ class ReadRollouts:
         oracle: Finds the tokens for the scorer `oracle`.
         seed: Seed of the scorers that draw.
         batch_size: Rows in one pass for the saliency; all by default.
-        reading: A forward pass over the tracer's layers that the caller has already made.
+        reading: A forward pass over the tracer's layers that the caller has already made. If it
+            holds a map of attention, that is of the tracer's own options.
         sizes: The influence of the heads and rows of the tracer's layers, if it is known.
         graphs: Graphs that are known, by preset; None stands for the tracer's own options.
     """
@@ -264,10 +265,10 @@ class ReadRollouts:
 
     def _edges(self, options: FlowOptions, target: Tensor) -> Float[Tensor, "batch query key"]:
         tracer, reading = self.tracer, self.reading
+        if reading is not None and reading.attention is not None:
+            return reading.attention
         response = completions(self.visible, self.prompt_length)
         choice = edge_choice(options, target, response, self.masks.answer)
-        if reading is not None and choice is None:
-            return reading.mean
         layers = select_layers(options.layers, [site.layer for site in tracer.reader.sites])
         calls = self.calls(layers)
         lengths = self._lengths(calls, layers, options.edges)

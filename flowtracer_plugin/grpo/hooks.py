@@ -33,7 +33,7 @@ from flowtracer_plugin.grpo.log import CreditLog
 from flowtracer_plugin.grpo.options import CreditOptions
 from flowtracer_plugin.grpo.scoring import RolloutScorer, Scored
 from flowtracer_plugin.model.causal_lm import evaluating, unwrapped
-from flowtracer_plugin.model.parallel import may_stop, tensor_parallel_group
+from flowtracer_plugin.model.parallel import is_compiled, may_stop, tensor_parallel_group
 from flowtracer_plugin.trace.tracer import wrap
 
 WEIGHTS, ROWS = "flow_weights", "flow_rows"
@@ -199,7 +199,10 @@ class FlowCredit:
         ids, visible = given["input_ids"], given["attention_mask"].bool()
         prompt_length = ids.shape[1] - given["logits_to_keep"]
         size = given.get("batch_size") or len(ids)
-        listen = partial(self._scoring.listen, call, ids, visible, prompt_length, size)
+        # A compiled graph does not show the attention's outputs.
+        graph = torch.is_grad_enabled() and not is_compiled(given["model"])
+        chances = (lambda: returned[0][0]) if graph else None
+        listen = partial(self._scoring.listen, call, ids, visible, prompt_length, size, chances)
         result = self._attempted(listen, excused=lambda: bool(returned) or not began)
         if not returned:
             call()

@@ -15,7 +15,6 @@ from flowtracer_plugin.credit.measures import Features, Rollouts
 from flowtracer_plugin.credit.read_rollouts import OWN_PASSES, Late, ReadRollouts
 from flowtracer_plugin.credit.saliency import check_whole
 from flowtracer_plugin.credit.scorers import Scorer, multiplied
-from flowtracer_plugin.reading.influence import check_backward
 from flowtracer_plugin.reading.one_pass import Reading
 from flowtracer_plugin.text.answers import (
     FoundAnswer,
@@ -89,6 +88,7 @@ class RolloutScorer:
     ) -> None:
         self.tracer, self.scorer = tracer, scorer
         self._last, self._seed, self._oracle = last, seed, oracle
+        self._keeps_graph = False
         # The tracer already follows the preset, and the options that override it.
         self._parts = [replace(part, preset=None) for part in scorer.parts]
 
@@ -104,11 +104,16 @@ class RolloutScorer:
         visible: Bool[Tensor, "batch token"],
         prompt_length: int,
         batch_size: int,
+        chances: Callable[[], Tensor] | None = None,
     ) -> Scored:
         """Let `call` run the model on every `batch_size` rows, and score the rollouts from that.
 
-        An error in the scores is raised when `call` has returned.
+        An error in the scores is raised when `call` has returned. If `chances` then gives the
+        log-probabilities of the completions with their autograd graph, influence is taken from that
+        graph, where it can be, and else from a pass before.
         """
+        if self.tracer.options.edges == "influence" and chances is not None and self._keeps_graph:
+            return self._graphed(call, ids, visible, prompt_length, batch_size, chances)
         started = perf_counter()
         batch, replaced = self._batch(ids, visible, prompt_length, batch_size)
         before = perf_counter() - started
@@ -117,14 +122,52 @@ class RolloutScorer:
         def take(rows: slice, reading: Reading) -> None:
             parts.append(self._measured(batch.part(rows, reading)))
 
-        if self.attends:
-            reader, layers = self.tracer.reader, self.tracer.layers
-            late = reader.listen(call, visible, layers, take, batch_size=batch_size, **self._kept)
-        else:
-            late = call()
+        late = self._heard(call, batch, take, later=False)
         started = perf_counter()
         scored = self._scored(batch, replaced, parts, late)
         return replace(scored, seconds=before + scored.seconds + perf_counter() - started)
+
+    def _graphed(
+        self,
+        call: Callable[[], Late],
+        ids: Int[Tensor, "batch token"],
+        visible: Bool[Tensor, "batch token"],
+        prompt_length: int,
+        batch_size: int,
+        chances: Callable[[], Tensor],
+    ) -> Scored:
+        """What `listen` returns, with influence from the graph of the pass that `call` makes."""
+        started = perf_counter()
+        batch, replaced = self._batch(ids, visible, prompt_length, batch_size, later=True)
+        readings: list[tuple[slice, Reading]] = []
+        outputs = self.tracer.reader.outputs(self.tracer.layers)
+        before = perf_counter() - started
+        with outputs.listening():
+            late = self._heard(call, batch, lambda *part: readings.append(part), later=True)
+        started = perf_counter()
+        sizes = outputs.influences(chances(), visible)
+        # Checkpoints or frozen layers may hide some output from the graph.
+        batch = replace(batch, sizes=sizes or batch.influence(self.tracer.layers))
+        parts = [self._measured(batch.part(*part)) for part in readings]
+        scored = self._scored(batch, replaced, parts, late)
+        return replace(scored, seconds=before + perf_counter() - started)
+
+    def _heard(
+        self,
+        call: Callable[[], Late],
+        batch: ReadRollouts,
+        take: Callable[[slice, Reading], None],
+        *,
+        later: bool,
+    ) -> Late:
+        """What `call` returns; `take` gets the attention of its passes, if the scorer needs it."""
+        if not self.attends:
+            return call()
+        kept = {"sizes": batch.sizes, **self._kept(later=later)}
+        size = batch.batch_size
+        return self.tracer.reader.listen(
+            call, batch.visible, self.tracer.layers, take, batch_size=size, **kept
+        )
 
     def read(
         self,
@@ -147,7 +190,9 @@ class RolloutScorer:
         for start in range(0, len(ids), batch_size) if self.attends else ():
             rows = slice(start, start + batch_size)
             try:
-                reading = reader.read_in_place(ids[rows], visible[rows], layers, **self._kept)
+                sizes = [size[rows] for size in batch.sizes]
+                kept = {"sizes": sizes, **self._kept(later=False)}
+                reading = reader.read_in_place(ids[rows], visible[rows], layers, **kept)
                 parts.append(self._measured(batch.part(rows, reading)))
             except Exception as error:  # noqa: BLE001 - raised below
                 errors.append(error)
@@ -156,12 +201,12 @@ class RolloutScorer:
         scored = self._scored(batch, replaced, parts, late)
         return replace(scored, seconds=perf_counter() - started)
 
-    @property
-    def _kept(self) -> Mapping[str, Any]:
-        """The parts that a reading must hold."""
+    def _kept(self, *, later: bool) -> Mapping[str, Any]:
+        """The parts that a reading must hold; `later` says that influence comes after it."""
         options = self.tracer.options
-        heads = "heads" in self.scorer.needs or not options.plain
-        return {"keep": heads, "edges": options.edges, "average": options.plain}
+        summed = options.heads == "all" and not later
+        keep = "heads" in self.scorer.needs or not summed
+        return {"keep": keep, "edges": options.edges, "average": summed}
 
     def prepare(self) -> None:
         """Make the forward passes that are needed before the pass that is read.
@@ -173,8 +218,8 @@ class RolloutScorer:
         if self.scorer.needs.intersection(OWN_PASSES):
             check_whole(self.tracer.model)
         if self.tracer.options.edges == "influence":
-            check_backward(self.tracer.model)
-        if self.tracer.options.edges != "attention":
+            self._keeps_graph = self.tracer.reader.keeps_graph
+        elif self.tracer.options.edges == "value":
             self.tracer.reader.projections  # noqa: B018 - found once, by a run of the model
 
     def _batch(
@@ -183,8 +228,13 @@ class RolloutScorer:
         visible: Bool[Tensor, "batch token"],
         prompt_length: int,
         batch_size: int,
+        *,
+        later: bool = False,
     ) -> tuple[ReadRollouts, int]:
-        """The rollouts before the pass, and the number of rows whose last token is the answer."""
+        """The rollouts before the pass, and the number of rows whose last token is the answer.
+
+        `later` says that influence comes from the pass itself.
+        """
         tracer = self.tracer
         masks = rollout_masks(
             tracer.require_tokenizer(),
@@ -208,7 +258,7 @@ class RolloutScorer:
         for part in OWN_PASSES:
             if part in self.scorer.needs:
                 getattr(batch, part)  # its own passes must come before the one that is read
-        if tracer.options.edges == "influence":  # the same
+        if tracer.options.edges == "influence" and not later:  # the same
             batch = replace(batch, sizes=batch.influence(tracer.layers))
         rules = [answer.rule for answer in masks.answers if answer]
         return batch, rules.count(last_character.__name__)

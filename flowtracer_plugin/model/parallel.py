@@ -76,6 +76,17 @@ _PLAIN = "_flowtracer_plain_forward"
 nnsight's controller around it. A table outside the modules would keep them alive."""
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` runs the model, or a part of it, as a graph of its own."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return any(
+        (dynamo is not None and isinstance(module, dynamo.OptimizedModule))
+        or vars(module).get("_compiled_call_impl") is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
+
+
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Remove the wrappers of `torch.compile` from the model and its parts; restore them later."""

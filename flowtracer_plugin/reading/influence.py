@@ -7,13 +7,14 @@ output `o`, before the output projection, says how far that row's decisions hang
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
 from flowtracer_plugin.model.causal_lm import (
@@ -23,7 +24,7 @@ from flowtracer_plugin.model.causal_lm import (
     text_inputs,
 )
 from flowtracer_plugin.model.padding import text_first
-from flowtracer_plugin.model.parallel import may_stop, tensor_parallel_group
+from flowtracer_plugin.model.parallel import may_stop, tensor_parallel_group, uncompiled
 
 Influence = Float[Tensor, "batch head token"]
 
@@ -56,24 +57,185 @@ def influences(
     ordered_ids, ordered = text_first(ids, visible)
     asked = torch.zeros_like(ordered)
     asked[ordered] = decided[visible]
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(evaluating(model))
-        outputs = stack.enter_context(_outputs(model, projections))
-        row, place = asked[:, 1:].nonzero(as_tuple=True)
-        logits = first_output(model(**text_inputs(model, ordered_ids, ordered)))[row, place].float()
-        total = log_odds(logits, ordered_ids[row, place + 1].to(logits.device)).sum()
-        reached = [outputs[number] for number in range(len(projections)) if number in outputs]
-        if len(reached) < len(projections) or not all(one.requires_grad for one in reached):
-            raise _without_gradients(model)
-        gradients = torch.autograd.grad(total, reached)
+    with _own_pass(model, projections) as outputs:
+        total = _total_log_odds(model, ordered_ids, ordered, asked)
+        gradients = torch.autograd.grad(total, _reached(model, outputs))
     found = []
     for gradient, count in zip(gradients, heads, strict=True):
         placed = torch.zeros(*ids.shape, count, device=gradient.device)
         placed[visible] = _lengths(gradient, count, ordered)[ordered]
         found.append(placed.transpose(1, 2))
     return tuple(found)
+
+
+class Outputs:
+    """The attention's outputs in the autograd graph of a forward pass that somebody else makes.
+
+    It keeps their places in the graph, not the outputs, which gradient checkpointing frees.
+
+    Args:
+        model: The model that runs.
+        projections: For each layer, the linear map that takes its attention output.
+        heads: The number of heads of each layer.
+    """
+
+    def __init__(
+        self, model: nn.Module, projections: Sequence[nn.Module | None], heads: Sequence[int]
+    ) -> None:
+        self._model, self._projections, self._heads = model, projections, heads
+        self._edges: list[list[GradientEdge | None]] = [[] for _ in projections]
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """The context of the forward passes; not of a backward pass that runs layers again."""
+
+        def keep(number: int, output: Tensor) -> None:
+            edge = get_gradient_edge(output) if output.requires_grad else None
+            self._edges[number].append(edge)
+
+        with _watching(self._projections, keep):
+            yield
+
+    def influences(
+        self,
+        chances: Float[Tensor, "batch completion"],
+        visible: Bool[Tensor, "batch token"],
+    ) -> tuple[Influence, ...] | None:
+        """`‖∂ Σ λ / ∂ o‖` of the tokens whose log-probabilities, with their graph, are `chances`.
+
+        The sum is over the visible ones, the last of each text. `∂λ / ∂ log p` is `1 / (1 − p)`, at
+        most `1 / LEAST`. The graph stays as it is, and no gradient of a parameter changes. None if
+        the graph does not hold the output of every layer.
+        """
+        edges = [edge for layer in self._edges for edge in layer if edge is not None]
+        if not chances.requires_grad or len(edges) < sum(max(1, len(row)) for row in self._edges):
+            return None
+        said = visible[:, visible.shape[1] - chances.shape[1] :]
+        others = -torch.expm1(chances.detach().float())
+        factors = torch.where(said, 1 / others.clamp_min(LEAST), 0.0).to(chances.dtype)
+        found = torch.autograd.grad(chances, edges, factors, retain_graph=True)
+        gradients, sizes = iter(found), []
+        for layer, count in zip(self._edges, self._heads, strict=True):
+            runs = torch.cat([next(gradients).detach() for _ in layer])
+            lengths = _lengths(runs, count, visible).masked_fill(~visible[..., None], 0.0)
+            sizes.append(lengths.transpose(1, 2))
+        return tuple(sizes)
+
+
+def keeps_graph(
+    model: nn.Module,
+    projections: Sequence[nn.Module | None],
+    ids: Int[Tensor, "1 token"],
+    visible: Bool[Tensor, "1 token"],
+) -> bool:
+    """Whether the graph of a forward pass serves two backward passes.
+
+    Fused kernels may overwrite what they have saved for the backward pass, and a second one would
+    then give wrong gradients without an error. Layers that are checkpointed in a reentrant way are
+    not in the graph.
+    """
+    if _reentrant(model):
+        return False
+    with _own_pass(model, projections) as outputs:
+        asked = torch.ones_like(visible)
+        total, reached = _total_log_odds(model, ids, visible, asked), _reached(model, outputs)
+        first = torch.autograd.grad(total, reached, retain_graph=True)
+        before = [gradient.float().clone() for gradient in first]
+        again = torch.autograd.grad(total, reached)
+    return all(
+        bool((one - other.float()).norm() <= _SAME * one.norm())
+        for one, other in zip(before, again, strict=True)
+    )
+
+
+def graph_bytes(
+    model: nn.Module,
+    projections: Sequence[nn.Module | None],
+    ids: Int[Tensor, "1 token"],
+    visible: Bool[Tensor, "1 token"],
+) -> tuple[int, int]:
+    """The bytes that the graph of `influences` keeps per token, and per pair of tokens.
+
+    They are counted in a pass over a short text: a tensor with two axes as long as the text has a
+    number for each pair. Parameters and what depends on no token are not counted.
+
+    Raises:
+        UnsupportedArchitectureError: The model cannot make a backward pass of its own.
+    """
+    tokens = ids.shape[1]
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, tuple[int, int]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        held, pairs = tensor.untyped_storage(), list(tensor.shape).count(tokens) > 1
+        if held.data_ptr() not in own and tensor.numel() >= tokens:
+            each = held.nbytes() // (tokens**2 if pairs else tokens)
+            sizes[held.data_ptr()] = (0, each) if pairs else (each, 0)
+        return tensor
+
+    with _own_pass(model, projections), saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = _total_log_odds(model, ids, visible, torch.ones_like(visible))
+        found = tuple(sum(size) for size in zip(*sizes.values(), strict=True))
+        del total  # its graph keeps what was counted, so that no address comes twice
+    return found[0], found[1]
+
+
+LEAST = 2.0**-16
+"""The least `1 − p` that is told from 0. Logits up to 32 are rounded by 2e-6 in float32, so below
+this, `1 − p` would be off by more than an eighth."""
+
+_SAME = 0.01
+"""The relative difference up to which gradients are the same: some kernels add in any order."""
+
+
+def _reentrant(model: nn.Module) -> bool:
+    return any(
+        getattr(module, "gradient_checkpointing", False)
+        and getattr(
+            getattr(module, "_gradient_checkpointing_func", None), "keywords", {"use_reentrant": 1}
+        ).get("use_reentrant", True)
+        for module in model.modules()
+    )
+
+
+@contextmanager
+def _own_pass(
+    model: nn.Module, projections: Sequence[nn.Module | None]
+) -> Iterator[dict[int, Tensor]]:
+    """The context of a pass with a graph of its own, and the outputs that it will have."""
+    kept: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(evaluating(model))
+        stack.enter_context(uncompiled(model))
+        stack.enter_context(embeddings_as_leaves(model))
+        stack.enter_context(_watching(projections, kept.__setitem__))
+        yield kept
+        if len(kept) < len(projections):
+            raise _without_gradients(model)
+
+
+def _total_log_odds(
+    model: nn.Module,
+    ids: Int[Tensor, "batch token"],
+    visible: Bool[Tensor, "batch token"],
+    asked: Bool[Tensor, "batch token"],
+) -> Float[Tensor, ""]:
+    row, place = asked[:, 1:].nonzero(as_tuple=True)
+    logits = first_output(model(**text_inputs(model, ids, visible)))[row, place].float()
+    return log_odds(logits, ids[row, place + 1].to(logits.device)).sum()
+
+
+def _reached(model: nn.Module, outputs: dict[int, Tensor]) -> list[Tensor]:
+    """The outputs of all layers, in order.
+
+    Raises:
+        UnsupportedArchitectureError: One has no gradient.
+    """
+    if not all(output.requires_grad for output in outputs.values()):
+        raise _without_gradients(model)
+    return [outputs[number] for number in sorted(outputs)]
 
 
 def log_odds(
@@ -114,18 +276,16 @@ def _lengths(
 
 
 @contextmanager
-def _outputs(
-    model: nn.Module, projections: Sequence[nn.Module | None]
-) -> Iterator[dict[int, Tensor]]:
-    """The attention output of each layer, by its place in `projections`, once the model has run."""
-    kept: dict[int, Tensor] = {}
+def _watching(
+    projections: Sequence[nn.Module | None], keep: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """A context in which `keep` gets what each projection takes, and the projection's number."""
     with ExitStack() as stack:
-        stack.enter_context(embeddings_as_leaves(model))
         for number, projection in enumerate(projections):
 
-            def keep(_module: nn.Module, args: Any, number: int = number) -> None:
-                kept[number] = args[0]
+            def take(_module: nn.Module, args: Any, number: int = number) -> None:
+                keep(number, args[0])
 
             if projection is not None:
-                stack.callback(projection.register_forward_pre_hook(keep).remove)
-        yield kept
+                stack.callback(projection.register_forward_pre_hook(take).remove)
+        yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +17,7 @@ from flowtracer_plugin.attention.adapter import (
     AttentionSite,
     AttentionWeights,
 )
-from flowtracer_plugin.attention.head_mean import add_head_mean
+from flowtracer_plugin.attention.head_mean import add_head_mean, add_weighed_mean, keep_sums
 from flowtracer_plugin.attention.value_lengths import Projections, value_lengths
 from flowtracer_plugin.model.parallel import average_heads
 
@@ -28,13 +28,19 @@ class Wanted:
 
     Attributes:
         keep: Whether it holds the calls.
-        projections: The linear maps of the values, if it holds the values' lengths.
+        projections: The linear maps of the values, if attention is weighed by the values' lengths.
+        sizes: Further factors of each call's heads and rows, such as their influence.
         average: Whether it holds the mean. Without it, no map of all pairs of tokens is made.
     """
 
     keep: bool = False
     projections: Projections | None = None
+    sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
     average: bool = True
+
+    def rows(self, rows: slice) -> Wanted:
+        """The same for some of the texts."""
+        return replace(self, sizes=[size[rows] for size in self.sizes])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -43,9 +49,9 @@ class Reading:
 
     Attributes:
         attention: Mean over layers and heads, float32, with 0 in rows and columns of padding; None
-            unless it was asked for.
+            unless it was asked for. Where it is weighed, rows have the sums of the plain mean.
         calls: The attention calls in the order of execution; empty unless they were asked for.
-        lengths: The lengths of each call's values; empty unless they were asked for.
+        lengths: The lengths of each call's values, if it holds calls that are weighed by them.
         seconds: Time spent on reading, without the forward pass. On a GPU, the time to start it.
     """
 
@@ -90,6 +96,8 @@ class ReadingSum:
         self._total: Tensor | None = None
         if wanted.average:
             self._total = torch.zeros(*shape, dtype=torch.float32, device=device)
+        # Of the plain mean's rows, which a weighed mean keeps.
+        self._sums = torch.zeros(*shape[:2], dtype=torch.float32, device=device)
         self._calls: list[AttentionCall | AttentionWeights] = []
         self._lengths: list[Float[Tensor, "batch _ _"]] = []
         self._seconds = 0.0
@@ -118,12 +126,25 @@ class ReadingSum:
 
     def _add(self, site: AttentionSite, args: Any, kwargs: Any) -> None:
         call = self._adapter.read(self._model.get_submodule(site.module), args, kwargs)
-        if self._total is not None:
-            add_head_mean(call, self._total, weight=self._share, block=self._block)
-        if self._wanted.keep:
-            self._calls.append(call)
+        lengths = None
         if self._wanted.projections is not None:
-            self._lengths.append(value_lengths(call, self._wanted.projections[site]))
+            lengths = value_lengths(call, self._wanted.projections[site])
+        if self._total is not None and lengths is None:
+            add_head_mean(call, self._total, weight=self._share, block=self._block)
+        elif self._total is not None and lengths is not None:
+            add_weighed_mean(
+                call,
+                self._total,
+                self._sums,
+                lengths,
+                sizes=self._wanted.sizes[-self._missing] if self._wanted.sizes else None,
+                weight=self._share,
+                block=self._block,
+            )
+        if self._wanted.keep:
+            weighed_later = self._total is None and lengths is not None
+            self._calls.append(replace(call, value=None) if weighed_later else call)
+            self._lengths += [] if lengths is None else [lengths]
 
     def reading(self, seen: Bool[Tensor, "batch key"]) -> Reading:
         """The reading, with 0 in rows and columns of padding; call it once, after the last call.
@@ -137,6 +158,8 @@ class ReadingSum:
         if self._error is not None:
             raise self._error
         if total is not None:
+            if self._wanted.projections is not None:
+                keep_sums(total, self._sums)
             seen = seen.to(total.device)
             rows = ~seen[:, -total.shape[1] :]  # filled, not multiplied: 0 times NaN is NaN
             total.masked_fill_(rows[:, :, None], 0).masked_fill_(~seen[:, None, :], 0)

@@ -26,7 +26,13 @@ from flowtracer_plugin.model.padding import put_back, text_first
 from flowtracer_plugin.model.parallel import tensor_parallel_group
 from flowtracer_plugin.reading.backend import Receive, Result, Sites
 from flowtracer_plugin.reading.edges import EdgeChoice, chosen_rows
-from flowtracer_plugin.reading.influence import check_backward, influences
+from flowtracer_plugin.reading.influence import (
+    Outputs,
+    check_backward,
+    graph_bytes,
+    influences,
+    keeps_graph,
+)
 from flowtracer_plugin.reading.one_pass import Reading, ReadingSum, Wanted
 from flowtracer_plugin.reading.rows import AttentionRows, KeptCalls, check_causal
 from flowtracer_plugin.reading.runner import ModelRunner
@@ -42,6 +48,7 @@ class AttentionReader(ModelRunner):
     The model keeps its weights, configuration and attention implementation.
     """
 
+    _known_keeping: bool | None = None
     _known_projections: Projections | None = None
     _known_heads: Mapping[AttentionSite, int] = MappingProxyType({})
 
@@ -51,19 +58,35 @@ class AttentionReader(ModelRunner):
         attention_mask: Bool[Tensor, "batch key"],
         layers: Sequence[int],
         *,
+        choice: EdgeChoice | None = None,
         model_inputs: Mapping[str, Any] | None = None,
         progress: bool = False,
     ) -> Float[Tensor, "batch query key"]:
         """The mean over `layers` and their heads, float32, with 0 in rows and columns of padding.
 
         The forward pass ends at the last of the layers. `model_inputs` are passed on to the model.
-        If they hold a cache, there are more keys than queries, and the cache stays unchanged.
+        If they hold a cache, there are more keys than queries, and the cache stays unchanged. With
+        `choice`, which must be of all heads, it is the mean of its edges.
+
+        Raises:
+            UnsupportedArchitectureError: The edges of `choice` cannot be weighed.
         """
         seen = attention_mask
         if not model_inputs:  # other inputs of the model would have to move with the tokens
             input_ids, attention_mask = text_first(input_ids, attention_mask)
+        sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
+        if choice is not None and choice.edges == "influence":
+            visible = attention_mask.to(input_ids.device)
+            said = choice.behind(seen, visible).response
+            sizes = self.influences(input_ids, visible, said, layers)
         found = self.read_in_place(
-            input_ids, attention_mask, layers, model_inputs=model_inputs, progress=progress
+            input_ids,
+            attention_mask,
+            layers,
+            model_inputs=model_inputs,
+            edges="attention" if choice is None else choice.edges,
+            sizes=sizes,
+            progress=progress,
         ).mean
         return found if torch.equal(attention_mask, seen) else put_back(found, seen)
 
@@ -76,17 +99,22 @@ class AttentionReader(ModelRunner):
         model_inputs: Mapping[str, Any] | None = None,
         keep: bool = False,
         edges: str = "attention",
+        sizes: Sequence[Float[Tensor, "batch _ _"]] = (),
         average: bool = True,
         progress: bool = False,
     ) -> Reading:
         """What `read` returns, with the padding left where it is when the model runs.
 
-        With `keep`, the reading holds the calls; with `by_value`, the lengths of their values;
-        without `average`, no mean.
+        With `keep`, the reading holds the calls, and the lengths of their values where `edges` are
+        weighed by these; without `average`, no mean. `sizes` are the influence of each layer's
+        heads and rows, without which no mean of `edges="influence"` can be made.
+
+        Raises:
+            UnsupportedArchitectureError: As `read`.
         """
         sites = self._chosen(layers)
         shape = (*input_ids.shape, attention_mask.shape[1])
-        wanted = self._wanted(keep, edges, average)
+        wanted = self._wanted(keep, edges, sizes, average)
         total = self._sum(sites, shape, input_ids.device, wanted)
         inputs = self._inputs(input_ids, attention_mask, model_inputs or {})
         self._run(inputs, sites, total.receive, progress)
@@ -116,17 +144,18 @@ class AttentionReader(ModelRunner):
         seen = attention_mask
         input_ids, attention_mask = text_first(input_ids, attention_mask)
         edges = "attention" if choice is None else choice.edges
+        visible = attention_mask.to(input_ids.device)
+        choice = None if choice is None else choice.behind(seen, visible)
+        sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
+        if choice is not None and choice.edges == "influence":  # while no calls are kept
+            sizes = self.influences(input_ids, visible, choice.response, layers)
         kept = KeptCalls(
             self.model, self.adapter, maps=maps, projections=self._projections_for(edges)
         )
         inputs = self._inputs(input_ids, attention_mask, {})
         self._run(inputs, self._chosen(layers), kept.receive, progress)
-        visible, calls = attention_mask.to(input_ids.device), kept.calls()
+        calls = kept.calls()
         check_causal(calls)
-        choice = None if choice is None else choice.behind(seen, visible)
-        sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
-        if choice is not None and choice.edges == "influence":
-            sizes = self.influences(input_ids, visible, choice.response, layers)
         return self.rows_of(calls, layers, kept.lengths, visible, choice, sizes), visible
 
     def read_edges(
@@ -138,7 +167,7 @@ class AttentionReader(ModelRunner):
         *,
         progress: bool = False,
     ) -> tuple[Float[Tensor, "batch query key"], AttentionRows]:
-        """What `read` returns for the chosen edges, and the rows that it was computed from.
+        """What `read` returns for edges of some heads, and the rows that it was computed from.
 
         Raises:
             UnsupportedArchitectureError: As `read_rows`.
@@ -168,11 +197,7 @@ class AttentionReader(ModelRunner):
         """
         if choice is None:
             return AttentionRows(self.model, calls, visible, block=self.block)
-        if tensor_parallel_group(self.model) is not None:
-            raise UnsupportedArchitectureError(
-                "heads are chosen among all, and a tensor parallel model has only some of them in "
-                "each process; use heads='all' and edges='attention'"
-            )
+        self._check_all_heads()
         numbers = [site.layer for site in self._chosen(layers)]
         return chosen_rows(
             self.model, calls, numbers, lengths, visible, choice, block=self.block, sizes=sizes
@@ -203,6 +228,42 @@ class AttentionReader(ModelRunner):
             for rows in (slice(start, start + size) for start in range(0, len(ids), size))
         ]
         return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
+
+    def outputs(self, layers: Sequence[int]) -> Outputs:
+        """Takes the same influence from the graph of a forward pass that somebody else makes."""
+        sites = self._chosen(layers)
+        chosen = [self.projections[site] for site in sites]
+        return Outputs(self.model, chosen, [self._known_heads[site] for site in sites])
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether influence may be taken from the graph of a forward pass that trains.
+
+        Raises:
+            UnsupportedArchitectureError: As `influences`.
+        """
+        check_backward(self.model)
+        if self._known_keeping is None:
+            every = [self.projections[site] for site in self.sites]
+            self._known_keeping = keeps_graph(self.model, every, *self.check_text(0))
+        return self._known_keeping
+
+    def graph_bytes(self, layers: Sequence[int]) -> tuple[int, int]:
+        """What the graph of `influences` keeps on a short text: see `influence.graph_bytes`.
+
+        Raises:
+            UnsupportedArchitectureError: As `influences`.
+        """
+        check_backward(self.model)
+        chosen = [self.projections[site] for site in self._chosen(layers)]
+        return graph_bytes(self.model, chosen, *self.check_text(0))
+
+    def _check_all_heads(self) -> None:
+        if tensor_parallel_group(self.model) is not None:
+            raise UnsupportedArchitectureError(
+                "heads are chosen among all, or weighed, and a tensor parallel model has only some "
+                "of them in each process; use heads='all' and edges='attention'"
+            )
 
     def _projections_for(self, edges: str) -> Projections | None:
         if edges == "influence":  # the gradient before the projection says what it does
@@ -244,6 +305,7 @@ class AttentionReader(ModelRunner):
         batch_size: int | None = None,
         keep: bool = False,
         edges: str = "attention",
+        sizes: Sequence[Float[Tensor, "batch _ _"]] = (),
         average: bool = True,
     ) -> Result:
         """What `call` returns; it runs the model, whose attention goes to `take`.
@@ -254,7 +316,7 @@ class AttentionReader(ModelRunner):
         as `read_in_place` returns it. Errors in reading are raised when `call` has returned.
         """
         sites, rows = self._chosen(layers), len(attention_mask)
-        wanted = self._wanted(keep, edges, average)
+        wanted = self._wanted(keep, edges, sizes, average)
         size = batch_size or rows
         parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
         waiting = iter(parts)
@@ -267,7 +329,7 @@ class AttentionReader(ModelRunner):
                 part = next(waiting)
                 mask = attention_mask[part]
                 shape = (*mask.shape, mask.shape[1])
-                current = part, self._sum(sites, shape, mask.device, wanted)
+                current = part, self._sum(sites, shape, mask.device, wanted.rows(part))
             part, total = current
             total.receive(site, args, kwargs, output)
             if total.complete:
@@ -283,9 +345,14 @@ class AttentionReader(ModelRunner):
             raise errors[0]
         return returned
 
-    def _wanted(self, keep: bool, edges: str, average: bool) -> Wanted:
+    def _wanted(
+        self, keep: bool, edges: str, sizes: Sequence[Float[Tensor, "batch _ _"]], average: bool
+    ) -> Wanted:
+        if edges != "attention":
+            self._check_all_heads()
+        assert edges != "influence" or sizes or not average, "the mean needs sizes"
         projections = self._projections_for(edges)
-        return Wanted(keep=keep, projections=projections, average=average)
+        return Wanted(keep=keep, projections=projections, sizes=sizes, average=average)
 
     def _sum(self, sites: Sites, shape: Sequence[int], device: Any, wanted: Wanted) -> ReadingSum:
         return ReadingSum(

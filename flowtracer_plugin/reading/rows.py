@@ -22,6 +22,7 @@ from flowtracer_plugin.attention.adapter import (
 )
 from flowtracer_plugin.attention.head_choice import Chosen
 from flowtracer_plugin.attention.head_mean import (
+    keep_sums,
     mean_of_rows,
     one_text,
     query_tensor,
@@ -178,7 +179,7 @@ def _add_mean(
 ) -> None:
     """Add the mean over all chosen heads; without a choice, the mean of the calls' head means."""
     counts = [1 if part.heads is None else len(part.heads) for part in parts]
-    sums = total.new_zeros(*total.shape[:2], 1)
+    sums = total.new_zeros(total.shape[:2])
     for (call, heads, lengths, sizes), count in zip(parts, counts, strict=True):
         # Keys that stand for several tokens are not numbered like the tokens.
         keys = stop if getattr(call, "key_tokens", None) is None else None
@@ -189,12 +190,11 @@ def _add_mean(
             mean, had = weighed_mean_of_rows(
                 call, rows, lengths, heads=heads, keys=keys, sizes=sizes
             )
-            sums.add_(had[..., None].to(total.device), alpha=share)
+            sums.add_(had.to(total.device), alpha=share)
         mean = mean[..., :stop].to(total.device)
         total[..., : mean.shape[-1]].add_(mean, alpha=share)
     if parts and parts[0].lengths is not None:
-        after = total.sum(-1, keepdim=True)
-        total *= torch.where(after > 0, sums / after, 0.0)
+        keep_sums(total, sums)
 
 
 def _of_text(

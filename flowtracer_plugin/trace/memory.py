@@ -88,6 +88,21 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Graph:
+    """What a forward and a backward pass take at their peak.
+
+    Attributes:
+        tokens: Bytes per token.
+        pairs: Bytes per pair of tokens that the graph keeps.
+        masks: Bytes per pair of tokens of the masks that it also keeps, if there are masks.
+    """
+
+    tokens: int
+    pairs: int
+    masks: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Footprint:
     """How the memory of a model's traces grows with the length of the text.
 
@@ -101,6 +116,7 @@ class Footprint:
         block: Number of query rows that are computed at a time.
         copies: Maps of all pairs that are made of the map, beside it.
         keeps: Whether dense traces also keep queries and keys, to choose among heads.
+        graph: What the graph of a backward pass takes; None if there is no such pass.
     """
 
     forward: int
@@ -112,13 +128,15 @@ class Footprint:
     block: int
     copies: int
     keeps: bool = False
+    graph: Graph | None = None
 
     def dense(self, tokens: int, batch: int) -> int:
         """The peak of a dense trace: the map, and the forward pass or the copies of the map."""
         maps = batch * tokens**2 * FLOAT
         rows = batch * 3 * self.heads * min(self.block, tokens) * tokens * FLOAT
         kept = batch * (self.kept or 0) * tokens if self.keeps else 0
-        return maps + kept + max(self._forward(tokens, batch) + rows, self.copies * maps)
+        read = maps + kept + max(self._forward(tokens, batch) + rows, self.copies * maps)
+        return max(read, self._graph(tokens, batch))
 
     def streamed(self, tokens: int, batch: int) -> int | None:
         """The peak of a streamed trace: queries and keys, and the forward pass or one block."""
@@ -127,11 +145,12 @@ class Footprint:
         rows = 3 * self.heads * min(self.block, tokens) * tokens * FLOAT
         block = _BLOCK_COPIES * min(BLOCK, tokens) * tokens * FLOAT
         steps = min(tokens // _TOKENS_A_STEP, MAX_STEPS) ** 2 * FLOAT
-        return steps + batch * (
+        read = steps + batch * (
             self.kept * tokens
             + self.masks * tokens**2
             + max(self._forward(tokens, 1), rows + block + _TOKEN_BYTES * tokens)
         )
+        return max(read, self._graph(tokens, batch))
 
     def padded(self) -> Footprint:
         """The footprint for texts of different lengths, for which transformers makes a mask."""
@@ -144,12 +163,21 @@ class Footprint:
     def _forward(self, tokens: int, batch: int) -> int:
         return batch * (self.forward * tokens + self.pairs * tokens**2)
 
+    def _graph(self, tokens: int, batch: int) -> int:
+        if self.graph is None:
+            return 0
+        pairs = self.pairs + self.graph.pairs + (self.graph.masks if self.masks else 0)
+        return batch * (self.graph.tokens * tokens + pairs * tokens**2)
+
 
 _BLOCK_COPIES = 8
 """Number of [block, token] matrices that the second pass holds at once."""
 
 _MASK_COPIES = 5
 """Number of masks that transformers holds at once while it makes one."""
+
+_LOGIT_COPIES = 3
+"""Number of float32 copies of the logits at the start of a backward pass, beside the graph's."""
 
 _TOKENS_A_STEP = 8
 """Tokens per step, a line or a sentence; few steps are shorter."""
@@ -165,8 +193,12 @@ def footprint(
     block: int,
     copies: int,
     keeps: bool = False,
+    graph: tuple[int, int] | None = None,
 ) -> Footprint:
-    """The footprint of a model, from the `calls` of its read layers on a short text."""
+    """The footprint of a model, from the `calls` of its read layers on a short text.
+
+    `graph` are the bytes that a graph keeps, if there is one; see `graph_bytes`.
+    """
     config = language_model(model).config.get_text_config()
     width = getattr(config, "hidden_size", None) or max(_width(call) for call in calls)
     inner = getattr(config, "intermediate_size", None) or 4 * width
@@ -178,9 +210,10 @@ def footprint(
     # A sliding window needs a mask for long texts, but none for a text that it covers.
     masks = max(0 if window is None else 1, *(_masks([call]) for call in calls))
     # A forward pass that must run to its end computes logits, also in float32.
-    logits = 0 if may_stop(model) else vocabulary_size(model) * (size + FLOAT)
+    words, layer = vocabulary_size(model), size * (6 * width + 3 * inner)
+    logits = 0 if may_stop(model) else words * (size + FLOAT)
     return Footprint(
-        forward=size * (6 * width + 3 * inner) + logits,
+        forward=layer + logits,
         pairs=(2 * heads * (size + FLOAT) if eager else 0) + _MASK_COPIES * masks,
         sites=len(calls),
         kept=_kept(calls, lengths=keeps),
@@ -189,6 +222,14 @@ def footprint(
         block=block,
         copies=copies,
         keeps=keeps,
+        graph=None
+        if graph is None
+        else Graph(
+            tokens=graph[0] + max(layer, _LOGIT_COPIES * FLOAT * words),
+            pairs=graph[1],
+            # Where a call takes a mask of booleans, its graph keeps one of numbers.
+            masks=0 if eager else size * config.num_hidden_layers,
+        ),
     )
 
 
@@ -251,9 +292,10 @@ class Budget:
         *,
         copies: int,
         keeps: bool = False,
+        gradients: bool = False,
     ) -> None:
         self._reader, self._layers = reader, layers
-        self._copies, self._keeps = copies, keeps
+        self._copies, self._keeps, self._gradients = copies, keeps, gradients
         self._known: Footprint | None = None
 
     def estimate(self, tokens: int, batch: int = 1, *, padded: bool = False) -> MemoryEstimate:
@@ -313,6 +355,7 @@ class Budget:
                 block=reader.block,
                 copies=self._copies,
                 keeps=self._keeps,
+                graph=reader.graph_bytes(self._layers) if self._gradients else None,
             )
         return self._known
 

@@ -61,7 +61,13 @@ class Solver:
         self, reader: AttentionReader, layers: Sequence[int], options: FlowOptions, mode: str
     ) -> None:
         self.reader, self.layers, self.options, self.mode = reader, layers, options, mode
-        self.budget = Budget(reader, layers, copies=_copies(options), keeps=not options.plain)
+        self.budget = Budget(
+            reader,
+            layers,
+            copies=_copies(options),
+            keeps=options.heads != "all",
+            gradients=options.edges == "influence",
+        )
 
     def attention(
         self,
@@ -159,8 +165,8 @@ class Solver:
     ) -> tuple[Float[Tensor, "batch query key"], HeadPairs]:
         """All edges, and the heads chosen for the first text."""
         heads: HeadPairs = ()
-        if choice is None:
-            attention = self.reader.read(ids, mask, self.layers, progress=progress)
+        if choice is None or choice.heads == "all":
+            attention = self.reader.read(ids, mask, self.layers, choice=choice, progress=progress)
         else:
             attention, rows = self.reader.read_edges(
                 ids, mask, self.layers, choice, progress=progress

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from trl import GRPOTrainer
 
 from flowtracer_plugin.credit import read_rollouts, scorers
 from flowtracer_plugin.grpo import FlowGRPOTrainer, attach_flow_credit, scoring
 from flowtracer_plugin.grpo.hooks import ROWS, WEIGHTS
 from flowtracer_plugin.reading import one_pass as reading
+from flowtracer_plugin.reading.one_pass import ReadingSum
 from tests.grpo.trained import (
     TEXTS,
     answering,
@@ -44,6 +46,11 @@ UNSCORED: list[dict[str, Any]] = [
     {"gradient_checkpointing": False},
 ]
 """Settings in which TRL scores nothing before it trains."""
+
+
+BEHIND = LoraConfig(r=4, target_modules=["o_proj"])
+"""Adapters behind the attention, which without checkpoints leave the first layer's out of the
+graph."""
 
 
 # --- the three passes ---
@@ -97,6 +104,62 @@ def test_an_extra_pass_ends_after_the_last_layer_that_is_read(policy, tmp_path):
     plain.train()
     assert len(passes) == len(wanted) + 2
     assert len(heads) == len(others)
+
+
+@pytest.mark.parametrize(
+    ("options", "calls"),
+    [
+        ({"peft_config": lora(lora_dropout=0.5)}, ["graph"]),  # with checkpoints
+        ({"gradient_checkpointing": False}, ["graph"]),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, ["own"]),
+        ({"peft_config": BEHIND, "gradient_checkpointing": False}, ["own"]),
+        ({"num_iterations": 2}, ["own"]),
+    ],
+    ids=["checkpoints, dropout", "no checkpoints", "reentrant", "frozen", "scored before"],
+)
+def test_influence_costs_a_backward_pass_and_changes_no_gradient(
+    policy, tmp_path, monkeypatch, options, calls
+):
+    shared = {"rollout_func": scripted(TEXTS), "max_steps": 1, **options}
+    ours = build(
+        FlowGRPOTrainer, policy, tmp_path, flow_gamma=1.0, flow_scorer="flow:derivation", **shared
+    )
+    plain = build(GRPOTrainer, policy, tmp_path, **shared)
+    ours._flow_credit._begin()  # the self-check
+    passes, wanted = forwards(ours), forwards(plain)
+    grad, made = torch.autograd.grad, []
+
+    def counted(*given, **more):
+        made.append("graph" if more.get("retain_graph") else "own")
+        return grad(*given, **more)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    for trainer in (ours, plain):
+        torch.manual_seed(0)
+        trainer.train()
+    assert made == calls
+    assert len(passes) == len(wanted) + calls.count("own")
+    assert same_parameters(ours, plain)
+    assert logged(ours, "answer_found") == [1.0]
+    assert logged(ours, "top_share")[0] > 0
+
+
+@pytest.mark.parametrize("scorer", ["flow:decided", "reach:derivation", "flow:sharp"])
+def test_weighed_edges_of_all_heads_keep_no_call(policy, tmp_path, monkeypatch, scorer):
+    kept, real = [], ReadingSum.reading
+
+    def counted(self, seen):
+        found = real(self, seen)
+        kept.append((len(found.calls), any(call.value is not None for call in found.calls)))
+        return found
+
+    monkeypatch.setattr(ReadingSum, "reading", counted)
+    trained(policy, tmp_path, max_steps=1, flow_scorer=scorer, flow_pass="extra")
+    trained(policy, tmp_path, max_steps=1, flow_scorer=scorer)
+    # Influence is known only after the training pass, and heads are chosen after any pass.
+    layers = {"flow:decided": (0, 0), "reach:derivation": (0, 6), "flow:sharp": (2, 2)}[scorer]
+    assert [count for count, _ in kept] == list(layers)
+    assert not any(values for _, values in kept)
 
 
 # --- which pass ---

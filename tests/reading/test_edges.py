@@ -104,6 +104,23 @@ def test_shares_of_heads(share, by_value):
     assert_close(found[0].double().numpy(), wanted, atol=2e-6, rtol=1e-4)
 
 
+def test_weighed_edges_of_all_heads_are_added_up_call_by_call():
+    ids = texts()
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, :4] = False
+    for family in ("llama", "gpt_oss", "gemma2", "phi3"):
+        reader = AttentionReader(tiny_model(family), block=8, backend="interface")
+        found = reader.read(ids, mask, LAYERS, choice=choice(2, "all"))
+        for text, (wanted, _) in enumerate(read_by_hand(family, ids, mask, 1.0)):
+            wanted = wanted * mask[text, :, None].numpy() * mask[text].numpy()
+            assert_close(found[text].double().numpy(), wanted, atol=2e-6, rtol=1e-4)
+        reading = reader.read_in_place(ids, mask, LAYERS, edges="value")
+        assert reading.calls == reading.lengths == ()
+        # The same numbers as from calls that are kept.
+        rows, _ = reader.read_rows(ids[:1], mask[:1], LAYERS, choice=choice(1, "all"))
+        assert_close(found[:1], rows.whole(), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma2"])
 def test_rows_keep_their_sums(family):
     ids = texts()

@@ -282,6 +282,11 @@ for name, model in models.items():
         tracer = ft.wrap(model, number_tokenizer(), mode=mode, answer="last_number")
         estimated = getattr(tracer.estimate(len(ids)), mode) / 2**20
         print(name, mode, estimated, peak_of(lambda: tracer.trace_tokens(ids[:300], ids[300:])))
+for tokens in (350, 900):
+    tracer = ft.wrap(models["small"], number_tokenizer(), preset="derivation", answer="last_number")
+    ids, estimated = torch.randint(3, 1000, (tokens,)).tolist(), tracer.estimate(tokens).dense
+    peak = peak_of(lambda: tracer.trace_tokens(ids[:100], ids[100:]))
+    print("gradients", tokens, estimated / 2**20, peak)
 """
     quiet = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     ran = subprocess.run(
@@ -296,11 +301,35 @@ for name, model in models.items():
     return {(model, mode): (float(one), float(other)) for model, mode, one, other in lines}
 
 
-@pytest.mark.parametrize("mode", ["dense", "streamed"])
-@pytest.mark.parametrize("model", ["small", "window"])
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [
+        *((model, mode) for model in ("small", "window") for mode in ("dense", "streamed")),
+        ("gradients", "350"),
+        ("gradients", "900"),
+    ],
+)
 def test_estimates_are_a_little_above_what_is_taken(taken, model, mode):
     estimated, measured = taken[model, mode]
     assert 0.6 * estimated < measured < 1.05 * estimated, (estimated, measured)
+
+
+def test_the_graph_of_a_backward_pass_grows_with_layers_words_and_masks():
+    def graph(tokens, **options):
+        model = tiny_llama(max_position_embeddings=8192, **options)
+        tracer = ft.wrap(model, preset="derivation", verify=False)
+        budget, plain = tracer._solver.budget, ft.wrap(model, layers="all", verify=False)
+        assert budget.estimate(tokens).dense > plain.estimate(tokens).dense
+        return [budget.estimate(tokens, padded=padded).dense for padded in (False, True)]
+
+    one, padded = graph(500)
+    assert graph(1000)[0] == 2 * one
+    # Each of six layers keeps a mask of numbers.
+    assert padded - one >= 6 * 500**2 * 4
+    deeper, _ = graph(500, num_hidden_layers=12)
+    assert 1.5 * one < deeper < 2 * one
+    wider, _ = graph(500, vocab_size=5000)
+    assert wider - one > 4 * 4 * 4000 * 500
 
 
 def test_short_texts_do_not_ask_for_free_memory(model, monkeypatch):
