@@ -47,6 +47,8 @@ class Rollouts:
         surprisals: −log p of each completion token, in nats.
         saliency: Saliency of every token for the answer, see `saliency.answer_saliency`.
         swaps: What the answer loses by swapping each token, see `counterfactual.swap_losses`.
+        removals: How early each token is chosen and hidden, see `choice.removal_order`.
+        flow_removals: The same by the flow through the text with holes, see `choice.flow_order`.
         oracle: The completion tokens that matter, according to someone who knows the task.
         seed: Seed of the scorers that draw.
     """
@@ -65,6 +67,8 @@ class Rollouts:
     surprisals: Float[Tensor, "batch completion"] | None = None
     saliency: Float[Tensor, "batch token"] | None = None
     swaps: Float[Tensor, "batch token"] | None = None
+    removals: Float[Tensor, "batch token"] | None = None
+    flow_removals: Float[Tensor, "batch token"] | None = None
     oracle: Bool[Tensor, "batch completion"] | None = None
     seed: int = 0
 
@@ -120,6 +124,16 @@ def grad_x_input(rollouts: Rollouts) -> Features:
 def counterfactual(rollouts: Rollouts) -> Features:
     """What the answer loses if a token is swapped for the likeliest other one."""
     return _completions(_needed(rollouts.swaps, "swaps"), rollouts)
+
+
+def causal(rollouts: Rollouts) -> Features:
+    """How early a token is chosen among those whose loss costs the answer most, from 1 to 0."""
+    return _completions(_needed(rollouts.removals, "removals"), rollouts)
+
+
+def flow_causal(rollouts: Rollouts) -> Features:
+    """How early a token is chosen among those through which most flow passes, from 1 to 0."""
+    return _completions(_needed(rollouts.flow_removals, "flow_removals"), rollouts)
 
 
 def entropy(rollouts: Rollouts) -> Features:

@@ -15,6 +15,7 @@ from flowtracer_plugin.credit.measures import Features, Rollouts
 from flowtracer_plugin.credit.read_rollouts import Late, ReadRollouts
 from flowtracer_plugin.credit.saliency import check_whole
 from flowtracer_plugin.credit.scorers import Scorer, multiplied
+from flowtracer_plugin.model.cutting import check_model
 from flowtracer_plugin.reading.influence import check_backward
 from flowtracer_plugin.reading.one_pass import Reading
 from flowtracer_plugin.text.answers import (
@@ -28,6 +29,10 @@ from flowtracer_plugin.trace.tracer import FlowTracer
 _ATTENTIVE = {"flow", "attention", "heads"}
 """What a scorer needs of attention: it is measured as soon as the attention has been read, so that
 the map need not be kept. All else is measured when the forward pass has ended."""
+
+
+_IN_STEPS = {"removals", "flow_removals"}
+_OWN_PASSES = {"saliency", "swaps", *_IN_STEPS}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -170,8 +175,11 @@ class RolloutScorer:
             UnsupportedArchitectureError: Values cannot be weighed, or the model is sharded and the
                 scorer needs passes of its own.
         """
-        if self.scorer.needs & {"saliency", "swaps"}:
+        if self.scorer.needs & _OWN_PASSES:
             check_whole(self.tracer.model)
+        if self.scorer.needs & _IN_STEPS:
+            check_model(self.tracer.model)
+            self.tracer.reader.projections  # noqa: B018 - as below
         if self.tracer.options.edges == "influence":
             check_backward(self.tracer.model)
         if self.tracer.options.edges != "attention":
@@ -205,12 +213,14 @@ class RolloutScorer:
             seed=self._seed,
             batch_size=batch_size,
         )
+        if tracer.options.edges == "influence":  # its own passes must come before the one read
+            batch = replace(batch, sizes=batch.influence(tracer.layers))
         if "saliency" in self.scorer.needs:
-            batch.saliency  # noqa: B018 - its own passes must come before the one that is read
+            batch.saliency  # noqa: B018 - the same
         if "swaps" in self.scorer.needs:
             batch.swaps  # noqa: B018 - the same
-        if tracer.options.edges == "influence":  # the same
-            batch = replace(batch, sizes=batch.influence(tracer.layers))
+        for one in self._parts:
+            batch.with_order(batch.plain, one)  # the same
         rules = [answer.rule for answer in masks.answers if answer]
         return batch, rules.count(last_character.__name__)
 
@@ -250,7 +260,8 @@ class RolloutScorer:
         )
         early = [torch.cat(rows, 1) for rows in zip(*(p.features for p in parts), strict=True)]
         features = [
-            early.pop(0) if one.needs & _ATTENTIVE else one.measure(rollouts) for one in self._parts
+            early.pop(0) if one.needs & _ATTENTIVE else one.measure(batch.with_order(rollouts, one))
+            for one in self._parts
         ]
         errors = {**batch.errors, **join_errors([part.errors for part in parts])}
         return Scored(

@@ -66,7 +66,7 @@ def influences(
         total = log_odds(logits, ordered_ids[row, place + 1].to(logits.device)).sum()
         reached = [outputs[number] for number in range(len(projections)) if number in outputs]
         if len(reached) < len(projections) or not all(one.requires_grad for one in reached):
-            raise _without_gradients(model)
+            raise without_gradients(model)
         gradients = torch.autograd.grad(total, reached)
     found = []
     for gradient, count in zip(gradients, heads, strict=True):
@@ -84,24 +84,25 @@ def log_odds(
     return logits.gather(-1, chosen[:, None])[:, 0] - others.logsumexp(-1)
 
 
-def check_backward(model: nn.Module) -> None:
-    """Refuse models that cannot run a backward pass of their own.
+def check_backward(model: nn.Module, edges: str = "influence") -> None:
+    """Refuse models that cannot run the backward pass of their own that such edges need.
 
     Raises:
         UnsupportedArchitectureError: Parameters are spread over processes, or offloaded.
     """
     if any(parameter.is_inference() for parameter in model.parameters()):
-        raise _without_gradients(model)
+        raise without_gradients(model, edges)
     if not may_stop(model) or tensor_parallel_group(model) is not None:
         raise UnsupportedArchitectureError(
-            "edges='influence' needs a forward and a backward pass of its own, which a sharded or "
+            f"edges={edges!r} needs a forward and a backward pass of its own, which a sharded or "
             "offloaded model cannot make; use edges='value' (preset='decided')"
         )
 
 
-def _without_gradients(model: nn.Module) -> UnsupportedArchitectureError:
+def without_gradients(model: nn.Module, edges: str = "influence") -> UnsupportedArchitectureError:
+    """The error of a model in which attention's output has no gradient."""
     return UnsupportedArchitectureError(
-        f"edges='influence' needs the gradient at the attention's output, and in "
+        f"edges={edges!r} needs the gradient at the attention's output, and in "
         f"{type(model).__name__} there is none: it is quantized without gradients, or was loaded "
         "in inference mode; use edges='value' (preset='decided')"
     )
