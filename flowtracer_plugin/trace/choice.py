@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flowtracer_plugin.options import FlowOptions
-from flowtracer_plugin.reading.edges import completions
+from flowtracer_plugin.reading.edges import completions, reasoning_mask
 from flowtracer_plugin.reading.reader import AttentionReader
 from flowtracer_plugin.reading.removal import (
     AskedTexts,
@@ -39,14 +39,16 @@ Row = Float[Tensor, "batch token"]
 Hidden = Bool[Tensor, "batch token"]
 
 
-def order_of_choice(losses: Callable[[Hidden], Row], candidates: Hidden, steps: int) -> Row:
+def order_of_choice(
+    losses: Callable[[Hidden], Row], candidates: Hidden, spared: Hidden, steps: int
+) -> Row:
     """How early each candidate is chosen: from 1 for the first, evenly down to above 0, float32.
 
     In each step, `losses` says what is lost without each token of texts in which the tokens chosen
-    so far are hidden, and those with the largest losses are chosen. After step `s` of `S`,
-    `⌈⌈0.2 n⌉ s / S⌉` of a text's `n` candidates are. The others come after them, by the losses of
-    the last step. Tokens without a loss in their step are 0, and never chosen. Texts with losses
-    that are not finite are NaN.
+    so far are hidden, and those with the largest losses are chosen, except for spared ones. After
+    step `s` of `S`, `⌈⌈0.2 n⌉ s / S⌉` of a text's `n` candidates are. All others come after them,
+    by the losses of the last step. Tokens without a loss in their step are 0, and never chosen.
+    Texts with losses that are not finite are NaN.
     """
     count = candidates.sum(-1)
     most = [math.ceil(round(SHARE * number, 9)) for number in count.tolist()]
@@ -56,17 +58,26 @@ def order_of_choice(losses: Callable[[Hidden], Row], candidates: Hidden, steps: 
         after = [-(-one * step // max(1, min(steps, one))) for one in most]
         enough = [min(one, number) for one, number in zip(after, most, strict=True)]
         wanted = (torch.tensor(enough, device=count.device) - hidden.sum(-1))[:, None]
-        if not bool((wanted > 0).any()):
+        # A text whose tokens have all been chosen is done, whatever else is in its batch.
+        if not bool((active := wanted > 0).any()):
             continue
         lost = losses(hidden).masked_fill(~candidates | hidden, 0.0)
-        broken |= ~lost.isfinite().all(-1, keepdim=True)
-        rank = lost.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        here = (hidden.sum(-1, keepdim=True) + rank).float().masked_fill(lost <= 0, torch.inf)
-        # A text whose tokens have all been chosen is done, whatever else is in its batch.
-        place = torch.where((wanted > 0) & ~hidden, here, place)
-        hidden = hidden | ((rank < wanted) & (lost > 0))
+        broken |= active & ~lost.isfinite().all(-1, keepdim=True)
+        before, rank = hidden.sum(-1, keepdim=True), _rank(lost.masked_fill(spared, 0.0))
+        chosen = (rank < wanted) & (lost > 0) & ~spared
+        place = torch.where(chosen, (before + rank).float(), place)
+        hidden = hidden | chosen
+        lost = lost.masked_fill(hidden, 0.0)
+        later = (hidden.sum(-1, keepdim=True) + _rank(lost)).float()
+        later = later.masked_fill(lost <= 0, torch.inf)
+        place = torch.where(active & ~hidden, later, place)
     left = (1 - place / count.clamp_min(1)[:, None]).clamp_min(0.0)
     return left.masked_fill(broken, torch.nan).masked_fill(~candidates, 0.0)
+
+
+def _rank(losses: Row) -> Int[Tensor, "batch token"]:
+    """0 for the largest loss; the earlier token among equals."""
+    return losses.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
 def removal_order(
@@ -82,7 +93,7 @@ def removal_order(
     """`order_of_choice` by what the answer loses, to first order, when a token is hidden.
 
     A token's loss is the sum of `edge_losses` over the rows of all later tokens. Candidates are
-    the tokens from the column `start` on before the answer; texts without an answer have none.
+    those of `before_answer`.
 
     Args:
         reader: Reads the model.
@@ -100,14 +111,14 @@ def removal_order(
     """
     layers = [site.layer for site in reader.sites]
     found = torch.zeros(ids.shape, device=ids.device)
-    candidates = before_answer(visible, answer, start)
+    candidates, spared = before_answer(visible, answer, start)
     for rows in _batches(candidates, batch_size):
         texts = asked_texts(reader, ids[rows], visible[rows], answer[rows], start)
 
         def losses(hidden: Hidden, texts: AskedTexts = texts) -> Row:
             return edge_losses(reader, texts, layers, hidden).tril(-1).sum(1)
 
-        found[rows] = order_of_choice(losses, candidates[rows], steps)
+        found[rows] = order_of_choice(losses, candidates[rows], spared[rows], steps)
     return found
 
 
@@ -130,7 +141,7 @@ def flow_order(
     layers = [site.layer for site in reader.sites]
     found = torch.zeros(ids.shape, device=ids.device)
     errors: dict[int, Exception] = {}
-    candidates = before_answer(visible, masks.answer, start)
+    candidates, spared = before_answer(visible, masks.answer, start)
     target = torch.from_numpy(target_mask(masks.answer.cpu().numpy(), options.target))
     masks = replace(masks, target=target.to(ids.device), errors={})
     for rows in _batches(candidates, batch_size):
@@ -148,7 +159,7 @@ def flow_order(
             errors.update({at + row: error for row, error in flow.errors.items()})
             return flow.throughput
 
-        found[rows] = order_of_choice(losses, candidates[rows], steps)
+        found[rows] = order_of_choice(losses, candidates[rows], spared[rows], steps)
     for row in errors:
         found[row] = 0.0
     return found, errors
@@ -156,9 +167,17 @@ def flow_order(
 
 def before_answer(
     visible: Bool[Tensor, "batch token"], answer: Bool[Tensor, "batch token"], start: int
-) -> Hidden:
-    """The tokens from the column `start` on before the answer; none in texts without one."""
-    return completions(visible, start) & (answer.int().cumsum(-1) == 0) & answer.any(-1)[:, None]
+) -> tuple[Hidden, Hidden]:
+    """The tokens from the column `start` on before the answer, and the last five of them.
+
+    There are none in texts without an answer. The last five are often a template such as "The
+    answer is". Hiding it costs any answer much, and a text without it says nothing about the
+    reasoning, so that it is not hidden, unless there is nothing else.
+    """
+    response = completions(visible, start)
+    candidates = response & (answer.int().cumsum(-1) == 0) & answer.any(-1)[:, None]
+    reasoning = reasoning_mask(response, answer)
+    return candidates, candidates & ~reasoning & reasoning.any(-1)[:, None]
 
 
 def _batches(candidates: Hidden, size: int | None) -> Iterator[slice]:
