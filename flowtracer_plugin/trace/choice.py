@@ -8,7 +8,7 @@ then hidden from all later ones, and the gradient of the text with holes chooses
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -45,15 +45,17 @@ def order_of_choice(
     """How early each candidate is chosen: from 1 for the first, evenly down to above 0, float32.
 
     In each step, `losses` says what is lost without each token of texts in which the tokens chosen
-    so far are hidden, and those with the largest losses are chosen, except for spared ones. After
-    step `s` of `S`, `⌈⌈0.2 n⌉ s / S⌉` of a text's `n` candidates are. All others come after them,
-    by the losses of the last step. Tokens without a loss in their step are 0, and never chosen.
-    Texts with losses that are not finite are NaN.
+    so far are hidden, and those with the largest losses are chosen and hidden. After step `s` of
+    `S`, `⌈⌈0.2 n⌉ s / S⌉` of a text's `n` candidates are. Spared tokens are never hidden, but take
+    their place among those chosen, once they cost no less than one of these. All others come after
+    them, by the losses of the last step. Tokens without a loss in their step are 0, and never
+    chosen. Texts with losses that are not finite are NaN.
     """
     count = candidates.sum(-1)
     most = [math.ceil(round(SHARE * number, 9)) for number in count.tolist()]
     place = torch.zeros(candidates.shape, device=candidates.device)
-    hidden, broken = torch.zeros_like(candidates), torch.zeros_like(candidates[:, :1])
+    hidden, placed = torch.zeros(2, *candidates.shape, dtype=torch.bool, device=candidates.device)
+    broken = torch.zeros_like(candidates[:, :1])
     for step in range(1, min(steps, max(most)) + 1):
         after = [-(-one * step // max(1, min(steps, one))) for one in most]
         enough = [min(one, number) for one, number in zip(after, most, strict=True)]
@@ -61,18 +63,34 @@ def order_of_choice(
         # A text whose tokens have all been chosen is done, whatever else is in its batch.
         if not bool((active := wanted > 0).any()):
             continue
-        lost = losses(hidden).masked_fill(~candidates | hidden, 0.0)
+        lost = losses(hidden).masked_fill(~candidates | placed, 0.0)
         broken |= active & ~lost.isfinite().all(-1, keepdim=True)
-        before, rank = hidden.sum(-1, keepdim=True), _rank(lost.masked_fill(spared, 0.0))
-        chosen = (rank < wanted) & (lost > 0) & ~spared
-        place = torch.where(chosen, (before + rank).float(), place)
-        hidden = hidden | chosen
-        lost = lost.masked_fill(hidden, 0.0)
-        later = (hidden.sum(-1, keepdim=True) + _rank(lost)).float()
+        front = lost.masked_fill(spared, 0.0)
+        chosen = (_rank(front) < wanted) & (front > 0)
+        least = front.where(chosen, torch.inf).amin(-1, keepdim=True)
+        here = chosen | (active & spared & (lost >= least))
+        rank = placed.sum(-1, keepdim=True) + _rank(lost.where(here, 0.0))
+        place = torch.where(here, rank.float(), place)
+        hidden, placed = hidden | chosen, placed | here
+        lost = lost.masked_fill(placed, 0.0)
+        later = (placed.sum(-1, keepdim=True) + _rank(lost)).float()
         later = later.masked_fill(lost <= 0, torch.inf)
-        place = torch.where(active & ~hidden, later, place)
+        place = torch.where(active & ~placed, later, place)
     left = (1 - place / count.clamp_min(1)[:, None]).clamp_min(0.0)
     return left.masked_fill(broken, torch.nan).masked_fill(~candidates, 0.0)
+
+
+def first_chosen(order: Sequence[float], candidates: int) -> tuple[int, ...]:
+    """The tokens that `order_of_choice` ranks first among so many candidates, a fifth of these.
+
+    Examples:
+        >>> first_chosen([0.0, 0.4, 1.0, 0.2, 0.8, 0.6], 6)
+        (2, 4)
+    """
+    ranked = sorted(
+        (token for token, rank in enumerate(order) if rank > 0), key=lambda t: -order[t]
+    )
+    return tuple(ranked[: math.ceil(round(SHARE * candidates, 9))])
 
 
 def _rank(losses: Row) -> Int[Tensor, "batch token"]:
@@ -136,7 +154,8 @@ def flow_order(
     """`order_of_choice` by the throughput along the edges that help the answer, and errors of rows.
 
     In each step the flow runs along `helpful_edges` of the text with holes, from the question to
-    `options.target`. Arguments and errors are as for `removal_order`.
+    `options.target`. The target's own tokens are 0: all flow ends there. Arguments and errors are
+    as for `removal_order`.
     """
     layers = [site.layer for site in reader.sites]
     found = torch.zeros(ids.shape, device=ids.device)
@@ -157,7 +176,7 @@ def flow_order(
             edges = helpful_edges(edge_losses(reader, texts, layers, hidden))
             flow = solve_rollouts(edges, part, start, options)
             errors.update({at + row: error for row, error in flow.errors.items()})
-            return flow.throughput
+            return flow.throughput.masked_fill(part.target, 0.0)
 
         found[rows] = order_of_choice(losses, candidates[rows], spared[rows], steps)
     for row in errors:
@@ -172,7 +191,7 @@ def before_answer(
 
     There are none in texts without an answer. The last five are often a template such as "The
     answer is". Hiding it costs any answer much, and a text without it says nothing about the
-    reasoning, so that it is not hidden, unless there is nothing else.
+    reasoning, so these are not hidden, unless there is nothing else.
     """
     response = completions(visible, start)
     candidates = response & (answer.int().cumsum(-1) == 0) & answer.any(-1)[:, None]

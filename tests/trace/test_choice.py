@@ -1,12 +1,16 @@
 """The order in which tokens are chosen and hidden: against plain loops over one text."""
 
 import math
+import re
 
+import jsonschema
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
+import flowtracer_plugin as ft
 from flowtracer_plugin.evaluation.knockout import hidden_edges, knock_out
 from flowtracer_plugin.flow.solve import solve_flow
 from flowtracer_plugin.model.cutting import cutting
@@ -21,24 +25,28 @@ from flowtracer_plugin.trace.choice import (
 )
 from flowtracer_plugin.trace.rollouts import RolloutMasks
 from tests.families import tiny_model
+from tests.tiny import PROMPT as ASKED, RESPONSE, tiny_llama, tiny_tokenizer
 
 PROMPT, SAID, FIRST, SPARED = 4, 24, 20, 5
 
 
 def order_by_hand(losses, candidates, spared, steps):
     """One text: the score of each token; `losses` maps a list of hidden tokens to numbers."""
-    chosen, size = [], math.ceil(len(candidates) / 5)
+    chosen, ranked_first, size = [], [], math.ceil(len(candidates) / 5)
     for step in range(1, steps + 1):
         wanted = math.ceil(size * step / min(steps, size)) if step <= size else size
         if wanted <= len(chosen):
             continue
         lost = losses(chosen)
         ranked = sorted(
-            (t for t in candidates if t not in chosen and lost[t] > 0),
+            (t for t in candidates if t not in ranked_first and lost[t] > 0),
             key=lambda t: (-lost[t], t),
         )
-        chosen += [t for t in ranked if t not in spared][: wanted - len(chosen)]
-    ranked = [*chosen, *(t for t in ranked if t not in chosen)]
+        new = [t for t in ranked if t not in spared][: wanted - len(chosen)]
+        near = [t for t in ranked if new and t in spared and lost[t] >= lost[new[-1]]]
+        ranked_first += [t for t in ranked if t in new or t in near]
+        chosen += new
+    ranked = [*ranked_first, *(t for t in ranked if t not in ranked_first)]
     return {token: 1 - place / len(candidates) for place, token in enumerate(ranked)}
 
 
@@ -139,7 +147,8 @@ def test_orders_are_those_of_gradients_of_eager_attention(model, text, by_flow, 
         edges = edges.clamp_min(0)
         edges /= edges.sum(-1, keepdim=True).clamp_min(1e-300)
         target = answer[0].roll(-1).numpy()
-        return solve_flow(edges.numpy(), masks_of(answer).question[0].numpy(), target).throughput
+        flow = solve_flow(edges.numpy(), masks_of(answer).question[0].numpy(), target)
+        return np.where(target, 0.0, flow.throughput)
 
     wanted = order_by_hand(losses, range(PROMPT, FIRST), range(FIRST - SPARED, FIRST), steps)
     if by_flow:
@@ -183,9 +192,9 @@ def test_padding_and_batches_change_nothing(model, text, by_flow):
         if by_flow:
             masks = masks_of(answer, start)
             return flow_order(
-                reader, ids, visible, masks, start, options, steps=3, batch_size=size
+                reader, ids, visible, masks, start, options, steps=2, batch_size=size
             )[0]
-        return removal_order(reader, ids, visible, answer, start, steps=3, batch_size=size)
+        return removal_order(reader, ids, visible, answer, start, steps=2, batch_size=size)
 
     alone = order(ids, visible, answer, PROMPT, None)
     wide = torch.zeros(3, SAID + 5, dtype=torch.long)
@@ -193,7 +202,7 @@ def test_padding_and_batches_change_nothing(model, text, by_flow):
     wide[0, 2:-3], seen[0, 2:-3], asked[0, 2:-3] = ids[0], True, answer[0]
     wide[1, 3:], seen[1, 3:], asked[1, -1] = 7 + torch.arange(SAID + 2), True, True
     wide[2], seen[2] = 9, True  # no answer
-    for size in (None, 1, 3):
+    for size in (None, 3):
         found = order(wide, seen, asked, PROMPT + 2, size)
         assert_close(found[0, 2:-3], alone[0], rtol=1e-5, atol=1e-6)
         assert found[1].any()
@@ -212,3 +221,58 @@ def test_candidates_stand_before_the_answer_and_the_last_five_of_them_are_spared
         [],
     ]
     assert [row.nonzero()[:, 0].tolist() for row in spared] == [[*range(6, 11)], [], []]
+
+
+@pytest.fixture(scope="module")
+def tracer():
+    return ft.wrap(tiny_llama(), tiny_tokenizer(), preset="causal")
+
+
+def test_a_trace_shows_the_first_step_and_the_order_of_choice(tracer, tmp_path):
+    trace = tracer.trace(ASKED, RESPONSE)
+    reader, spans = tracer.reader, trace.spans
+    ids, answer = torch.from_numpy(trace.token_ids)[None], torch.from_numpy(spans.answer)[None]
+    every = torch.ones_like(answer)
+    asked = asked_texts(reader, ids, every, answer, spans.prompt_length)
+    edges = edge_losses(reader, asked, trace.layers)[0].clamp_min(0).tril(-1).numpy()
+    sums = edges.sum(1, keepdims=True)
+    np.testing.assert_allclose(trace.attention, edges / np.where(sums > 0, sums, 1), atol=1e-6)
+    assert not trace.attention[: spans.prompt_length].any()
+    masks = RolloutMasks(
+        question=torch.from_numpy(spans.question)[None],
+        target=torch.from_numpy(spans.target)[None],
+        answer=answer,
+        answers=(None,),
+    )
+    order, _ = flow_order(reader, ids, every, masks, spans.prompt_length, tracer.options)
+    count = math.ceil((np.argmax(spans.answer) - spans.prompt_length) / 5)
+    assert trace.chosen == tuple(order[0].argsort(descending=True)[:count].tolist())
+    assert len(trace.chosen) == count > 1
+    loaded = ft.load(trace.save(tmp_path / "trace.flow"))
+    assert loaded.chosen == trace.chosen
+    assert trace.to_dict()["chosen"] == list(trace.chosen)
+    jsonschema.validate(trace.to_dict(), ft.json_schema())
+    page = trace.to_html(tmp_path / "page.html").read_text()
+    shown = page.split('<ol class="paths" id="chosen">')[1].split("</ol>")[0]
+    numbers = [int(one) for one in re.findall(r'data-unit="(\d+)"', shown)]
+    assert numbers == list(trace.chosen)
+    assert "edges of the model's attention that help the answer" in page
+
+
+def test_rollouts_have_the_flow_of_their_traces(tracer):
+    trace = tracer.trace(ASKED, RESPONSE)
+    start = trace.spans.prompt_length
+    ids = torch.from_numpy(trace.token_ids)[None].expand(2, -1)
+    found = tracer.trace_ids(
+        ids[:, :start], ids[:, start:], torch.ones(2, start).long(), torch.ones_like(ids[:, start:])
+    )
+    np.testing.assert_allclose(found.throughput[1], trace.throughput, atol=1e-5)
+
+
+def test_a_causal_trace_cannot_be_streamed_and_is_dense_instead():
+    with pytest.raises(ValueError, match=r"edges='causal'.*wrap\(..., mode='dense'\)"):
+        ft.wrap(tiny_llama(), tiny_tokenizer(), preset="causal", mode="streamed")
+    dense = ft.wrap(tiny_llama(), tiny_tokenizer(), preset="causal", mode="dense")
+    assert dense.trace(ASKED, RESPONSE).attention is not None
+    with pytest.raises(ValueError, match=r"edges='causal'.*use heads='all'"):
+        ft.wrap(tiny_llama(), tiny_tokenizer(), preset="causal", heads=0.3)
