@@ -254,7 +254,7 @@ _ALL = (
             source="the exact definition, for small models", cost="a forward pass for every token"),
     _scorer("causal", measures.causal, "removals", layers="all", steps=STEPS,
             formula="how early it is chosen by Σ a (∂o·v − ∂o·o)/(1 − a), then hidden",
-            source="first-order removal of attention edges, in steps", cost=IN_STEPS),
+            source="this package: attention edges removed to first order", cost=IN_STEPS),
     _scorer("entropy", measures.entropy, "entropy", formula="H of the policy at the token",
             source="arXiv 2506.01939; baseline of both papers", cost=FREE),
     _scorer("surprisal", measures.surprisal, "surprisal", formula="−log p(token)",
