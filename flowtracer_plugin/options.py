@@ -21,6 +21,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "decided": {"layers": "all", "rows": "decision", "edges": "value"},
         "derivation": {"layers": "all", "rows": "decision", "edges": "influence"},
+        "causal": {"layers": "all", "target": "decision", "edges": "causal"},
     }
 )
 """The options that each preset sets; all others are as in the paper.
@@ -32,6 +33,9 @@ weights edges by the length of the moved values.
 "decided" follows who decided whom: into each token lead the edges of the row that chose it, over
 all layers, weighted by the length of the moved values. "derivation" also weighs each head and row
 by its influence on the sampled tokens, at the cost of a forward and a backward pass.
+
+"causal" asks what one answer hangs on: its edges say what the answer loses without them, and
+tokens are chosen one after another, at the cost of eight forward and backward passes.
 """
 
 
@@ -65,9 +69,10 @@ class FlowOptions:
             reads it; or `"decision"`, that of the row before it, whose logits chose it. With
             `"decision"`, nothing leads into prompt tokens, since they were given.
         edges: `"attention"`; `"value"`: each head's attention times the length `‖W_O v‖` of the
-            moved value; or `"influence"`: times `‖v‖` and `‖∂ Σ λ / ∂ o‖`, with the head's output
+            moved value; `"influence"`: times `‖v‖` and `‖∂ Σ λ / ∂ o‖`, with the head's output
             `o` in that row and the log-odds `λ` of the sampled tokens. Rows of the mean keep their
-            sum.
+            sum. Or `"causal"`: what `log p(answer)` loses, to first order, without the edge; of a
+            row's losses above 0, each edge has its share, and nothing leads into prompt tokens.
     """
 
     layers: str | tuple[int, ...] = "middle"
@@ -95,6 +100,11 @@ class FlowOptions:
                 "heads must be 'all', a share above 0 and up to 1, or (layer, head) pairs, "
                 f"got {self.heads!r}"
             )
+        if self.edges == "causal" and self.heads != "all":
+            raise ValueError(
+                "edges='causal' say what the answer loses without an edge in all heads; use "
+                "heads='all'"
+            )
         if self.rows == self.target == "decision":
             raise ValueError(
                 "with rows='decision' the rows that decide the answer lead into the answer itself; "
@@ -119,7 +129,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "question_weights": ("uniform", "reach"),
         "boundary": ("literal", "absorbing"),
         "first_token": ("keep", "drop"),
-        "edges": ("attention", "value", "influence"),
+        "edges": ("attention", "value", "influence", "causal"),
         "rows": ("own", "decision"),
     }
 )

@@ -173,7 +173,7 @@ class TracingOptions:
     """How the flow is traced: the options of `wrap`."""
 
     preset: Annotated[
-        Literal["paper", "decision", "sharp", "decided", "derivation"],
+        Literal["paper", "decision", "sharp", "decided", "derivation", "causal"],
         _tracing(
             help="Sets defaults of --layers, --target, --question-weights, --heads, --edges "
             "and --rows."
@@ -214,10 +214,11 @@ class TracingOptions:
         ),
     ] = None
     edges: Annotated[
-        Literal["attention", "value", "influence"] | None,
+        Literal["attention", "value", "influence", "causal"] | None,
         _tracing(
-            help="Edge weights: attention; attention times the length of the moved value; or also "
-            "times the influence of the head on what was sampled, by one backward pass."
+            help="Edge weights: attention; attention times the length of the moved value; also "
+            "times the influence of the head on what was sampled, by one backward pass; or what "
+            "the answer loses without the edge, by nine."
         ),
     ] = None
     rows: Annotated[

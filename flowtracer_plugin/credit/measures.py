@@ -49,6 +49,8 @@ class Rollouts:
         swaps: What the answer loses by swapping each token, see `counterfactual.swap_losses`.
         sensitivity: How far noise at each token moves the answer, see
             `outcome_gate.outcome_sensitivity`.
+        removals: How early each token is chosen and hidden, see `choice.removal_order`.
+        flow_removals: The same by the flow through the text with holes, see `choice.flow_order`.
         oracle: The completion tokens that matter, according to someone who knows the task.
         seed: Seed of the scorers that draw.
     """
@@ -68,6 +70,8 @@ class Rollouts:
     saliency: Float[Tensor, "batch token"] | None = None
     swaps: Float[Tensor, "batch token"] | None = None
     sensitivity: Float[Tensor, "batch token"] | None = None
+    removals: Float[Tensor, "batch token"] | None = None
+    flow_removals: Float[Tensor, "batch token"] | None = None
     oracle: Bool[Tensor, "batch completion"] | None = None
     seed: int = 0
 
@@ -128,6 +132,16 @@ def counterfactual(rollouts: Rollouts) -> Features:
 def oar(rollouts: Rollouts) -> Features:
     """The sensitivity of the answer to each token before it: OAR-G of arXiv 2601.07408."""
     return _completions(_needed(rollouts.sensitivity, "sensitivity"), rollouts)
+
+
+def causal(rollouts: Rollouts) -> Features:
+    """How early a token is chosen among those whose loss costs the answer most, from 1 to 0."""
+    return _completions(_needed(rollouts.removals, "removals"), rollouts)
+
+
+def flow_causal(rollouts: Rollouts) -> Features:
+    """How early a token is chosen among those through which most flow passes, from 1 to 0."""
+    return _completions(_needed(rollouts.flow_removals, "flow_removals"), rollouts)
 
 
 def entropy(rollouts: Rollouts) -> Features:

@@ -25,8 +25,15 @@ from flowtracer_plugin.model.layers import select_layers
 from flowtracer_plugin.options import FlowOptions, preset_over
 from flowtracer_plugin.reading.edges import completions, deciding_rows, edge_choice
 from flowtracer_plugin.reading.one_pass import Reading
+from flowtracer_plugin.reading.removal import (
+    EDGES as CAUSAL,
+    asked_texts,
+    edge_losses,
+    helpful_edges,
+)
 from flowtracer_plugin.text.matched_spans import SpanFinder, matched_mask
 from flowtracer_plugin.text.spans import target_mask
+from flowtracer_plugin.trace.choice import Row, flow_order, removal_order
 from flowtracer_plugin.trace.rollouts import (
     RolloutMasks,
     RowErrors,
@@ -85,6 +92,7 @@ class ReadRollouts:
             holds a map of attention, that is of the tracer's own options.
         sizes: The influence of the heads and rows of the tracer's layers, if it is known.
         graphs: Graphs that are known, by preset; None stands for the tracer's own options.
+        orders: The orders of choice that are known, by the name of the scorer.
     """
 
     tracer: FlowTracer
@@ -99,6 +107,7 @@ class ReadRollouts:
     reading: Reading | None = None
     sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
     graphs: dict[str | None, Graph] = field(default_factory=dict)
+    orders: dict[str, tuple[Row, RowErrors]] = field(default_factory=dict)
 
     def rollouts(self, scorer: Scorer) -> Rollouts:
         """The rollouts with what `scorer` needs.
@@ -121,6 +130,8 @@ class ReadRollouts:
             found = replace(found, calls=self.calls(scorer.layers))
         own = {part: getattr(self, part) for part in OWN_PASSES if part in needs}
         found = replace(found, **own)
+        for part in scorer.parts:
+            found = self.with_order(found, part)
         if "oracle" in needs:
             found = replace(found, oracle=self.oracle_tokens)
         if needs & LATE:
@@ -151,6 +162,7 @@ class ReadRollouts:
             reading=reading,
             sizes=[size[rows] for size in self.sizes],
             graphs={},
+            orders={},
         )
 
     def graph(self, preset: str | None = None, *, solved: bool = True) -> Graph:
@@ -212,12 +224,51 @@ class ReadRollouts:
             batch_size=self.batch_size,
         )
 
+    def with_order(self, rollouts: Rollouts, scorer: Scorer) -> Rollouts:
+        """The rollouts with the order in which a scorer that hides tokens chooses them."""
+        if not scorer.steps:
+            return rollouts
+        if scorer.name not in self.orders:
+            self.orders[scorer.name] = self._order(scorer)
+        order, _ = self.orders[scorer.name]
+        if "removals" in scorer.needs:
+            return replace(rollouts, removals=order)
+        return replace(rollouts, flow_removals=order)
+
+    def _order(self, scorer: Scorer) -> tuple[Row, RowErrors]:
+        reader, masks, start = self.tracer.reader, self.masks, self.prompt_length
+        # On a CPU, a text alone is faster: it continues from the cache of its prompt.
+        size = None if self.ids.device.type == "cpu" else self.batch_size
+        if "removals" in scorer.needs:
+            order = removal_order(
+                reader,
+                self.ids,
+                self.visible,
+                masks.answer,
+                start,
+                steps=scorer.steps,
+                batch_size=size,
+            )
+            return order, {}
+        return flow_order(
+            reader,
+            self.ids,
+            self.visible,
+            masks,
+            start,
+            preset_over(scorer.preset, self.tracer.options),
+            steps=scorer.steps,
+            batch_size=size,
+        )
+
     @property
     def errors(self) -> RowErrors:
         """The error of each row that has failed so far, by its number."""
         found = dict(self.masks.errors)
         for graph in self.graphs.values():
             found = {**graph.errors, **found}
+        for _, errors in self.orders.values():
+            found = {**errors, **found}
         return {**self.oracle_found[1], **found} if "oracle_found" in vars(self) else found
 
     @property
@@ -265,6 +316,8 @@ class ReadRollouts:
 
     def _edges(self, options: FlowOptions, target: Tensor) -> Float[Tensor, "batch query key"]:
         tracer, reading = self.tracer, self.reading
+        if options.edges == CAUSAL:  # no scorer reads these edges in the pass that trains
+            return helpful_edges(self._losses(options))
         if reading is not None and reading.attention is not None:
             return reading.attention
         response = completions(self.visible, self.prompt_length)
@@ -275,6 +328,12 @@ class ReadRollouts:
         sizes = self.influence(layers) if options.edges == "influence" else ()
         rows = tracer.reader.rows_of(calls, layers, lengths, self.visible, choice, sizes)
         return rows.whole()
+
+    def _losses(self, options: FlowOptions) -> Float[Tensor, "batch query key"]:
+        reader, answer = self.tracer.reader, self.masks.answer
+        layers = select_layers(options.layers, [site.layer for site in reader.sites])
+        texts = asked_texts(reader, self.ids, self.visible, answer, self.prompt_length)
+        return edge_losses(reader, texts, layers)
 
     def influence(self, layers: Sequence[int]) -> Sequence[Float[Tensor, "batch _ _"]]:
         """The influence of the heads and rows of these layers on the sampled tokens."""

@@ -53,8 +53,9 @@ def check_whole(model: nn.Module) -> None:
     """
     if not may_stop(model) or tensor_parallel_group(model) is not None:
         raise UnsupportedArchitectureError(
-            "the scorers 'grad_x_input', 'oar' and 'counterfactual' need passes of their own, "
-            "which a sharded or offloaded model cannot run between others; choose another scorer"
+            "the scorers 'grad_x_input', 'oar', 'counterfactual', 'causal' and 'flow:causal' need "
+            "passes of their own, which a sharded or offloaded model cannot run between others; "
+            "choose another scorer"
         )
 
 

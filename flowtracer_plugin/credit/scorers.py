@@ -22,6 +22,7 @@ from flowtracer_plugin.credit.outcome_gate import outcome_gate
 from flowtracer_plugin.credit.rhythm import Rhythm, coupled_boost
 from flowtracer_plugin.credit.weights import credit_weights as credit_weights, top_tokens
 from flowtracer_plugin.options import PRESETS
+from flowtracer_plugin.trace.choice import STEPS
 
 Boost = Float[Tensor, "batch completion"]
 Choose = Callable[[Features, Rollouts, float], Boost]
@@ -41,7 +42,7 @@ class Scorer:
         name: The name by which `find_scorer` finds it.
         needs: The parts of `Rollouts` that it measures: "flow" (`throughput` and `reach`),
             "attention", "heads" (`calls`), "entropy" (`entropies`), "surprisal" (`surprisals`),
-            "saliency", "swaps", "sensitivity", "oracle".
+            "saliency", "swaps", "sensitivity", "removals", "flow_removals", "oracle".
         layers: The selection of layers that it was published with.
         measure: Maps rollouts to the features by which tokens are chosen, without a gradient. It
             raises `ValueError` if something that it needs is missing.
@@ -56,6 +57,7 @@ class Scorer:
         preset: The preset of the graph that it reads, a key of `options.PRESETS`; None for the
             options with which the graph was read.
         factors: For a product, the scorers whose scores are multiplied.
+        steps: Steps of a scorer that hides the tokens that it has chosen; 0 for all others.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Scorer:
     cost: str
     preset: str | None = None
     factors: tuple[Scorer, ...] = ()
+    steps: int = 0
 
     def boost(self, rollouts: Rollouts, top_fraction: float) -> Boost:
         """The boost of each token, by both steps."""
@@ -106,8 +109,9 @@ def find_scorer(name: str) -> Scorer:
     """The scorer of a name such as `flow`, `flow:sharp` or `flow*entropy`.
 
     The part before a colon is a key of `SCORERS`, the part after it a key of `options.PRESETS` that
-    says how to make the graph; without it, the options of the tracer or the trainer do. Scores
-    joined by `*` are multiplied.
+    says how to make the graph; without it, the options of the tracer or the trainer do. `causal`
+    and `flow:causal` take eight steps, `causal:3` and `flow:causal:3` three. Scores joined by `*`
+    are multiplied.
 
     Raises:
         ValueError: There is no such scorer or preset, the scorer reads no graph, or the scores
@@ -203,6 +207,7 @@ def _top(
 FREE = "none"
 READS = "reading attention, no pass"
 FLOWS = "reading attention and solving, no pass"
+IN_STEPS = "eight more forward and backward passes"
 PREDECESSOR = "arXiv 2510.13554"
 
 
@@ -215,6 +220,7 @@ def _scorer(
     cost: str,
     layers: str = "middle",
     choose: Choose = top,
+    steps: int = 0,
 ) -> Scorer:
     return Scorer(
         name=name,
@@ -225,6 +231,7 @@ def _scorer(
         formula=formula,
         source=source,
         cost=cost,
+        steps=steps,
     )
 
 
@@ -257,6 +264,9 @@ _ALL = (
     _scorer("counterfactual", measures.counterfactual, "swaps",
             formula="max(0, log p(answer) − log p(answer, token swapped for the likeliest other))",
             source="the exact definition, for small models", cost="a forward pass for every token"),
+    _scorer("causal", measures.causal, "removals", layers="all", steps=STEPS,
+            formula="how early it is chosen by Σ a (∂o·v − ∂o·o)/(1 − a), then hidden",
+            source="this package: attention edges removed to first order", cost=IN_STEPS),
     _scorer("oar", measures.oar, "sensitivity", choose=gated,
             formula="abs(∂ KL / ∂x · x) under noise at the embedding x, through a gate",
             source="OAR-G, arXiv 2601.07408", cost="two more forward passes and a backward pass"),
@@ -284,6 +294,10 @@ def _one(name: str) -> Scorer:
     scorer = SCORERS[base]
     if not colon:
         return scorer
+    if scorer.steps:
+        return _in_steps(scorer, name, preset)
+    if preset.partition(":")[0] == "causal":
+        return _flow_in_steps(scorer, name)
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r} in {name!r}")
     if not scorer.graph:
@@ -296,6 +310,29 @@ def _one(name: str) -> Scorer:
     return replace(scorer, name=name, preset=preset, layers=layers)
 
 
+def _flow_in_steps(scorer: Scorer, name: str) -> Scorer:
+    """The scorer `flow` with the preset `causal`."""
+    if scorer.name != "flow":
+        raise ValueError(
+            f"the preset 'causal' is for 'flow', which then chooses in steps, and {name!r} does "
+            "not; choose 'flow:causal' or 'causal'"
+        )
+    known = _scorer("flow:causal", measures.flow_causal, "flow_removals", layers="all", steps=STEPS,
+                    formula="how early it is chosen by the flow along the edges of `causal`",
+                    source="this package", cost=IN_STEPS)  # fmt: skip
+    known, (_, colon, steps) = replace(known, preset="causal"), name[5:].partition(":")
+    return _in_steps(known, name, steps) if colon else known
+
+
+def _in_steps(scorer: Scorer, name: str, steps: str) -> Scorer:
+    if not (steps.isascii() and steps.isdecimal() and int(steps) > 0):
+        raise ValueError(
+            f"a whole number of steps from 1 on may follow {scorer.name!r}, as in "
+            f"'{scorer.name}:3', got {steps!r} in {name!r}"
+        )
+    return replace(scorer, name=name, steps=int(steps))
+
+
 def _product(factors: tuple[Scorer, ...]) -> Scorer:
     name = "*".join(factor.name for factor in factors)
     own = [factor.name for factor in factors if factor.choose is not top]
@@ -303,7 +340,12 @@ def _product(factors: tuple[Scorer, ...]) -> Scorer:
         raise ValueError(f"{own[0]!r} does not choose by its score, and cannot be multiplied")
     attentive = [one for one in factors if one.needs & {"flow", "attention", "heads"}]
     layers = {one.layers for one in attentive} or {"middle"}
-    presets = {one.preset for one in factors if one.graph} or {None}
+    presets = {one.preset for one in factors if one.graph or one.preset} or {None}
+    steps = {one.steps for one in factors if one.steps}
+    if len(steps) > 1:
+        raise ValueError(
+            f"the factors of {name!r} take {sorted(steps)} steps; choose the same for all"
+        )
     if len(layers) > 1 or len(presets) > 1:
         raise ValueError(
             f"the factors of {name!r} read other layers or other graphs: {sorted(layers)}, presets "

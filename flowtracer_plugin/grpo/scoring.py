@@ -15,6 +15,7 @@ from flowtracer_plugin.credit.measures import Features, Rollouts
 from flowtracer_plugin.credit.read_rollouts import OWN_PASSES, Late, ReadRollouts
 from flowtracer_plugin.credit.saliency import check_whole
 from flowtracer_plugin.credit.scorers import Scorer, multiplied
+from flowtracer_plugin.model.cutting import check_model
 from flowtracer_plugin.reading.one_pass import Reading
 from flowtracer_plugin.text.answers import (
     FoundAnswer,
@@ -27,6 +28,9 @@ from flowtracer_plugin.trace.tracer import FlowTracer
 _ATTENTIVE = {"flow", "attention", "heads"}
 """What a scorer needs of attention: it is measured as soon as the attention has been read, so that
 the map need not be kept. All else is measured when the forward pass has ended."""
+
+
+_IN_STEPS = {"removals", "flow_removals"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -215,8 +219,11 @@ class RolloutScorer:
             UnsupportedArchitectureError: Values cannot be weighed, or the model is sharded and the
                 scorer needs passes of its own.
         """
-        if self.scorer.needs.intersection(OWN_PASSES):
+        if self.scorer.needs.intersection(OWN_PASSES) or self.scorer.needs & _IN_STEPS:
             check_whole(self.tracer.model)
+        if self.scorer.needs & _IN_STEPS:
+            check_model(self.tracer.model)
+            self.tracer.reader.projections  # noqa: B018 - as below
         if self.tracer.options.edges == "influence":
             self._keeps_graph = self.tracer.reader.keeps_graph
         elif self.tracer.options.edges == "value":
@@ -260,6 +267,8 @@ class RolloutScorer:
                 getattr(batch, part)  # its own passes must come before the one that is read
         if tracer.options.edges == "influence" and not later:  # the same
             batch = replace(batch, sizes=batch.influence(tracer.layers))
+        for one in self._parts:
+            batch.with_order(batch.plain, one)  # the same
         rules = [answer.rule for answer in masks.answers if answer]
         return batch, rules.count(last_character.__name__)
 
@@ -298,7 +307,8 @@ class RolloutScorer:
         )
         early = [torch.cat(rows, 1) for rows in zip(*(p.features for p in parts), strict=True)]
         features = [
-            early.pop(0) if one.needs & _ATTENTIVE else one.measure(rollouts) for one in self._parts
+            early.pop(0) if one.needs & _ATTENTIVE else one.measure(batch.with_order(rollouts, one))
+            for one in self._parts
         ]
         errors = {**batch.errors, **join_errors([part.errors for part in parts])}
         return Scored(

@@ -199,21 +199,27 @@ def _reentrant(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _own_pass(
-    model: nn.Module, projections: Sequence[nn.Module | None]
-) -> Iterator[dict[int, Tensor]]:
-    """The context of a pass with a graph of its own, and the outputs that it will have."""
-    kept: dict[int, Tensor] = {}
+def own_graph(model: nn.Module) -> Iterator[None]:
+    """A context in which the model runs without dropout, with a graph that no parameter is in."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(evaluating(model))
         stack.enter_context(uncompiled(model))
         stack.enter_context(embeddings_as_leaves(model))
-        stack.enter_context(_watching(projections, kept.__setitem__))
+        yield
+
+
+@contextmanager
+def _own_pass(
+    model: nn.Module, projections: Sequence[nn.Module | None]
+) -> Iterator[dict[int, Tensor]]:
+    """The context of a pass with a graph of its own, and the outputs that it will have."""
+    kept: dict[int, Tensor] = {}
+    with own_graph(model), _watching(projections, kept.__setitem__):
         yield kept
         if len(kept) < len(projections):
-            raise _without_gradients(model)
+            raise without_gradients(model)
 
 
 def _total_log_odds(
@@ -234,7 +240,7 @@ def _reached(model: nn.Module, outputs: dict[int, Tensor]) -> list[Tensor]:
         UnsupportedArchitectureError: One has no gradient.
     """
     if not all(output.requires_grad for output in outputs.values()):
-        raise _without_gradients(model)
+        raise without_gradients(model)
     return [outputs[number] for number in sorted(outputs)]
 
 
@@ -246,24 +252,25 @@ def log_odds(
     return logits.gather(-1, chosen[:, None])[:, 0] - others.logsumexp(-1)
 
 
-def check_backward(model: nn.Module) -> None:
-    """Refuse models that cannot run a backward pass of their own.
+def check_backward(model: nn.Module, edges: str = "influence") -> None:
+    """Refuse models that cannot run the backward pass of their own that such edges need.
 
     Raises:
         UnsupportedArchitectureError: Parameters are spread over processes, or offloaded.
     """
     if any(parameter.is_inference() for parameter in model.parameters()):
-        raise _without_gradients(model)
+        raise without_gradients(model, edges)
     if not may_stop(model) or tensor_parallel_group(model) is not None:
         raise UnsupportedArchitectureError(
-            "edges='influence' needs a forward and a backward pass of its own, which a sharded or "
+            f"edges={edges!r} needs a forward and a backward pass of its own, which a sharded or "
             "offloaded model cannot make; use edges='value' (preset='decided')"
         )
 
 
-def _without_gradients(model: nn.Module) -> UnsupportedArchitectureError:
+def without_gradients(model: nn.Module, edges: str = "influence") -> UnsupportedArchitectureError:
+    """The error of a model in which attention's output has no gradient."""
     return UnsupportedArchitectureError(
-        f"edges='influence' needs the gradient at the attention's output, and in "
+        f"edges={edges!r} needs the gradient at the attention's output, and in "
         f"{type(model).__name__} there is none: it is quantized without gradients, or was loaded "
         "in inference mode; use edges='value' (preset='decided')"
     )

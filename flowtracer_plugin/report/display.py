@@ -154,7 +154,7 @@ class ShownTrace:
         return self.units[self.unit_numbers[token]]
 
     def units_of(self, tokens: Sequence[int]) -> tuple[Unit, ...]:
-        """The units of ascending `tokens`, each once."""
+        """The units of `tokens` in their order, each once."""
         return tuple(dict.fromkeys(map(self.unit_of, tokens)))
 
     def context(self, unit: Unit, width: int = 6) -> tuple[str, str]:

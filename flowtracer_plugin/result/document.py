@@ -66,6 +66,7 @@ def about(trace: TraceData) -> dict[str, Any]:
         "model": trace.model,
         "layers": _listed(trace.layers),
         "heads": _listed(trace.heads),
+        "chosen": _listed(trace.chosen),
         "options": {name: _listed(value) for name, value in asdict(trace.options).items()},
         "prompt_length": trace.spans.prompt_length,
         "answer": {

@@ -55,6 +55,7 @@ class _Header:
     options: FlowOptions
     layers: tuple[int, ...]
     heads: tuple[tuple[int, int], ...] = ()
+    chosen: tuple[int, ...] = ()
     paths: tuple[FlowPath, ...] | None = None
     question_reached: int | None = None
 
@@ -65,6 +66,8 @@ class _Header:
             raise ValueError(
                 f"its prompt has {self.prompt_length} of its {len(self.tokens)} tokens"
             )
+        if not all(0 <= token < len(self.tokens) for token in self.chosen):
+            raise ValueError("its chosen tokens are not among its tokens")
         for path in self.paths or ():
             if not all(0 <= token < len(self.tokens) for token in path.tokens):
                 raise ValueError("its paths are not those of its tokens")
@@ -84,6 +87,8 @@ def save(trace: TraceData, path: Path) -> Path:
         "layers": trace.layers,
         "heads": trace.heads,
     }
+    if trace.chosen:  # not in other files, so that earlier versions can read them
+        header["chosen"] = trace.chosen
     version = 1
     if trace.attention is not None:
         # Without the zeros above the diagonal, the file is half as large.
@@ -274,6 +279,7 @@ def _assemble(header: _Header, arrays: dict[str, Any], kind: type[Trace]) -> Tra
         options=header.options,
         layers=header.layers,
         heads=header.heads,
+        chosen=header.chosen,
     )
 
 

@@ -55,6 +55,8 @@ class TraceData:
         layers: The numbers of the layers that were averaged.
         heads: The layer and the number of each averaged head; empty if all heads were averaged.
         streamed: The strongest edges of a streamed trace; see `backbone`.
+        chosen: The fifth of the response that the answer hangs on most, in the order in which the
+            tokens were chosen and hidden, with `edges="causal"`; else empty.
     """
 
     token_ids: Int[np.ndarray, " token"]
@@ -68,6 +70,7 @@ class TraceData:
     layers: tuple[int, ...]
     heads: tuple[tuple[int, int], ...] = ()
     streamed: Backbone | None = None
+    chosen: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:

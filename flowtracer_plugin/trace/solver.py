@@ -24,8 +24,15 @@ from flowtracer_plugin.reading.edges import (
     edge_choice,
 )
 from flowtracer_plugin.reading.reader import AttentionReader
+from flowtracer_plugin.reading.removal import (
+    EDGES as CAUSAL,
+    asked_texts,
+    edge_losses,
+    helpful_edges,
+)
 from flowtracer_plugin.reading.rows import AttentionRows
 from flowtracer_plugin.text.spans import Spans
+from flowtracer_plugin.trace.choice import first_chosen, flow_order
 from flowtracer_plugin.trace.memory import Budget
 from flowtracer_plugin.trace.rollouts import (
     FlowBatch,
@@ -44,6 +51,8 @@ def _copies(options: FlowOptions) -> int:
     """The maps that are made of a dense map of edges, beside it."""
     if options.first_token == "drop":
         return 3
+    if options.edges == CAUSAL:
+        return 2
     return 1 if options.rows == "decision" else 0
 
 
@@ -110,11 +119,13 @@ class Solver:
         )
         choice = edge_choice(self.options, target, response, answer)
         if self._ready(ids, mask) == "dense":
-            edges, heads = self._edges(ids, mask, response, choice, progress=progress)
+            edges, heads = self._edges(ids, mask, response, choice, answer, progress=progress)
             attention = edges[0].cpu().numpy()
             solving = self.options.solving
             flow = solve_flow(attention, spans.question, spans.target, **solving)
             found = {"reach": flow.reach, "throughput": flow.throughput}
+            if self.options.edges == CAUSAL:
+                found["chosen"] = self._chosen(ids, mask, spans)
             return {"attention": attention, "heads": heads, **found}
         rows, _, heads = self._rows(ids, mask, response, choice, progress=progress)
         twice = 2 * (int(spans.target.nonzero()[0].max()) + 1)
@@ -140,7 +151,7 @@ class Solver:
         response = completions(mask.to(masks.answer.device), prompt_length)
         choice = edge_choice(self.options, masks.target, response, masks.answer)
         if self._ready(ids, mask) == "dense":
-            attention, _ = self._edges(ids, mask, response, choice)
+            attention, _ = self._edges(ids, mask, response, choice, masks.answer)
             return solve_rollouts(attention, masks, prompt_length, self.options)
         rows, ordered, _ = self._rows(ids, mask, response, choice)
         visible = mask.to(ordered.device)
@@ -152,6 +163,9 @@ class Solver:
         self.reader.verify()
         self.budget.prepare()
         padded = not bool(mask.all())
+        if self.options.edges == CAUSAL:
+            tokens = ids.shape[1]
+            return self.budget.choose("dense", tokens, len(ids), padded=padded, fixed=True)
         return self.budget.choose(self.mode, ids.shape[1], len(ids), padded=padded)
 
     def _edges(
@@ -160,12 +174,17 @@ class Solver:
         mask: Mask,
         response: Mask,
         choice: EdgeChoice | None,
+        answer: Mask,
         *,
         progress: bool = False,
     ) -> tuple[Float[Tensor, "batch query key"], HeadPairs]:
         """All edges, and the heads chosen for the first text."""
         heads: HeadPairs = ()
-        if choice is None or choice.heads == "all":
+        if self.options.edges == CAUSAL:
+            start = int(response.any(0).int().argmax())
+            texts = asked_texts(self.reader, ids, mask.to(ids.device), answer, start)
+            attention = helpful_edges(edge_losses(self.reader, texts, self.layers))
+        elif choice is None or choice.heads == "all":
             attention = self.reader.read(ids, mask, self.layers, choice=choice, progress=progress)
         else:
             attention, rows = self.reader.read_edges(
@@ -177,6 +196,19 @@ class Solver:
         if self.options.rows == "decision":
             attention = deciding_rows(attention, mask, response)
         return attention, heads
+
+    def _chosen(self, ids: Ids, mask: Mask, spans: Spans) -> tuple[int, ...]:
+        """The tokens through which most flow passes, chosen and hidden one after another."""
+        question, target, answer = (
+            torch.from_numpy(part)[None].to(ids.device)
+            for part in (spans.question, spans.target, spans.answer)
+        )
+        masks = RolloutMasks(question=question, target=target, answer=answer, answers=(None,))
+        order, errors = flow_order(self.reader, ids, mask, masks, spans.prompt_length, self.options)
+        for error in errors.values():
+            raise error
+        candidates = int(spans.answer.argmax()) - spans.prompt_length
+        return first_chosen(order[0].tolist(), candidates)
 
     def _rows(
         self,

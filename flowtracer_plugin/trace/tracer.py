@@ -77,10 +77,10 @@ def wrap(
         model: A transformers model, possibly with LoRA. Wrappers such as `torch.compile`'s are
             removed.
         tokenizer: The model's tokenizer; needed for everything that involves text.
-        preset: `"paper"`, `"decision"`, `"sharp"`, `"decided"` or `"derivation"`: sets the
-            options below that are None.
+        preset: `"paper"`, `"decision"`, `"sharp"`, `"decided"`, `"derivation"` or `"causal"`: sets
+            the options below that are None.
         layers: The attention layers to average: a name, or numbers; by default the preset's, which
-            are the middle third or, for `"decided"` and `"derivation"`, all.
+            are the middle third or, for `"decided"`, `"derivation"` and `"causal"`, all.
         question: The prompt tokens at which flow is injected.
         answer: The answer finder: a name (`"auto"`, `"boxed"`, …), a compiled pattern with one
             group, or a function from the text to a span.
@@ -89,7 +89,7 @@ def wrap(
         boundary: `"literal"` or `"absorbing"`.
         first_token: `"keep"` or `"drop"`.
         heads: `"all"`, a share such as 0.3, or (layer, head) pairs.
-        edges: `"attention"`, `"value"` or `"influence"`.
+        edges: `"attention"`, `"value"`, `"influence"` or `"causal"`.
         rows: `"own"` or `"decision"`.
         adapter: An adapter for this architecture, if the built-in ones cannot read it.
         backend: `"nnsight"` reads any model. `"interface"` reads models that use transformers'
@@ -129,6 +129,11 @@ def wrap(
         edges=edges,
         rows=rows,
     )
+    if options.edges == "causal" and mode == "streamed":
+        raise ValueError(
+            "edges='causal' is a map of all pairs of tokens, which mode='streamed' avoids; "
+            "wrap(..., mode='dense')"
+        )
     language_model(unwrapped(model))
     reader = AttentionReader(model, adapter, backend=backend, block=block)
     reader.verified = not verify

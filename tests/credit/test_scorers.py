@@ -30,11 +30,14 @@ INPUTS = {
     "surprisal": "surprisals",
     "saliency": "saliency",
     "swaps": "swaps",
+    "removals": "removals",
+    "flow_removals": "flow_removals",
     "oracle": "oracle",
 }
 RHYTHM = ("fai", "waad", "coupled")
 LAYERED = (*RHYTHM, "rollout")
 PRODUCTS = ("flow*entropy", "attention*surprisal", "reach*entropy*surprisal")
+IN_STEPS = "flow:causal"
 
 
 def input_of(name, need):
@@ -103,6 +106,8 @@ def rollouts(draw, longest=16):
         "saliency": coarse[8] * visible,
         "swaps": coarse[8].flip(-1) * visible,
         "sensitivity": coarse[8].roll(1, -1) * visible,
+        "removals": coarse[7].flip(-1) * visible,
+        "flow_removals": coarse[6].flip(-1) * visible,
         "oracle": (uniform[3] < 0.3)[:, prompts:],
         "seed": draw(st.integers(-2, 2)),
     }
@@ -151,6 +156,8 @@ def row_of(batch, row):
             saliency=tokens(batch.saliency),
             swaps=tokens(batch.swaps),
             sensitivity=tokens(batch.sensitivity),
+            removals=tokens(batch.removals),
+            flow_removals=tokens(batch.flow_removals),
             attention=square(batch.attention),
             calls=[call(one) for one in batch.calls],
             entropies=said(batch.entropies),
@@ -219,6 +226,8 @@ def slow_score(name, row):
         "reach": "reach",
         "grad_x_input": "saliency",
         "counterfactual": "swaps",
+        "causal": "removals",
+        "flow:causal": "flow_removals",
     }
     if name in fields_:
         return getattr(alone, fields_[name])[0, start:].tolist()
@@ -239,7 +248,7 @@ def clear(name, row):
 DEFINED = [name for name in SCORERS if name not in ("oar", "random", "shuffled", "uniform")]
 
 
-@pytest.mark.parametrize("name", [*DEFINED, *PRODUCTS])
+@pytest.mark.parametrize("name", [*DEFINED, *PRODUCTS, IN_STEPS])
 @given(batch=rollouts(), top_fraction=FRACTIONS)
 @settings(max_examples=30, deadline=None)
 def test_every_row_gets_what_its_definition_says(name, batch, top_fraction):
@@ -571,6 +580,7 @@ def test_no_gradient_is_attached_and_autocast_lowers_nothing(name):
         reach=grown,
         saliency=grown,
         swaps=grown,
+        removals=grown,
         oracle=grown[:, 4:] > 0.2,
         calls=[AttentionCall(query=query, key=key, scaling=0.3)],
         target=torch.arange(74)[None] == 70,
@@ -594,6 +604,8 @@ def test_a_scorer_reads_what_it_says_and_asks_for_it(name):
         "saliency": numbers,
         "swaps": numbers,
         "sensitivity": numbers,
+        "removals": numbers,
+        "flow_removals": numbers,
         "oracle": numbers[:, 4:] > 0.5,
         "calls": batch.calls,
     }
@@ -611,11 +623,11 @@ def test_the_scorers_are_these():
     layers = {name: scorer.layers for name, scorer in SCORERS.items()}
     assert list(layers) == [
         "flow", "reach", "attention", "attention_power", "rollout", "fai", "waad", "coupled",
-        "grad_x_input", "counterfactual", "oar", "entropy", "surprisal", "oracle", "random",
-        "shuffled", "uniform",
+        "grad_x_input", "counterfactual", "causal", "oar", "entropy", "surprisal", "oracle",
+        "random", "shuffled", "uniform",
     ]  # fmt: skip
     assert {name for name, chosen in layers.items() if chosen == "middle:5"} == set(RHYTHM)
-    assert {name for name, chosen in layers.items() if chosen == "all"} == {"rollout"}
+    assert {name for name, chosen in layers.items() if chosen == "all"} == {"rollout", "causal"}
     assert all(one.formula and one.source and one.cost for one in SCORERS.values())
 
 
@@ -635,6 +647,15 @@ def test_a_name_may_have_a_preset_and_factors():
     assert find_scorer("entropy*surprisal").preset is None
 
 
+def test_a_scorer_that_chooses_in_steps_may_say_in_how_many():
+    assert [find_scorer(name).steps for name in ("causal", "causal:3", "flow")] == [8, 3, 0]
+    flow = find_scorer("flow:causal:1")
+    assert (flow.name, flow.preset, flow.steps) == ("flow:causal:1", "causal", 1)
+    assert (flow.needs, flow.graph) == ({"flow_removals"}, False)
+    product = find_scorer("flow:causal*entropy")
+    assert (product.preset, product.parts[0].steps) == ("causal", 8)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -642,6 +663,11 @@ def test_a_name_may_have_a_preset_and_factors():
         ("flow:blunt", r"preset must be one of paper, .*got 'blunt' in 'flow:blunt'"),
         ("entropy:sharp", r"'entropy' reads none; leave out ':sharp'"),
         ("flow*", r"got ''"),
+        ("reach:causal", r"'causal' is for 'flow'.*'reach:causal' does not; choose 'flow:causal'"),
+        ("causal:sharp", r"steps from 1 on may follow 'causal', as in 'causal:3', got 'sharp'"),
+        ("flow:causal:0", r"may follow 'flow:causal', as in 'flow:causal:3', got '0'"),
+        ("causal*causal:3", r"take \[3, 8\] steps; choose the same for all"),
+        ("flow:causal*flow", r"other graphs.*presets \['None', 'causal'\]"),
         ("coupled*entropy", r"'coupled' does not choose by its score, and cannot be multiplied"),
         ("flow:sharp*reach", r"read other layers or other graphs.*presets \['None', 'sharp'\]"),
         ("flow*fai", r"read other layers or other graphs: \['middle', 'middle:5'\]"),
@@ -674,6 +700,7 @@ def test_cuda_chooses_the_same_tokens(name):
         reach=numbers,
         saliency=numbers,
         swaps=numbers,
+        removals=numbers,
         oracle=numbers[:, 4:] > 0.5,
         target=torch.arange(74)[None] == 70,
     )

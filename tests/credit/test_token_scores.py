@@ -17,6 +17,7 @@ OTHERS = [
     *("flow:paper", "reach:decision", "attention:decision", "attention_power:sharp"),
     *("flow:decided", "reach:decided*entropy", "attention:decided", "flow:derivation"),
     *("flow:sharp*grad_x_input", "rollout*surprisal", "fai*entropy", "reach*attention"),
+    *("flow:causal:2", "causal:1*entropy", "flow:causal:1*grad_x_input"),
 ]
 MEASURED = [name for name in {*SCORERS, *NAMES, *OTHERS} if name not in ("coupled", "recency")]
 ORACLE = r"\d"

@@ -81,6 +81,7 @@ def found_weights(trainer, rows=8):
         {"flow_scorer": "grad_x_input"},
         {"flow_scorer": "coupled"},
         {"flow_scorer": "flow:sharp*entropy"},
+        {"flow_scorer": "flow:causal:2*causal:2"},
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "default",
 )

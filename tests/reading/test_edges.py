@@ -292,7 +292,10 @@ def test_presets_set_what_is_left_out():
         ({"heads": 1.5}, r"heads must be 'all', a share"),
         ({"heads": "most"}, r"heads must be 'all', a share"),
         ({"heads": ()}, r"heads must be 'all', a share"),
-        ({"edges": "gradient"}, r"edges must be one of \('attention', 'value', 'influence'\)"),
+        (
+            {"edges": "gradient"},
+            r"edges must be one of \('attention', 'value', 'influence', 'causal'\)",
+        ),
     ],
 )
 def test_wrong_options_are_refused(wrong, said):

@@ -80,6 +80,7 @@ def render_page(
         raise ValueError(f"wanted drops of tokens 0 to {len(trace.tokens) - 1}, found {unknown}")
     shown = show(trace)
     hubs, checkpoints = (_marked(shown, name) for name in ("hubs", "checkpoints"))
+    chosen = shown.units_of(trace.chosen)
     steps, river = drawing.draw_steps(shown), drawing.draw_river(shown.river, checkpoints)
     return render(
         "trace_page.html.j2",
@@ -87,7 +88,10 @@ def render_page(
         script=_SCRIPTS,
         **_shared(shown, hubs),
         marks=_marks(hubs, checkpoints),
-        token_rows=token_rows(shown, [*hubs, *checkpoints], drops),
+        token_rows=token_rows(
+            shown, [*hubs, *checkpoints, *(unit for unit in chosen if unit.throughput)], drops
+        ),
+        chosen=chosen,
         step_rows=step_rows(shown),
         measured=bool(drops),
         scores=list(scores or ()),

@@ -28,6 +28,8 @@ class TokenRow:
         from_prompt: The share of its inflow that comes directly from the prompt.
         sources: The effective number of its incoming edges.
         targets: The effective number of its outgoing edges.
+        chosen: Its place among the tokens that were chosen and hidden one after another; None if it
+            was not chosen.
         drop: The fall of the answer's log-probability when it is knocked out, in nats; None if
             that was not measured.
     """
@@ -38,6 +40,7 @@ class TokenRow:
     from_prompt: float
     sources: float
     targets: float
+    chosen: int | None
     drop: float | None
 
 
@@ -55,6 +58,11 @@ def token_rows(
 def _token_row(shown: ShownTrace, unit: Unit, drops: Mapping[int, float]) -> TokenRow:
     before, after = shown.context(unit)
     backbone, tokens = shown.trace.backbone, slice(unit.first, unit.last + 1)
+    places = [
+        place
+        for place, token in enumerate(shown.trace.chosen, start=1)
+        if unit.first <= token <= unit.last
+    ]
     known = [drops[token] for token in range(unit.first, unit.last + 1) if token in drops]
     return TokenRow(
         unit=unit,
@@ -63,6 +71,7 @@ def _token_row(shown: ShownTrace, unit: Unit, drops: Mapping[int, float]) -> Tok
         from_prompt=float(backbone.prompt_inflow[tokens].sum()) / unit.throughput,
         sources=_edges(shown, backbone.checkpoints[tokens], tokens),
         targets=_edges(shown, backbone.hubs[tokens], tokens),
+        chosen=min(places, default=None),
         drop=max(known, default=None),
     )
 
