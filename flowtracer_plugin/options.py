@@ -19,8 +19,18 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "heads": 0.3,
             "edges": "value",
         },
-        "decided": {"layers": "all", "rows": "decision", "edges": "value"},
-        "derivation": {"layers": "all", "rows": "decision", "edges": "influence"},
+        "decided": {
+            "layers": "all",
+            "rows": "decision",
+            "edges": "value",
+            "question_weights": "reach",
+        },
+        "derivation": {
+            "layers": "all",
+            "rows": "decision",
+            "edges": "influence",
+            "question_weights": "reach",
+        },
         "causal": {"layers": "all", "target": "decision", "edges": "causal"},
     }
 )
@@ -32,7 +42,8 @@ weights edges by the length of the moved values.
 
 "decided" follows who decided whom: into each token lead the edges of the row that chose it, over
 all layers, weighted by the length of the moved values. "derivation" also weighs each head and row
-by its influence on the sampled tokens, at the cost of a forward and a backward pass.
+by its influence on the sampled tokens, at the cost of a forward and a backward pass. In both,
+nothing flows between the tokens of the prompt, so flow is injected in proportion to reach.
 
 "causal" asks what one answer hangs on: its edges say what the answer loses without them, and
 tokens are chosen one after another, at the cost of eight forward and backward passes.

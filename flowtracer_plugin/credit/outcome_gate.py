@@ -12,6 +12,7 @@ from flowtracer_plugin.model.causal_lm import (
     embeddings_as_leaves,
     evaluating,
     first_output,
+    language_model,
     text_inputs,
 )
 from flowtracer_plugin.model.cutting import plainly
@@ -51,8 +52,7 @@ def outcome_sensitivity(
     check_whole(model)
     found = torch.zeros(ids.shape, device=ids.device)
     size = batch_size or len(ids)
-    asked = answer.any(-1).nonzero()[:, 0]
-    for rows in asked.split(size):
+    for rows in torch.split(answer.any(-1).nonzero()[:, 0], size):
         found[rows] = _of_batch(model, ids[rows], visible[rows], answer[rows], start, seed)
     return found
 
@@ -115,7 +115,7 @@ def _of_batch(
 def _noise(
     model: nn.Module, ids: Tensor, visible: Tensor, moved: Tensor, seed: int
 ) -> Float[Tensor, "batch token width"]:
-    width = int(model.get_input_embeddings().weight.shape[-1])
+    width = language_model(model).get_input_embeddings().weight.shape[-1]
     noise = torch.zeros(*ids.shape, width)
     for row, (shown, chosen) in enumerate(zip(visible.cpu(), moved.cpu(), strict=True)):
         generator = row_generator(ids[row].to("cpu", torch.int64)[shown], seed)

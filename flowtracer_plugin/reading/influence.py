@@ -200,7 +200,7 @@ def _reentrant(model: nn.Module) -> bool:
 
 @contextmanager
 def own_graph(model: nn.Module) -> Iterator[None]:
-    """A context in which the model runs without dropout, with a graph that no parameter is in."""
+    """A context in which the model runs without dropout, with a graph from the embeddings on."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
