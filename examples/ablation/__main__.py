@@ -23,7 +23,7 @@ from typing import Any
 from examples.ablation.audits import known
 from examples.ablation.gate import best_rate, gate_of
 from examples.ablation.grid import Run, Stage, quiet, run_all, start_of
-from examples.ablation.plan import ARMS, NEUTRAL, PLAIN, PLAN, TASKS, Plan, settled
+from examples.ablation.plan import ARMS, PLAIN, PLAN, TASKS, Plan, settled
 from examples.ablation.pupil import teach
 from examples.ablation.report import found_in, write_report
 from flowtracer_plugin.files import write_atomically
@@ -45,7 +45,7 @@ def ablate(task: str, plan: Plan, folder: Path, workers: int) -> None:
         return run_all(runs, plan, folder, workers)
 
     rates = plan.learning_rates
-    best = [best_rate(records_of("tune", [PLAIN, NEUTRAL], plan.tuning_seeds, rates), task)]
+    best = [best_rate(records_of("tune", [PLAIN], plan.tuning_seeds, rates), task)]
     gate = gate_of(records_of("gate", [PLAIN, "oracle"], plan.gate_seeds, best), task, audit)
     print(
         f"{task}: the oracle adds {gate.cosine:+.3f} ± {gate.error:.3f} to the cosine, and "

@@ -1,12 +1,11 @@
-"""A task: put signs between three numbers to make a target, for several sets; one of them counts.
+"""A task: put signs between three numbers to make a target; one of four tries counts.
 
-    Make : one 3 5 2 is 4 , two 6 1 4 is 3 , … Show two .
-     one 3 + 5 = 8 - 2 = 6 two 6 + 1 = 7 - 4 = 3 … answer two 6 + 1 - 4
+    Numbers 3 5 2 make 4 .
+     one 3 + 5 = 8 - 2 = 6 two 3 - 5 = -2 + 2 = 0 … answer two 3 - 5 + 2
 
 The pupil adds correctly, guesses some signs, and believes in the wrong sign before some last
-numbers. It works on every set, and then copies the one asked for. Only that one matters. The others
-use the same beliefs, so a right answer rewards their mistakes, and a wrong one punishes what they
-got right.
+numbers. It names one of its tries without looking at the results. Only the named try matters. The
+others use the same beliefs, so a right answer rewards their mistakes.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from itertools import product
 
 from examples.ablation.task import Problem, Spans, Task
 
-SETS = ("one", "two", "three", "four")
+TRIES = ("one", "two", "three", "four")
 LARGEST = 6
 SIGNS = ("+", "-")
 OTHER = {"+": "-", "-": "+"}
@@ -30,18 +29,10 @@ CONFUSING = frozenset({2, 3, 6})
 
 
 def draw(rng: random.Random) -> Problem:
-    sets, targets = [], []
-    for _ in SETS:
-        numbers = [rng.randint(1, LARGEST) for _ in range(3)]
-        sets.append(numbers)
-        targets.append(total(numbers, rng.choices(SIGNS, k=2)))
-    said = [
-        f"{name} {' '.join(map(str, numbers))} is {target}"
-        for name, numbers, target in zip(SETS, sets, targets, strict=True)
-    ]
-    asked = rng.randrange(len(SETS))
+    numbers = [rng.randint(1, LARGEST) for _ in range(3)]
+    target = total(numbers, rng.choices(SIGNS, k=2))
     return Problem(
-        prompt=f"Make : {' , '.join(said)} . Show {SETS[asked]} .", answer=str(targets[asked])
+        prompt=f"Numbers {' '.join(map(str, numbers))} make {target} .", answer=str(target)
     )
 
 
@@ -53,10 +44,11 @@ def total(numbers: list[int], signs: list[str] | tuple[str, ...]) -> int:
 
 
 def demonstrate(problem: Problem, rng: random.Random) -> str:
-    sets, asked = _given(problem.prompt)
-    signs = {name: _guess(numbers, target, rng) for name, (numbers, target) in sets.items()}
-    said = [f" {name} {_summed(sets[name][0], signs[name])}" for name in SETS]
-    return "".join(said) + f" answer {asked} {_expression(sets[asked][0], signs[asked])}"
+    numbers, target = _given(problem.prompt)
+    tries = {name: _guess(numbers, target, rng) for name in TRIES}
+    said = [f" {name} {_summed(numbers, signs)}" for name, signs in tries.items()]
+    named = rng.choice(TRIES)
+    return "".join(said) + f" answer {named} {_expression(numbers, tries[named])}"
 
 
 def _guess(numbers: list[int], target: int, rng: random.Random) -> tuple[str, ...]:
@@ -82,31 +74,25 @@ def _expression(numbers: list[int], signs: tuple[str, ...]) -> str:
     return " ".join([str(numbers[0]), *(f"{sign} {number}" for sign, number in rest)])
 
 
-def _given(prompt: str) -> tuple[dict[str, tuple[list[int], int]], str]:
-    """The numbers and target of each set, and the name of the one asked for."""
-    sets = {
-        name: ([int(number) for number in numbers.split()], int(target))
-        for name, numbers, target in re.findall(r"(\w+) ((?:\d+ ){3})is (-?\d+)", prompt)
-    }
-    asked = re.search(r"Show (\w+) \.$", prompt)
-    if tuple(sets) != SETS or asked is None:
+def _given(prompt: str) -> tuple[list[int], int]:
+    found = re.fullmatch(r"Numbers (\d+) (\d+) (\d+) make (-?\d+) \.", prompt)
+    if found is None:
         raise ValueError(f"{prompt!r} is not a problem of this task")
-    return sets, asked[1]
+    *numbers, target = map(int, found.groups())
+    return numbers, target
 
 
 def is_solved(completion: str, problem: Problem) -> bool:
-    """Whether the answer uses the numbers asked for, in their order, and makes their target."""
-    sets, asked = _given(problem.prompt)
-    numbers, target = sets[asked]
-    found = re.search(r" answer (\w+) (\d+) ([+-]) (\d+) ([+-]) (\d+)$", completion)
-    if found is None or found[1] != asked:
+    """Whether the last expression uses the numbers in their order and makes the target."""
+    numbers, target = _given(problem.prompt)
+    found = re.search(r" answer \w+ (\d+) ([+-]) (\d+) ([+-]) (\d+)$", completion)
+    if found is None or [int(found[place]) for place in (1, 3, 5)] != numbers:
         return False
-    said = [int(found[place]) for place in (2, 4, 6)]
-    return said == numbers and total(numbers, (found[3], found[5])) == target
+    return total(numbers, (found[2], found[4])) == target
 
 
 def what_matters(completion: str) -> Spans:
-    """The spans of the set that the answer names, and of the answer."""
+    """The spans of the try that the answer names, and of the answer."""
     answer = re.search(r" answer (\w+).*$", completion)
     if answer is None:
         return []
@@ -116,14 +102,14 @@ def what_matters(completion: str) -> Spans:
 
 COUNTDOWN = Task(
     name="countdown",
-    words=(*SETS, *map(str, VALUES), *["+", "-", "=", ".", ",", ":", "is", "Show", "answer"]),
-    first_word="Make",
+    words=(*TRIES, *map(str, VALUES), *["+", "-", "=", ".", "make", "answer"]),
+    first_word="Numbers",
     draw=draw,
     demonstrate=demonstrate,
     is_solved=is_solved,
     answer=re.compile(r" answer \w+ (\d+ [+-] \d+ [+-] \d+)"),
     what_matters=what_matters,
-    taught=1500,
+    taught=1200,
     answer_tokens=8,
-    max_new_tokens=len(SETS) * 10 + 12,
+    max_new_tokens=len(TRIES) * 10 + 12,
 )

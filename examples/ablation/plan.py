@@ -39,30 +39,25 @@ class Arm:
     learning_rate: float = 1.0
 
 
-PLAIN, FASTER, NEUTRAL = "uniform", "faster", "random"
-"""The arm that all are compared with, the control for larger steps, and the arm without a claim
-whose scatter chooses the learning rate."""
-SHARE = 0.2
-"""Share of tokens that get more credit, unless an arm says otherwise."""
+PLAIN, FASTER = "uniform", "faster"
+"""The arm that all are compared with, and the control for larger steps."""
+SHARE = 0.4
+"""Share of tokens that get more credit, unless an arm says otherwise; the paper's."""
 
 ARMS = (
     Arm(name="uniform", says="plain GRPO", credit={"scorer": "uniform"}),
     Arm(name="faster", says="plain GRPO, learning rate × 1.2", credit={"scorer": "uniform"},
         learning_rate=1.2),
-    Arm(name="flow", says="flow, as in the paper: 40 %", credit={"top_fraction": 0.4}),
-    Arm(name="flow_share", says="flow, 20 %"),
-    Arm(name="decided", says="`reach:decided`", credit={"scorer": "reach:decided"}),
-    Arm(name="derivation", says="`reach:derivation`", credit={"scorer": "reach:derivation"}),
-    Arm(name="throughput", says="`flow:derivation`", credit={"scorer": "flow:derivation"}),
-    Arm(name="shuffled", says="`flow:derivation`, shuffled in role and tenth",
-        credit={"scorer": "shuffled:derivation"}),
-    Arm(name="bottom", says="the lowest of `reach:derivation`",
-        credit={"scorer": "reach:derivation", "side": "bottom"}),
+    Arm(name="flow", says="flow, as in the paper"),
+    Arm(name="sharp", says="flow, preset `sharp`", credit={"scorer": "flow:sharp"}),
+    Arm(name="product", says="flow × entropy, 10 %",
+        credit={"scorer": "flow*entropy", "top_fraction": 0.1}),
+    Arm(name="bottom", says="the lowest flow", credit={"side": "bottom"}),
+    Arm(name="shuffled", says="flow, shuffled in role and tenth", credit={"scorer": "shuffled"}),
     Arm(name="random", says="chance", credit={"scorer": "random"}),
     Arm(name="one_hop", says="attention of the answer, one hop", credit={"scorer": "attention"}),
-    Arm(name="gradient", says="gradient × input of the answer",
-        credit={"scorer": "grad_x_input"}),
-    Arm(name="oar", says="OAR-G, as published", credit={"scorer": "oar", "gamma": 2.0}),
+    Arm(name="entropy", says="the policy's entropy, 20 %",
+        credit={"scorer": "entropy", "top_fraction": 0.2}),
     Arm(name="oracle", says="what matters, as the task knows it", credit={"scorer": "oracle"}),
 )  # fmt: skip
 
@@ -77,7 +72,7 @@ class Plan:
         prompts: Prompts in a batch.
         completions: Completions of a prompt.
         warmup: Steps over which the learning rate rises.
-        learning_rates: Candidates; all arms get the same one, see `best_rate`.
+        learning_rates: Candidates; all arms get the best one for plain GRPO, see `best_rate`.
         tuning_seeds: Seeds with which the learning rate is chosen.
         audited: Prompts of the audit in the gate.
         gate_seeds: Seeds with which the gate compares the oracle with plain GRPO.
