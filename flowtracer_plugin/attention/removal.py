@@ -19,7 +19,6 @@ from torch import Tensor
 from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
 from flowtracer_plugin.attention.head_mean import query_tensor, row_probabilities
 
-
 ROUNDED = 1e-6
 """The share of a sink below which its float32 number is rounding."""
 
