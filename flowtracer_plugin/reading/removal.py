@@ -21,6 +21,7 @@ from flowtracer_plugin.model.causal_lm import (
     embeddings_as_leaves,
     evaluating,
     first_output,
+    input_device,
     text_inputs,
 )
 from flowtracer_plugin.model.cutting import (
@@ -72,7 +73,7 @@ class AskedTexts:
     def moved(self, values: Bool[Tensor, "batch token"]) -> Bool[Tensor, "batch most"]:
         """Values of the tokens, in the order in which the model reads them."""
         found = torch.zeros_like(self.ordered)
-        found[self.ordered] = values[self.visible]
+        found[self.ordered] = values.to(self.visible.device)[self.visible]
         return found
 
 
@@ -93,6 +94,8 @@ def asked_texts(
     """
     model = reader.model
     check_backward(model, EDGES)
+    device = input_device(model)
+    ids, visible, answer = ids.to(device), visible.to(device), answer.to(device)
     ordered_ids, ordered = text_first(ids, visible)
     texts = AskedTexts(
         ids=ordered_ids, ordered=ordered, answer=torch.zeros_like(ordered), visible=visible,
