@@ -17,6 +17,7 @@ from tests.tiny import tiny_llama
 
 TEXT = [5, 9, 14, 3, 8, 21, 17, 40, 11, 6]
 START, ANSWER, LAYERS = 3, (7, 9), (0, 2, 5)
+BACKENDS = {"llama": "nnsight", "gpt2": "interface", "gpt_oss": "interface"}
 
 
 def answer_log_prob(logits, text):
@@ -62,7 +63,7 @@ def test_losses_are_those_of_the_slow_definition(family, hidden):
     exact = family != "gpt_oss"  # whose experts multiply no doubles
     model = model.double() if exact else model
     wanted = losses_by_hand(model, TEXT, hidden)
-    found = losses(AttentionReader(model), TEXT, hidden)
+    found = losses(AttentionReader(model, backend=BACKENDS[family]), TEXT, hidden)
     assert found.dtype == torch.float32
     assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5 if exact else 1e-3)
     assert wanted.abs().max() > 0.1
@@ -73,7 +74,7 @@ def test_losses_are_those_of_the_slow_definition(family, hidden):
 def test_an_edge_says_what_its_removal_costs_to_first_order(monkeypatch):
     """A small part of the way to a row without the edge, in every head, with the rest rescaled."""
     model, row, key = tiny_model("llama").double(), 6, 4
-    found = losses(AttentionReader(model), TEXT)
+    found = losses(AttentionReader(model, backend="interface"), TEXT)
     moved = [0.0]  # the share of the way, by which `without` moves
 
     def without(module, query, key_, value, mask, scaling, **_):
@@ -140,7 +141,7 @@ def test_losses_of_a_certain_answer_are_not_rounded_away():
         chances = model.double()(torch.tensor([text])).logits[0].softmax(-1)
     doubts = [1 - chances[place - 1, text[place]].item() for place in range(*ANSWER)]
     assert 1e-30 < max(doubts) < 1e-8
-    found = losses(AttentionReader(model.float()), text)
+    found = losses(AttentionReader(model.float(), backend="interface"), text)
     wanted = losses_by_hand(model.double(), text)
     assert_close(found.double() / max(doubts), wanted / max(doubts), rtol=1e-2, atol=1e-2)
     assert (wanted / max(doubts)).abs().max() > 1
@@ -148,7 +149,7 @@ def test_losses_of_a_certain_answer_are_not_rounded_away():
 
 def test_padding_batches_and_the_cache_of_a_prompt_change_nothing():
     model = tiny_model("qwen3").double()
-    reader = AttentionReader(model)
+    reader = AttentionReader(model, backend="interface")
     texts = [TEXT, [7, *TEXT[:4], 33, *TEXT[4:]]]
     ids, visible, answer, hidden = torch.zeros(4, 2, 14, dtype=torch.long)
     for row, (text, left, right) in enumerate(zip(texts, (1, 0), (3, 2), strict=True)):
