@@ -19,9 +19,8 @@ from torch import Tensor
 from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
 from flowtracer_plugin.attention.head_mean import query_tensor, row_probabilities
 
-LEAST_LEFT = 1e-6
-"""A row that attends to one key alone has nothing to renormalise: its edge is 0 then, where
-rounding would divide 0 by 0."""
+ROUNDED = 1e-6
+"""The share of a sink below which its float32 number is rounding."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -61,7 +60,7 @@ def removal_losses(felt: FeltCall, rows: slice, tokens: int) -> Float[Tensor, "b
             folded @ value.mT, "b group (each q) key -> b (group each) q key", q=paid.shape[2]
         )
         felt_row = rearrange((gradient * output).sum(-1), "b q head -> b head q 1")
-        lost = (felt_keys - felt_row).mul_(paid).div_((1 - paid).clamp_min_(LEAST_LEFT))
+        lost = _lost(paid, felt_keys, felt_row, with_sinks=_has_sinks(call))
         total = reduce(lost, "b head q key -> b q key", "sum")
         if isinstance(call, AttentionCall) and call.key_tokens is not None:
             total = total @ call.key_tokens[:, : total.shape[-1]].float()
@@ -69,3 +68,32 @@ def removal_losses(felt: FeltCall, rows: slice, tokens: int) -> Float[Tensor, "b
     seen = min(tokens, total.shape[-1])
     found[..., :seen] = total[..., :seen]
     return found
+
+
+def _lost(
+    paid: Float[Tensor, "batch head row key"],
+    felt_keys: Float[Tensor, "batch head row key"],
+    felt_row: Float[Tensor, "batch head row 1"],
+    *,
+    with_sinks: bool,
+) -> Float[Tensor, "batch head row key"]:
+    """What the answer loses by each key of each head.
+
+    If a row attends to one key almost alone, `1 − a` and `∂o · v − ∂o · o` are rounded away. What
+    is left to its other keys is therefore summed over these. A row with a single key has nothing to
+    renormalise, and loses nothing.
+    """
+    most = paid.argmax(-1, keepdim=True)
+    others = paid.scatter(-1, most, 0.0)
+    left, felt_left = others.sum(-1, keepdim=True), (others * felt_keys).sum(-1, keepdim=True)
+    if with_sinks:  # they take part in the softmax, and move nothing
+        rest = 1 - paid.sum(-1, keepdim=True)
+        left = left + rest.where(rest > ROUNDED, 0.0)
+    share, felt = paid.gather(-1, most), felt_keys.gather(-1, most)
+    most_lost = torch.where(left > 0, share * (felt - felt_left / left), 0.0)
+    # All other keys have at most half of the row.
+    return (felt_keys - felt_row).mul_(others).div_(1 - others).scatter_(-1, most, most_lost)
+
+
+def _has_sinks(call: AttentionCall | AttentionWeights) -> bool:
+    return isinstance(call, AttentionWeights) or call.sinks is not None

@@ -19,7 +19,7 @@ from flowtracer_plugin.attention.value_lengths import value_lengths
 from flowtracer_plugin.credit.counterfactual import swap_losses
 from flowtracer_plugin.credit.measures import Rollouts
 from flowtracer_plugin.credit.outcome_gate import outcome_sensitivity
-from flowtracer_plugin.credit.saliency import answer_saliency
+from flowtracer_plugin.credit.saliency import answer_saliency, check_whole
 from flowtracer_plugin.credit.scorers import LATE, Scorer
 from flowtracer_plugin.model.layers import select_layers
 from flowtracer_plugin.options import FlowOptions, preset_over
@@ -237,6 +237,7 @@ class ReadRollouts:
 
     def _order(self, scorer: Scorer) -> tuple[Row, RowErrors]:
         reader, masks, start = self.tracer.reader, self.masks, self.prompt_length
+        check_whole(self.tracer.model)
         # On a CPU, a text alone is faster: it continues from the cache of its prompt.
         size = None if self.ids.device.type == "cpu" else self.batch_size
         if "removals" in scorer.needs:

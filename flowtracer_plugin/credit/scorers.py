@@ -330,7 +330,8 @@ def _in_steps(scorer: Scorer, name: str, steps: str) -> Scorer:
             f"a whole number of steps from 1 on may follow {scorer.name!r}, as in "
             f"'{scorer.name}:3', got {steps!r} in {name!r}"
         )
-    return replace(scorer, name=name, steps=int(steps))
+    cost = f"{int(steps)} more forward and backward passes"
+    return replace(scorer, name=name, steps=int(steps), cost=cost)
 
 
 def _product(factors: tuple[Scorer, ...]) -> Scorer:

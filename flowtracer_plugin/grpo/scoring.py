@@ -216,6 +216,7 @@ class RolloutScorer:
         """Make the forward passes that are needed before the pass that is read.
 
         Raises:
+            KnockOutError: The scorer hides tokens, and the model's attention cannot be cut.
             UnsupportedArchitectureError: Values cannot be weighed, or the model is sharded and the
                 scorer needs passes of its own.
         """

@@ -19,6 +19,7 @@ from flowtracer_plugin.attention.rounding import difference, rounding
 from flowtracer_plugin.model.causal_lm import (
     accepted_inputs,
     first_output,
+    input_device,
     text_inputs,
 )
 from flowtracer_plugin.model.cutting import (
@@ -30,12 +31,20 @@ from flowtracer_plugin.model.cutting import (
     read_prefix,
 )
 from flowtracer_plugin.model.padding import put_back, text_first
-from flowtracer_plugin.reading.influence import check_backward, own_graph, without_gradients
+from flowtracer_plugin.reading.influence import (
+    check_backward,
+    log_odds,
+    own_graph,
+    without_gradients,
+)
 from flowtracer_plugin.reading.one_pass import Reading
 from flowtracer_plugin.reading.reader import AttentionReader
 
 EDGES = "causal"
 """The name of these edges among the options of a trace."""
+
+LEAST_DOUBT = 1e-30
+"""Where the model is more certain than this, losses do not fit float32 and are said to be 0."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -66,7 +75,7 @@ class AskedTexts:
     def moved(self, values: Bool[Tensor, "batch token"]) -> Bool[Tensor, "batch most"]:
         """Values of the tokens, in the order in which the model reads them."""
         found = torch.zeros_like(self.ordered)
-        found[self.ordered] = values[self.visible]
+        found[self.ordered] = values.to(self.visible.device)[self.visible]
         return found
 
 
@@ -87,6 +96,8 @@ def asked_texts(
     """
     model = reader.model
     check_backward(model, EDGES)
+    device = input_device(model)
+    ids, visible, answer = ids.to(device), visible.to(device), answer.to(device)
     ordered_ids, ordered = text_first(ids, visible)
     texts = AskedTexts(
         ids=ordered_ids, ordered=ordered, answer=torch.zeros_like(ordered), visible=visible,
@@ -138,11 +149,13 @@ def edge_losses(
         unseen = texts.moved(hidden)
     shown, tokens = texts.ordered, texts.ordered.shape[1]
     total = torch.zeros(*shown.shape, tokens, device=shown.device)
-    for felt in _felt(reader, texts, layers, unseen):
+    felt_calls, scale = _felt(reader, texts, layers, unseen)
+    for felt in felt_calls:
         for start in range(texts.first, tokens, reader.block):
             stop = min(start + reader.block, tokens)
             found = removal_losses(felt, slice(start - texts.first, stop - texts.first), stop)
             total[:, start:stop, :stop] += found.to(total.device)
+    total *= scale.to(total.device)[:, None, None]
     total.masked_fill_(~shown[:, :, None], 0).masked_fill_(~shown[:, None, :], 0)
     total = total if torch.equal(shown, texts.visible) else put_back(total, texts.visible)
     total[:, : texts.start] = 0
@@ -168,8 +181,8 @@ def _felt(
     texts: AskedTexts,
     layers: Sequence[int],
     hidden: Bool[Tensor, "batch token"] | None,
-) -> list[FeltCall]:
-    """The attention calls of these layers with their outputs and the gradients there."""
+) -> tuple[list[FeltCall], Float[Tensor, " batch"]]:
+    """The attention calls of these layers with the gradients there, and what scales each text's."""
     model, sites = reader.model, [site for site in reader.sites if site.layer in set(layers)]
     projections = [reader.projections[site] for site in sites]
     readings: list[Reading] = []
@@ -190,8 +203,13 @@ def _felt(
             keep=True,
             average=False,
         )
-        chances = logits[row, column].log_softmax(-1)
-        total = chances.gather(-1, texts.ids[row, place + 1, None].to(chances.device)).sum()
+        odds = log_odds(logits[row, column], texts.ids[row, place + 1].to(logits.device))
+        # The gradient of log p is that of the log-odds times 1 − p, which float32 would round to 0
+        # where the model is certain. Scaled to 1, it cannot vanish on its way through the model.
+        doubt = torch.zeros_like(texts.ids, dtype=torch.float64, device=odds.device)
+        doubt[row, place] = odds.detach().double().neg().sigmoid()
+        scale = doubt.amax(-1).clamp_min(LEAST_DOUBT)
+        total = (odds * (doubt[row, place] / scale[row]).float()).sum()
         # A module that runs several times in a pass has an output for each visit.
         reached = [
             outputs[projection][site.visit]
@@ -200,10 +218,11 @@ def _felt(
         if not all(one.requires_grad for one in reached):
             raise without_gradients(model, EDGES)
         gradients = torch.autograd.grad(total, reached)
-    return [
+    felt = [
         FeltCall(call=call, output=_by_head(one, call), gradient=_by_head(gradient, call))
         for call, one, gradient in zip(readings[0].calls, reached, gradients, strict=True)
     ]
+    return felt, scale.float()
 
 
 def _answer_logits(

@@ -13,7 +13,15 @@ from tests.grpo.worker import scripted, word_tokenizer
 pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
 
 LONG = [f"{text} {text}" for text in TEXTS]
-SCORERS = ["flow", "flow:decided", "reach:derivation", "attention*surprisal", "entropy", "uniform"]
+SCORERS = [
+    "flow",
+    "flow:decided",
+    "reach:derivation",
+    "flow:causal:2",
+    "attention*surprisal",
+    "entropy",
+    "uniform",
+]
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from flowtracer_plugin.attention import UnsupportedArchitectureError
+from flowtracer_plugin.attention import AttentionCall, UnsupportedArchitectureError
+from flowtracer_plugin.attention.head_mean import attention_output
+from flowtracer_plugin.attention.removal import FeltCall, removal_losses
 from flowtracer_plugin.evaluation.knockout import hidden_edges
 from flowtracer_plugin.model.cutting import cutting
 from flowtracer_plugin.reading.reader import AttentionReader
@@ -15,6 +17,7 @@ from tests.tiny import tiny_llama
 
 TEXT = [5, 9, 14, 3, 8, 21, 17, 40, 11, 6]
 START, ANSWER, LAYERS = 3, (7, 9), (0, 2, 5)
+BACKENDS = {"llama": "nnsight", "gpt2": "interface", "gpt_oss": "interface"}
 
 
 def answer_log_prob(logits, text):
@@ -60,7 +63,7 @@ def test_losses_are_those_of_the_slow_definition(family, hidden):
     exact = family != "gpt_oss"  # whose experts multiply no doubles
     model = model.double() if exact else model
     wanted = losses_by_hand(model, TEXT, hidden)
-    found = losses(AttentionReader(model), TEXT, hidden)
+    found = losses(AttentionReader(model, backend=BACKENDS[family]), TEXT, hidden)
     assert found.dtype == torch.float32
     assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5 if exact else 1e-3)
     assert wanted.abs().max() > 0.1
@@ -71,7 +74,7 @@ def test_losses_are_those_of_the_slow_definition(family, hidden):
 def test_an_edge_says_what_its_removal_costs_to_first_order(monkeypatch):
     """A small part of the way to a row without the edge, in every head, with the rest rescaled."""
     model, row, key = tiny_model("llama").double(), 6, 4
-    found = losses(AttentionReader(model), TEXT)
+    found = losses(AttentionReader(model, backend="interface"), TEXT)
     moved = [0.0]  # the share of the way, by which `without` moves
 
     def without(module, query, key_, value, mask, scaling, **_):
@@ -96,9 +99,57 @@ def test_an_edge_says_what_its_removal_costs_to_first_order(monkeypatch):
     assert abs(found[row, key]) > 0.01
 
 
+@pytest.mark.parametrize(
+    ("sharpness", "sinks"), [(0.5, None), (12.0, None), (0.5, torch.tensor([3.0, -1.0, 0.0, 2.0]))]
+)
+def test_removed_keys_are_those_of_rows_that_are_explicitly_renormalised(sharpness, sinks):
+    """Also where a row attends to one key up to one part in 10¹²."""
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(1, 4, 7, 3, generator=generator)
+    key, value = torch.randn(2, 1, 2, 7, 3, generator=generator)
+    gradient = torch.randn(1, 7, 4, 3, generator=generator)
+    call = AttentionCall(query=query, key=key, value=value, scaling=sharpness, sinks=sinks)
+    felt = FeltCall(call=call, output=attention_output(call), gradient=gradient)
+    found = removal_losses(felt, slice(2, 7), 7)[0]
+    wanted, closest = torch.zeros(5, 7).double(), 1.0
+    for head in range(4):
+        keys, values = key[0, head // 2].double(), value[0, head // 2].double()
+        for row in range(2, 7):
+            scores = sharpness * (keys[: row + 1] @ query[0, head, row].double())
+            if sinks is not None:  # the last key, which moves nothing
+                scores = torch.cat([scores, sinks[head : head + 1].double()])
+            felt_keys = torch.zeros(len(scores)).double()
+            felt_keys[: row + 1] = values[: row + 1] @ gradient[0, row, head].double()
+            for gone in range(row + 1):
+                other = torch.arange(len(scores)) != gone
+                part = scores.softmax(-1)[gone]
+                closest = min(closest, 1 - part.item())
+                left = (scores[other].softmax(-1) * felt_keys[other]).sum()
+                wanted[row - 2, gone] += part * (felt_keys[gone] - left)
+    assert closest < 1e-9 or sharpness < 1
+    assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_losses_of_a_certain_answer_are_not_rounded_away():
+    """With all logits times 40, the answer is certain to one part in 10⁹, and float32 says 1."""
+    model = tiny_model("llama")
+    text = [*TEXT[: ANSWER[0]], *TEXT[ANSWER[0] :]]
+    with torch.no_grad():
+        model.lm_head.weight *= 40
+        for place in range(*ANSWER):
+            text[place] = model(torch.tensor([text])).logits[0, place - 1].argmax().item()
+        chances = model.double()(torch.tensor([text])).logits[0].softmax(-1)
+    doubts = [1 - chances[place - 1, text[place]].item() for place in range(*ANSWER)]
+    assert 1e-30 < max(doubts) < 1e-8
+    found = losses(AttentionReader(model.float(), backend="interface"), text)
+    wanted = losses_by_hand(model.double(), text)
+    assert_close(found.double() / max(doubts), wanted / max(doubts), rtol=1e-2, atol=1e-2)
+    assert (wanted / max(doubts)).abs().max() > 1
+
+
 def test_padding_batches_and_the_cache_of_a_prompt_change_nothing():
     model = tiny_model("qwen3").double()
-    reader = AttentionReader(model)
+    reader = AttentionReader(model, backend="interface")
     texts = [TEXT, [7, *TEXT[:4], 33, *TEXT[4:]]]
     ids, visible, answer, hidden = torch.zeros(4, 2, 14, dtype=torch.long)
     for row, (text, left, right) in enumerate(zip(texts, (1, 0), (3, 2), strict=True)):
