@@ -149,9 +149,9 @@ class RolloutScorer:
         with outputs.listening():
             late = self._heard(call, batch, lambda *part: readings.append(part), later=True)
         started = perf_counter()
-        sizes = outputs.influences(chances(), visible)
-        # Checkpoints or frozen layers may hide some output from the graph.
-        batch = replace(batch, sizes=sizes or batch.influence(self.tracer.layers))
+        # Checkpoints or frozen layers may hide some output from the graph; then there are none, and
+        # `ReadRollouts.influence` makes a pass of its own.
+        batch = replace(batch, sizes=outputs.influences(chances(), visible) or ())
         parts = [self._measured(batch.part(*part)) for part in readings]
         scored = self._scored(batch, replaced, parts, late)
         return replace(scored, seconds=before + perf_counter() - started)

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import flowtracer_plugin as ft
 from flowtracer_plugin.attention import UnsupportedArchitectureError
 from flowtracer_plugin.model.causal_lm import unwrapped
+from flowtracer_plugin.model.parallel import is_compiled
 from flowtracer_plugin.reading.influence import log_odds
 from flowtracer_plugin.reading.reader import AttentionReader
 from tests.families import FAMILIES, tiny_model
@@ -203,6 +204,16 @@ def test_graphs_that_serve_one_backward_pass_only_are_noticed():
     assert AttentionReader(model, backend="interface").keeps_graph
     model.model.layers[5].mlp.act_fn.forward = Overwriting.apply
     assert not AttentionReader(model, backend="interface").keeps_graph
+
+
+def test_compiled_parts_are_noticed():
+    whole, part = tiny_model("llama"), tiny_model("llama")
+    assert not is_compiled(whole)
+    assert is_compiled(torch.compile(whole, backend="eager"))
+    part.model.layers[2].compile(backend="eager")
+    assert is_compiled(part)
+    whole.forward = torch.compile(whole.forward, backend="eager")
+    assert is_compiled(whole)
 
 
 # Edges
