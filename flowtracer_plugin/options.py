@@ -24,12 +24,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "rows": "decision",
             "edges": "value",
             "question_weights": "reach",
+            "damping": 0.5,
         },
         "derivation": {
             "layers": "all",
             "rows": "decision",
             "edges": "influence",
             "question_weights": "reach",
+            "damping": 0.5,
         },
         "causal": {"layers": "all", "target": "decision", "edges": "causal"},
     }
@@ -43,7 +45,9 @@ weights edges by the length of the moved values.
 "decided" follows who decided whom: into each token lead the edges of the row that chose it, over
 all layers, weighted by the length of the moved values. "derivation" also weighs each head and row
 by its influence on the sampled tokens, at the cost of a forward and a backward pass. In both,
-nothing flows between the tokens of the prompt, so flow is injected in proportion to reach.
+nothing flows between the tokens of the prompt, so flow is injected in proportion to reach. A token
+passes on half of its reach, since a long chain of copies would otherwise count as much as the
+tokens that it copies.
 
 "causal" asks what one answer hangs on: its edges say what the answer loses without them, and
 tokens are chosen one after another, at the cost of eight forward and backward passes.
@@ -84,6 +88,8 @@ class FlowOptions:
             `o` in that row and the log-odds `λ` of the sampled tokens. Rows of the mean keep their
             sum. Or `"causal"`: what `log p(answer)` loses, to first order, without the edge; of a
             row's losses above 0, each edge has its share, and nothing leads into prompt tokens.
+        damping: Factor of every edge, above 0 and up to 1: a token passes on at most this share of
+            its reach, so that long chains of edges count less.
     """
 
     layers: str | tuple[int, ...] = "middle"
@@ -96,6 +102,7 @@ class FlowOptions:
     heads: Heads = "all"
     edges: str = "attention"
     rows: str = "own"
+    damping: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -116,6 +123,10 @@ class FlowOptions:
                 "edges='causal' say what the answer loses without an edge in all heads; use "
                 "heads='all'"
             )
+        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float):
+            raise ValueError(f"damping must be a number, got {self.damping!r}")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must be above 0 and up to 1, got {self.damping!r}")
         if self.rows == self.target == "decision":
             raise ValueError(
                 "with rows='decision' the rows that decide the answer lead into the answer itself; "

@@ -175,8 +175,8 @@ class TracingOptions:
     preset: Annotated[
         Literal["paper", "decision", "sharp", "decided", "derivation", "causal"],
         _tracing(
-            help="Sets defaults of --layers, --target, --question-weights, --heads, --edges "
-            "and --rows."
+            help="Sets defaults of --layers, --target, --question-weights, --heads, --edges, "
+            "--rows and --damping."
         ),
     ] = "paper"
     layers: Layers = None
@@ -226,6 +226,12 @@ class TracingOptions:
         _tracing(
             help="Whose attention leads into a token: its own row's, or that of the row that chose "
             "it."
+        ),
+    ] = None
+    damping: Annotated[
+        float | None,
+        _tracing(
+            help="Factor of every edge, above 0 and up to 1: long chains of edges count less."
         ),
     ] = None
     adapter: Adapter = None

@@ -23,7 +23,7 @@ from flowtracer_plugin.credit.saliency import answer_saliency, check_whole
 from flowtracer_plugin.credit.scorers import LATE, Scorer
 from flowtracer_plugin.model.layers import select_layers
 from flowtracer_plugin.options import FlowOptions, preset_over
-from flowtracer_plugin.reading.edges import completions, deciding_rows, edge_choice
+from flowtracer_plugin.reading.edges import completions, edge_choice
 from flowtracer_plugin.reading.one_pass import Reading
 from flowtracer_plugin.reading.removal import (
     EDGES as CAUSAL,
@@ -37,7 +37,7 @@ from flowtracer_plugin.trace.choice import Row, flow_order, removal_order
 from flowtracer_plugin.trace.rollouts import (
     RolloutMasks,
     RowErrors,
-    drop_first_token,
+    asked_edges,
     solve_rollouts,
 )
 from flowtracer_plugin.trace.tracer import FlowTracer
@@ -308,12 +308,8 @@ class ReadRollouts:
 
     def _graph(self, options: FlowOptions, target: Bool[Tensor, "batch token"]) -> Graph:
         attention = self._edges(options, target)
-        if options.first_token == "drop":
-            attention = drop_first_token(attention, self.visible)
-        if options.rows == "decision":
-            response = completions(self.visible, self.prompt_length)
-            attention = deciding_rows(attention, self.visible, response)
-        return Graph(attention, target)
+        response = completions(self.visible, self.prompt_length)
+        return Graph(asked_edges(attention, self.visible, response, options), target)
 
     def _edges(self, options: FlowOptions, target: Tensor) -> Float[Tensor, "batch query key"]:
         tracer, reading = self.tracer, self.reading

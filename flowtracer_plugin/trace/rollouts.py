@@ -16,6 +16,7 @@ from flowtracer_plugin.flow.solve import solve_flow
 from flowtracer_plugin.flow.streamed import stream_batch
 from flowtracer_plugin.flow.substitution import Rows
 from flowtracer_plugin.options import FlowOptions
+from flowtracer_plugin.reading.edges import deciding_rows
 from flowtracer_plugin.text.answers import AnswerFinder, FoundAnswer, check_finder
 from flowtracer_plugin.text.spans import (
     answer_mask,
@@ -344,6 +345,21 @@ def join_errors(parts: Iterable[tuple[int, RowErrors]]) -> RowErrors:
         joined |= {first + row: error for row, error in errors.items()}
         first += rows
     return joined
+
+
+def asked_edges(
+    attention: Float[Tensor, "batch query key"],
+    mask: Bool[Tensor, "batch key"],
+    response: Bool[Tensor, "batch query"],
+    options: FlowOptions,
+) -> Float[Tensor, "batch query key"]:
+    """The edges of the flow from those that were read: the options first_token, rows, damping."""
+    if options.first_token == "drop":
+        attention = drop_first_token(attention, mask)
+    if options.rows == "decision":
+        attention = deciding_rows(attention, mask, response)
+        return attention.mul_(options.damping)  # it is new, so that no further map is made
+    return attention if options.damping == 1 else attention * options.damping
 
 
 def drop_first_token(

@@ -20,7 +20,6 @@ from flowtracer_plugin.reading.edges import (
     EdgeChoice,
     completions,
     deciding_blocks,
-    deciding_rows,
     edge_choice,
 )
 from flowtracer_plugin.reading.reader import AttentionReader
@@ -37,6 +36,7 @@ from flowtracer_plugin.trace.memory import Budget
 from flowtracer_plugin.trace.rollouts import (
     FlowBatch,
     RolloutMasks,
+    asked_edges,
     drop_first_token,
     solve_rollouts,
     stream_rollouts,
@@ -53,7 +53,7 @@ def _copies(options: FlowOptions) -> int:
         return 3
     if options.edges == CAUSAL:
         return 2
-    return 1 if options.rows == "decision" else 0
+    return 1 if options.rows == "decision" or options.damping != 1 else 0
 
 
 class Solver:
@@ -191,11 +191,7 @@ class Solver:
                 ids, mask, self.layers, choice, progress=progress
             )
             heads = self._pairs(rows)
-        if self.options.first_token == "drop":
-            attention = drop_first_token(attention, mask)
-        if self.options.rows == "decision":
-            attention = deciding_rows(attention, mask, response)
-        return attention, heads
+        return asked_edges(attention, mask, response, self.options), heads
 
     def _chosen(self, ids: Ids, mask: Mask, spans: Spans) -> tuple[int, ...]:
         """The tokens through which most flow passes, chosen and hidden one after another."""
@@ -227,7 +223,8 @@ class Solver:
         def edges(start: int, stop: int) -> Float[Tensor, "batch row key"]:
             kept = self.options.first_token == "keep"
             block = rows(start, stop)
-            return block if kept else drop_first_token(block, ordered[:, :stop])
+            block = block if kept else drop_first_token(block, ordered[:, :stop])
+            return block * self.options.damping
 
         if self.options.rows == "decision":
             said = torch.zeros_like(ordered)

@@ -63,6 +63,7 @@ def wrap(
     heads: str | float | Iterable[tuple[int, int]] | None = None,
     edges: str | None = None,
     rows: str | None = None,
+    damping: float | None = None,
     adapter: AttentionAdapter | None = None,
     backend: str = "nnsight",
     block: int = 64,
@@ -91,6 +92,7 @@ def wrap(
         heads: `"all"`, a share such as 0.3, or (layer, head) pairs.
         edges: `"attention"`, `"value"`, `"influence"` or `"causal"`.
         rows: `"own"` or `"decision"`.
+        damping: Factor of every edge, above 0 and up to 1.
         adapter: An adapter for this architecture, if the built-in ones cannot read it.
         backend: `"nnsight"` reads any model. `"interface"` reads models that use transformers'
             attention interface, also with tensor parallelism, in several threads, or without
@@ -128,6 +130,7 @@ def wrap(
         heads=None if heads is None else head_pairs(heads),
         edges=edges,
         rows=rows,
+        damping=damping,
     )
     if options.edges == "causal" and mode == "streamed":
         raise ValueError(

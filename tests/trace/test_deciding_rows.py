@@ -72,9 +72,9 @@ def test_the_flow_is_that_of_the_slow_definition(model):
     trace = tracer(model, preset="decided").trace_tokens(PROMPT, SAID)
     start = len(PROMPT)
     edges = np.zeros_like(own.attention)
-    edges[start:] = own.attention[start - 1 : -1]
+    edges[start:] = own.attention[start - 1 : -1] * 0.5
     np.testing.assert_allclose(trace.attention, edges, atol=1e-7)
-    wanted = reference.flow(edges, trace.spans.question, trace.spans.target)
+    wanted = reference.flow(edges, trace.spans.question, trace.spans.target, "reach")
     np.testing.assert_allclose(trace.throughput, wanted["throughput"], atol=1e-6)
     np.testing.assert_allclose(trace.reach, wanted["reach"], atol=1e-6)
 
@@ -83,6 +83,7 @@ def test_the_flow_is_that_of_the_slow_definition(model):
 @pytest.mark.parametrize("edges", ["attention", "value"])
 def test_streamed_traces_are_equal_to_dense_ones(model, edges, first_token):
     options = {"rows": "decision", "layers": "all", "edges": edges, "first_token": first_token}
+    options["damping"] = 0.3 if first_token == "keep" else 1.0
     dense, streamed = (
         tracer(model, mode=mode, block=3, **options).trace_tokens(PROMPT, SAID)
         for mode in ("dense", "streamed")
@@ -148,3 +149,17 @@ def test_rows_and_target_must_not_both_decide():
 def test_examples_of_presets():
     result = doctest.testmod(options)
     assert (result.attempted, result.failed) == (3, 0)
+
+
+@pytest.mark.parametrize("mode", ["dense", "streamed"])
+def test_damping_multiplies_every_edge_and_reach_falls_with_each_hop(model, mode):
+    whole, half = (
+        tracer(model, mode=mode, damping=damping, block=3).trace_tokens(PROMPT, SAID)
+        for damping in (1.0, 0.5)
+    )
+    edges = tracer(model, mode="dense").trace_tokens(PROMPT, SAID).attention * 0.5
+    wanted = reference.flow(edges, half.spans.question, half.spans.target)
+    np.testing.assert_allclose(half.reach, wanted["reach"], atol=1e-5)
+    np.testing.assert_allclose(half.throughput, wanted["throughput"], atol=1e-5)
+    before = ~half.spans.target
+    assert (half.reach[before] <= whole.reach[before] / 2 + 1e-6).all()

@@ -547,6 +547,7 @@ def test_messages_need_a_chat_template(tracer, model, chat):
         ({"question_weights": "h"}, "question_weights must be one of .*'reach'.*got 'h'"),
         ({"boundary": "soft"}, "boundary must be one of .*'absorbing'.*got 'soft'"),
         ({"first_token": "lose"}, "first_token must be one of .*'drop'.*got 'lose'"),
+        ({"damping": 1.5}, r"damping must be above 0 and up to 1, got 1\.5"),
     ],
 )
 def test_unknown_options_are_refused_when_the_model_is_wrapped(model, tokenizer, option, message):

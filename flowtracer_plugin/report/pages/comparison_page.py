@@ -244,6 +244,7 @@ def _made(traces: Sequence[TraceData]) -> list[tuple[str, str]]:
             "layers": layers if isinstance(layers, str) else ranges(sorted(layers)),
             "numbers of layers": ranges(sorted(trace.layers)),
             "rows": trace.options.rows,
+            "edges": f"{trace.options.edges}, times {trace.options.damping:g}",
             "question": f"{trace.options.question}, weights: {trace.options.question_weights}",
             "answer": trace.options.answer,
             "flow ends at": f"{trace.options.target}, {trace.options.boundary} boundary",
