@@ -93,10 +93,14 @@ TARGETS += [
 
 def remarks(rows: Sequence[Row]) -> list[str]:
     """The exact measure, for each case."""
+    said = {"credit": "by the clock", "logged": "as logged"}
     return [
         f"{', '.join(str(value) for value in row['case'].values())}: credit takes "
-        f"{row['ratios']['credit']['without']:.2%} of a step by the clock, "
-        f"{row['ratios']['logged']['without']:.2%} as logged"
+        + ", ".join(
+            f"{row['ratios'][measure]['without']:.2%} of a step {how}"
+            for measure, how in said.items()
+            if measure in row["ratios"]
+        )
         for row in rows
         if "credit" in row["ratios"]
     ]

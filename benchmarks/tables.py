@@ -136,7 +136,10 @@ def table(report: Report) -> str:
 def _cell(row: Row, way: str) -> str:
     if way not in row["seconds"]:
         return ""
-    return f"{seconds(row['seconds'][way])}, {megabytes(row['peak_mb'][way])}"
+    taken = [seconds(row["seconds"][way])]
+    if way in row["peak_mb"]:  # a row that was added by hand may lack it
+        taken.append(megabytes(row["peak_mb"][way]))
+    return ", ".join(taken)
 
 
 def _ratios(row: Row, other: str) -> str:
