@@ -33,7 +33,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "question_weights": "reach",
             "damping": 0.5,
         },
-        "causal": {"layers": "all", "target": "decision", "edges": "causal"},
+        "causal": {
+            "layers": "all",
+            "target": "decision",
+            "edges": "causal",
+            "question_weights": "reach",
+        },
     }
 )
 """The options that each preset sets; all others are as in the paper.
