@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -115,7 +117,8 @@ def _of_batch(
 def _noise(
     model: nn.Module, ids: Tensor, visible: Tensor, moved: Tensor, seed: int
 ) -> Float[Tensor, "batch token width"]:
-    width = language_model(model).get_input_embeddings().weight.shape[-1]
+    embedding: Any = language_model(model).get_input_embeddings()
+    width = int(embedding.weight.shape[-1])
     noise = torch.zeros(*ids.shape, width)
     for row, (shown, chosen) in enumerate(zip(visible.cpu(), moved.cpu(), strict=True)):
         generator = row_generator(ids[row].to("cpu", torch.int64)[shown], seed)
