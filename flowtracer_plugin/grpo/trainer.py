@@ -78,9 +78,10 @@ class FlowGRPOConfig(GRPOConfig):
             the answer; `"waad"`, `"fai"` and `"coupled"` are those of its predecessor (arXiv
             2510.13554); `"attention"`, `"attention_power"` and `"rollout"` are the answer's
             attention in one hop, in two hops and through all layers; `"grad_x_input"` is a
-            gradient, and `"counterfactual"` the exact effect of swapping a token; `"causal"` and
-            `"flow:causal"` hide what they choose, step by step; `"entropy"` and `"surprisal"` are
-            those of the policy; `"oracle"` is a pattern; `"random"` is chance.
+            gradient, `"oar"` that of arXiv 2601.07408, and `"counterfactual"` the exact effect of
+            swapping a token; `"causal"` and `"flow:causal"` hide what they choose, step by step;
+            `"entropy"` and `"surprisal"` are those of the policy; `"oracle"` is a pattern;
+            `"random"` is chance.
             `"shuffled"` permutes flow's choice among tokens of the same role and position: if it
             trains as well as `"flow"`, flow is not what helps. `"uniform"` is plain GRPO.
             `"flow:decided"` and `"flow:sharp"` make the graph by another preset, and

@@ -144,7 +144,7 @@ def test_influence_costs_a_backward_pass_and_changes_no_gradient(
     assert logged(ours, "top_share")[0] > 0
 
 
-@pytest.mark.parametrize("scorer", ["flow:decided", "reach:derivation", "flow:sharp"])
+@pytest.mark.parametrize("scorer", ["flow:decided", "reach:derivation"])
 def test_weighed_edges_of_all_heads_keep_no_call(policy, tmp_path, monkeypatch, scorer):
     kept, real = [], ReadingSum.reading
 

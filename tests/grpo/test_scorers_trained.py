@@ -34,7 +34,7 @@ def test_every_scorer_boosts_some_tokens_and_the_same_in_every_pass(policy, tmp_
         )  # fmt: skip
         weights = chosen[name] = seen[0][WEIGHTS]
         assert weights.max() > 1
-        assert weights.min() == 1
+        assert weights.min() < 1 if scorer == "oar" else weights.min() == 1
         assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
     # TRL's training pass computes entropies by other means, and ties may fall otherwise.
     for name in () if "entropy" in scorer else ("scoring", "extra"):

@@ -151,7 +151,8 @@ def test_orders_are_those_of_gradients_of_eager_attention(model, text, by_flow, 
         edges = edges.clamp_min(0)
         edges /= edges.sum(-1, keepdim=True).clamp_min(1e-300)
         target = answer[0].roll(-1).numpy()
-        flow = solve_flow(edges.numpy(), masks_of(answer).question[0].numpy(), target)
+        question = masks_of(answer).question[0].numpy()
+        flow = solve_flow(edges.numpy(), question, target, question_weights="reach")
         return np.where(target, 0.0, flow.throughput)
 
     wanted = order_by_hand(losses, range(PROMPT, FIRST), range(FIRST - SPARED, FIRST), steps)
