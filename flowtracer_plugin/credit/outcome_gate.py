@@ -10,15 +10,10 @@ from torch import Tensor, nn
 
 from flowtracer_plugin.credit.controls import row_generator
 from flowtracer_plugin.credit.saliency import check_whole
-from flowtracer_plugin.model.causal_lm import (
-    embeddings_as_leaves,
-    evaluating,
-    first_output,
-    language_model,
-    text_inputs,
-)
+from flowtracer_plugin.model.causal_lm import first_output, language_model, text_inputs
 from flowtracer_plugin.model.cutting import plainly
-from flowtracer_plugin.model.padding import text_first
+from flowtracer_plugin.model.padding import in_front, text_first
+from flowtracer_plugin.reading.influence import own_graph
 
 NOISE = 1e-3
 """Standard deviation of the noise on the embeddings, as in the authors' code."""
@@ -91,19 +86,22 @@ def _of_batch(
     reasoning = visible & (place >= start) & (place < first)
     # Padding on the left would shift learned positions.
     ordered_ids, ordered = text_first(ids, visible)
-    asked, moved = torch.zeros_like(ordered), torch.zeros_like(ordered)
-    asked[ordered], moved[ordered] = answer[visible], reasoning[visible]
-    inputs = text_inputs(model, ordered_ids, ordered)
+    asked, moved = (in_front(part, visible, ordered) for part in (answer, reasoning))
+    rows = asked[:, 1:].any(0).nonzero()[:, 0]
+    choosing = asked[:, 1:][:, rows, None]
+    # No other rows go through the model's large head.
+    inputs = text_inputs(model, ordered_ids, ordered, logits_to_keep=rows)
 
     def chances() -> Float[Tensor, "batch word"]:
-        logits = first_output(model(**inputs))[:, :-1].float()
-        choosing = asked[:, 1:, None].to(logits.device)
-        return ((logits * choosing).sum(1) / choosing.sum(1)).log_softmax(-1)
+        logits = first_output(model(**inputs))
+        kept = (logits if "logits_to_keep" in inputs else logits[:, rows]).float()
+        weights = choosing.to(kept.device)
+        return ((kept * weights).sum(1) / weights.sum(1)).log_softmax(-1)
 
     with plainly(model):
         usual = chances()
     noise = _noise(model, ordered_ids, ordered, moved, seed)
-    with torch.enable_grad(), evaluating(model), embeddings_as_leaves(model, noise) as embedded:
+    with own_graph(model, noise) as embedded:
         noisy = chances()
         total = (usual.exp() * (usual - noisy)).sum()  # rows are independent
         (gradient,) = torch.autograd.grad(total, embedded)

@@ -7,14 +7,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
-from flowtracer_plugin.model.causal_lm import (
-    embeddings_as_leaves,
-    evaluating,
-    first_output,
-    text_inputs,
-)
-from flowtracer_plugin.model.padding import text_first
+from flowtracer_plugin.model.causal_lm import first_output, text_inputs
+from flowtracer_plugin.model.padding import in_front, text_first
 from flowtracer_plugin.model.parallel import may_stop, tensor_parallel_group
+from flowtracer_plugin.reading.influence import own_graph
 
 
 def answer_saliency(
@@ -62,9 +58,8 @@ def check_whole(model: nn.Module) -> None:
 def _of_batch(model: nn.Module, ids: Tensor, visible: Tensor, answer: Tensor) -> Tensor:
     # Padding on the left would shift learned positions.
     ordered_ids, ordered = text_first(ids, visible)
-    asked = torch.zeros_like(ordered)
-    asked[ordered] = answer[visible]
-    with torch.enable_grad(), evaluating(model), embeddings_as_leaves(model) as embedded:
+    asked = in_front(answer, visible, ordered)
+    with own_graph(model) as embedded:
         row, place = asked[:, 1:].nonzero(as_tuple=True)
         logits = first_output(model(**text_inputs(model, ordered_ids, ordered)))[row, place].float()
         chances = logits.log_softmax(-1)

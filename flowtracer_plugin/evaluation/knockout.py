@@ -28,6 +28,7 @@ from flowtracer_plugin.model.cutting import (
     Edges,
     check_model,
     cutting,
+    hidden_from_later,
     plainly,
     prefix_copies,
     read_prefix,
@@ -120,11 +121,8 @@ def cut_edges(
 
 def hidden_edges(tokens: TokenSets, answer: Bool[Tensor, " token"], *, rows: str) -> Edges:
     """The edges that `knock_out` cuts, without those of tokens to themselves."""
-    place = torch.arange(tokens.shape[1], device=tokens.device)
-    queries = place[:, None] > place
-    if rows == "answer":
-        queries = queries & deciding_rows(answer)[:, None]
-    return tokens[:, None, :] & queries
+    edges = hidden_from_later(tokens)
+    return edges & deciding_rows(answer)[:, None] if rows == "answer" else edges
 
 
 def deciding_rows(answer: Bool[Tensor, " token"]) -> Bool[Tensor, " token"]:

@@ -48,6 +48,12 @@ class KnockOutError(RuntimeError):
     """Cutting attention does not stop information from reaching a model's later tokens."""
 
 
+def hidden_from_later(tokens: Bool[Tensor, "cut token"]) -> Edges:
+    """The edges that hide each set of tokens from all later ones."""
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    return tokens[:, None, :] & (place[:, None] > place)
+
+
 @contextmanager
 def cutting(removed: Edges) -> Iterator[None]:
     """Remove edges from the attention of models that this thread runs inside the `with` block.

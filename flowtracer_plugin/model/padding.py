@@ -23,6 +23,17 @@ def text_first(
     return input_ids[:, :most], ordered[:, :most]
 
 
+def in_front(
+    values: Bool[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    ordered: Bool[Tensor, "batch most"],
+) -> Bool[Tensor, "batch most"]:
+    """Marks of visible tokens at the places to which `text_first` moves these tokens."""
+    moved = torch.zeros_like(ordered)
+    moved[ordered] = values.to(ordered.device)[mask.to(ordered.device)]
+    return moved
+
+
 def put_back(
     total: Float[Tensor, "batch most most"], mask: Bool[Tensor, "batch token"]
 ) -> Float[Tensor, "batch token token"]:

@@ -13,6 +13,7 @@ from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
 from flowtracer_plugin.attention.head_choice import attention_to, most_attentive, named_heads
 from flowtracer_plugin.attention.head_mean import query_tensor
 from flowtracer_plugin.flow.substitution import Rows
+from flowtracer_plugin.model.padding import in_front
 from flowtracer_plugin.options import FlowOptions, Heads
 from flowtracer_plugin.reading.rows import AttentionRows
 
@@ -44,17 +45,11 @@ class EdgeChoice:
         self, mask: Bool[Tensor, "batch token"], ordered: Bool[Tensor, "batch most"]
     ) -> EdgeChoice:
         """The same choice for texts with all padding behind them, whose mask is `ordered`."""
-
-        def moved(values: Tensor) -> Tensor:
-            found = ordered.new_zeros(ordered.shape)
-            found[ordered] = values.to(ordered.device)[mask.to(ordered.device)]
-            return found
-
         return replace(
             self,
-            target=moved(self.target),
-            reasoning=moved(self.reasoning),
-            response=moved(self.response),
+            target=in_front(self.target, mask, ordered),
+            reasoning=in_front(self.reasoning, mask, ordered),
+            response=in_front(self.response, mask, ordered),
         )
 
 

@@ -23,7 +23,7 @@ from flowtracer_plugin.model.causal_lm import (
     first_output,
     text_inputs,
 )
-from flowtracer_plugin.model.padding import text_first
+from flowtracer_plugin.model.padding import in_front, text_first
 from flowtracer_plugin.model.parallel import may_stop, tensor_parallel_group, uncompiled
 
 Influence = Float[Tensor, "batch head token"]
@@ -55,8 +55,7 @@ def influences(
     """
     check_backward(model)
     ordered_ids, ordered = text_first(ids, visible)
-    asked = torch.zeros_like(ordered)
-    asked[ordered] = decided[visible]
+    asked = in_front(decided, visible, ordered)
     with _own_pass(model, projections) as outputs:
         total = _total_log_odds(model, ordered_ids, ordered, asked)
         gradients = torch.autograd.grad(total, _reached(model, outputs))
@@ -191,23 +190,25 @@ _SAME = 0.01
 def _reentrant(model: nn.Module) -> bool:
     return any(
         getattr(module, "gradient_checkpointing", False)
-        and getattr(
-            getattr(module, "_gradient_checkpointing_func", None), "keywords", {"use_reentrant": 1}
-        ).get("use_reentrant", True)
+        and getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get(
+            "use_reentrant", True
+        )
         for module in model.modules()
     )
 
 
 @contextmanager
-def own_graph(model: nn.Module) -> Iterator[None]:
-    """A context in which the model runs without dropout, with a graph from the embeddings on."""
+def own_graph(model: nn.Module, added: Tensor | None = None) -> Iterator[list[Tensor]]:
+    """A context in which the model runs without dropout, with a graph from the embeddings on.
+
+    The embeddings of each pass are appended to the list; `added` is added to them before.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(evaluating(model))
         stack.enter_context(uncompiled(model))
-        stack.enter_context(embeddings_as_leaves(model))
-        yield
+        yield stack.enter_context(embeddings_as_leaves(model, added))
 
 
 @contextmanager

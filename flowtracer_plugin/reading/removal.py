@@ -23,14 +23,14 @@ from flowtracer_plugin.model.causal_lm import (
     text_inputs,
 )
 from flowtracer_plugin.model.cutting import (
-    Edges,
     check_model,
     cutting,
+    hidden_from_later,
     plainly,
     prefix_copies,
     read_prefix,
 )
-from flowtracer_plugin.model.padding import put_back, text_first
+from flowtracer_plugin.model.padding import in_front, put_back, text_first
 from flowtracer_plugin.reading.influence import (
     check_backward,
     log_odds,
@@ -74,9 +74,7 @@ class AskedTexts:
 
     def moved(self, values: Bool[Tensor, "batch token"]) -> Bool[Tensor, "batch most"]:
         """Values of the tokens, in the order in which the model reads them."""
-        found = torch.zeros_like(self.ordered)
-        found[self.ordered] = values.to(self.visible.device)[self.visible]
-        return found
+        return in_front(values, self.visible, self.ordered)
 
 
 def asked_texts(
@@ -112,7 +110,7 @@ def asked_texts(
         whole = read_prefix(model, ordered_ids)
         plain = _answer_logits(model, texts, deciding)
         cached = replace(texts, cache=prefix_copies(whole, prompt, 1))
-        with cutting(_from_later(torch.zeros_like(ordered))):
+        with cutting(hidden_from_later(torch.zeros_like(ordered))):
             again = _answer_logits(model, cached, deciding)
     return cached if difference(again, plain) <= rounding(plain) else texts
 
@@ -193,7 +191,7 @@ def _felt(
     with ExitStack() as stack:
         stack.enter_context(own_graph(model))
         if hidden is not None:
-            stack.enter_context(cutting(_from_later(hidden)))
+            stack.enter_context(cutting(hidden_from_later(hidden)))
         outputs = stack.enter_context(_inputs_of(projections))
         logits = reader.listen(
             lambda: _answer_logits(model, texts, deciding),
@@ -241,12 +239,6 @@ def _answer_logits(
             inputs["logits_to_keep"] = deciding
     logits = first_output(model(**inputs))
     return (logits if "logits_to_keep" in accepted else logits[:, deciding]).float()
-
-
-def _from_later(hidden: Bool[Tensor, "batch token"]) -> Edges:
-    """The edges that hide tokens from all later ones, as `evaluation.knockout` cuts them."""
-    place = torch.arange(hidden.shape[1], device=hidden.device)
-    return hidden[:, None, :] & (place[:, None] > place)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from flowtracer_plugin.model.layers import select_layers
 from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.reading.edges import completions, reasoning_mask
 from flowtracer_plugin.reading.reader import AttentionReader
@@ -25,7 +26,12 @@ from flowtracer_plugin.reading.removal import (
     helpful_edges,
 )
 from flowtracer_plugin.text.spans import target_mask
-from flowtracer_plugin.trace.rollouts import RolloutMasks, RowErrors, solve_rollouts
+from flowtracer_plugin.trace.rollouts import (
+    RolloutMasks,
+    RowErrors,
+    asked_edges,
+    solve_rollouts,
+)
 
 STEPS = 8
 """Steps of the choice, unless somebody says otherwise."""
@@ -153,12 +159,13 @@ def flow_order(
 ) -> tuple[Row, RowErrors]:
     """`order_of_choice` by the throughput along the edges that help the answer, and errors of rows.
 
-    In each step the flow runs along `helpful_edges` of the text with holes, from the question to
-    `options.target`. The target's own tokens are 0: all flow ends there. Arguments and errors are
-    as for `removal_order`.
+    In each step the flow runs along `helpful_edges` of the text with holes, as `options` ask for
+    them, from the question to `options.target`. The target's own tokens are 0: all flow ends there.
+    Arguments and errors are as for `removal_order`.
     """
-    layers = [site.layer for site in reader.sites]
+    layers = select_layers(options.layers, [site.layer for site in reader.sites])
     found = torch.zeros(ids.shape, device=ids.device)
+    response = completions(visible, start)
     errors: dict[int, Exception] = {}
     candidates, spared = before_answer(visible, masks.answer, start)
     target = torch.from_numpy(target_mask(masks.answer.cpu().numpy(), options.target))
@@ -171,11 +178,12 @@ def flow_order(
             hidden: Hidden,
             texts: AskedTexts = texts,
             part: RolloutMasks = part,
-            at: int = rows.start,
+            rows: slice = rows,
         ) -> Row:
             edges = helpful_edges(edge_losses(reader, texts, layers, hidden))
+            edges = asked_edges(edges, visible[rows], response[rows], options)
             flow = solve_rollouts(edges, part, start, options)
-            errors.update({at + row: error for row, error in flow.errors.items()})
+            errors.update({rows.start + row: error for row, error in flow.errors.items()})
             return flow.throughput.masked_fill(part.target, 0.0)
 
         found[rows] = order_of_choice(losses, candidates[rows], spared[rows], steps)

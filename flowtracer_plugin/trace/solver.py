@@ -15,6 +15,7 @@ from flowtracer_plugin.flow.solve import solve_flow
 from flowtracer_plugin.flow.streamed import stream_flow
 from flowtracer_plugin.flow.substitution import Rows
 from flowtracer_plugin.model.causal_lm import check_input, check_packing
+from flowtracer_plugin.model.padding import in_front
 from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.reading.edges import (
     EdgeChoice,
@@ -227,8 +228,7 @@ class Solver:
             return block * self.options.damping
 
         if self.options.rows == "decision":
-            said = torch.zeros_like(ordered)
-            said[ordered] = response.to(ordered.device)[mask.to(ordered.device)]
+            said = in_front(response, mask, ordered)
             return deciding_blocks(edges, said), ordered, self._pairs(rows)
         return edges, ordered, self._pairs(rows)
 
