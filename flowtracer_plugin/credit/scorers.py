@@ -339,7 +339,8 @@ def _product(factors: tuple[Scorer, ...]) -> Scorer:
     own = [factor.name for factor in factors if factor.choose is not top]
     if own:
         raise ValueError(f"{own[0]!r} does not choose by its score, and cannot be multiplied")
-    attentive = [one for one in factors if one.needs & {"flow", "attention", "heads"}]
+    read = {"flow", "attention", "heads", "flow_removals"}
+    attentive = [one for one in factors if one.needs & read]
     layers = {one.layers for one in attentive} or {"middle"}
     presets = {one.preset for one in factors if one.graph or one.preset} or {None}
     steps = {one.steps for one in factors if one.steps}
