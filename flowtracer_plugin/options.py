@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, TypedDict
 
@@ -23,14 +23,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "layers": "all",
             "rows": "decision",
             "edges": "value",
-            "question_weights": "reach",
+            "question_weights": "origins",
             "damping": 0.5,
         },
         "derivation": {
             "layers": "all",
             "rows": "decision",
             "edges": "influence",
-            "question_weights": "reach",
+            "question_weights": "origins",
             "damping": 0.5,
         },
         "causal": {
@@ -49,14 +49,18 @@ weights edges by the length of the moved values.
 
 "decided" follows who decided whom: into each token lead the edges of the row that chose it, over
 all layers, weighted by the length of the moved values. "derivation" also weighs each head and row
-by its influence on the sampled tokens, at the cost of a forward and a backward pass. In both,
-nothing flows between the tokens of the prompt, so flow is injected in proportion to reach. A token
-passes on half of its reach, since a long chain of copies would otherwise count as much as the
-tokens that it copies.
+by its influence on the sampled tokens, at the cost of a forward and a backward pass. In both, a
+token passes on half of its reach, since a long chain of copies would otherwise count as much as the
+tokens that it copies. So a walk back from the answer ends at a token of the prompt, or with a
+probability of one half at any token of the response. Flow is injected where these walks end, so
+that throughput is in proportion to reach.
 
 "causal" asks what one answer hangs on: its edges say what the answer loses without them, and
 tokens are chosen one after another, at the cost of eight forward and backward passes.
 """
+
+BEST, EVERYWHERE = "derivation", "paper"
+"""The preset that `wrap` chooses if none is given, and that for models without a backward pass."""
 
 
 class Solving(TypedDict):
@@ -78,7 +82,9 @@ class FlowOptions:
         answer: The name of the answer finder, or its pattern.
         target: `"answer"`, the rows of the answer tokens, or `"decision"`, the rows of the tokens
             before them, whose logits choose them.
-        question_weights: `"uniform"` injects flow in equal parts, `"reach"` in proportion to reach.
+        question_weights: `"uniform"` injects flow in equal parts over the question, `"reach"` in
+            proportion to reach; `"origins"` at every token outside the answer, in proportion to the
+            reach that it has from no earlier token, so that throughput is proportional to reach.
         boundary: `"literal"`: flow passes answer tokens; `"absorbing"`: it ends at the first one.
         first_token: `"keep"`, or `"drop"`: the attention to the first token, a common attention
             sink, is divided among the other tokens in proportion.
@@ -135,7 +141,7 @@ class FlowOptions:
         if self.rows == self.target == "decision":
             raise ValueError(
                 "with rows='decision' the rows that decide the answer lead into the answer itself; "
-                "use target='answer'"
+                "use target='answer', or rows='own' (preset='decision')"
             )
 
     @property
@@ -153,7 +159,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "question": ("prompt", "all", "user", "mask"),
         "target": ("answer", "decision"),
-        "question_weights": ("uniform", "reach"),
+        "question_weights": ("uniform", "reach", "origins"),
         "boundary": ("literal", "absorbing"),
         "first_token": ("keep", "drop"),
         "edges": ("attention", "value", "influence", "causal"),
@@ -177,6 +183,21 @@ def flow_options(preset: str = "paper", **chosen: Any) -> FlowOptions:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     given = {name: value for name, value in chosen.items() if value is not None}
     return FlowOptions(**{**PRESETS[preset], **given})
+
+
+def preset_of(options: FlowOptions) -> str | None:
+    """The preset whose graph these options make, whatever the layers, question and answer.
+
+    Examples:
+        >>> preset_of(flow_options("sharp", layers="late")), preset_of(FlowOptions(heads=0.5))
+        ('sharp', None)
+    """
+    free = ("layers", "question", "answer")
+
+    def graph(one: FlowOptions) -> dict[str, Any]:
+        return {name: value for name, value in asdict(one).items() if name not in free}
+
+    return next((name for name in PRESETS if graph(flow_options(name)) == graph(options)), None)
 
 
 def preset_over(preset: str | None, own: FlowOptions) -> FlowOptions:

@@ -122,7 +122,8 @@ def audit(
     )
     reward = named_reward(rollouts.reward)
     examples = load_prompts(data, tokenizer, rollouts.prompts)
-    tracer = load_tracer(model, loading, tokenizer, layers=credit.layers, answer=credit.answer)
+    how = {"layers": credit.layers, "answer": credit.answer, "preset": "paper"}
+    tracer = load_tracer(model, loading, tokenizer, **how)
     parameters = list(named_parameters(tracer.model, credit.parameters).values())
     check_memory(tracer.model, parameters, vectors=len(scorers) + 4)
     settings = {
@@ -137,12 +138,12 @@ def audit(
     }
     file = AuditFile(results.output, settings)
     groups = _groups(tracer, examples, rollouts, reward, file)
-    how: dict[str, Any] = {
+    running: dict[str, Any] = {
         "oracle": credit.oracle,
         "done": set(file.batches),
         "progress": sys.stderr.isatty(),
     }
-    for batch in audited(tracer, groups, scorers, parameters, options, **how):
+    for batch in audited(tracer, groups, scorers, parameters, options, **running):
         file.add(batch)
     batches = [file.batches[number] for number in sorted(file.batches)]
     summary = summarise_audit(batches, gammas=tuple(dict.fromkeys((credit.gamma, 3.0, math.inf))))

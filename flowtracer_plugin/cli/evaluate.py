@@ -132,7 +132,7 @@ def evaluate(
     options = _options(chosen)
     protocols, scores = _protocols(chosen.protocols), _scores(chosen, options.matched)
     examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)
-    how = {"layers": answers.layers, "answer": answers.answer, "mode": "dense"}
+    how = {"layers": answers.layers, "answer": answers.answer, "mode": "dense", "preset": "paper"}
     tracer = load_tracer(model, loading, tokenizer, **how)
     settings = EvaluationSettings(
         options=options,

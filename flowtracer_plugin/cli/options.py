@@ -173,18 +173,19 @@ class TracingOptions:
     """How the flow is traced: the options of `wrap`."""
 
     preset: Annotated[
-        Literal["paper", "decision", "sharp", "decided", "derivation", "causal"],
+        Literal["paper", "decision", "sharp", "decided", "derivation", "causal"] | None,
         _tracing(
             help="Sets defaults of --layers, --target, --question-weights, --heads, --edges, "
-            "--rows and --damping."
+            "--rows and --damping; by default derivation, or paper if the model cannot make a "
+            "backward pass."
         ),
-    ] = "paper"
+    ] = None
     layers: Layers = None
     question: Annotated[
         Literal["prompt", "all", "user"],
         _tracing(
-            help="Where flow starts: the prompt, the prompt with its special tokens, or the text "
-            "of --prompt alone."
+            help="What the question is: the prompt, the prompt with its special tokens, or the "
+            "text of --prompt alone."
         ),
     ] = "prompt"
     answer: AnswerRule = "auto"
@@ -193,8 +194,11 @@ class TracingOptions:
         _tracing(help="Where flow ends: the answer's tokens, or those whose logits choose them."),
     ] = None
     question_weights: Annotated[
-        Literal["uniform", "reach"] | None,
-        _tracing(help="Flow starts in equal parts, or in proportion to influence on the answer."),
+        Literal["uniform", "reach", "origins"] | None,
+        _tracing(
+            help="Flow starts at the question in equal parts, or in proportion to influence on the "
+            "answer; or wherever what decided the answer comes from."
+        ),
     ] = None
     boundary: Annotated[
         Literal["literal", "absorbing"] | None,

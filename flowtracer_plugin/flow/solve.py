@@ -1,4 +1,4 @@
-"""Reach, throughput and edge flow of one unit that is injected over the question.
+"""Reach, throughput and edge flow of one unit that is injected and flows to the answer.
 
 Let `L[k, i]` be the attention that the later token k pays to the earlier token i. The reach
 `h = 1[answer] + L.T h` is the influence of a token on the answer, and the throughput is `f = h g`
@@ -24,7 +24,7 @@ from flowtracer_plugin.flow.graph import FlowGraph
 from flowtracer_plugin.flow.substitution import product, solve
 from flowtracer_plugin.flow.validation import read_mask, rows_without
 
-QUESTION_WEIGHTS = ("uniform", "reach")
+QUESTION_WEIGHTS = ("uniform", "reach", "origins")
 BOUNDARIES = ("literal", "absorbing")
 UNREACHED = ("raise", "zero")
 BACKENDS = ("auto", "dense", "sparse")
@@ -46,10 +46,10 @@ class Flow:
             number of answer tokens if the attention of each token sums to at most one.
         throughput: `f`, the share of the unit that passes through each token, in [0, 1]. Exactly 0
             for tokens from which no path leads to the answer.
-        source: `mu`, the share injected at each token; sums to 1 over the question.
+        source: `mu`, the share injected at each token; sums to 1.
         potential: `g`, throughput per reach, times a power of two that the whole graph shares.
-        question_reached: How many question tokens reach the answer and share the unit; an int, or
-            one number per batch row.
+        question_reached: How many question tokens reach the answer; an int, or one number per
+            batch row.
         boundary: "literal" or "absorbing", as passed to `solve_graph`.
     """
 
@@ -136,19 +136,22 @@ def solve_flow(
             `[token]` or `[batch, token]`.
         answer: The tokens that are connected to the sink, in the same form.
         question_weights: "uniform" injects the same at every question token that reaches the
-            answer; "reach" injects in proportion to the token's influence.
+            answer; "reach" injects in proportion to the token's influence. "origins" injects at
+            every token outside the answer, also in the response, the part of its influence that
+            comes from no earlier token, `h(k) (1 - sum_i L[k, i])`. Then the throughput of all
+            tokens before the answer is proportional to reach, if no row sums to more than 1.
         boundary: "literal" lets influence pass through answer tokens to later ones; "absorbing"
             ends it at the first answer token.
-        unreached: "raise" raises an error if no question token reaches the answer. With "zero", a
-            graph or batch row without such a token carries no flow and has `question_reached` 0.
+        unreached: "raise" raises an error if no token at which flow would be injected reaches the
+            answer. With "zero", a graph or batch row without such a token carries no flow.
         backend: "dense" or "sparse" is how the edges are stored while the flow is solved. "auto"
             keeps their form, except that sparse graphs become dense, because that is faster, if
             they have more than 3 % of all edges and at most 8,192 tokens.
 
     Raises:
         TypeError: As for `FlowGraph.from_attention`.
-        ValueError: As for `FlowGraph.from_attention`, or no question token reaches the answer and
-            `unreached` is "raise".
+        ValueError: As for `FlowGraph.from_attention`, or no token at which flow would be injected
+            reaches the answer and `unreached` is "raise".
         FloatingPointError: The numbers do not fit the precision of the attention.
 
     >>> flow = solve_flow(np.tril(np.ones((4, 4))), [1, 0, 0, 0], [0, 0, 0, 1])
@@ -187,11 +190,18 @@ def solve_graph(
     _check_option("backend", backend, BACKENDS)
     matrix, question, answer = _stored(graph, backend).matrix, graph.question, graph.answer
     dtype = (matrix[0] if isinstance(matrix, tuple) else matrix).dtype
+    passing = passing_tokens(answer, boundary)
+
+    def row_sums() -> Float[Any, "*batch token"]:
+        ones = backend_of(answer).xp.ones_like
+        return product(matrix, ones(answer, dtype=dtype) * (True if passing is None else passing))
+
     nodes = solve_nodes(
         partial(solve, matrix),
         question,
         answer,
-        passing_tokens(answer, boundary),
+        passing,
+        row_sums,
         dtype=dtype,
         question_weights=question_weights,
         zero=unreached == "zero",
@@ -230,6 +240,7 @@ def solve_nodes(
     question: Bool[Any, "*batch token"],
     answer: Bool[Any, "*batch token"],
     passing: Bool[Any, "*batch token"] | None,
+    row_sums: Callable[[], Float[Any, "*batch token"]],
     *,
     dtype: Any,
     question_weights: str,
@@ -237,25 +248,28 @@ def solve_nodes(
 ) -> Nodes:
     """Reach, solved from the end of the text, then potential, solved from its beginning.
 
-    `solve` is called like `substitution.solve`, without the matrix. If no question token reaches
+    `solve` is called like `substitution.solve`, without the matrix; `row_sums`, after the first
+    call, says how much leads into each token. If no token at which flow would be injected reaches
     the answer, the graph carries no flow if `zero` is set; otherwise an error is raised.
     """
     xp = backend_of(answer).xp
     unit = unit_of(xp.finfo(dtype))
     with np.errstate(all="ignore"):  # _check_flow finds numbers that do not fit
         scaled = _reach(solve, xp.asarray(answer, dtype=dtype) * unit, passing)
-        source = _source(question & (scaled > 0), scaled, question_weights)
+        reached = question & (scaled > 0)
+        share = _injected(scaled, reached, answer, row_sums, question_weights)
+        total = share.sum(-1, keepdims=True)
+        source = share / (total + (total == 0))
         potential = _potential(solve, scaled, source, passing)
         reach, throughput = scaled / unit, scaled * potential
-        reached = (question & (scaled > 0)).sum(-1)
         sunk = into_sink(answer, reach, throughput)
-        _check_flow(reached, reach, sunk, zero=zero)
+        _check_flow(share, reach, sunk, question_weights, zero=zero)
     return Nodes(
         reach=reach,
         throughput=throughput,
         source=source,
         potential=potential,
-        question_reached=reached if reached.ndim else int(reached),
+        question_reached=reached.sum(-1) if reached.ndim > 1 else int(reached.sum()),
     )
 
 
@@ -284,13 +298,17 @@ def _reach(
     return reach * (reach >= backend_of(reach).xp.finfo(reach.dtype).smallest_normal)
 
 
-def _source(
-    reached: Bool[Any, "*batch token"], reach: Float[Any, "*batch token"], weights: str
+def _injected(
+    reach: Float[Any, "*batch token"],
+    question: Bool[Any, "*batch token"],
+    answer: Bool[Any, "*batch token"],
+    row_sums: Callable[[], Float[Any, "*batch token"]],
+    weights: str,
 ) -> Float[Any, "*batch token"]:
-    """`mu`: one unit over the reached question tokens; all 0 if there are none."""
-    share = reached * (reach if weights == "reach" else backend_of(reach).xp.ones_like(reach))
-    total = share.sum(-1, keepdims=True)
-    return share / (total + (total == 0))
+    """`mu` times a number that all tokens share; `question` are its tokens with a reach."""
+    if weights == "origins":
+        return reach * (1 - row_sums()).clip(0) * ~answer
+    return question * (reach if weights == "reach" else backend_of(reach).xp.ones_like(reach))
 
 
 def _potential(
@@ -317,20 +335,21 @@ def into_sink(
     return answer * throughput / backend_of(reach).xp.where(answer, reach, 1)
 
 
-def _check_flow(reached: Any, reach: Any, sunk: Any, *, zero: bool) -> None:
+def _check_flow(share: Any, reach: Any, sunk: Any, weights: str, *, zero: bool) -> None:
     """Raise if the unit did not arrive because numbers overflowed, or if a row has no source.
 
     With `zero`, a row may have no source.
     """
-    connected = (reached > 0) | ~backend_of(reach).xp.isfinite(reach).all(-1)
+    connected = (share > 0).any(-1) | ~backend_of(reach).xp.isfinite(reach).all(-1)
     # nan or infinity at any token makes the sum nan, which fails the comparison
     sound = (abs(sunk.sum(-1) - 1) < 1e-3) | (~connected & zero)
     if bool(sound.all()):
         return
     name = dtype_name(reach)
     if not zero and not bool(connected.all()):
+        token = "token outside the answer" if weights == "origins" else "question token"
         raise ValueError(
-            f"no question token reaches the answer{rows_without(connected)}: every path has "
+            f"no {token} reaches the answer{rows_without(connected)}: every path has "
             f"weight 0, or less than {name} can hold (float64 attention holds more)"
         )
     raise FloatingPointError(

@@ -57,7 +57,7 @@ def stream_flow(
         edges: How many edges into, and out of, each token are kept.
 
     Raises:
-        ValueError: No question token reaches the target.
+        ValueError: No token at which flow would be injected reaches the target.
         FloatingPointError: As for `solve_flow`.
     """
     # No flow passes the last target, so these rows are never read.
@@ -71,11 +71,13 @@ def stream_flow(
         sums.reach = reach
         return sums.visit
 
+    passes = _TwoPasses(rows, block, passing, likely.visit, forwards)
     nodes = solve_nodes(
-        _two_passes(rows, block, likely.visit, forwards),
+        passes.solve,
         question,
         target,
         passing,
+        passes.row_sums,
         dtype=dtype,
         question_weights=question_weights,
         zero=False,
@@ -136,11 +138,13 @@ def stream_batch(
 
         return visit
 
+    passes = _TwoPasses(rows, block, passing, None, forwards)
     nodes = solve_nodes(
-        _two_passes(rows, block, None, forwards),
+        passes.solve,
         question,
         target,
         passing,
+        passes.row_sums,
         dtype=torch.float32,
         question_weights=question_weights,
         zero=True,
@@ -148,26 +152,49 @@ def stream_batch(
     return nodes, entered
 
 
-def _two_passes(
-    rows: Rows, block: int, backwards: Visit | None, forwards: Callable[[Tensor], Visit]
-) -> Callable[..., Tensor]:
+class _TwoPasses:
     """The `solve` of `solve_nodes`, which lets `backwards` and then `forwards` see the blocks.
 
     `forwards` is called with the reach that the first pass has found.
     """
-    reach = torch.zeros(0)
 
-    def solve(rhs: Tensor, *, transposed: bool, **masks: Any) -> Tensor:
-        nonlocal reach
-        visit = backwards if transposed else forwards(reach.where(masks["queries"], 0))
+    def __init__(
+        self,
+        rows: Rows,
+        block: int,
+        passing: Bool[Tensor, "*batch token"] | None,
+        backwards: Visit | None,
+        forwards: Callable[[Tensor], Visit],
+    ) -> None:
+        self._rows, self._block, self._passing = rows, block, passing
+        self._backwards, self._forwards = backwards, forwards
+        self._reach, self._sums = torch.zeros(0), torch.zeros(0)
+
+    def solve(self, rhs: Tensor, *, transposed: bool, **masks: Any) -> Tensor:
+        """The solution of the first (`transposed`) or of the second pass."""
+        if transposed:
+            self._sums = torch.zeros_like(rhs)
+            visit: Visit = self._first
+        else:
+            visit = self._forwards(self._reach.where(masks["queries"], 0))
         solution: Tensor = substitute(
-            rows, rhs, transposed=transposed, block=block, visit=visit, **masks
+            self._rows, rhs, transposed=transposed, block=self._block, visit=visit, **masks
         )
         if transposed:
-            reach = solution
+            self._reach = solution
         return solution
 
-    return solve
+    def row_sums(self) -> Float[Tensor, "*batch token"]:
+        """The sum of all edges into each token, as the first pass has found it."""
+        return self._sums
+
+    def _first(self, start: int, stop: int, part: Tensor, solution: Tensor) -> None:
+        before = part.tril(start - 1)
+        if self._passing is not None:
+            before = before * self._passing[..., None, :stop]
+        self._sums[..., start:stop] = before.sum(-1)
+        if self._backwards is not None:
+            self._backwards(start, stop, part, solution)
 
 
 def _padded(values: Tensor, length: int) -> Float[np.ndarray, " token"]:

@@ -248,6 +248,17 @@ class AttentionReader(ModelRunner):
             self._known_keeping = keeps_graph(self.model, every, *self.check_text(0))
         return self._known_keeping
 
+    def why_no_influence(self) -> str | None:
+        """Why the influence of heads and rows cannot be found, or None; tried on a short text."""
+        ids, visible = self.check_text(0)
+        try:
+            self.influences(ids, visible, visible, [site.layer for site in self.sites])
+        except (UnsupportedArchitectureError, AdapterMismatchError) as error:
+            return str(error)
+        except RuntimeError as error:  # such as that of an attention kernel for inference alone
+            return f"its backward pass fails ({str(error).strip().splitlines()[0]})"
+        return None
+
     def graph_bytes(self, layers: Sequence[int]) -> tuple[int, int]:
         """What the graph of `influences` keeps on a short text: see `influence.graph_bytes`.
 

@@ -15,6 +15,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from flowtracer_plugin.options import preset_of
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
     ShownTrace,
@@ -92,14 +93,16 @@ def _title(shown: ShownTrace) -> Text:
     tokens = trace.spans.answer.nonzero()[0].tolist()
     spent = f"token{'s' * (len(tokens) > 1)} {ranges(tokens)}".replace("–", "-")
     layers = ranges(sorted(trace.layers)).replace("–", "-")
-    rows = ", rows that decided" if trace.options.rows == "decision" else ""
+    preset = preset_of(trace.options)
+    made = ", rows that decided" if trace.options.rows == "decision" else ""
+    made += f", preset {preset}" if preset else ""
     return Text.assemble(
         (f"answer '{answer}'", "bold"),
         f" found by rule '{visible(trace.spans.rule)}' in {spent}\n",
         (f"{percent(trace.reasoning_share)}", "bold"),
         " of the flow passes through the reasoning, the rest jumps straight to the answer\n",
         f"{trace.backbone.question_reached} of {int(trace.spans.question.sum())} question tokens "
-        f"reached · {len(trace.tokens)} tokens · {visible(trace.model)}, layers {layers}{rows}",
+        f"reached · {len(trace.tokens)} tokens · {visible(trace.model)}, layers {layers}{made}",
     )
 
 

@@ -26,7 +26,7 @@ class RankedToken:
         index: Its position in the trace.
         text: Its decoded text.
         region: The part of the text that it lies in.
-        throughput: The flow through it; the question injects 1.
+        throughput: The flow through it, a share of the unit that flows to the answer.
         score: The score by which it was ranked; see `FlowTrace.hubs` and `FlowTrace.checkpoints`.
     """
 
@@ -39,7 +39,7 @@ class RankedToken:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TraceData:
-    """The flow from the question to one answer, token by token.
+    """The flow to one answer, token by token.
 
     Attributes:
         token_ids: The ids of prompt and response, as the model received them.
@@ -49,7 +49,7 @@ class TraceData:
         attention: The mean over the heads of the selected layers, as `options` say; rows are
             queries. None for a streamed trace, which has no matrix of all pairs of tokens.
         reach: The influence of each token on the answer, `h`.
-        throughput: The flow through each token, `f`; the question injects 1.
+        throughput: The share `f` of the unit of flow that passes through each token.
         model: The name of the model.
         options: The options with which the trace was made.
         layers: The numbers of the layers that were averaged.
@@ -122,12 +122,13 @@ class TraceData:
 
     @cached_property
     def reasoning_share(self) -> float:
-        """The share of the flow that enters the response at a token other than the target's.
+        """The share of the flow that enters or begins in the response outside the target's tokens.
 
         The rest jumps straight from the prompt to the tokens of the target.
         """
         entered = self.spans.response & ~self.spans.target
-        return float(self.backbone.prompt_inflow[entered].sum())
+        found = self.backbone
+        return float((found.prompt_inflow + found.source)[entered].sum())
 
     def hubs(self, count: int = 10, *, within: str = "reasoning") -> tuple[RankedToken, ...]:
         """Tokens with much flow that many later tokens draw on, the strongest first.

@@ -87,7 +87,7 @@ def _tracer() -> FlowTracer:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):  # loading may draw random weights
         model = load_model(name, os.environ.get(DEVICE, "auto"), "auto")
-    return wrap(model, load_tokenizer(name))
+    return wrap(model, load_tokenizer(name), preset="paper")
 
 
 def named_reward(name: str) -> Callable[..., Any]:

@@ -33,14 +33,14 @@ RowErrors = Mapping[int, Exception]
 class FlowBatch:
     """The flow of padded rollouts, on the device of the model.
 
-    A row is 0 if it has no answer, if its question does not reach the answer, or if it has failed.
+    A row is 0 if it has no answer, if no flow reaches the answer, or if it has failed.
 
     Attributes:
         prompt_length: Number of columns before the completions.
         throughput: Flow through every token of prompt and completion.
         reach: Influence of every token on the answer.
         target: True on the tokens where flow ends.
-        reasoning_share: Share of each row's flow that enters the completion at another token than
+        reasoning_share: Share of each row's flow that enters or begins in the completion outside
             the target.
         answers: The answer that was found in each row, or None.
         errors: By its number, the error of each row that has failed, such as that of an answer
@@ -69,7 +69,7 @@ class FlowBatch:
 
     @property
     def found(self) -> Bool[Tensor, " batch"]:
-        """True for rows with an answer that the question reaches."""
+        """True for rows with an answer that flow reaches."""
         return self.reach.sum(-1) > 0
 
 
@@ -204,7 +204,7 @@ def solve_rollouts(
     prompt_length: int,
     options: FlowOptions,
 ) -> FlowBatch:
-    """The flow of all rows; 0 in rows whose question reaches no answer, or that fail."""
+    """The flow of all rows; 0 in rows in which no flow reaches an answer, or that fail."""
     try:
         return _solved(attention, masks, prompt_length, options)
     except (ValueError, ArithmeticError) as error:
@@ -235,12 +235,13 @@ def _solved(
             **options.solving,
             unreached="zero",
         )
-        reached = torch.as_tensor(flow.question_reached)[:, None] > 0
+        reached = flow.source.any(-1, keepdim=True)
         throughput[rows], reach[rows] = flow.throughput, flow.reach * reached
         prompt = (torch.arange(target.shape[1], device=target.device) < prompt_length).expand_as(
             target
         )
-        share[rows] = flow.inflow(prompt).masked_fill(prompt | target, 0.0).sum(-1)
+        entered = flow.inflow(prompt) + flow.source
+        share[rows] = entered.masked_fill(prompt | target, 0.0).sum(-1)
     return FlowBatch(
         prompt_length=prompt_length,
         throughput=throughput,
@@ -308,13 +309,15 @@ def stream_rollouts(
             for row, part in masks.each()
         ]
         return join_batches(parts)
-    reached = torch.as_tensor(nodes.question_reached)[:, None] > 0
+    reached = nodes.source.any(-1, keepdim=True)
     return FlowBatch(
         prompt_length=prompt_length,
         throughput=back(nodes.throughput),
         reach=back(nodes.reach * reached),
         target=masks.target,
-        reasoning_share=back(entered).masked_fill(prompt | masks.target, 0.0).sum(-1),
+        reasoning_share=back(entered + nodes.source)
+        .masked_fill(prompt | masks.target, 0.0)
+        .sum(-1),
         answers=masks.answers,
         errors=masks.errors,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, SupportsIndex
@@ -28,7 +29,7 @@ from flowtracer_plugin.model.causal_lm import (
 )
 from flowtracer_plugin.model.generation import generate_ids
 from flowtracer_plugin.model.layers import layer_numbers, select_layers
-from flowtracer_plugin.options import FlowOptions, flow_options, head_pairs
+from flowtracer_plugin.options import BEST, EVERYWHERE, FlowOptions, flow_options, head_pairs
 from flowtracer_plugin.reading.reader import AttentionReader
 from flowtracer_plugin.text.answers import AnswerFinder, check_finder, finder_name
 from flowtracer_plugin.text.encoding import (
@@ -52,7 +53,7 @@ def wrap(
     model: nn.Module | Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    preset: str = "paper",
+    preset: str | None = None,
     layers: str | int | Iterable[SupportsIndex] | None = None,
     question: str = "prompt",
     answer: AnswerFinder = "auto",
@@ -79,14 +80,17 @@ def wrap(
             removed.
         tokenizer: The model's tokenizer; needed for everything that involves text.
         preset: `"paper"`, `"decision"`, `"sharp"`, `"decided"`, `"derivation"` or `"causal"`: sets
-            the options below that are None.
+            the options below that are None. By default it is `"derivation"`, which follows each
+            token to those that decided it, or with a warning `"paper"` if the model cannot make the
+            backward pass that this takes; that is tried on 17 tokens.
         layers: The attention layers to average: a name, or numbers; by default the preset's, which
-            are the middle third or, for `"decided"`, `"derivation"` and `"causal"`, all.
-        question: The prompt tokens at which flow is injected.
+            are all or, for `"paper"`, `"decision"` and `"sharp"`, the middle third.
+        question: The prompt tokens that are the question; presets other than `"derivation"` and
+            `"decided"` inject flow there.
         answer: The answer finder: a name (`"auto"`, `"boxed"`, …), a compiled pattern with one
             group, or a function from the text to a span.
         target: `"answer"` or `"decision"`.
-        question_weights: `"uniform"` or `"reach"`.
+        question_weights: `"uniform"`, `"reach"` or `"origins"`.
         boundary: `"literal"` or `"absorbing"`.
         first_token: `"keep"` or `"drop"`.
         heads: `"all"`, a share such as 0.3, or (layer, head) pairs.
@@ -118,8 +122,9 @@ def wrap(
     check_finder(answer)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    reader = _reader(model, tokenizer, adapter, backend, block, verify=verify)
     options = flow_options(
-        preset,
+        preset or _best_preset(reader),
         layers=layers if layers is None or isinstance(layers, str) else layer_numbers(layers),
         question=question,
         answer=finder_name(answer),
@@ -137,12 +142,37 @@ def wrap(
             "edges='causal' is a map of all pairs of tokens, which mode='streamed' avoids; "
             "wrap(..., mode='dense')"
         )
+    return FlowTracer(reader, tokenizer, options, answer, mode)
+
+
+def _reader(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    adapter: AttentionAdapter | None,
+    backend: str,
+    block: int,
+    *,
+    verify: bool,
+) -> AttentionReader:
     language_model(unwrapped(model))
     reader = AttentionReader(model, adapter, backend=backend, block=block)
     reader.verified = not verify
     if verify and tokenizer is not None:
         check_tokenizer(reader.model, tokenizer)
-    return FlowTracer(reader, tokenizer, options, answer, mode)
+    return reader
+
+
+def _best_preset(reader: AttentionReader) -> str:
+    """The preset for a model for which none was chosen."""
+    reason = reader.why_no_influence()
+    if reason is None:
+        return BEST
+    warnings.warn(
+        f"this model is traced by preset={EVERYWHERE!r}, since it cannot be by {BEST!r}: {reason}. "
+        "Choose a preset to be without this warning",
+        stacklevel=3,
+    )
+    return EVERYWHERE
 
 
 def _rebuilt(

@@ -31,12 +31,21 @@ def conditioned(weight, answer, boundary="literal"):
 
 
 def source(weight, question, answer, question_weights="uniform", boundary="literal"):
-    """mu: one unit over the question tokens that reach the answer, equal or in proportion to h."""
+    """mu: one unit over the question tokens that reach the answer, equal or in proportion to h.
+
+    Or over all tokens outside the answer, in proportion to the part of h that a walk back from the
+    answer does not carry on to earlier tokens.
+    """
     h = reach(weight, answer, boundary)
-    share = [
-        (h[i] if question_weights == "reach" else 1.0) if question[i] and h[i] > 0 else 0.0
-        for i in range(len(weight))
-    ]
+    share = []
+    for k in range(len(weight)):
+        if question_weights == "origins":
+            before = [i for i in range(k) if not (answer[i] and boundary == "absorbing")]
+            kept = max(0.0, 1.0 - sum(weight[i, k] for i in before))
+            share.append(0.0 if answer[k] else h[k] * kept)
+        else:
+            one = h[k] if question_weights == "reach" else 1.0
+            share.append(one if question[k] and h[k] > 0 else 0.0)
     return np.array(share) / sum(share)
 
 

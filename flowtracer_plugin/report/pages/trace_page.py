@@ -11,6 +11,7 @@ from jaxtyping import Float
 from markupsafe import escape
 
 from flowtracer_plugin.flow.arrays import check_readable
+from flowtracer_plugin.options import preset_of
 from flowtracer_plugin.report import drawing
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
@@ -144,6 +145,7 @@ def _shared(shown: ShownTrace, hubs: tuple[Unit, ...]) -> dict[str, Any]:
         "answer": shorten(visible(trace.spans.answer_text.replace("\n", "⏎"))),
         "answer_tokens": ranges(trace.spans.answer.nonzero()[0].tolist()),
         "layers": ranges(sorted(trace.layers)),
+        "preset": preset_of(trace.options),
         "question_count": int(trace.spans.question.sum()),
         "heat_shares": HEAT_SHARES,
         "ribbon": drawing.draw_ribbon(shown, hubs),
