@@ -203,6 +203,8 @@ def preset_of(options: FlowOptions) -> str | None:
 def preset_over(preset: str | None, own: FlowOptions) -> FlowOptions:
     """The options of a preset, with layers, question and answer of `own` where it sets none.
 
+    Layers that the preset of `own` has set do not count as its own.
+
     Raises:
         ValueError: There is no such preset.
 
@@ -211,10 +213,14 @@ def preset_over(preset: str | None, own: FlowOptions) -> FlowOptions:
         'all'
         >>> preset_over("sharp", FlowOptions(layers="late", question="all")).layers
         'late'
+        >>> preset_over("sharp", flow_options("decided")).layers
+        'middle'
     """
     if preset is None:
         return own
-    stays = {"layers": own.layers, "question": own.question, "answer": own.answer}
+    stays = {"question": own.question, "answer": own.answer}
+    if own.layers != PRESETS[preset_of(own) or "paper"].get("layers"):
+        stays["layers"] = own.layers
     return flow_options(preset, **{**stays, **PRESETS.get(preset, {})})
 
 

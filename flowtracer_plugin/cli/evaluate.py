@@ -114,8 +114,9 @@ def evaluate(
     """Knock out each score's highest-ranked tokens, and see whether the answers change.
 
     Scores are those of docs/credit.md and recency. By default they are flow, flow:decision,
-    flow:sharp, reach, reach:decision, reach:sharp, attention, attention:decision, attention:sharp,
-    attention_power, rollout, fai, waad, grad_x_input, entropy, surprisal and recency.
+    flow:sharp, flow:derivation, reach, reach:decision, reach:sharp, attention, attention:decision,
+    attention:sharp, attention_power, rollout, fai, waad, grad_x_input, entropy, surprisal and
+    recency.
 
     For example:
 
@@ -134,6 +135,8 @@ def evaluate(
     examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)
     how = {"layers": answers.layers, "answer": answers.answer, "mode": "dense", "preset": "paper"}
     tracer = load_tracer(model, loading, tokenizer, **how)
+    if chosen.scores is None:
+        scores = _possible(tracer, scores)
     settings = EvaluationSettings(
         options=options,
         scores=scores,
@@ -193,6 +196,15 @@ def _scores(chosen: ProtocolOptions, needed: str) -> Mapping[str, Any]:
         return {name: token_score(name, oracle=chosen.oracle) for name in dict.fromkeys(wanted)}
     except ValueError as error:
         raise typer.BadParameter(f"{error} (or recency)", param_hint="--scores") from error
+
+
+def _possible(tracer: FlowTracer, scores: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The default scores without those that this model cannot have."""
+    reason = tracer.reader.why_no_influence()
+    if reason is None:
+        return scores
+    typer.echo(f"without flow:derivation, which this model cannot have: {reason}", err=True)
+    return {name: score for name, score in scores.items() if name != "flow:derivation"}
 
 
 def _run(

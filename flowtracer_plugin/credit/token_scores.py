@@ -172,6 +172,7 @@ NAMES = (
     "flow",
     "flow:decision",
     "flow:sharp",
+    "flow:derivation",
     "reach",
     "reach:decision",
     "reach:sharp",

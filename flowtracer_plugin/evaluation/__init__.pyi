@@ -1,6 +1,11 @@
 from .curves import Curve as Curve, measure_curves as measure_curves
 from .examples import Example as Example
-from .knockout import KnockOut as KnockOut, cut_edges as cut_edges, knock_out as knock_out
+from .knockout import (
+    KnockOut as KnockOut,
+    cut_edges as cut_edges,
+    knock_out as knock_out,
+    token_drops as token_drops,
+)
 from .lines_and_edges import (
     EdgeKnockOuts as EdgeKnockOuts,
     LineKnockOuts as LineKnockOuts,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +34,7 @@ from flowtracer_plugin.model.cutting import (
     read_prefix,
 )
 from flowtracer_plugin.model.free_memory import free_memory
+from flowtracer_plugin.result.trace_data import TraceData
 
 ROWS = ("answer", "future")
 """From which queries a token is hidden: those that predict the answer, or all later ones."""
@@ -99,6 +100,39 @@ def knock_out(
             `batch_size` is below 1.
     """
     return Baseline.read(model, ids, answer).knock_out(tokens, rows=rows, batch_size=batch_size)
+
+
+def token_drops(
+    model: nn.Module,
+    trace: TraceData,
+    tokens: Iterable[int] | None = None,
+    *,
+    batch_size: int | None = None,
+) -> dict[int, float]:
+    """By its number, how far the answer's log-probability falls if a token is knocked out, in nats.
+
+    It is the mean over the answer's tokens, and each token is knocked out alone, as by `knock_out`.
+
+    Args:
+        model: The model of the trace.
+        trace: The trace whose answer counts.
+        tokens: Numbers of tokens; by default all before the answer, which takes a forward pass for
+            each of them.
+        batch_size: Cuts in one forward pass; as many as memory allows by default.
+
+    Raises:
+        KnockOutError, TypeError: As for `knock_out`.
+        ValueError: As for `knock_out`, or the trace has no such token.
+    """
+    answer = torch.from_numpy(trace.spans.answer)
+    asked = list(range(int(answer.int().argmax())) if tokens is None else tokens)
+    unknown = [token for token in asked if not 0 <= token < len(answer)]
+    if unknown:
+        raise ValueError(f"wanted tokens 0 to {len(answer) - 1}, found {unknown}")
+    alone = torch.eye(len(answer), dtype=torch.bool)[asked]
+    ids = torch.from_numpy(trace.token_ids)
+    found = knock_out(model, ids, answer, alone, batch_size=batch_size)
+    return dict(zip(asked, found.drop.tolist(), strict=True))
 
 
 def cut_edges(
