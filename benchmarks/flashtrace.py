@@ -49,7 +49,7 @@ def ways(*, tokens: int) -> Ways:
     model, tokenizer = load(folder)
     text = solution(tokenizer, tokens)
     ids = torch.tensor([[*text.prompt_ids, *text.response_ids]])
-    tracer = ft.wrap(model, tokenizer)
+    tracer = ft.wrap(model, tokenizer, preset="paper")
     return {
         "trace": lambda: tracer.trace_tokens(text.prompt_ids, text.response_ids),
         "forward": lambda: forward(model, ids),

@@ -61,7 +61,7 @@ def ways(*, axis: str, tokens: int, batch: int, layers: int, hidden: int) -> Way
     ids = torch.randint(0, config.vocab_size, (batch, tokens), device=device())
     masks = [torch.from_numpy(mask).to(device()).expand(batch, tokens) for mask in ends(tokens)]
     last = range(config.num_hidden_layers - layers, config.num_hidden_layers)
-    tracer = ft.wrap(model, layers=last)
+    tracer = ft.wrap(model, layers=last, preset="paper")
     return {
         "trace": lambda: ft.solve_flow(tracer.attention(ids), *masks),
         "forward": lambda: forward(model, ids),

@@ -319,7 +319,7 @@ def _extra_pass(
     prompt_ids, mask = prompts["input_ids"], prompts["attention_mask"]
     completion_ids = ids[:, prompt_ids.shape[1] :]
     visible = torch.cat([mask, torch.ones_like(completion_ids)], dim=1)
-    tracer = ft.wrap(model.eval(), tokenizer, backend="interface")
+    tracer = ft.wrap(model.eval(), tokenizer, backend="interface", preset="paper")
     whole = partial(tracer.trace_ids, prompt_ids, completion_ids, mask, visible[:, -tokens:])
     target = whole().target
     question = visible.bool() & (torch.arange(visible.shape[1]) < prompt_ids.shape[1])

@@ -73,9 +73,15 @@ def ways(*, model: str, tokens: int) -> Ways:
         last[:] = [tracer.trace_tokens(*parts)]
         return last[0]
 
-    found = {"streamed": partial(trace, ft.wrap(network, tokenizer, mode="streamed", **options))}
+    found = {
+        "streamed": partial(
+            trace, ft.wrap(network, tokenizer, mode="streamed", **options, preset="paper")
+        )
+    }
     if tokens <= LONGEST_DENSE:
-        found["dense"] = partial(trace, ft.wrap(network, tokenizer, mode="dense", **options))
+        found["dense"] = partial(
+            trace, ft.wrap(network, tokenizer, mode="dense", **options, preset="paper")
+        )
         found["forward"] = partial(forward, network, ids[None].to(device()))
     return found
 

@@ -44,7 +44,7 @@ Made = tuple[PreTrainedModel, PreTrainedTokenizerBase, Rollouts]
 def ways(*, model: str, tokens: int, rollouts: int = ROLLOUTS) -> Ways:
     made = {"tiny": _tiny, "random": _random, "reasoner": _reasoner}[model](tokens, rollouts)
     network, tokenizer, batch = made
-    tracer = ft.wrap(network, tokenizer, answer="last_number")
+    tracer = ft.wrap(network, tokenizer, answer="last_number", preset="paper")
     ids, mask = torch.cat(batch[:2], 1), torch.cat(batch[2:], 1)
 
     def forwards(rows: int) -> None:

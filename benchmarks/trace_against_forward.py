@@ -29,7 +29,7 @@ def ways(*, tokens: int) -> Ways:
     ids = torch.randint(0, SMALL.vocab_size, (1, tokens))
     masks = [torch.from_numpy(mask)[None] for mask in ends(tokens)]
     model, eager = build(SMALL), build(SMALL, "eager")
-    tracer = ft.wrap(model)
+    tracer = ft.wrap(model, preset="paper")
     return {
         "trace": lambda: ft.solve_flow(tracer.attention(ids), *masks),
         "forward": lambda: forward(model, ids),

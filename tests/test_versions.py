@@ -136,7 +136,7 @@ def test_wrap_names_what_is_outside_what_was_wanted_and_what_to_run(install):
     wrap, model = ft.wrap, tiny_model("llama")
     install(transformers="5.25.0.dev0", nnsight=None)
     with pytest.raises(UnsupportedVersionError) as caught:
-        wrap(model)
+        wrap(model, preset="paper")
     assert str(caught.value) == (
         f"wanted nnsight{WINDOW['nnsight']}, found none; "
         f"wanted transformers{WINDOW['transformers']}, found 5.25.0.dev0; "
@@ -160,7 +160,7 @@ def test_the_environment_variable_lets_other_versions_pass_with_a_warning(instal
     install(torch="2.99")
     monkeypatch.setenv(ANY_VERSION, "1")
     with pytest.warns(UserWarning, match=r"untested versions.*wanted torch>=.*, found 2\.99"):
-        assert wrap(model).layers
+        assert wrap(model, preset="paper").layers
 
 
 @pytest.mark.parametrize("value", ["", "0", "no"])

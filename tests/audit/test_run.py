@@ -34,7 +34,7 @@ DIGITS = r"\d"
 
 @pytest.fixture(scope="module")
 def tracer():
-    return ft.wrap(tiny_llama(), tiny_tokenizer())
+    return ft.wrap(tiny_llama(), tiny_tokenizer(), preset="paper")
 
 
 def groups(rewards=((1, 0, 1, 0), (0, 0, 0.5, 1), (1, 1, 1, 1), (0, 1, 0, 0))):
@@ -363,7 +363,7 @@ def test_only_the_adapters_of_lora_are_measured():
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    tracer = ft.wrap(model, tiny_tokenizer())
+    tracer = ft.wrap(model, tiny_tokenizer(), preset="paper")
     found = named_parameters(tracer.model, None)
     assert found
     assert all("lora_" in name for name in found)

@@ -149,7 +149,12 @@ def test_streamed_traces_give_the_same_numbers():
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     said = [" He had 3. 3 - 1 = 2.\nThe answer is 2.", " He had 3. 3 + 1 = 4.\nThe answer is 4."]
     dense, streamed = (
-        compare([ft.wrap(model, tokenizer, mode=mode).trace(PROMPT, one) for one in said])
+        compare(
+            [
+                ft.wrap(model, tokenizer, mode=mode, preset="paper").trace(PROMPT, one)
+                for one in said
+            ]
+        )
         for mode in ("dense", "streamed")
     )
     np.testing.assert_allclose(dense.measures.first, streamed.measures.first, atol=1e-5)

@@ -12,7 +12,7 @@ from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
 @pytest.mark.parametrize("target", ["answer", "decision"])
 def test_the_graph_of_a_training_pass_copies_nothing_to_the_host(target, monkeypatch):
     tokenizer = tiny_tokenizer()
-    tracer = ft.wrap(tiny_llama(), tokenizer, target=target)
+    tracer = ft.wrap(tiny_llama(), tokenizer, target=target, preset="paper")
     start = len(tokenizer(PROMPT)["input_ids"])
     ids = tokenizer([PROMPT + RESPONSE], return_tensors="pt")["input_ids"]
     visible = torch.ones_like(ids, dtype=torch.bool)

@@ -34,7 +34,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def texts(model):
-    tracer = ft.wrap(model, tiny_tokenizer(), mode="dense")
+    tracer = ft.wrap(model, tiny_tokenizer(), mode="dense", preset="paper")
     return [read_text(tracer, tracer.trace(prompt, RESPONSE)) for prompt in PROMPTS]
 
 
@@ -102,7 +102,7 @@ def test_a_preset_wins_over_the_options_of_the_trace(model, texts):
 
 
 def test_a_text_is_read_once_for_all_scores(model, monkeypatch):
-    tracer = ft.wrap(model, tiny_tokenizer(), mode="dense")
+    tracer = ft.wrap(model, tiny_tokenizer(), mode="dense", preset="paper")
     text = read_text(tracer, tracer.trace(PROMPT, RESPONSE))
     passes = []
     hook = model.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))

@@ -18,7 +18,9 @@ def planted():
     from tests.evaluation.planted import planted_model, planted_tokenizer
 
     answer = re.compile(r"=(.)$")
-    return ft.wrap(planted_model(), planted_tokenizer(), answer=answer, mode="dense")
+    return ft.wrap(
+        planted_model(), planted_tokenizer(), answer=answer, mode="dense", preset="paper"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +28,7 @@ def tiny():
     import flowtracer_plugin as ft
     from tests.tiny import tiny_llama, tiny_tokenizer
 
-    return ft.wrap(tiny_llama(), tiny_tokenizer(), mode="dense")
+    return ft.wrap(tiny_llama(), tiny_tokenizer(), mode="dense", preset="paper")
 
 
 @pytest.fixture(scope="session")
@@ -41,4 +43,4 @@ def reasoner():
     import flowtracer_plugin as ft
 
     model = AutoModelForCausalLM.from_pretrained(REASONER)
-    return ft.wrap(model, AutoTokenizer.from_pretrained(REASONER), mode="dense")
+    return ft.wrap(model, AutoTokenizer.from_pretrained(REASONER), mode="dense", preset="paper")

@@ -24,7 +24,12 @@ FLOW = {"flow": TOKEN_SCORES["flow"]}
 @pytest.fixture(scope="module")
 def planted(planted):
     return ft.wrap(
-        planted.model, planted.tokenizer, answer=planted.answer, mode="dense", target="decision"
+        planted.model,
+        planted.tokenizer,
+        answer=planted.answer,
+        mode="dense",
+        target="decision",
+        preset="paper",
     )
 
 
@@ -252,6 +257,8 @@ def test_streamed_traces_and_no_draws_are_refused(tiny, trace):
         knock_out_backbone(tiny, trace, draws=0)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         measure_curves(tiny, trace, steps=0)
-    streamed = ft.wrap(tiny_llama(), tiny_tokenizer(), mode="streamed").trace(PROMPT, RESPONSE)
+    streamed = ft.wrap(tiny_llama(), tiny_tokenizer(), mode="streamed", preset="paper").trace(
+        PROMPT, RESPONSE
+    )
     with pytest.raises(ValueError, match="was streamed"):
         knock_out_backbone(tiny, streamed)

@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, read_text
-from flowtracer_plugin.evaluation.knockout import knock_out
+from flowtracer_plugin.evaluation.knockout import knock_out, token_drops
 from flowtracer_plugin.evaluation.ranked_tokens import (
     KnockOutOptions,
     chosen_sets,
@@ -58,6 +58,13 @@ def test_single_knock_outs_find_the_two_tokens_and_no_other(planted, seed):
     assert set(np.flatnonzero(future.drop > 1)) == {true[name] for name in TRUE}
     assert set(np.flatnonzero(future.flipped)) == {true[name] for name in TRUE}
     assert future.drop[future.drop < 1].abs().max() < 0.05
+    drops = token_drops(planted.model, trace, [true["near"], 0])
+    assert drops == {true["near"]: float(future.drop[true["near"]]), 0: float(future.drop[0])}
+    before = token_drops(planted.model, trace)
+    assert [*before] == [*range(len(ids) - 1)]
+    assert [*before.values()] == pytest.approx(future.drop[:-1].tolist(), abs=1e-5)
+    with pytest.raises(ValueError, match=f"wanted tokens 0 to {len(ids) - 1}, found \\[-1\\]"):
+        token_drops(planted.model, trace, [3, -1])
     # The row that chooses the answer looks at one of them alone.
     direct = knock_out(planted.model, ids, answer, one_each, rows="answer")
     assert set(np.flatnonzero(direct.drop > 1)) == {true["near"]}
@@ -220,7 +227,12 @@ def test_scores_equal_their_definitions(tiny, trace, scored):
     assert np.array_equal(TOKEN_SCORES["flow"](scored), np.where(said, trace.throughput, 0))
     assert np.array_equal(TOKEN_SCORES["reach"](scored), np.where(said, trace.reach, 0))
     decided = ft.wrap(
-        tiny.model, tiny.tokenizer, target="decision", question_weights="reach", mode="dense"
+        tiny.model,
+        tiny.tokenizer,
+        target="decision",
+        question_weights="reach",
+        mode="dense",
+        preset="paper",
     ).trace(PROMPT, RESPONSE)
     assert TOKEN_SCORES["flow:decision"](scored) == pytest.approx(
         np.where(said, decided.throughput, 0), abs=1e-6
@@ -243,10 +255,10 @@ def test_scores_equal_their_definitions(tiny, trace, scored):
 
 
 def test_a_streamed_trace_is_refused_and_a_dense_one_helps():
-    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode="streamed")
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode="streamed", preset="paper")
     with pytest.raises(ValueError, match=r"was streamed; make it with wrap\(..., mode='dense'\)"):
         measure_knock_outs(tracer, tracer.trace(PROMPT, RESPONSE), FEW)
-    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode="dense")
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode="dense", preset="paper")
     assert measure_knock_outs(
         tracer, tracer.trace(PROMPT, RESPONSE), FEW, scores={"flow": TOKEN_SCORES["flow"]}
     ).effects

@@ -115,7 +115,7 @@ def test_an_example_that_fails_costs_no_other(planted):
             raise KeyError("no such answer")
         return planted.answer.search(text).span(1)
 
-    tracer = wrap(planted.model, planted.tokenizer, answer=finder, mode="dense")
+    tracer = wrap(planted.model, planted.tokenizer, answer=finder, mode="dense", preset="paper")
     found = list(evaluate(tracer, examples("good", "good"), FEW))
     assert [one.left_out for one in found] == ["not_traced", None]
     assert "raised KeyError: 'no such answer'" in found[0].detail

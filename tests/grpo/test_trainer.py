@@ -482,7 +482,7 @@ def test_the_model_card_names_the_paper(policy, tmp_path):
 
 def test_credit_and_reward_trace_one_model_together(policy, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(policy)
-    flow_reward = FlowReward(ft.wrap(model, word_tokenizer()))
+    flow_reward = FlowReward(ft.wrap(model, word_tokenizer(), preset="paper"))
     trainer = build(
         FlowGRPOTrainer, model, tmp_path, [reward, flow_reward], rollout_func=scripted(TEXTS)
     )

@@ -58,7 +58,7 @@ def test_layers_that_share_a_module_are_told_apart(backend):
 def test_the_middle_of_a_hybrid_is_the_middle_of_its_attention_layers():
     model, _ = tiny_pair("qwen3_next")
     attending = [site.layer for site in AttentionReader(model).sites]
-    layers = ft.wrap(model).layers
+    layers = ft.wrap(model, preset="paper").layers
     assert set(layers) <= set(attending) < set(range(model.config.num_hidden_layers))
 
 
@@ -71,7 +71,7 @@ def test_summaries_of_a_cached_prefix_are_refused():
     with torch.no_grad():
         cache = model(input_ids=ids[:, :16], use_cache=True).past_key_values
     with pytest.raises(NotImplementedError, match="pass the whole text"):
-        ft.wrap(model, layers="all").attention(
+        ft.wrap(model, layers="all", preset="paper").attention(
             ids[:, 16:], mask, model_inputs={"past_key_values": cache}
         )
 
@@ -141,9 +141,9 @@ def check_by_one_hot_values(
 def test_an_encoder_that_looks_ahead_is_refused_with_the_setting_that_helps():
     model = redrawn(BertConfig(**SMALL, intermediate_size=64))
     with pytest.raises(UnsupportedArchitectureError, match=r"attends to later tokens.*is_decoder"):
-        ft.wrap(model).attention(prompt()[0])
+        ft.wrap(model, preset="paper").attention(prompt()[0])
     decoder = redrawn(BertConfig(**SMALL, intermediate_size=64, is_decoder=True))
-    ft.wrap(decoder).attention(prompt()[0])
+    ft.wrap(decoder, preset="paper").attention(prompt()[0])
 
 
 REFUSED = ["blt", "cpmant", "gemma4_assistant", "gemma4_unified_assistant"]
@@ -155,14 +155,14 @@ def test_a_model_without_a_token_graph_is_refused_with_the_reason(model_type):
     model, _ = tiny_pair(model_type)
     reasons = "|".join(reason[:30].replace("(", r"\(") for reason in REASONS.values())
     with pytest.raises(UnsupportedArchitectureError, match=f"cannot be traced: ({reasons})"):
-        ft.wrap(model)
+        ft.wrap(model, preset="paper")
 
 
 def test_several_codebooks_are_refused():
     config = tiny_config("musicgen")
     config.num_codebooks = 4
     with quiet_transformers(), pytest.raises(UnsupportedArchitectureError, match="reads 4 tokens"):
-        ft.wrap(MusicgenForCausalLM(config))
+        ft.wrap(MusicgenForCausalLM(config), preset="paper")
 
 
 def test_no_special_adapter_matches_a_common_architecture():

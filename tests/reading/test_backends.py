@@ -123,7 +123,7 @@ def test_an_unknown_backend_is_named():
 
 
 def test_wrap_selects_the_backend_and_pickling_keeps_it():
-    tracer = flowtracer_plugin.wrap(tiny_model("llama"), backend="interface")
+    tracer = flowtracer_plugin.wrap(tiny_model("llama"), backend="interface", preset="paper")
     rebuild, parts = tracer.__reduce__()
     assert rebuild(*parts).reader.backend.name == "interface"
 

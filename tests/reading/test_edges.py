@@ -307,7 +307,7 @@ def test_presets_set_what_is_left_out():
 )
 def test_wrong_options_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
-        ft.wrap(tiny_llama(), **wrong)
+        ft.wrap(tiny_llama(), **wrong, preset="paper")
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_wrong_options_are_refused(wrong, said):
     ],
 )
 def test_heads_that_the_layers_do_not_have_are_refused(pairs, said):
-    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), heads=pairs, layers=[1, 2])
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), heads=pairs, layers=[1, 2], preset="paper")
     with pytest.raises(ValueError, match=said):
         tracer.trace("one two\n", "The answer is 5")
 

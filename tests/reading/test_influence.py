@@ -223,7 +223,7 @@ def test_edges_are_those_of_the_slow_definition():
     model, ids = tiny_llama(vocab_size=len(tiny_tokenizer())), texts(1)
     prompt, said = ids[0, :START].tolist(), ids[0, START:].tolist()
     options = {"answer": "last_word", "layers": LAYERS, "mode": "dense"}
-    tracer = ft.wrap(model, tiny_tokenizer(), edges="influence", **options)
+    tracer = ft.wrap(model, tiny_tokenizer(), edges="influence", **options, preset="paper")
     trace = tracer.trace_tokens(prompt, said)
     eager = tiny_llama(vocab_size=len(tiny_tokenizer()))
     eager.set_attn_implementation("eager")

@@ -154,7 +154,7 @@ def packed_positions() -> Tensor:
 def check_packed(model: nn.Module, backend: str) -> None:
     ids, mask = prompt()
     ids, mask = ids[:1], mask[:1]
-    tracer = ft.wrap(model, layers=SOME_LAYERS, backend=backend)
+    tracer = ft.wrap(model, layers=SOME_LAYERS, backend=backend, preset="paper")
     found = tracer.attention(ids, model_inputs={"position_ids": packed_positions()})
     plain = AttentionReader(tiny_model("mistral"))
     for text in (slice(0, 10), slice(10, 24)):
@@ -193,7 +193,7 @@ def cache_of(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> DynamicCache:
 def test_a_cached_prefix_gives_the_rows_of_the_new_tokens(family, new, backend):
     (ids, mask), model = prompt("left"), tiny_model(family)
     old = ids.shape[1] - new
-    tracer = ft.wrap(model, layers=SOME_LAYERS, backend=backend)
+    tracer = ft.wrap(model, layers=SOME_LAYERS, backend=backend, preset="paper")
     cache = cache_of(model, ids[:, :old], mask[:, :old])
     for _ in range(2):
         found = tracer.attention(ids[:, old:], mask, model_inputs={"past_key_values": cache})
@@ -204,7 +204,7 @@ def test_a_cached_prefix_gives_the_rows_of_the_new_tokens(family, new, backend):
 def test_a_mask_must_cover_the_cached_tokens_too(backend):
     (ids, mask), model = prompt(), tiny_model("llama")
     cache = cache_of(model, ids[:, :20], mask[:, :20])
-    tracer = ft.wrap(model, backend=backend)
+    tracer = ft.wrap(model, backend=backend, preset="paper")
     with pytest.raises(ValueError, match="must cover the 20 cached tokens too"):
         tracer.attention(ids[:, 20:], mask[:, 20:], model_inputs={"past_key_values": cache})
 
@@ -261,7 +261,9 @@ def test_offloaded_weights(where, backend, tmp_path):
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     check(model, backend, wanted())
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert ft.wrap(model, backend=backend).attention(prompt()[0]).device.type == "cpu"
+    assert (
+        ft.wrap(model, backend=backend, preset="paper").attention(prompt()[0]).device.type == "cpu"
+    )
 
 
 def test_a_device_map_with_parts_on_disk(backend, tmp_path):
@@ -282,13 +284,13 @@ def test_a_device_map_with_parts_on_disk(backend, tmp_path):
 def test_virtual_tokens_are_refused(backend):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(UnsupportedArchitectureError, match="PROMPT_TUNING puts virtual tokens"):
-        ft.wrap(get_peft_model(tiny_model("llama"), config), backend=backend)
+        ft.wrap(get_peft_model(tiny_model("llama"), config), backend=backend, preset="paper")
 
 
 def test_a_model_inside_nnsight(backend):
     model = tiny_model("llama")
     check(nnsight.NNsight(model), backend, wanted())
-    assert ft.wrap(nnsight.NNsight(model), backend=backend).model is model
+    assert ft.wrap(nnsight.NNsight(model), backend=backend, preset="paper").model is model
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_a_chunk_of_padding_changes_what_hashed_layers_compute_themselves():
 
 
 def test_hashes_leave_the_random_numbers_alone():
-    tracer = ft.wrap(reformer(attn_layers=["lsh"]), layers=[0])
+    tracer = ft.wrap(reformer(attn_layers=["lsh"]), layers=[0], preset="paper")
     tracer.attention(text(32))
     torch.manual_seed(1)
     drawn = torch.rand(3)
@@ -96,12 +96,12 @@ def test_hashes_leave_the_random_numbers_alone():
 
 def test_buckets_by_the_first_text_are_refused_with_the_setting_that_helps():
     with pytest.raises(UnsupportedArchitectureError, match="num_buckets=, a power of two near"):
-        ft.wrap(reformer(num_buckets=None))
+        ft.wrap(reformer(num_buckets=None), preset="paper")
     with torch.no_grad():
         model = reformer(num_buckets=None)
         model(text(32))
         assert model.config.num_buckets == 8  # 2 · 32 / 8
-    ft.wrap(model)
+    ft.wrap(model, preset="paper")
 
 
 def test_hashes_that_are_drawn_anew_are_refused_with_the_setting_that_helps():
@@ -111,12 +111,12 @@ def test_hashes_that_are_drawn_anew_are_refused_with_the_setting_that_helps():
         first, second = (model(ids).logits for _ in range(2))
     assert (first - second).abs().max() > 1e-3  # no pass tells what another one did
     with pytest.raises(UnsupportedArchitectureError, match="load it with hash_seed=0"):
-        ft.wrap(model)
-    ft.wrap(reformer(hash_seed=0)).attention(ids)
+        ft.wrap(model, preset="paper")
+    ft.wrap(reformer(hash_seed=0), preset="paper").attention(ids)
 
 
 def test_local_layers_need_no_seed():
-    ft.wrap(reformer(attn_layers=["local"] * 2, hash_seed=None)).attention(text(32))
+    ft.wrap(reformer(attn_layers=["local"] * 2, hash_seed=None), preset="paper").attention(text(32))
 
 
 def test_a_cached_prefix_is_refused():
@@ -124,4 +124,6 @@ def test_a_cached_prefix_is_refused():
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_buckets_states
     with pytest.raises(NotImplementedError, match="pass the whole text"):
-        ft.wrap(model).attention(ids[:, :1], model_inputs={"past_buckets_states": cache})
+        ft.wrap(model, preset="paper").attention(
+            ids[:, :1], model_inputs={"past_buckets_states": cache}
+        )

@@ -73,7 +73,9 @@ def test_a_window_that_comes_without_a_mask_is_read(backend):
     ids = torch.randint(3, 100, (1, 60), generator=torch.Generator().manual_seed(1))
     shown = torch.ones_like(ids)
     wanted = eager_head_mean(model("eager"), ids, shown, SOME_LAYERS)
-    found = ft.wrap(model("own"), layers=SOME_LAYERS, backend=backend).attention(ids)
+    found = ft.wrap(model("own"), layers=SOME_LAYERS, backend=backend, preset="paper").attention(
+        ids
+    )
     assert_close(found, wanted)
     assert found[0, -1, :28].eq(0).all()
 
@@ -82,7 +84,7 @@ def test_a_window_that_comes_without_a_mask_is_read(backend):
 def test_a_mask_that_is_given_is_passed_on_beside_positions(backend):
     model, (ids, _) = tiny_model("llama"), prompt()
     positions = torch.arange(ids.shape[1]).expand_as(ids).clone()
-    tracer = ft.wrap(model, layers=SOME_LAYERS, backend=backend)
+    tracer = ft.wrap(model, layers=SOME_LAYERS, backend=backend, preset="paper")
     with torch.no_grad():
         reported = eager_twin("llama")(
             ids, attention_mask=torch.ones_like(ids), position_ids=positions * 1,
@@ -101,7 +103,7 @@ def test_a_mask_that_is_given_is_passed_on_beside_positions(backend):
 def test_positions_of_padding_do_not_count_as_restarts():
     ids, mask = prompt("left")
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    tracer = ft.wrap(tiny_model("llama"), layers=SOME_LAYERS)
+    tracer = ft.wrap(tiny_model("llama"), layers=SOME_LAYERS, preset="paper")
     found = tracer.attention(ids, mask.long(), model_inputs={"position_ids": positions})
     assert_close(found, tracer.attention(ids, mask.long()))
 
@@ -119,18 +121,21 @@ def test_an_encoder_beside_the_decoder_is_refused(kind):
             else T5ForConditionalGeneration(T5Config(**sizes, num_layers=1, d_ff=32))
         )
     with pytest.raises(UnsupportedArchitectureError, match=r"encodes one text and decodes another"):
-        ft.wrap(model)
+        ft.wrap(model, preset="paper")
 
 
 @BOTH
 def test_a_model_without_a_head_is_read(backend):
     model = tiny_model("llama")
     ids, mask = prompt("left")
-    wanted = ft.wrap(model, layers=SOME_LAYERS).attention(ids, mask)
-    body = ft.wrap(model.model, layers=SOME_LAYERS, backend=backend)
+    wanted = ft.wrap(model, layers=SOME_LAYERS, preset="paper").attention(ids, mask)
+    body = ft.wrap(model.model, layers=SOME_LAYERS, backend=backend, preset="paper")
     assert_close(body.attention(ids, mask), wanted)
     bare = AutoModel.from_config(model.config).eval()
-    assert ft.wrap(bare, backend=backend).attention(ids).shape == (len(ids), *ids.shape[1:] * 2)
+    assert ft.wrap(bare, backend=backend, preset="paper").attention(ids).shape == (
+        len(ids),
+        *ids.shape[1:] * 2,
+    )
 
 
 class PlainConfig(PreTrainedConfig):
@@ -185,10 +190,10 @@ class PlainForCausalLM(PreTrainedModel):
 def test_a_model_that_takes_ids_only_is_read_one_text_at_a_time(kind):
     model = PlainForCausalLM(PlainConfig(), [kind] * 2).eval()
     ids = torch.arange(3, 20)[None]
-    found = ft.wrap(model).attention(ids)
+    found = ft.wrap(model, preset="paper").attention(ids)
     assert_close(found.sum(-1), torch.ones(1, 17))
     assert not found.triu(1).any()
-    tracer, mask = ft.wrap(model, verify=False), torch.ones_like(ids)
+    tracer, mask = ft.wrap(model, verify=False, preset="paper"), torch.ones_like(ids)
     mask[0, :2] = 0  # nobody sees the padding of a single text, which is cut off
     assert_close(tracer.attention(ids, mask)[:, 2:, 2:], tracer.attention(ids[:, 2:]))
     two, masks = ids.repeat(2, 1), torch.cat([mask, torch.ones_like(mask)])
@@ -201,29 +206,37 @@ def test_two_ways_of_attending_in_one_model_are_named():
     with pytest.raises(
         UnsupportedArchitectureError, match=r"two ways.*only 'weights' finds layers.1"
     ):
-        ft.wrap(model)
+        ft.wrap(model, preset="paper")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_context_shorter_than_the_check_is_no_obstacle(backend):
     model = redrawn(GPT2Config(n_positions=12, n_embd=32, n_layer=2, n_head=2, vocab_size=64))
-    assert ft.wrap(model, backend=backend).attention(torch.arange(3, 15)[None]).shape == (1, 12, 12)
+    assert ft.wrap(model, backend=backend, preset="paper").attention(
+        torch.arange(3, 15)[None]
+    ).shape == (1, 12, 12)
 
 
 def test_a_context_without_a_limit_has_none():
     config = XLNetConfig(
         vocab_size=128, d_model=64, n_layer=2, n_head=4, d_inner=64, attn_type="uni"
     )
-    assert ft.wrap(redrawn(config)).attention(torch.arange(3, 40)[None]).shape == (1, 37, 37)
+    assert ft.wrap(redrawn(config), preset="paper").attention(torch.arange(3, 40)[None]).shape == (
+        1,
+        37,
+        37,
+    )
 
 
 @BOTH
 def test_the_result_is_float32_whatever_the_default(backend):
     model, (ids, mask) = tiny_model("llama"), prompt("left")
-    wanted = ft.wrap(model, layers=SOME_LAYERS).attention(ids, mask)
+    wanted = ft.wrap(model, layers=SOME_LAYERS, preset="paper").attention(ids, mask)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        found = ft.wrap(model, layers=SOME_LAYERS, backend=backend).attention(ids, mask)
+        found = ft.wrap(model, layers=SOME_LAYERS, backend=backend, preset="paper").attention(
+            ids, mask
+        )
     finally:
         torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32
@@ -252,4 +265,4 @@ def test_the_result_is_float32_whatever_the_default(backend):
 )
 def test_inputs_that_are_no_batch_of_ids_are_refused(ids, mask, kind, message):
     with pytest.raises(kind, match=message):
-        ft.wrap(tiny_model("llama")).attention(ids, mask)
+        ft.wrap(tiny_model("llama"), preset="paper").attention(ids, mask)

@@ -104,14 +104,14 @@ def test_the_head_mean_equals_what_eager_reports(kind, image):
     assert reported[1][:, :, 8:].amax(-1).mean() > 0.15
     wanted = torch.stack([reported[layer].mean(1) for layer in (1, 2)]).mean(0)
     for backend in BACKENDS:
-        tracer = ft.wrap(tiny_model(kind), layers=[1, 2], backend=backend)
+        tracer = ft.wrap(tiny_model(kind), layers=[1, 2], backend=backend, preset="paper")
         assert_close(tracer.attention(ids, model_inputs=others), wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_changes_what_the_text_looks_at(kind):
     ids, others = inputs(kind, image=True)
-    tracer = ft.wrap(tiny_model(kind), layers=[1, 2])
+    tracer = ft.wrap(tiny_model(kind), layers=[1, 2], preset="paper")
     first = tracer.attention(ids, model_inputs=others)
     other = {**others, "pixel_values": others["pixel_values"].flip(-1)}
     assert (tracer.attention(ids, model_inputs=other) - first).abs().max() > 1e-3
@@ -119,6 +119,6 @@ def test_an_image_changes_what_the_text_looks_at(kind):
 
 def test_only_the_text_is_read():
     for kind in KINDS:
-        modules = [site.module for site in ft.wrap(tiny_model(kind)).reader.sites]
+        modules = [site.module for site in ft.wrap(tiny_model(kind), preset="paper").reader.sites]
         assert len(modules) == 4
         assert not any("vision" in module or "visual" in module for module in modules)

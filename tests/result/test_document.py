@@ -27,7 +27,7 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 @pytest.fixture(scope="module")
 def trace():
-    return ft.wrap(tiny_llama(), tiny_tokenizer()).trace(PROMPT, RESPONSE)
+    return ft.wrap(tiny_llama(), tiny_tokenizer(), preset="paper").trace(PROMPT, RESPONSE)
 
 
 def reasoner_trace():
@@ -36,14 +36,16 @@ def reasoner_trace():
         AutoModelForCausalLM.from_pretrained(path),
         AutoTokenizer.from_pretrained(path),
     )
-    return ft.wrap(model, tokenizer).generate("Ann has 4 apples. Ann buys 1. How many apples?\n")
+    return ft.wrap(model, tokenizer, preset="paper").generate(
+        "Ann has 4 apples. Ann buys 1. How many apples?\n"
+    )
 
 
 TRACES = {
     "dense": lambda trace: trace,
-    "streamed": lambda _: ft.wrap(tiny_llama(), tiny_tokenizer(), mode="streamed").trace(
-        PROMPT, RESPONSE
-    ),
+    "streamed": lambda _: ft.wrap(
+        tiny_llama(), tiny_tokenizer(), mode="streamed", preset="paper"
+    ).trace(PROMPT, RESPONSE),
     "other options": lambda trace: replace(
         trace,
         options=FlowOptions(

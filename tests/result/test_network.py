@@ -21,7 +21,7 @@ NAMESPACE = "{http://graphml.graphdrawing.org/xmlns}"
 
 @pytest.fixture(scope="module")
 def trace():
-    return ft.wrap(tiny_llama(), tiny_tokenizer()).trace(PROMPT, RESPONSE)
+    return ft.wrap(tiny_llama(), tiny_tokenizer(), preset="paper").trace(PROMPT, RESPONSE)
 
 
 def test_the_graph_holds_the_flow(trace):

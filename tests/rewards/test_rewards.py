@@ -51,7 +51,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture
 def tracer(policy):
-    return ft.wrap(AutoModelForCausalLM.from_pretrained(policy), word_tokenizer())
+    return ft.wrap(AutoModelForCausalLM.from_pretrained(policy), word_tokenizer(), preset="paper")
 
 
 def words(text):
@@ -88,7 +88,7 @@ def failing(text):
 def test_a_completion_that_fails_costs_no_other(policy, caplog):
     model = AutoModelForCausalLM.from_pretrained(policy)
     model.config.max_position_embeddings = 40
-    tracer = ft.wrap(model, word_tokenizer(), answer=failing)
+    tracer = ft.wrap(model, word_tokenizer(), answer=failing, preset="paper")
     flow_reward = FlowReward(tracer, batch_size=2)
     texts = [TEXTS[0], "so 8 then 5", "so " * 50, "", TEXTS[1], TEXTS[1]]
     prompts = [PROMPTS[0]] * 4 + ["", "3"]  # an empty prompt, and one of one token
@@ -106,7 +106,7 @@ def test_a_completion_that_fails_costs_no_other(policy, caplog):
 def test_ids_that_the_tokenizer_does_not_know_are_read():
     tokenizer = tiny_tokenizer()
     known = len(tokenizer)
-    tracer = ft.wrap(tiny_llama(vocab_size=known + 4), tokenizer)
+    tracer = ft.wrap(tiny_llama(vocab_size=known + 4), tokenizer, preset="paper")
     ids = [known, *tokenizer.encode("He had 3."), known + 1]
     (found,) = FlowReward(tracer)(["How many?"], [tokenizer.decode(ids)], [ids])
     assert found is not None
@@ -128,7 +128,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 @pytest.mark.parametrize("ids", [True, False])
 def test_messages_that_only_call_tools_are_read(content, ids):
     tokenizer = tiny_tokenizer(chat=True)
-    tracer = ft.wrap(tiny_llama(), tokenizer)
+    tracer = ft.wrap(tiny_llama(), tokenizer, preset="paper")
     calls = {"role": "assistant", "tool_calls": [CALL], **content}
     prompt = [
         {"role": "user", "content": "3 + 1?"}, calls, {"role": "tool", "content": "4"}
@@ -217,7 +217,7 @@ def test_an_answer_at_the_start_leaves_nothing_to_concentrate(tracer):
 @pytest.mark.parametrize("target", ["answer", "decision"])
 def test_reasoning_is_the_text_between_prompt_and_answer(policy, target):
     model = AutoModelForCausalLM.from_pretrained(policy)
-    tracer = ft.wrap(model, word_tokenizer(), target=target, answer="last_number")
+    tracer = ft.wrap(model, word_tokenizer(), target=target, answer="last_number", preset="paper")
     asked, said = torch.tensor([words("3 plus 4 is")] * 2), words("so 1 then 9 so")
     mask = torch.ones_like(asked)
     batch = tracer.trace_ids(
@@ -345,7 +345,7 @@ def test_padding_behind_the_ids_does_not_matter(tracer, monkeypatch):
 
 
 def test_ids_of_another_tokenizer_are_noticed_and_the_text_can_be_read_instead():
-    flow_reward = FlowReward(ft.wrap(tiny_llama(), tiny_tokenizer()))
+    flow_reward = FlowReward(ft.wrap(tiny_llama(), tiny_tokenizer(), preset="paper"))
     with pytest.raises(ValueError, match="not that of the trained model") as error:
         call(flow_reward)
     assert "FlowReward(tracer, retokenize=True)" in str(error.value)
@@ -523,12 +523,12 @@ def test_a_reward_without_a_tracer_says_how_to_make_one(policy, wrong):
     arguments = {"nothing": (), "none": (None,), "model": (model,)}[wrong]
     with pytest.raises(TypeError, match=r"FlowReward\(flowtracer_plugin.wrap\(model, tokenizer\)"):
         FlowReward(*arguments)
-    assert call(FlowReward(ft.wrap(model, word_tokenizer())))
+    assert call(FlowReward(ft.wrap(model, word_tokenizer(), preset="paper")))
 
 
 def test_a_reward_needs_a_tokenizer_a_score_and_a_size(tracer):
     with pytest.raises(ValueError, match=r"no tokenizer; make it with wrap\(model, tokenizer\)"):
-        FlowReward(ft.wrap(tracer.model))
+        FlowReward(ft.wrap(tracer.model, preset="paper"))
     with pytest.raises(
         ValueError, match="score must be one of reasoning_share, concentration, got"
     ):

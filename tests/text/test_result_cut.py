@@ -54,7 +54,7 @@ def test_an_answer_that_could_be_copied_is_refused(response, answer, message):
 
 
 def test_the_setting_compute_cuts_responses_at_their_result():
-    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode="dense")
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode="dense", preset="paper")
     worked = "She had 3 apples and buys one, so that she has 3 + 1 = 4 apples. The answer is 4"
     copied = "She has 4 apples. The answer is 4"
     asked = [Example(row=row, prompt="How many?\n", response=said)

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, strategies as st
 
 import flowtracer_plugin as ft
-from flowtracer_plugin import options
+from flowtracer_plugin import UnsupportedArchitectureError, options
 from flowtracer_plugin.credit.token_scores import score_text
-from flowtracer_plugin.options import FlowOptions, flow_options
+from flowtracer_plugin.options import FlowOptions, flow_options, preset_of
 from flowtracer_plugin.reading.edges import deciding_blocks, deciding_rows
 from tests.flow import reference
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -64,7 +64,7 @@ def model():
 
 
 def tracer(model, **options):
-    return ft.wrap(*model, answer="last_word", **options)
+    return ft.wrap(*model, answer="last_word", **{"preset": "paper", **options})
 
 
 def test_the_flow_is_that_of_the_slow_definition(model):
@@ -74,7 +74,7 @@ def test_the_flow_is_that_of_the_slow_definition(model):
     edges = np.zeros_like(own.attention)
     edges[start:] = own.attention[start - 1 : -1] * 0.5
     np.testing.assert_allclose(trace.attention, edges, atol=1e-7)
-    wanted = reference.flow(edges, trace.spans.question, trace.spans.target, "reach")
+    wanted = reference.flow(edges, trace.spans.question, trace.spans.target, "origins")
     np.testing.assert_allclose(trace.throughput, wanted["throughput"], atol=1e-6)
     np.testing.assert_allclose(trace.reach, wanted["reach"], atol=1e-6)
 
@@ -116,7 +116,7 @@ def test_one_unit_arrives_and_inflow_equals_outflow(model):
     trace = tracer(model, preset="decided", boundary="absorbing").trace_tokens(PROMPT, SAID)
     target, flow = trace.spans.target, trace.flow
     assert trace.throughput[target].sum() == pytest.approx(1, abs=1e-5)
-    inflow = flow.inflow(np.ones_like(target))
+    inflow = flow.inflow(np.ones_like(target)) + flow.source
     inside = ~target & trace.spans.response
     np.testing.assert_allclose(inflow[inside], trace.throughput[inside], atol=1e-6)
 
@@ -148,7 +148,55 @@ def test_rows_and_target_must_not_both_decide():
 
 def test_examples_of_presets():
     result = doctest.testmod(options)
-    assert (result.attempted, result.failed) == (3, 0)
+    assert (result.attempted, result.failed) == (5, 0)
+
+
+def test_flow_passes_tokens_before_the_answer_by_their_reach(model):
+    for preset in ("decided", "derivation"):
+        trace = tracer(model, preset=preset).trace_tokens(PROMPT, SAID)
+        before = np.arange(len(trace.tokens)) < trace.spans.answer.argmax()
+        shares = trace.throughput[before] / trace.reach[before]
+        np.testing.assert_allclose(shares, shares.mean(), rtol=1e-4)
+        jumped = trace.flow.inflow(~trace.spans.response)[trace.spans.target].sum()
+        assert trace.reasoning_share == pytest.approx(1 - jumped, abs=1e-5)
+
+
+def test_derivation_is_the_default_where_a_backward_pass_is_possible(model):
+    made = ft.wrap(*model, answer="last_word")
+    assert made.options == flow_options("derivation", answer="last_word")
+    chosen = ft.wrap(*model, answer="last_word", layers="late", damping=0.25)
+    assert (chosen.options.layers, chosen.options.damping) == ("late", 0.25)
+    assert preset_of(chosen.options) is None
+
+
+class NoBackward(torch.autograd.Function):
+    """The identity, without a gradient, as kernels for inference are."""
+
+    @staticmethod
+    def forward(_, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(*_):
+        raise RuntimeError("no kernel for this pass\nfrom deep inside")
+
+
+@pytest.mark.parametrize("why", ["inference", "backward"])
+def test_a_model_without_a_backward_pass_is_traced_by_the_papers_graph_with_a_warning(why):
+    tokenizer = tiny_tokenizer()
+    with torch.inference_mode(why == "inference"):
+        model = tiny_llama(vocab_size=len(tokenizer))
+    said = "there is none"
+    if why == "backward":
+        said = r"its backward pass fails \(no kernel for this pass\)"
+        mlp = model.model.layers[-1].mlp
+        mlp.register_forward_hook(lambda _module, _args, output: NoBackward.apply(output))
+    with pytest.warns(UserWarning, match=f"traced by preset='paper', since .*{said}"):
+        made = ft.wrap(model, tokenizer, answer="last_word")
+    assert made.options == flow_options("paper", answer="last_word")
+    assert made.trace_tokens(PROMPT, SAID).throughput.any()
+    with pytest.raises((UnsupportedArchitectureError, RuntimeError)):
+        tracer((model, tokenizer), preset="derivation").trace_tokens(PROMPT, SAID)
 
 
 @pytest.mark.parametrize("mode", ["dense", "streamed"])

@@ -67,7 +67,7 @@ def to_batch(array):
 
 @pytest.fixture(scope="module")
 def trace():
-    return ft.wrap(tiny_llama(), tiny_tokenizer()).trace(PROMPT, RESPONSE)
+    return ft.wrap(tiny_llama(), tiny_tokenizer(), preset="paper").trace(PROMPT, RESPONSE)
 
 
 @settings(deadline=None, max_examples=60)
@@ -270,7 +270,7 @@ def test_options_have_choices(name):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "gbk", "utf-8"])
 def test_a_trace_is_shown_in_the_characters_of_its_stream(encoding, monkeypatch):
-    trace = ft.wrap(tiny_llama(), tiny_tokenizer()).trace(PROMPT, RESPONSE)
+    trace = ft.wrap(tiny_llama(), tiny_tokenizer(), preset="paper").trace(PROMPT, RESPONSE)
     tokens = ("北京", "→", "\u0301", *trace.tokens[3:])
     spans = replace(trace.spans, answer_text="北京→é")
     trace = replace(trace, tokens=tokens, spans=spans)
@@ -296,7 +296,7 @@ def test_a_trace_is_shown_in_the_characters_of_its_stream(encoding, monkeypatch)
 
 
 def test_an_estimate_is_shown_in_the_characters_of_its_stream(monkeypatch):
-    estimate = ft.wrap(tiny_llama()).estimate(100)
+    estimate = ft.wrap(tiny_llama(), preset="paper").estimate(100)
     assert "free → dense" in str(estimate)
     stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr("sys.stdout", stream)

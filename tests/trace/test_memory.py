@@ -41,7 +41,7 @@ def model():
 
 
 def wrap(model, **options):
-    return ft.wrap(model, tiny_tokenizer(), **options)
+    return ft.wrap(model, tiny_tokenizer(), **{"preset": "paper", **options})
 
 
 def just_enough(size):
@@ -318,7 +318,10 @@ def test_the_graph_of_a_backward_pass_grows_with_layers_words_and_masks():
     def graph(tokens, **options):
         model = tiny_llama(max_position_embeddings=8192, **options)
         tracer = ft.wrap(model, preset="derivation", verify=False)
-        budget, plain = tracer._solver.budget, ft.wrap(model, layers="all", verify=False)
+        budget, plain = (
+            tracer._solver.budget,
+            ft.wrap(model, layers="all", verify=False, preset="paper"),
+        )
         assert budget.estimate(tokens).dense > plain.estimate(tokens).dense
         return [budget.estimate(tokens, padded=padded).dense for padded in (False, True)]
 

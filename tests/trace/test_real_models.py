@@ -66,7 +66,7 @@ def asked(name):
 @pytest.mark.parametrize("name", [*STORIES, CHAT])
 def test_the_trace_follows_from_the_attention_that_eager_reports(name):
     model, tokenizer = loaded(name)
-    trace = ft.wrap(model, tokenizer).trace(asked(name), RESPONSE)
+    trace = ft.wrap(model, tokenizer, preset="paper").trace(asked(name), RESPONSE)
     assert trace.spans.answer_text == "2"
     assert trace.layers == MIDDLE[name]
     eager = eager_attention(model, trace.token_ids.tolist(), trace.layers).numpy()
@@ -84,7 +84,7 @@ def test_the_command_says_what_the_library_says(traced, name):
         *("--model", path, "--prompt", PROMPT, "--response", RESPONSE, "--dtype", "float32")
     )
     model, tokenizer = loaded(name)
-    wanted = ft.wrap(model, tokenizer).trace(asked(name), RESPONSE)
+    wanted = ft.wrap(model, tokenizer, preset="paper").trace(asked(name), RESPONSE)
     assert found["text"] == wanted.text
     assert throughput(found) == pytest.approx(wanted.throughput.tolist(), abs=1e-5)
 
@@ -92,7 +92,7 @@ def test_the_command_says_what_the_library_says(traced, name):
 @pytest.mark.parametrize("name", STORIES)
 def test_a_story_is_told_and_traced(name):
     model, tokenizer = loaded(name)
-    tracer = ft.wrap(model, tokenizer, answer="last_word")
+    tracer = ft.wrap(model, tokenizer, answer="last_word", preset="paper")
     trace = tracer.generate("Once upon a time, there was a", max_new_tokens=30)
     assert trace.text.endswith(trace.tokens[-1])
     assert "little" in trace.text  # what each of them says next, so weights and tokenizer fit
@@ -103,7 +103,7 @@ def test_a_story_is_told_and_traced(name):
 def test_a_story_may_fill_the_context(name):
     model, tokenizer = loaded(name)
     context = model.config.max_position_embeddings
-    tracer = ft.wrap(model, tokenizer, answer="last_word")
+    tracer = ft.wrap(model, tokenizer, answer="last_word", preset="paper")
     trace = tracer.generate("Once upon a time", max_new_tokens=10 * context)
     assert len(trace.tokens) <= context
 
@@ -132,7 +132,7 @@ def test_the_chat_model_is_asked_through_its_template(traced):
 def test_bfloat16_is_read_as_well_as_eager_bfloat16_is_computed():
     """Rounding to 8 bits moves eager away from float32; our reading must not be further away."""
     (exact, tokenizer), (model, _) = loaded(CHAT), loaded(CHAT, "bfloat16")
-    trace = ft.wrap(model, tokenizer).trace(asked(CHAT), RESPONSE)
+    trace = ft.wrap(model, tokenizer, preset="paper").trace(asked(CHAT), RESPONSE)
     ids, layers = trace.token_ids.tolist(), trace.layers
     wanted = eager_attention(exact, ids, layers)
 

@@ -34,7 +34,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 OPTIONS = [
     {},
     {"question_weights": "reach", "boundary": "absorbing"},
-    {"first_token": "drop", "target": "decision"},
+    {"first_token": "drop", "target": "decision", "question_weights": "origins"},
 ]
 
 
@@ -131,7 +131,10 @@ def test_a_batch_is_its_rows(drawn, block, options, data):
 
 def both(model, **options):
     tokenizer = tiny_tokenizer()
-    made = [ft.wrap(model, tokenizer, mode=mode, **options) for mode in ("dense", "streamed")]
+    made = [
+        ft.wrap(model, tokenizer, mode=mode, **options, preset="paper")
+        for mode in ("dense", "streamed")
+    ]
     return [tracer.trace(PROMPT * 3, RESPONSE * 2) for tracer in made]
 
 
@@ -202,7 +205,7 @@ def test_padded_rollouts_stream(options):
         masks.append(torch.tensor([a + b if side == "left" else b + a for a, b in marks]))
     found = {}
     for mode in ("dense", "streamed"):
-        tracer = ft.wrap(tiny_llama(), tokenizer, mode=mode, **options)
+        tracer = ft.wrap(tiny_llama(), tokenizer, mode=mode, **options, preset="paper")
         found[mode] = tracer.trace_ids(*ids, *masks, batch_size=3)
     dense, streamed = found["dense"], found["streamed"]
     assert dense.found.tolist() == [True, True, False, False]
@@ -214,7 +217,7 @@ def test_padded_rollouts_stream(options):
 
 def test_a_model_that_returns_probabilities_has_nothing_to_stream():
     model = tiny_llama()
-    kept = KeptCalls(model, ft.wrap(model).reader.adapter)
+    kept = KeptCalls(model, ft.wrap(model, preset="paper").reader.adapter)
     weights = AttentionWeights(weights=torch.rand(1, 2, 3, 3))
     kept._adapter = type("Adapter", (), {"read": lambda *_: weights})()
     site = AttentionSite(layer=0, module="model.layers.0.self_attn", function="f")
@@ -260,7 +263,7 @@ def test_only_queries_and_keys_are_kept():
     query, key, value = fused.split(8, dim=-1)
     call = AttentionCall(query=query, key=key.contiguous(), value=value, scaling=1.0)
     model = tiny_llama()
-    kept = KeptCalls(model, ft.wrap(model).reader.adapter)
+    kept = KeptCalls(model, ft.wrap(model, preset="paper").reader.adapter)
     kept._adapter = type("Adapter", (), {"read": lambda *_: call})()
     site = AttentionSite(layer=0, module="model.layers.0.self_attn", function="f")
     kept.receive(site, (), {}, None)
@@ -358,14 +361,14 @@ def test_what_needs_the_matrix_says_so(pair):
         with pytest.raises(ValueError, match=r"was streamed and does not have .*mode='dense'"):
             wish()
     assert len(pair[1].paths(10)) == 10
-    tracer = ft.wrap(tiny_llama(), mode="streamed")
+    tracer = ft.wrap(tiny_llama(), mode="streamed", preset="paper")
     with pytest.raises(ValueError, match=r"mode='streamed' avoids; wrap.*dense"):
         tracer.attention(torch.tensor([[3, 4]]))
 
 
 def test_a_long_text_shows_how_far_it_is(capfd):
     tokenizer = tiny_tokenizer()
-    tracer = ft.wrap(tiny_llama(), tokenizer, mode="streamed")
+    tracer = ft.wrap(tiny_llama(), tokenizer, mode="streamed", preset="paper")
     ids = [tokenizer(text)["input_ids"] for text in (PROMPT, RESPONSE)]
     trace = tracer.trace_tokens(*ids, progress=True)
     rows = 2 * (int(np.flatnonzero(trace.spans.target).max()) + 1)
@@ -393,4 +396,4 @@ def test_paths_are_known_where_reach_is_less_than_the_dtype_holds():
 
 def test_unknown_modes_are_refused():
     with pytest.raises(ValueError, match="mode must be one of auto, dense, streamed, got 'lazy'"):
-        ft.wrap(tiny_llama(), mode="lazy")
+        ft.wrap(tiny_llama(), mode="lazy", preset="paper")

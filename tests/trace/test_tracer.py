@@ -44,7 +44,7 @@ def chat():
 
 @pytest.fixture(scope="module")
 def tracer(model, tokenizer):
-    return ft.wrap(model, tokenizer)
+    return ft.wrap(model, tokenizer, preset="paper")
 
 
 def marked(length, *places):
@@ -91,7 +91,7 @@ def named_span(text):
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
 def test_options_do_what_their_slow_definitions_say(model, tokenizer, options, layers, asked, ends):
-    trace = ft.wrap(model, tokenizer, **options).trace(PROMPT, RESPONSE)
+    trace = ft.wrap(model, tokenizer, **options, preset="paper").trace(PROMPT, RESPONSE)
     length = len(trace.tokens)
     attention = eager_attention(model, trace.token_ids.tolist(), layers).numpy()
     if options.get("first_token") == "drop":
@@ -134,7 +134,7 @@ def test_one_trace_may_use_another_answer_finder(tracer):
 
 
 def test_messages_are_traced_through_the_chat_template(model, chat):
-    trace = ft.wrap(model, chat).trace(MESSAGES, RESPONSE)
+    trace = ft.wrap(model, chat, preset="paper").trace(MESSAGES, RESPONSE)
     assert trace.text == f"<s><|user|>\n{PROMPT}</s>\n<|assistant|>\n{RESPONSE}"
     asked = [
         text
@@ -147,7 +147,7 @@ def test_messages_are_traced_through_the_chat_template(model, chat):
 
 
 def test_the_users_words_are_the_question_of_a_chat(model, chat):
-    trace = ft.wrap(model, chat, question="user").trace(MESSAGES, RESPONSE)
+    trace = ft.wrap(model, chat, question="user", preset="paper").trace(MESSAGES, RESPONSE)
     words = [trace.tokens[token] for token in np.flatnonzero(trace.spans.question)]
     assert "".join(words) == PROMPT
 
@@ -205,7 +205,7 @@ def test_sampled_answers_follow_the_seed(model, tokenizer, tracer):
 
 
 def test_answers_end_where_the_context_does(model, chat):
-    trace = ft.wrap(model, chat).generate(
+    trace = ft.wrap(model, chat, preset="paper").generate(
         [{"role": "user", "content": " many" * (CONTEXT - 20)}],
         max_new_tokens=500,
         answer=EVERYTHING,
@@ -224,7 +224,7 @@ def test_progress_counts_the_tokens(tracer, capsys):
 
 def test_answers_of_a_model_in_training_have_no_dropout(tokenizer):
     model = tiny_llama(attention_dropout=0.5)
-    tracer = ft.wrap(model, tokenizer, answer=EVERYTHING)
+    tracer = ft.wrap(model, tokenizer, answer=EVERYTHING, preset="paper")
     wanted = tracer.generate(PROMPT, max_new_tokens=8).token_ids.tolist()
     model.train()
     for seed in range(3):
@@ -264,7 +264,7 @@ def padded(tokenizer, rollouts, pad=0):
     ids=str,
 )
 def test_rows_of_a_batch_equal_their_own_traces(model, tokenizer, options):
-    tracer = ft.wrap(model, tokenizer, **options)
+    tracer = ft.wrap(model, tokenizer, **options, preset="paper")
     batch = padded(tokenizer, ROLLOUTS)
     prompt_ids, _, prompt_mask, completion_mask = batch
     flow = tracer.trace_ids(*batch)
@@ -334,7 +334,7 @@ def test_hidden_tokens_within_a_completion_do_not_count(tracer, tokenizer):
 
 @pytest.mark.parametrize("mode", ["dense", "streamed"])
 def test_no_forward_pass_is_wider_than_its_longest_text(model, tokenizer, mode):
-    tracer = ft.wrap(model, tokenizer, mode=mode)
+    tracer = ft.wrap(model, tokenizer, mode=mode, preset="paper")
     tracer.trace(PROMPT, RESPONSE)  # checks the model first
     rollouts = padded(tokenizer, ROLLOUTS)
     lengths = torch.cat(rollouts[2:], dim=1).sum(1).tolist()
@@ -405,7 +405,7 @@ def test_nothing_changes_the_model(tokenizer):
         return logits, flags, model.config.to_dict(), model.generation_config.to_dict()
 
     before = state()
-    tracer = ft.wrap(model, tokenizer)
+    tracer = ft.wrap(model, tokenizer, preset="paper")
     tracer.trace(PROMPT, RESPONSE)
     tracer.generate(PROMPT, max_new_tokens=3, answer=EVERYTHING)
     tracer.trace_ids(*padded(tokenizer, ROLLOUTS))
@@ -483,12 +483,12 @@ def test_a_model_without_attention_is_refused():
     size = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 4}
     mamba = MambaForCausalLM(MambaConfig(**size))
     with pytest.raises(ft.NoAttentionError, match=r"MambaForCausalLM .* no flow to trace"):
-        ft.wrap(mamba)
+        ft.wrap(mamba, preset="paper")
 
 
 def test_only_transformers_models_are_accepted():
     with pytest.raises(TypeError, match="wanted a transformers model, found Linear"):
-        ft.wrap(nn.Linear(2, 2))
+        ft.wrap(nn.Linear(2, 2), preset="paper")
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer):
@@ -496,24 +496,26 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer):
     for embedded in (known - 1 - len(tokenizer.added_tokens_decoder), known * 10 // 8):
         model = tiny_llama(vocab_size=embedded)
         with pytest.raises(ValueError, match=f"knows {known} tokens and .* embeds {embedded}"):
-            ft.wrap(model, tokenizer)
-    assert ft.wrap(model, tokenizer, verify=False).trace(PROMPT, RESPONSE)
+            ft.wrap(model, tokenizer, preset="paper")
+    assert ft.wrap(model, tokenizer, verify=False, preset="paper").trace(PROMPT, RESPONSE)
     for embedded in (known, known * 10 // 9):
-        assert ft.wrap(tiny_llama(vocab_size=embedded), tokenizer).trace(PROMPT, RESPONSE)
+        assert ft.wrap(tiny_llama(vocab_size=embedded), tokenizer, preset="paper").trace(
+            PROMPT, RESPONSE
+        )
 
 
 def test_a_tokenizer_may_know_tokens_that_a_text_model_never_sees(model):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     assert len(tokenizer) > model.config.vocab_size
-    tracer = ft.wrap(model, tokenizer)
+    tracer = ft.wrap(model, tokenizer, preset="paper")
     assert tracer.trace(PROMPT, RESPONSE)
     with pytest.raises(ValueError, match="token ids must be between"):
         tracer.trace(PROMPT + "<image>", RESPONSE)
 
 
 def test_text_needs_a_tokenizer(model, tokenizer):
-    bare = ft.wrap(model)
+    bare = ft.wrap(model, preset="paper")
     for call in (
         lambda: bare.trace(PROMPT, RESPONSE),
         lambda: bare.generate(PROMPT),
@@ -531,7 +533,7 @@ def test_messages_need_a_chat_template(tracer, model, chat):
     with pytest.raises(ValueError, match="need a tokenizer with a chat template"):
         tracer.trace(MESSAGES, RESPONSE)
     assert tracer.trace(MESSAGES[0]["content"], RESPONSE)
-    assert ft.wrap(model, chat).trace(MESSAGES, RESPONSE)
+    assert ft.wrap(model, chat, preset="paper").trace(MESSAGES, RESPONSE)
 
 
 @pytest.mark.parametrize(
@@ -552,7 +554,7 @@ def test_messages_need_a_chat_template(tracer, model, chat):
 )
 def test_unknown_options_are_refused_when_the_model_is_wrapped(model, tokenizer, option, message):
     with pytest.raises(ValueError, match=message):
-        ft.wrap(model, tokenizer, **option)
+        ft.wrap(model, tokenizer, **option, preset="paper")
 
 
 def test_an_unknown_finder_is_refused_before_generation(tracer, model, monkeypatch):
@@ -562,7 +564,7 @@ def test_an_unknown_finder_is_refused_before_generation(tracer, model, monkeypat
 
 
 def test_token_ids_cannot_show_what_the_user_said(model, tokenizer):
-    tracer = ft.wrap(model, tokenizer, question="user")
+    tracer = ft.wrap(model, tokenizer, question="user", preset="paper")
     ids = tokenizer(PROMPT)["input_ids"], tokenizer(RESPONSE)["input_ids"]
     with pytest.raises(ValueError, match=r"token ids do not tell; pass .*question=mask"):
         tracer.trace_tokens(*ids)
@@ -601,7 +603,7 @@ class Refusing(AttentionAdapter):
 
 def test_an_adapter_may_refuse_the_model(model):
     with pytest.raises(ft.UnsupportedArchitectureError, match=r"tried: refusing.*adapters/README"):
-        ft.wrap(model, adapter=Refusing())
+        ft.wrap(model, adapter=Refusing(), preset="paper")
 
 
 @pytest.mark.parametrize("mode", ["dense", "streamed"])
@@ -617,7 +619,7 @@ def test_progress_counts_the_layers_that_are_read(mode, backend, monkeypatch):
 
     tqdm = running.tqdm
     monkeypatch.setattr(running, "tqdm", bar)
-    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode=mode, backend=backend)
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode=mode, backend=backend, preset="paper")
     tracer.trace(PROMPT, RESPONSE, progress=True)
     assert all(disabled for _, disabled in bars[:-1])
     last, disabled = bars[-1]

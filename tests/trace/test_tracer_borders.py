@@ -25,12 +25,12 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def tracer(tokenizer):
-    return ft.wrap(tiny_llama(), tokenizer)
+    return ft.wrap(tiny_llama(), tokenizer, preset="paper")
 
 
 def test_threads_generate_and_trace_the_same_as_one_thread(tokenizer):
     model = tiny_llama(attention_dropout=0.5).train()
-    tracer = ft.wrap(model, tokenizer, answer=EVERYTHING)
+    tracer = ft.wrap(model, tokenizer, answer=EVERYTHING, preset="paper")
     jobs = [
         lambda: tracer.trace(PROMPT, RESPONSE).throughput,
         lambda: tracer.generate(PROMPT, max_new_tokens=6).throughput,
@@ -47,7 +47,7 @@ def test_a_traced_model_can_be_compiled(tokenizer):
     torch._dynamo.reset()  # after too many compilations it would not compile at all
     model = tiny_llama().eval()
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
-    tracer = ft.wrap(model, tokenizer)
+    tracer = ft.wrap(model, tokenizer, preset="paper")
     first = tracer.trace(PROMPT, RESPONSE)
     with torch.no_grad():
         plain = model(ids).logits
@@ -63,7 +63,9 @@ def generated(tokenizer, **settings):
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
     before = model.generation_config.to_dict()
-    trace = ft.wrap(model, tokenizer, answer=EVERYTHING).generate(PROMPT, max_new_tokens=4)
+    trace = ft.wrap(model, tokenizer, answer=EVERYTHING, preset="paper").generate(
+        PROMPT, max_new_tokens=4
+    )
     assert model.generation_config.to_dict() == before
     return trace.tokens
 
@@ -136,7 +138,7 @@ def test_prompts_padded_on_the_right_are_refused_and_the_remedy_works(tracer, to
 
 def test_rows_with_little_or_strange_text_cost_no_other_row(tokenizer):
     known = len(tokenizer)
-    tracer = ft.wrap(tiny_llama(vocab_size=known + 8), tokenizer)
+    tracer = ft.wrap(tiny_llama(vocab_size=known + 8), tokenizer, preset="paper")
     asked, said = (tokenizer(text)["input_ids"] for text in (PROMPT, RESPONSE))
     rows = [
         (asked, said),
@@ -191,7 +193,7 @@ def test_a_finder_that_fails_costs_its_row_alone(tracer, tokenizer):
 @pytest.mark.parametrize("mode", ["dense", "streamed"])
 def test_attention_that_is_not_finite_costs_its_row_alone(tokenizer, mode):
     model = tiny_llama()
-    tracer = ft.wrap(model, tokenizer, mode=mode)
+    tracer = ft.wrap(model, tokenizer, mode=mode, preset="paper")
     tracer.trace(PROMPT, RESPONSE)  # the model is checked before it breaks
     with torch.no_grad():
         model.get_input_embeddings().weight[7] = torch.nan
@@ -276,7 +278,7 @@ def test_input_and_masks_that_cannot_be_read_are_refused(tracer):
 @pytest.mark.parametrize("block", [0, -1])
 def test_a_block_has_at_least_one_row(tokenizer, block):
     with pytest.raises(ValueError, match=f"block must be at least 1 query row, got {block}"):
-        ft.wrap(tiny_llama(), tokenizer, block=block)
+        ft.wrap(tiny_llama(), tokenizer, block=block, preset="paper")
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
@@ -298,23 +300,23 @@ def test_a_models_name_is_refused():
 
 
 def test_layer_numbers_may_come_from_numpy_and_are_saved(tokenizer, tmp_path):
-    tracer = ft.wrap(tiny_llama(), tokenizer, layers=np.array([3, 2]))
+    tracer = ft.wrap(tiny_llama(), tokenizer, layers=np.array([3, 2]), preset="paper")
     trace = tracer.trace(PROMPT, RESPONSE)
     assert ft.load(trace.save(tmp_path / "x.flow")).options.layers == (3, 2)
     assert '"layers": [2, 3]' in trace.to_json()
 
 
 def test_one_layer_needs_no_list(tokenizer):
-    assert ft.wrap(tiny_llama(), tokenizer, layers=2).layers == (2,)
+    assert ft.wrap(tiny_llama(), tokenizer, layers=2, preset="paper").layers == (2,)
 
 
 def test_virtual_tokens_are_refused_and_lora_is_not(tokenizer):
     virtual = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     prompted = peft.get_peft_model(tiny_llama(), virtual)
     with pytest.raises(ft.UnsupportedArchitectureError, match=r"PROMPT_TUNING puts virtual tokens"):
-        ft.wrap(prompted, tokenizer)
+        ft.wrap(prompted, tokenizer, preset="paper")
     lora = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
-    assert ft.wrap(lora, tokenizer).trace(PROMPT, RESPONSE)
+    assert ft.wrap(lora, tokenizer, preset="paper").trace(PROMPT, RESPONSE)
 
 
 def test_the_error_names_damaged_weights(tokenizer):
@@ -322,12 +324,12 @@ def test_the_error_names_damaged_weights(tokenizer):
     with torch.no_grad():
         model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="computes logits that are not finite"):
-        ft.wrap(model, tokenizer).trace(PROMPT, RESPONSE)
+        ft.wrap(model, tokenizer, preset="paper").trace(PROMPT, RESPONSE)
 
 
 @pytest.mark.parametrize("message", [{"content": "hi"}, {"role": "user"}])
 def test_a_message_has_a_role_and_content(message):
-    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(chat=True))
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(chat=True), preset="paper")
     with pytest.raises(ValueError, match=r"needs 'role' and 'content', got \{"):
         tracer.trace([message], RESPONSE)
 
@@ -335,7 +337,7 @@ def test_a_message_has_a_role_and_content(message):
 def test_a_reward_renders_the_prompt_with_the_trainers_template_options():
     chat = tiny_tokenizer(chat=True)
     chat.chat_template += "{% if long %}He ate one.{% endif %}"
-    tracer = ft.wrap(tiny_llama(), chat)
+    tracer = ft.wrap(tiny_llama(), chat, preset="paper")
     ids = chat(RESPONSE, add_special_tokens=False)["input_ids"]
     scores = [
         FlowReward(tracer, chat_template_kwargs=options)([MESSAGES], [RESPONSE], [ids])
@@ -349,7 +351,7 @@ def test_a_reward_renders_the_prompt_with_the_trainers_template_options():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_batch_copies_ids_and_masks_to_the_host_and_no_map(tokenizer, monkeypatch, device):
-    tracer = ft.wrap(tiny_llama().to(device), tokenizer)
+    tracer = ft.wrap(tiny_llama().to(device), tokenizer, preset="paper")
     prompt = tokenizer([PROMPT] * 2, return_tensors="pt").to(device)
     said = tokenizer([RESPONSE] * 2, add_special_tokens=False, return_tensors="pt").to(device)
     copied = []
