@@ -72,6 +72,13 @@ Adapter = Annotated[
     str | None,
     _tracing(help="Name of the adapter to use; by default the first that fits the model."),
 ]
+Preset = Annotated[
+    Literal["paper", "decision", "sharp", "decided", "derivation", "causal"] | None,
+    _tracing(
+        help="Sets defaults of --layers, --target, --question-weights, --heads, --edges, --rows "
+        "and --damping; by default derivation, or paper if the model cannot make a backward pass."
+    ),
+]
 Layers = Annotated[
     Any,
     _tracing(
@@ -172,14 +179,7 @@ class GenerationOptions:
 class TracingOptions:
     """How the flow is traced: the options of `wrap`."""
 
-    preset: Annotated[
-        Literal["paper", "decision", "sharp", "decided", "derivation", "causal"] | None,
-        _tracing(
-            help="Sets defaults of --layers, --target, --question-weights, --heads, --edges, "
-            "--rows and --damping; by default derivation, or paper if the model cannot make a "
-            "backward pass."
-        ),
-    ] = None
+    preset: Preset = None
     layers: Layers = None
     question: Annotated[
         Literal["prompt", "all", "user"],

@@ -19,6 +19,7 @@ from flowtracer_plugin.cli.options import (
     NewTraceOptions,
     OutputOptions,
     PageFile,
+    Preset,
     PromptOptions,
     ReadingOptions,
     Traceback,
@@ -120,6 +121,7 @@ def estimate(
     tokens: Annotated[int, typer.Option(min=1, help="Number of tokens in prompt and response.")],
     loading: LoadingOptions,
     batch: Annotated[int, typer.Option(min=1, help="Number of texts traced at once.")] = 1,
+    preset: Preset = None,
     layers: Layers = None,
     json: AsJson = False,
     traceback: Traceback = False,
@@ -133,7 +135,7 @@ def estimate(
     loaded = load_model(model, loading)
     import flowtracer_plugin as ft
 
-    found = ft.wrap(loaded, layers=layers).estimate(tokens, batch=batch)
+    found = ft.wrap(loaded, preset=preset, layers=layers).estimate(tokens, batch=batch)
     if not json:
         typer.echo(str(found))
         return

@@ -33,7 +33,7 @@ def trace(flowtracer, plain_model):
 
 @pytest.fixture(scope="module")
 def wanted():
-    return ft.wrap(tiny_llama(), tiny_tokenizer(), preset="paper").trace(PROMPT, RESPONSE)
+    return ft.wrap(tiny_llama(), tiny_tokenizer()).trace(PROMPT, RESPONSE)
 
 
 def test_a_response_is_traced_and_shown(trace):
@@ -76,7 +76,7 @@ def test_the_memory_of_a_trace_is_estimated(flowtracer, plain_model):
         *("estimate", "--model", plain_model, "--tokens", 40_000, "--layers", "all", "--json")
     )
     document = json.loads(more.out)
-    wanted = ft.wrap(tiny_llama(), layers="all", preset="paper").estimate(40_000)
+    wanted = ft.wrap(tiny_llama(), layers="all").estimate(40_000)
     assert document["dense"] == wanted.dense
     assert document["streamed"] == wanted.streamed
     assert document["mode"] in ("dense", "streamed", None)

@@ -30,9 +30,7 @@ ROOT, SCRIPTS = Path(ft.__file__).parents[1], Path(sys.executable).parent
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("traces") / "a.flow"
-    return (
-        ft.wrap(tiny_llama(), tiny_tokenizer(), preset="paper").trace(PROMPT, RESPONSE).save(path)
-    )
+    return ft.wrap(tiny_llama(), tiny_tokenizer()).trace(PROMPT, RESPONSE).save(path)
 
 
 def tracing(model, *more):
@@ -411,7 +409,7 @@ def test_ctrl_c_ends_a_process_quietly(plain_model):
 )
 def test_a_closed_standard_output_loses_no_page_and_shows_no_error(program, tmp_path):
     """Such as that of `flowtracer report FILE | head`, with more than fits into a pipe."""
-    long = ft.wrap(tiny_llama(max_position_embeddings=2000), tiny_tokenizer(), preset="paper")
+    long = ft.wrap(tiny_llama(max_position_embeddings=2000), tiny_tokenizer())
     file, page = long.trace(PROMPT * 30, RESPONSE).save(tmp_path / "a.flow"), tmp_path / "x.html"
     view = ["--json"] if len(program) == 1 else []
     reading, writing = os.pipe()

@@ -22,7 +22,7 @@ OTHER = " He ate 3. 3 - 0 = 3.\nThe answer is 3."
 
 @pytest.fixture(scope="module")
 def traces():
-    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), preset="paper")
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer())
     return [tracer.trace(PROMPT, response) for response in (RESPONSE, OTHER)]
 
 
@@ -82,10 +82,11 @@ def test_options_of_generation_reach_the_model(flowtracer, plain_model, monkeypa
 )
 def test_options_of_the_flow_reach_the_trace(flowtracer, plain_model, option, text, value):
     given = ["--model", plain_model, "--prompt", PROMPT, "--response", RESPONSE, "--json"]
+    given += ["--preset", "paper"]
     document = json.loads(flowtracer("trace", *given, option, text).out)
     name = option[2:].replace("-", "_")
     assert document["options"][name] == value
-    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), **{name: value}, preset="paper")
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), preset="paper", **{name: value})
     wanted = tracer.trace(PROMPT, RESPONSE).throughput.tolist()
     found = [token["throughput"] for token in document["tokens"]]
     assert found == pytest.approx(wanted, abs=1e-5)
@@ -120,7 +121,7 @@ def test_options_of_reading_reach_the_tracer(flowtracer, plain_model, monkeypatc
     assert (tracer.reader.block, tracer.mode) == (8, "streamed")
     assert tracer.model.config._attn_implementation == "eager"
     assert tracer.model.dtype == torch.bfloat16
-    assert not ft.wrap(tiny_llama(), verify=True, preset="paper").reader.verified
+    assert not ft.wrap(tiny_llama(), verify=True).reader.verified
 
 
 # report
@@ -283,7 +284,7 @@ def test_the_module_is_the_same_command():
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_json_is_utf_8_in_any_terminal(flowtracer, encoding, tmp_path, monkeypatch):
     prompt = "Zoë hat 3 Äpfel 🍎, 三. Wie viele?"
-    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), preset="paper")
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer())
     file = tracer.trace(prompt, RESPONSE).save(tmp_path / "a.flow")
 
     def shown(*view):

@@ -105,12 +105,13 @@ def test_traces_in_a_notebook_share_no_names(frames):
 def test_the_prose_matches_the_numbers(outputs):
     printed = "".join(one["text"] for one in outputs if one["output_type"] == "stream")
     for step, source in {
-        "5 + 3 = 8": "Ann gets 3.",
-        "8 + 6 = 14": "Ann buys 6.",
+        "4 + 1 = 5": "<bos>Ann has 4 apples.",
+        "5 + 3 = 8": "4 + 1 = 5",
+        "8 + 6 = 14": "5 + 3 = 8",
         r"The answer is \boxed{14}<eos>": "8 + 6 = 14",
     }.items():
         assert f"{step!r:35} draws most on {source!r}," in printed
-    assert "12.1 nats without ' 14', token 43, flow 1%" in printed  # the line before says it
+    assert "12.1 nats without ' 14', token 43, flow 26%" in printed  # the line before says it
     assert "0.0 nats without ' answer', token 46, flow 27%" in printed
 
 
