@@ -70,7 +70,7 @@ def audited(task: Task, plan: Plan, start: Path) -> AuditSummary:
     tokenizer = AutoTokenizer.from_pretrained(start)
     base = AutoModelForCausalLM.from_pretrained(start)
     model = get_peft_model(base, adapters(plan.rank))
-    tracer = ft.wrap(model, tokenizer, answer=task.answer)
+    tracer = ft.wrap(model, tokenizer, answer=task.answer, preset="paper")
     rng = random.Random(SEED)
     problems = [task.draw(rng) for _ in range(plan.audited)]
     batches = audit(

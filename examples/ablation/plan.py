@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from examples.ablation.countdown import COUNTDOWN
 from examples.ablation.house import HOUSE
+from examples.ablation.program import PROGRAM
 from examples.ablation.task import Task
 
-TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (HOUSE, COUNTDOWN)})
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (HOUSE, PROGRAM)})
 
 
 @dataclass(frozen=True, kw_only=True)

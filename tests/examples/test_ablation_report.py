@@ -88,7 +88,7 @@ def test_of_the_best_learning_rates_the_one_with_the_least_scatter_is_taken(at_2
         for rate in plain
         for arm, chance in (("uniform", 0), ("random", 1))
     ]
-    others = [{**one, "task": "countdown", "rewards": [1.0, 1.0]} for one in tuned]
+    others = [{**one, "task": "program", "rewards": [1.0, 1.0]} for one in tuned]
     assert gate.best_rate(tuned + others, "house") == chosen
 
 
@@ -109,16 +109,16 @@ def test_a_report_covers_a_folder_and_can_be_made_again_from_its_records(tmp_pat
         for arm, seed, rate in product(TUNED, PLAN.tuning_seeds, PLAN.learning_rates)
     ]
     runs = [*planted(), *gates, *tuned]
-    others = [{**one, "task": "countdown"} for one in gates[1:]]  # an unfinished gate
+    others = [{**one, "task": "program"} for one in gates[1:]]  # an unfinished gate
     known = {"greedy": 0.3, "sampled": 0.4, "audit": AUDIT}
-    files_of(runs + others, {"house": known, "countdown": known}, tmp_path / "runs")
+    files_of(runs + others, {"house": known, "program": known}, tmp_path / "runs")
     out, again = tmp_path / "out", tmp_path / "again"
     report.write_report(*report.found_in(tmp_path / "runs"), out)
     text = (out / "README.md").read_text()
     assert "| house | 0.30 | 0.40 |" in text
-    assert "| countdown | 0.30 | 0.40 | not finished |" in text
+    assert "| program | 0.30 | 0.40 | not finished |" in text
     assert "## House: 10 of 16 planned seeds" in text
-    assert "## Countdown" not in text
+    assert "## Program" not in text
     report.write_report(*report.found_in(out), again)
     for file in out.iterdir():
         assert file.read_bytes() == (again / file.name).read_bytes()
@@ -147,7 +147,7 @@ def test_records_in_the_repository_match_its_plan():
     plan = json.loads(json.dumps(settled(PLAN)))
     for task, known in tasks.items():
         assert {name: known["recipe"][name] for name in plan} == plan
-        assert 0.3 <= round(known["greedy"], 2) <= 0.5
+        assert 0.2 <= round(known["greedy"], 2) <= 0.5
         runs = [one for one in records if one["task"] == task]
         assert {len(one["rewards"]) for one in runs} == {PLAN.steps}
         tuned = {
@@ -197,7 +197,6 @@ def test_the_page_says_of_gate_and_spread_what_the_records_say():
     records, tasks = report.found_in(RESULTS)
     for task in TASKS:
         assert shown(gate.gate_of(records, task, tasks[task]["audit"]).gain.mean) in text
-    assert not gate.gate_of(records, "countdown", tasks["countdown"]["audit"]).passed
     curves = gate.compared(records, "house")
     spread = (curves["flow"].mean(1) - curves["uniform"].mean(1)).std(ddof=1)
     assert f"the spread was {spread:.3f}" in text
