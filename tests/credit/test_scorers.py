@@ -43,7 +43,7 @@ IN_STEPS = "flow:causal"
 
 def input_of(name, need):
     """The field of `Rollouts` that provides one of a scorer's needs."""
-    return "reach" if (name, need) == ("reach", "flow") else INPUTS[need]
+    return "reach" if "reach" in name and need == "flow" else INPUTS[need]
 
 
 def one_call(kind, shared, groups, visible, generator):
