@@ -175,8 +175,8 @@ def shown(value):
 @pytest.mark.parametrize(
     ("document", "arms"),
     [
-        ("README.md", ("flow", "oracle")),
-        ("docs/ablation.md", ("flow", "oracle", "sharp", "product")),
+        ("README.md", ("flow", "reach_derivation", "oracle")),
+        ("docs/ablation.md", ("flow", "reach_derivation", "reach_decided", "oracle")),
     ],
 )
 def test_the_documents_say_what_the_records_say(document, arms):
