@@ -31,7 +31,7 @@ conformance: $(STAMP)
 bench: flashtrace
 	$(BIN)/python -m benchmarks $(ONLY)
 
-# Takes about an hour of two cores; it goes on where it was broken off.
+# Takes a few hours of two cores; it goes on where it was broken off.
 ablation: $(STAMP)
 	$(BIN)/python -m examples.ablation $(ARGS)
 

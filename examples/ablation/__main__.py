@@ -2,9 +2,9 @@
 
 make ablation
 
-For each task: teach the policy, tune the learning rate on plain GRPO, check by a gate whether
-credit matters in the task, and only then run all arms. Existing results are not made again, so the
-same command continues where it was interrupted.
+For each task: teach the policy, choose the learning rate by plain GRPO and credit by chance, check
+by a gate whether credit matters in the task, and only then run all arms. Existing results are not
+made again, so the same command continues where it was interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from examples.ablation.audits import known
 from examples.ablation.gate import best_rate, gate_of
 from examples.ablation.grid import Run, Stage, quiet, run_all, start_of
-from examples.ablation.plan import ARMS, PLAIN, PLAN, TASKS, Plan, settled
+from examples.ablation.plan import ARMS, PLAIN, PLAN, TASKS, TUNED, Plan, settled
 from examples.ablation.pupil import teach
 from examples.ablation.report import found_in, write_report
 from flowtracer_plugin.files import write_atomically
@@ -44,8 +44,9 @@ def ablate(task: str, plan: Plan, folder: Path, workers: int) -> None:
         ]
         return run_all(runs, plan, folder, workers)
 
+    tuned = [arm.name for arm in TUNED]
     rates = plan.learning_rates
-    best = [best_rate(records_of("tune", [PLAIN], plan.tuning_seeds, rates), task)]
+    best = [best_rate(records_of("tune", tuned, plan.tuning_seeds, rates), task)]
     gate = gate_of(records_of("gate", [PLAIN, "oracle"], plan.gate_seeds, best), task, audit)
     print(
         f"{task}: the oracle adds {gate.cosine:+.3f} ± {gate.error:.3f} to the cosine, and "
@@ -94,7 +95,8 @@ def main() -> None:
     if arguments.report:
         write_report(*found_in(arguments.report), arguments.report)
         return
-    plan = replace(PLAN, seeds=tuple(range(arguments.seeds)))
+    first = PLAN.seeds[0]
+    plan = replace(PLAN, seeds=tuple(range(first, first + arguments.seeds)))
     for task in arguments.tasks:
         ablate(task, plan, arguments.out, arguments.workers)
         write_report(*found_in(arguments.out), arguments.out)
@@ -118,7 +120,7 @@ def _arguments() -> argparse.Namespace:
         help="only write its tables and plots again",
     )
     arguments = parser.parse_args()
-    most = min(PLAN.tuning_seeds)
+    most = min(PLAN.tuning_seeds) - PLAN.seeds[0]
     if not 2 <= arguments.seeds <= most:
         parser.error(f"--seeds: wanted 2 to {most}, found {arguments.seeds}")
     return arguments

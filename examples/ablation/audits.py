@@ -30,18 +30,20 @@ from flowtracer_plugin.credit.scorers import Boost, Scorer, find_scorer, lowest
 
 SEED = 1000
 ASKED = 512
-GAMMA = 1.5
+GAMMAS = (1.5, 2.0)
+"""The factors of all arms."""
 
 
 def known(task: Task, plan: Plan, start: Path) -> dict[str, Any]:
     """The accuracies and the audit as plain values, for a file."""
+    gammas = {arm.name: GAMMAS.index(arm.credit.get("gamma", 1.5)) for arm in ARMS}
     return {
         "greedy": accuracy(task, start, greedy=True),
         "sampled": accuracy(task, start, greedy=False),
         "audit": {
             one.scorer: {
-                "cosine": one.differences[0].mean,
-                "error": one.differences[0].error,
+                "cosine": one.differences[gammas[one.scorer]].mean,
+                "error": one.differences[gammas[one.scorer]].error,
                 "chosen": one.chosen,
             }
             for one in audited(task, plan, start).scorers
@@ -68,26 +70,25 @@ def audited(task: Task, plan: Plan, start: Path) -> AuditSummary:
     tokenizer = AutoTokenizer.from_pretrained(start)
     base = AutoModelForCausalLM.from_pretrained(start)
     model = get_peft_model(base, adapters(plan.rank))
-    tracer = ft.wrap(model, tokenizer, answer=task.answer)
+    tracer = ft.wrap(model, tokenizer, answer=task.answer, preset="paper")
     rng = random.Random(SEED)
     problems = [task.draw(rng) for _ in range(plan.audited)]
     batches = audit(
         tracer,
         _groups(task, plan, problems, model, tokenizer),
-        [_scorer(arm) for arm in ARMS if arm.credit.get("scorer") != "uniform"],
+        [_scorer(arm) for arm in ARMS if arm.credit["scorer"] != "uniform"],
         list(named_parameters(model, None).values()),
         AuditOptions(batches=plan.audited // plan.prompts, top_fraction=SHARE),
         oracle=task.what_matters,
         progress=True,
     )
-    return summarise_audit(list(batches), gammas=(GAMMA,))
+    return summarise_audit(list(batches), gammas=GAMMAS)
 
 
 def _scorer(arm: Arm) -> Scorer:
     """The scorer of an arm, which chooses the arm's share and has the arm's name."""
-    scorer = find_scorer(arm.credit.get("scorer", "flow"))
+    scorer, share = find_scorer(arm.credit["scorer"]), arm.options["top_fraction"]
     chosen = lowest(scorer) if arm.credit.get("side") == "bottom" else scorer
-    share = arm.credit.get("top_fraction", SHARE)
 
     def choose(features: Features, rollouts: Rollouts, _: float) -> Boost:
         return chosen.choose(features, rollouts, share)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from examples.ablation.plan import ARMS, TASKS, Plan
+from examples.ablation.plan import ARMS, TASKS, TUNED, Plan
 from flowtracer_plugin.files import write_atomically
 
 Stage = Literal["tune", "gate", "compare"]
@@ -96,7 +96,7 @@ def make(run: Run, plan: Plan, folder: Path) -> None:
     began = time.perf_counter()
     rewards = rewards_of(
         TASKS[run.task],
-        next(arm for arm in ARMS if arm.name == run.arm),
+        next(arm for arm in (*ARMS, *TUNED) if arm.name == run.arm),
         plan,
         seed=run.seed,
         learning_rate=run.learning_rate,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from benchmarks.plots import linear_panels, write
 from examples.ablation.gate import Record, best_rate, compared, finished, gate_of, paired
-from examples.ablation.plan import ARMS, FASTER, LEAST_ERRORS, LEAST_GAIN, PLAIN, PLAN
+from examples.ablation.plan import ARMS, FASTER, LEAST_ERRORS, LEAST_GAIN, PLAIN, PLAN, TUNED
 from flowtracer_plugin.audit.summary import holm
 from flowtracer_plugin.files import write_atomically
 
@@ -20,6 +20,10 @@ Tasks = Mapping[str, Record]
 
 SAYS = {arm.name: arm.says for arm in ARMS}
 KEPT = ("task", "stage", "arm", "seed", "learning_rate", "rewards")
+WEIGHED = "oar"
+"""The arm that chooses no tokens, but weighs all."""
+SHOWN = {"uniform": "0.55", "faster": "C1", "flow": "C0", "reach_derivation": "C3", "oracle": "C2"}
+"""The arms with a curve, and its colour."""
 SMOOTH = 7
 """Width of the moving average of curves, in steps."""
 
@@ -39,7 +43,7 @@ def found_in(folder: Path) -> tuple[list[Record], Tasks]:
 
 def _place(record: Record) -> tuple[object, ...]:
     """A sort key, so that the order does not depend on the workers."""
-    arms = [arm.name for arm in ARMS]
+    arms = [arm.name for arm in (*ARMS, *TUNED)]
     numbers = (record["learning_rate"], record["seed"], arms.index(record["arm"]))
     return (record["task"], record["stage"], *numbers)
 
@@ -61,8 +65,9 @@ def document(records: Sequence[Record], tasks: Tasks) -> str:
         "# The ablation, in figures",
         "`make ablation` writes this page from the records beside it; `docs/ablation.md` explains "
         "it. Differences are between mean rewards over all steps of runs with the same seed, with "
-        "95 % intervals by Student's t, without correction for several comparisons; d is the mean "
-        "difference, divided by its standard deviation over seeds.",
+        "95 % intervals by Student's t, without correction for several comparisons; the median is "
+        "that of these differences, and d their mean, divided by their standard deviation over "
+        "seeds.",
         "## The gate",
         f"A task is used if its oracle raises the cosine by at least {LEAST_ERRORS:g} standard "
         f"errors and the mean reward by at least {LEAST_GAIN:g}. Greedy and sampled are the "
@@ -106,22 +111,24 @@ def table(records: Sequence[Record], task: str, audit: Mapping[str, Record]) -> 
     over = {arm: paired(means[arm], means[PLAIN]) for arm in means if arm != PLAIN}
     adjusted = dict(zip(over, holm([one.chance for one in over.values()]), strict=True))
     rows = [
-        "| credit | mean reward | − plain GRPO | d | p, Holm | − learning rate × 1.2 "
-        "| tokens chosen | cosine, audit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| credit | mean reward | − plain GRPO | median | d | p, Holm "
+        "| − learning rate × 1.2 | tokens chosen | cosine, audit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, values in means.items():
         cells = [SAYS[arm], f"{values.mean():.3f}"]
         if arm == PLAIN:
-            cells += ["", "", ""]
+            cells += ["", "", "", ""]
         else:
-            cells += [str(over[arm]), f"{over[arm].size:+.2f}", _chance(adjusted[arm])]
+            one = over[arm]
+            cells += [str(one), f"{one.median:+.3f}", f"{one.size:+.2f}", _chance(adjusted[arm])]
         cells.append("" if arm == FASTER else str(paired(values, means[FASTER])))
         if arm in (PLAIN, FASTER):
             cells += ["", ""]
         else:
             found = audit[arm]
-            cells += [f"{found['chosen']:.0%}", f"{found['cosine']:+.3f} ± {found['error']:.3f}"]
+            chosen = "all, weighed" if arm == WEIGHED else f"{found['chosen']:.0%}"
+            cells += [chosen, f"{found['cosine']:+.3f} ± {found['error']:.3f}"]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -148,7 +155,7 @@ def plot(records: Sequence[Record], task: str, folder: Path) -> Path:
     left.axvline(0, color="0.6", linewidth=0.8)
     left.set_yticks(range(len(arms)), labels=[SAYS[arm].replace("`", "") for arm in arms])
     left.set(xlabel="mean reward − plain GRPO")
-    for arm, color in ((PLAIN, "0.55"), (FASTER, "C1"), ("flow", "C0"), ("oracle", "C2")):
+    for arm, color in SHOWN.items():
         curve = _smoothed(curves[arm].mean(0))
         steps = np.arange(len(curve)) + SMOOTH // 2
         right.plot(steps, curve, color=color, label=SAYS[arm], linewidth=1.2)

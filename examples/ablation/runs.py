@@ -85,6 +85,6 @@ def _settings(task: Task, plan: Plan, seed: int, learning_rate: float, folder: s
 
 
 def credit_of(task: Task, arm: Arm) -> CreditOptions:
-    wanted = dict(arm.credit)
+    wanted = arm.options
     oracle = task.what_matters if wanted.get("scorer") == "oracle" else None
     return CreditOptions(answer=task.answer, oracle=oracle, page_steps=0, **wanted)

@@ -190,6 +190,11 @@ def flow_and_chance(rollouts: Rollouts) -> Features:
     return torch.cat([flow(rollouts), random(rollouts)])
 
 
+def reach_and_chance(rollouts: Rollouts) -> Features:
+    """The reach scores stacked with random draws, for `shuffled_reach`."""
+    return torch.cat([reach(rollouts), random(rollouts)])
+
+
 def nothing(rollouts: Rollouts) -> Features:
     """0 for every token."""
     return torch.zeros_like(rollouts.competing, dtype=torch.float32)[None]

@@ -48,8 +48,9 @@ def outcome_sensitivity(
     """
     check_whole(model)
     found = torch.zeros(ids.shape, device=ids.device)
+    answered = answer.any(-1).nonzero()[:, 0]
     size = batch_size or len(ids)
-    for rows in torch.split(answer.any(-1).nonzero()[:, 0], size):
+    for rows in torch.split(answered, size) if len(answered) else ():
         found[rows] = _of_batch(model, ids[rows], visible[rows], answer[rows], start, seed)
     return found
 

@@ -184,15 +184,15 @@ def gated(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
 
 
 def shuffled(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
-    """The choice of `flow`, permuted among tokens of the same role and position.
+    """The choice of `flow` or `reach`, permuted among tokens of the same role and position.
 
     A bin holds either the answer's tokens or the other tokens in one tenth of a rollout. In each
-    bin as many tokens are chosen as by flow, but at random: if flow does no better than this, it
-    only knows where in a rollout to look. Completions of up to ten competing tokens have at most
-    one in each tenth, so that their choice is that of `flow`.
+    bin as many tokens are chosen as by the score, but at random: if the score does no better than
+    this, it only knows where in a rollout to look. Completions of up to ten competing tokens have
+    at most one in each tenth, so that their choice is that of the score.
     """
-    flow, draws = features
-    chosen = _top(flow, rollouts, top_fraction)
+    score, draws = features
+    chosen = _top(score, rollouts, top_fraction)
     answer = rollouts.answer[:, rollouts.prompt_length :]
     return permute_within(role_and_position(rollouts.competing, answer), chosen, draws).float()
 
@@ -281,6 +281,9 @@ _ALL = (
     _scorer("shuffled", measures.flow_and_chance, "flow", choose=shuffled,
             formula="flow's choice, permuted within role and tenth",
             source="control: flow's roles and positions, random tokens", cost=FLOWS),
+    _scorer("shuffled_reach", measures.reach_and_chance, "flow", choose=shuffled,
+            formula="reach's choice, permuted within role and tenth",
+            source="control: reach's roles and positions, random tokens", cost=FLOWS),
     _scorer("uniform", measures.nothing, formula="0", source="plain GRPO", cost=FREE),
 )  # fmt: skip
 SCORERS: Mapping[str, Scorer] = MappingProxyType({scorer.name: scorer for scorer in _ALL})

@@ -154,7 +154,7 @@ def recency(text: ScoredText) -> Scores:
 
 
 def _values(scorer: Scorer, rollouts: Rollouts) -> Scores:
-    """The scorer's measure; for `coupled` and `shuffled`, scores that give the same choice."""
+    """The scorer's measure; for `coupled` and the shuffled ones, scores that choose the same."""
     features = scorer.measure(rollouts)
     score = features[0]
     if scorer.choose is coupled:

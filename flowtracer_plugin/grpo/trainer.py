@@ -83,7 +83,8 @@ class FlowGRPOConfig(GRPOConfig):
             `"entropy"` and `"surprisal"` are those of the policy; `"oracle"` is a pattern;
             `"random"` is chance.
             `"shuffled"` permutes flow's choice among tokens of the same role and position: if it
-            trains as well as `"flow"`, flow is not what helps. `"uniform"` is plain GRPO.
+            trains as well as `"flow"`, flow is not what helps; `"shuffled_reach"` does so with the
+            choice of `"reach"`. `"uniform"` is plain GRPO.
             `"flow:decided"` and `"flow:sharp"` make the graph by another preset, and
             `"flow*entropy"` multiplies two scores. `docs/credit.md` describes all scores.
         flow_side (`str`, *optional*, defaults to `"top"`):

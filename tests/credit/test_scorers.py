@@ -43,7 +43,7 @@ IN_STEPS = "flow:causal"
 
 def input_of(name, need):
     """The field of `Rollouts` that provides one of a scorer's needs."""
-    return "reach" if (name, need) == ("reach", "flow") else INPUTS[need]
+    return "reach" if "reach" in name and need == "flow" else INPUTS[need]
 
 
 def one_call(kind, shared, groups, visible, generator):
@@ -246,7 +246,8 @@ def clear(name, row):
     return name not in SUMS or apart(slow_score(name, row))
 
 
-DEFINED = [name for name in SCORERS if name not in ("oar", "random", "shuffled", "uniform")]
+SHUFFLED = {"shuffled": "flow", "shuffled_reach": "reach"}
+DEFINED = [name for name in SCORERS if name not in ("oar", "random", *SHUFFLED, "uniform")]
 
 
 @pytest.mark.parametrize("name", [*DEFINED, *PRODUCTS, IN_STEPS])
@@ -417,10 +418,11 @@ def test_a_permutation_stays_in_its_bins(seed, batch, tokens, most):
     assert found == [slow.permuted(*row) for row in rows]
 
 
-@given(rollouts(longest=40), FRACTIONS)
-def test_a_shuffle_keeps_the_count_in_every_bin(batch, top_fraction):
+@pytest.mark.parametrize("names", SHUFFLED.items())
+@given(batch=rollouts(longest=40), top_fraction=FRACTIONS)
+def test_a_shuffle_keeps_the_count_in_every_bin(names, batch, top_fraction):
     batch = Rollouts(**batch)
-    chosen, moved = (SCORERS[name].boost(batch, top_fraction) for name in ("flow", "shuffled"))
+    moved, chosen = (SCORERS[name].boost(batch, top_fraction) for name in names)
     answer = batch.answer[:, batch.prompt_length :].tolist()
     for row, competing in enumerate(batch.competing.tolist()):
         bins = slow.bins(competing, answer[row])
@@ -443,11 +445,12 @@ def simple(tokens=60, prompt=3, seed=0):
         target=~visible,
         answer=~visible,
         throughput=(torch.arange(prompt + tokens) % 2).float().expand(2, -1),
+        reach=(torch.arange(prompt + tokens) % 2).float().expand(2, -1),
         seed=seed,
     )
 
 
-@pytest.mark.parametrize("name", ["random", "shuffled"])
+@pytest.mark.parametrize("name", ["random", *SHUFFLED])
 def test_chance_is_fair(name):
     """Over many seeds every token is chosen equally often, and independently of its neighbours."""
     found = torch.stack([SCORERS[name].boost(simple(seed=seed), 0.5)[0] for seed in range(600)])
@@ -457,7 +460,7 @@ def test_chance_is_fair(name):
     assert not torch.equal(found[0], flow)
 
 
-@pytest.mark.parametrize("name", ["random", "shuffled"])
+@pytest.mark.parametrize("name", ["random", *SHUFFLED])
 def test_chance_follows_from_the_seed_and_the_ids(name):
     score, batch = SCORERS[name].boost, simple()
     first = score(batch, 0.5)
@@ -479,7 +482,7 @@ def test_the_seed_of_a_row_is_the_same_in_every_process():
         assert torch.equal(found[0], 1 - torch.rand(2, generator=generator))
 
 
-@pytest.mark.parametrize("name", ["random", "shuffled"])
+@pytest.mark.parametrize("name", ["random", *SHUFFLED])
 def test_no_global_random_state_is_used_or_changed(name):
     batch, found = simple(), []
     for seed in (1, 2):
@@ -539,7 +542,7 @@ def test_a_boost_is_a_number_from_zero_to_one_for_competing_tokens(name, batch, 
 
 
 @pytest.mark.parametrize(
-    "name", ["flow", "reach", "shuffled", "attention", "attention_power", "rollout"]
+    "name", ["flow", "reach", *SHUFFLED, "attention", "attention_power", "rollout"]
 )
 @given(batch=rollouts())
 @settings(max_examples=20, deadline=None)
@@ -626,7 +629,7 @@ def test_the_scorers_are_these():
     assert list(layers) == [
         "flow", "reach", "attention", "attention_power", "rollout", "fai", "waad", "coupled",
         "grad_x_input", "counterfactual", "causal", "oar", "entropy", "surprisal", "oracle",
-        "random", "shuffled", "uniform",
+        "random", "shuffled", "shuffled_reach", "uniform",
     ]  # fmt: skip
     assert {name for name, chosen in layers.items() if chosen == "middle:5"} == set(RHYTHM)
     assert {name for name, chosen in layers.items() if chosen == "all"} == {"rollout", "causal"}
@@ -680,7 +683,7 @@ def test_unknown_names_are_refused(name, said):
         find_scorer(name)
 
 
-@pytest.mark.parametrize("name", ["coupled", "oar", "shuffled", "oracle"])
+@pytest.mark.parametrize("name", ["coupled", "oar", *SHUFFLED, "oracle"])
 def test_scorers_with_a_choice_of_their_own_have_no_bottom(name):
     with pytest.raises(
         ValueError, match=f"{name!r} does not choose by the highest score, so it has no bottom"

@@ -11,17 +11,17 @@ from scipy.stats import t as student
 
 from examples.ablation import gate, report
 from examples.ablation.grid import Run
-from examples.ablation.plan import ARMS, PLAN, TASKS, settled
+from examples.ablation.plan import ARMS, PLAN, TASKS, TUNED, settled
 from tests.examples.records import oracle_gains, record
 
 RESULTS = Path(report.__file__).parent / "results"
 
 
 def planted(seeds=10):
-    """Records in which the oracle gains 0.05, sharp 0.004, and larger steps lose 0.1."""
+    """Records in which the oracle gains 0.05, one hop 0.004, and larger steps lose 0.1."""
     noise = np.random.default_rng(0).normal(0, 1, (len(ARMS), seeds))
     noise = 0.005 * (noise - noise.mean(1, keepdims=True)) / noise.std(1, ddof=1, keepdims=True)
-    gains = {"oracle": 0.05, "sharp": 0.004, "faster": -0.1}
+    gains = {"oracle": 0.05, "one_hop": 0.004, "faster": -0.1}
     return [
         record(arm.name, seed, 0.5 + 0.02 * seed + (arm.name != "uniform") * noise[place, seed]
                + gains.get(arm.name, 0))
@@ -41,6 +41,7 @@ def test_paired_differences_are_those_of_the_textbook():
     reach = student.ppf(0.975, 3) * spread / 2
     found = gate.paired(ours, others)
     assert found.mean == pytest.approx(mean)
+    assert found.median == pytest.approx((0.05 + 0.1) / 2)
     assert (found.low, found.high) == pytest.approx((mean - reach, mean + reach))
     assert found.size == pytest.approx(mean / spread)
     assert found.chance == pytest.approx(2 * student.sf(mean / spread * 2, 3))
@@ -51,19 +52,21 @@ def test_the_table_shows_the_planted_differences():
     cells = {row.split(" | ")[0].strip("| "): row.strip("|").split("|")[1:] for row in rows}
     assert len(cells) == len(ARMS)
     plain, oracle = cells["plain GRPO"], cells["what matters, as the task knows it"]
-    assert [cell.strip() for cell in plain[:4]] == ["0.690", "", "", ""]
-    assert plain[4].strip() == "+0.100 (+0.096 to +0.104)"
+    assert [cell.strip() for cell in plain[:5]] == ["0.690", "", "", "", ""]
+    assert plain[5].strip() == "+0.100 (+0.096 to +0.104)"
     assert oracle[0].strip() == "0.740"
     assert oracle[1].strip() == "+0.050 (+0.046 to +0.054)"
-    assert oracle[2].strip() == "+10.00"
-    assert oracle[3].strip() == "< 0.001"
-    assert oracle[5].strip() == "31%"
-    assert oracle[6].strip() == "+0.030 ± 0.004"
-    # p = 0.03 alone, but not significant among ten comparisons
-    sharp = cells["flow, preset `sharp`"]
+    assert float(oracle[2]) == pytest.approx(0.05, abs=0.005)
+    assert oracle[3].strip() == "+10.00"
+    assert oracle[4].strip() == "< 0.001"
+    assert oracle[6].strip() == "31%"
+    assert oracle[7].strip() == "+0.030 ± 0.004"
+    assert cells["OAR-G, all tokens weighed"][6].strip() == "all, weighed"
+    # p = 0.03 alone, but not significant among eleven comparisons
+    one_hop = cells["attention of the answer, one hop"]
     t = 0.004 / (0.005 / math.sqrt(10))
-    assert 2 * student.sf(t, 9) < 0.05 < float(sharp[3])
-    assert float(sharp[3]) == pytest.approx(8 * 2 * student.sf(t, 9), abs=0.001)
+    assert 2 * student.sf(t, 9) < 0.05 < float(one_hop[4])
+    assert float(one_hop[4]) == pytest.approx(9 * 2 * student.sf(t, 9), abs=0.001)
 
 
 def test_a_seed_that_an_arm_lacks_is_left_out_of_all():
@@ -72,14 +75,21 @@ def test_a_seed_that_an_arm_lacks_is_left_out_of_all():
     assert {len(curve) for curve in gate.compared([], "house").values()} == {0}
 
 
-@pytest.mark.parametrize(("at_2", "chosen"), [(0.6, 2e-3), (0.591, 2e-3), (0.589, 4e-3)])
-def test_the_learning_rate_is_the_lowest_within_an_error_of_the_best_for_plain_grpo(at_2, chosen):
+@pytest.mark.parametrize(
+    ("at_2", "scatter", "chosen"),
+    [(0.591, 0.01, 2e-3), (0.589, 0.01, 4e-3), (0.6, 0.03, 4e-3), (0.61, 0.03, 4e-3)],
+)
+def test_of_the_best_learning_rates_the_one_with_the_least_scatter_is_taken(at_2, scatter, chosen):
+    plain = {4e-3: 0.6, 2e-3: at_2, 1e-3: 0.5}
+    spread = {4e-3: 0.02, 2e-3: scatter, 1e-3: 0.0}
     tuned = [
-        record("uniform", seed, reward, "tune", rate)
-        for seed, shift in ((0, -0.01), (1, 0.01))  # a standard error of 0.01
-        for rate, reward in ((4e-3, 0.6 + shift), (2e-3, at_2 + shift), (1e-3, 0.5))
+        record(arm, seed, plain[rate] + 0.01 * sign + chance * spread[rate] * sign, "tune", rate)
+        for seed, sign in ((0, -1), (1, 1))  # a standard error of 0.01
+        for rate in plain
+        for arm, chance in (("uniform", 0), ("random", 1))
     ]
-    assert gate.best_rate(tuned, "house") == chosen
+    others = [{**one, "task": "program", "rewards": [1.0, 1.0]} for one in tuned]
+    assert gate.best_rate(tuned + others, "house") == chosen
 
 
 def files_of(runs, known, folder):
@@ -95,20 +105,20 @@ def files_of(runs, known, folder):
 def test_a_report_covers_a_folder_and_can_be_made_again_from_its_records(tmp_path):
     gates = oracle_gains(0.05)
     tuned = [
-        record("uniform", seed, 0.5 + seed / 100, "tune", rate)
-        for seed, rate in product(PLAN.tuning_seeds, PLAN.learning_rates)
+        record(arm.name, seed, 0.5 + seed / 100, "tune", rate)
+        for arm, seed, rate in product(TUNED, PLAN.tuning_seeds, PLAN.learning_rates)
     ]
     runs = [*planted(), *gates, *tuned]
-    others = [{**one, "task": "countdown"} for one in gates[1:]]  # an unfinished gate
+    others = [{**one, "task": "program"} for one in gates[1:]]  # an unfinished gate
     known = {"greedy": 0.3, "sampled": 0.4, "audit": AUDIT}
-    files_of(runs + others, {"house": known, "countdown": known}, tmp_path / "runs")
+    files_of(runs + others, {"house": known, "program": known}, tmp_path / "runs")
     out, again = tmp_path / "out", tmp_path / "again"
     report.write_report(*report.found_in(tmp_path / "runs"), out)
     text = (out / "README.md").read_text()
     assert "| house | 0.30 | 0.40 |" in text
-    assert "| countdown | 0.30 | 0.40 | not finished |" in text
+    assert "| program | 0.30 | 0.40 | not finished |" in text
     assert "## House: 10 of 16 planned seeds" in text
-    assert "## Countdown" not in text
+    assert "## Program" not in text
     report.write_report(*report.found_in(out), again)
     for file in out.iterdir():
         assert file.read_bytes() == (again / file.name).read_bytes()
@@ -120,23 +130,33 @@ def test_a_report_covers_a_folder_and_can_be_made_again_from_its_records(tmp_pat
 # --- the records in the repository ---
 
 
+EARLIER = pytest.mark.skip("the records are those of an earlier plan, until this one has run")
+
+
+@EARLIER
 def test_tables_and_plots_in_the_repository_match_its_records(tmp_path):
     report.write_report(*report.found_in(RESULTS), tmp_path)
     made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert made == {file.name: file.read_bytes() for file in RESULTS.iterdir()}
 
 
+@EARLIER
 def test_records_in_the_repository_match_its_plan():
     records, tasks = report.found_in(RESULTS)
     assert set(tasks) == set(TASKS)
     plan = json.loads(json.dumps(settled(PLAN)))
     for task, known in tasks.items():
         assert {name: known["recipe"][name] for name in plan} == plan
-        assert 0.3 <= round(known["greedy"], 2) <= 0.5
+        assert 0.2 <= round(known["greedy"], 2) <= 0.5
         runs = [one for one in records if one["task"] == task]
         assert {len(one["rewards"]) for one in runs} == {PLAN.steps}
-        tuned = {(one["seed"], one["learning_rate"]) for one in runs if one["stage"] == "tune"}
-        assert tuned == set(product(PLAN.tuning_seeds, PLAN.learning_rates))
+        tuned = {
+            (one["arm"], one["seed"], one["learning_rate"])
+            for one in runs
+            if one["stage"] == "tune"
+        }
+        arms = [arm.name for arm in TUNED]
+        assert tuned == set(product(arms, PLAN.tuning_seeds, PLAN.learning_rates))
         rate = gate.best_rate(records, task)
         rest = [one for one in runs if one["stage"] != "tune"]
         assert {one["learning_rate"] for one in rest} == {rate}
@@ -151,11 +171,12 @@ def shown(value):
     return f"{value:+.3f}".replace("-", "−")
 
 
+@EARLIER
 @pytest.mark.parametrize(
     ("document", "arms"),
     [
-        ("README.md", ("flow", "oracle")),
-        ("docs/ablation.md", ("flow", "oracle", "sharp", "product")),
+        ("README.md", ("flow", "reach_derivation", "oracle")),
+        ("docs/ablation.md", ("flow", "reach_derivation", "reach_decided", "oracle")),
     ],
 )
 def test_the_documents_say_what_the_records_say(document, arms):
@@ -170,12 +191,12 @@ def test_the_documents_say_what_the_records_say(document, arms):
     assert {arm for arm, found in over.items() if found.chance < 0.05} == {"oracle"}
 
 
+@EARLIER
 def test_the_page_says_of_gate_and_spread_what_the_records_say():
     text = (RESULTS.parents[2] / "docs" / "ablation.md").read_text().replace("\n  ", " ")
     records, tasks = report.found_in(RESULTS)
     for task in TASKS:
         assert shown(gate.gate_of(records, task, tasks[task]["audit"]).gain.mean) in text
-    assert not gate.gate_of(records, "countdown", tasks["countdown"]["audit"]).passed
     curves = gate.compared(records, "house")
     spread = (curves["flow"].mean(1) - curves["uniform"].mean(1)).std(ddof=1)
     assert f"the spread was {spread:.3f}" in text
