@@ -18,6 +18,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 from examples.ablation.audits import known
@@ -28,6 +29,8 @@ from examples.ablation.pupil import teach
 from examples.ablation.report import found_in, write_report
 from flowtracer_plugin.files import write_atomically
 
+POLICIES = Path(__file__).parent / "policies"
+"""The policies from which the published runs start: another machine teaches others."""
 MEASURED_WITH = ("torch", "transformers", "trl", "peft")
 
 
@@ -57,12 +60,14 @@ def ablate(task: str, plan: Plan, folder: Path, workers: int) -> None:
 
 
 def look(task: str, plan: Plan, folder: Path) -> dict[str, Any]:
-    """Facts about a task besides its runs; its policy is taught first, if there is none.
+    """Facts about a task besides its runs; its policy is taught first, if `POLICIES` has none.
 
     Raises:
         ValueError: The folder holds results of another recipe.
     """
     start, file = start_of(task, folder), folder / task / "task.json"
+    if not start.exists() and (POLICIES / task).exists():
+        copytree(POLICIES / task, start)
     if not start.exists():
         teach(TASKS[task], start)
     recipe = json.loads(json.dumps(recipe_of(plan, start)))

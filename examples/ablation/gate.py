@@ -118,7 +118,8 @@ class Gate:
     @property
     def passed(self) -> bool:
         """Whether both gains are large enough for a comparison."""
-        return self.cosine >= LEAST_ERRORS * self.error and self.gain.mean >= LEAST_GAIN
+        sure = self.cosine >= LEAST_ERRORS * self.error and self.gain.low > 0
+        return sure and self.gain.mean >= LEAST_GAIN
 
 
 def gate_of(records: Sequence[Record], task: str, audit: Mapping[str, Record]) -> Gate:

@@ -85,9 +85,9 @@ class Plan:
         completions: Completions of a prompt.
         warmup: Steps over which the learning rate rises.
         learning_rates: Candidates. All arms get the one at which credit by chance differs least
-            from plain GRPO, among those that are as good for plain GRPO, see `best_rate`. At 4e-3
-            some runs collapsed in earlier experiments, those with plain GRPO too, which doubled the
-            scatter of differences. 5.6e-3, which was higher still, is no candidate any more.
+            from plain GRPO, among those that are as good for plain GRPO, see `best_rate`. Higher
+            rates are no candidates: one of four tuning runs of plain GRPO in `house` collapsed at
+            4e-3, and one of eight gate runs at 3.4e-3, where pairs scatter by 0.098.
         tuning_seeds: Seeds with which the learning rate is chosen.
         audited: Prompts of the audit in the gate.
         gate_seeds: Seeds with which the gate compares the oracle with plain GRPO.
@@ -102,7 +102,7 @@ class Plan:
     prompts: int = 4
     completions: int = 8
     warmup: int = 5
-    learning_rates: tuple[float, ...] = (2e-3, 2.8e-3, 3.4e-3, 4e-3)
+    learning_rates: tuple[float, ...] = (2e-3, 2.8e-3)
     tuning_seeds: tuple[int, ...] = tuple(range(100, 104))
     audited: int = 512
     gate_seeds: tuple[int, ...] = tuple(range(200, 208))
@@ -123,5 +123,6 @@ def settled(plan: Plan) -> dict[str, Any]:
 
 LEAST_ERRORS = 4.0
 """A task is used if its oracle raises the cosine by at least this many standard errors ..."""
-LEAST_GAIN = 0.02
-"""... and the mean reward over all steps by at least this in the runs of the gate."""
+LEAST_GAIN = 0.01
+"""... and the mean reward over all steps by at least this in the runs of the gate, with a 95 %
+interval above 0."""

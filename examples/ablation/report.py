@@ -70,8 +70,8 @@ def document(records: Sequence[Record], tasks: Tasks) -> str:
         "seeds.",
         "## The gate",
         f"A task is used if its oracle raises the cosine by at least {LEAST_ERRORS:g} standard "
-        f"errors and the mean reward by at least {LEAST_GAIN:g}. Greedy and sampled are the "
-        "accuracies of the policy that all runs start from.",
+        f"errors, and the mean reward by at least {LEAST_GAIN:g} with an interval above 0. Greedy "
+        "and sampled are the accuracies of the policy that all runs start from.",
         gate_table(records, tasks),
     ]
     for task, known in tasks.items():

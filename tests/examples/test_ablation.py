@@ -129,7 +129,7 @@ def test_an_accuracy_is_the_share_that_is_solved(folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("cosine", "gain", "passed"),
-    [(0.041, 0.021, True), (0.039, 0.021, False), (0.041, 0.019, False)],
+    [(0.041, 0.011, True), (0.039, 0.011, False), (0.041, 0.009, False)],
 )
 def test_the_gate_asks_for_both_a_turned_gradient_and_a_gain(cosine, gain, passed):
     audit = {"oracle": {"cosine": cosine, "error": 0.01}}
@@ -230,6 +230,7 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path, monkeypatch):
         return teach(task, start, steps=1)
 
     monkeypatch.setattr(command, "teach", barely)
+    monkeypatch.setattr(command, "POLICIES", tmp_path / "none")
     monkeypatch.setattr(command, "known", lambda *_: {"audit": {}})
     held = command.look("house", PLAN, tmp_path)
     assert held == command.look("house", replace(PLAN, seeds=(0, 1, 2)), tmp_path)
@@ -242,6 +243,15 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path, monkeypatch):
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="another recipe: policy differ"):
         command.look("house", PLAN, tmp_path)
+
+
+@pytest.mark.parametrize("task", command.TASKS)
+def test_runs_start_from_the_policy_that_the_repository_has(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "known", lambda *_: {"audit": {}})
+    monkeypatch.setattr(command, "teach", None)
+    command.look(task, PLAN, tmp_path)
+    weights = (start_of(task, tmp_path) / "model.safetensors").read_bytes()
+    assert weights == (command.POLICIES / task / "model.safetensors").read_bytes()
 
 
 SMALL_STEPS = replace(PLAN, steps=2)
