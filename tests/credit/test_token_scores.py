@@ -109,8 +109,9 @@ def test_a_text_is_read_once_for_all_scores(model, monkeypatch):
     for score in TOKEN_SCORES.values():
         score(text)
     hook.remove()
-    # Attention of all layers, projections of values, entropies; and the gradient.
-    assert sorted(passes) == [False, False, False, True]
+    # Attention of all layers, projections of values, entropies; and the gradients of the answer and
+    # of what was sampled.
+    assert sorted(passes) == [False, False, False, True, True]
 
 
 def test_the_score_oracle_needs_an_oracle_and_takes_any(texts):

@@ -307,7 +307,7 @@ def test_presets_set_what_is_left_out():
 )
 def test_wrong_options_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
-        ft.wrap(tiny_llama(), **wrong, preset="paper")
+        ft.wrap(tiny_llama(), **{"preset": "paper", **wrong})
 
 
 @pytest.mark.parametrize(
