@@ -71,7 +71,8 @@ def stream_flow(
         sums.reach = reach
         return sums.visit
 
-    passes = _TwoPasses(rows, block, passing, likely.visit, forwards)
+    summed = question_weights == "origins"
+    passes = _TwoPasses(rows, block, passing, likely.visit, forwards, summed=summed)
     nodes = solve_nodes(
         passes.solve,
         question,
@@ -138,7 +139,8 @@ def stream_batch(
 
         return visit
 
-    passes = _TwoPasses(rows, block, passing, None, forwards)
+    summed = question_weights == "origins"
+    passes = _TwoPasses(rows, block, passing, None, forwards, summed=summed)
     nodes = solve_nodes(
         passes.solve,
         question,
@@ -165,8 +167,10 @@ class _TwoPasses:
         passing: Bool[Tensor, "*batch token"] | None,
         backwards: Visit | None,
         forwards: Callable[[Tensor], Visit],
+        *,
+        summed: bool,
     ) -> None:
-        self._rows, self._block, self._passing = rows, block, passing
+        self._rows, self._block, self._passing, self._summed = rows, block, passing, summed
         self._backwards, self._forwards = backwards, forwards
         self._reach, self._sums = torch.zeros(0), torch.zeros(0)
 
@@ -185,14 +189,15 @@ class _TwoPasses:
         return solution
 
     def row_sums(self) -> Float[Tensor, "*batch token"]:
-        """The sum of all edges into each token, as the first pass has found it."""
+        """The sum of all edges into each token, which the first pass has found if `summed`."""
         return self._sums
 
     def _first(self, start: int, stop: int, part: Tensor, solution: Tensor) -> None:
-        before = part.tril(start - 1)
-        if self._passing is not None:
-            before = before * self._passing[..., None, :stop]
-        self._sums[..., start:stop] = before.sum(-1)
+        if self._summed:
+            before = part.tril(start - 1)
+            if self._passing is not None:
+                before = before * self._passing[..., None, :stop]
+            self._sums[..., start:stop] = before.sum(-1)
         if self._backwards is not None:
             self._backwards(start, stop, part, solution)
 

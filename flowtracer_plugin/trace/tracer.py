@@ -122,57 +122,45 @@ def wrap(
     check_finder(answer)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    reader = _reader(model, tokenizer, adapter, backend, block, verify=verify)
-    options = flow_options(
-        preset or _best_preset(reader),
-        layers=layers if layers is None or isinstance(layers, str) else layer_numbers(layers),
-        question=question,
-        answer=finder_name(answer),
-        target=target,
-        question_weights=question_weights,
-        boundary=boundary,
-        first_token=first_token,
-        heads=None if heads is None else head_pairs(heads),
-        edges=edges,
-        rows=rows,
-        damping=damping,
-    )
+    chosen = {
+        "layers": layers if layers is None or isinstance(layers, str) else layer_numbers(layers),
+        "question": question,
+        "answer": finder_name(answer),
+        "target": target,
+        "question_weights": question_weights,
+        "boundary": boundary,
+        "first_token": first_token,
+        "heads": None if heads is None else head_pairs(heads),
+        "edges": edges,
+        "rows": rows,
+        "damping": damping,
+    }
+    options = flow_options(preset or BEST, **chosen)
     if options.edges == "causal" and mode == "streamed":
         raise ValueError(
             "edges='causal' is a map of all pairs of tokens, which mode='streamed' avoids; "
             "wrap(..., mode='dense')"
         )
-    return FlowTracer(reader, tokenizer, options, answer, mode)
-
-
-def _reader(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    adapter: AttentionAdapter | None,
-    backend: str,
-    block: int,
-    *,
-    verify: bool,
-) -> AttentionReader:
     language_model(unwrapped(model))
     reader = AttentionReader(model, adapter, backend=backend, block=block)
     reader.verified = not verify
     if verify and tokenizer is not None:
         check_tokenizer(reader.model, tokenizer)
-    return reader
+    if preset is None and options.edges == "influence" and _lacks_influence(reader):
+        options = flow_options(EVERYWHERE, **chosen)
+    return FlowTracer(reader, tokenizer, options, answer, mode)
 
 
-def _best_preset(reader: AttentionReader) -> str:
-    """The preset for a model for which none was chosen."""
+def _lacks_influence(reader: AttentionReader) -> bool:
+    """Whether the model cannot be traced by the preset `BEST`; a warning says why."""
     reason = reader.why_no_influence()
-    if reason is None:
-        return BEST
-    warnings.warn(
-        f"this model is traced by preset={EVERYWHERE!r}, since it cannot be by {BEST!r}: {reason}. "
-        "Choose a preset to be without this warning",
-        stacklevel=3,
-    )
-    return EVERYWHERE
+    if reason is not None:
+        warnings.warn(
+            f"this model is traced by preset={EVERYWHERE!r}, since it cannot be by {BEST!r}: "
+            f"{reason}. Choose a preset to be without this warning",
+            stacklevel=3,
+        )
+    return reason is not None
 
 
 def _rebuilt(
