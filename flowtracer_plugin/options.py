@@ -140,8 +140,14 @@ class FlowOptions:
             raise ValueError(f"damping must be above 0 and up to 1, got {self.damping!r}")
         if self.rows == self.target == "decision":
             raise ValueError(
-                "with rows='decision' the rows that decide the answer lead into the answer itself; "
-                "use target='answer', or rows='own' (preset='decision')"
+                "with rows='decision', as in preset='derivation', the default, the rows that "
+                "decide the answer lead into the answer itself; use target='answer', or "
+                "preset='decision'"
+            )
+        if self.rows == "decision" and self.edges == "causal":
+            raise ValueError(
+                "edges='causal' lead into the row that reads, and rows='decision', as in "
+                "preset='derivation', the default, would move them; use preset='causal'"
             )
 
     @property
@@ -219,7 +225,8 @@ def preset_over(preset: str | None, own: FlowOptions) -> FlowOptions:
     if preset is None:
         return own
     stays = {"question": own.question, "answer": own.answer}
-    if own.layers != PRESETS[preset_of(own) or "paper"].get("layers"):
+    everywhere = own.rows == "decision" or own.edges == "causal"  # as in presets of all layers
+    if not (everywhere and own.layers == "all"):
         stays["layers"] = own.layers
     return flow_options(preset, **{**stays, **PRESETS.get(preset, {})})
 

@@ -19,7 +19,8 @@ EXTRAS = {
 """Optional packages, each with the extra that installs it."""
 
 _PYTHON = re.compile(
-    r"(?:wrap\(\.\.\., )?\b(mode|layers|question|backend|batch_size)=(['\"]?)([\w:]+)\2\)?"
+    r"(?:wrap\(\.\.\., )?\b(mode|layers|question|backend|batch_size|preset|target|rows|edges)="
+    r"(['\"]?)([\w:]+)\2\)?"
 )
 """How messages of the Python API name options that are also on the command line."""
 

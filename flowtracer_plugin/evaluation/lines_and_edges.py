@@ -144,7 +144,7 @@ def example_edges(example: ScoredExample, options: KnockOutOptions) -> tuple[Edg
         ]
     cut = torch.zeros(len(chosen), *flow.shape, dtype=torch.bool)
     for one, edges in zip(cut, chosen, strict=True):
-        one[queries[edges], keys[edges]] = True
+        one[queries[edges] - _shift(trace), keys[edges]] = True
     found = example.baseline.cut_edges(cut, batch_size=example.batch_size)
     drops = found.drop.double().numpy().reshape(len(options.percents), options.draws + 1)
     sizes = np.array([len(edges) for edges in chosen]).reshape(drops.shape)
@@ -179,11 +179,21 @@ def _agreement(scores: list[float], drop: Float[np.ndarray, " line"]) -> float |
 def _inner_edges(
     trace: FlowTrace,
 ) -> tuple[Int[np.ndarray, " edge"], Int[np.ndarray, " edge"]]:
-    place = np.arange(len(trace.token_ids))
+    """Later and earlier token of the edges in the response up to the answer.
+
+    The row that reads an edge is that of the later token, or of the one before it that decided it;
+    a row's edge to itself cannot be cut.
+    """
+    place, shift = np.arange(len(trace.token_ids)), _shift(trace)
     last = int(np.flatnonzero(trace.spans.answer)[-1])
-    inner = trace.spans.response & (place < last)
-    queries, keys = np.nonzero(inner[:, None] & inner & (place[:, None] > place))
+    later, earlier = (trace.spans.response & (place < end) for end in (last + shift, last))
+    queries, keys = np.nonzero(later[:, None] & earlier & (place[:, None] - shift > place))
     return queries, keys
+
+
+def _shift(trace: FlowTrace) -> int:
+    """By how many tokens the row of an edge is before the token that the edge leads into."""
+    return 1 if trace.options.rows == "decision" else 0
 
 
 def _as_heavy(

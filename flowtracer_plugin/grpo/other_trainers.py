@@ -16,7 +16,7 @@ from flowtracer_plugin.grpo.scoring import RolloutScorer
 from flowtracer_plugin.model.causal_lm import first_output, text_inputs
 from flowtracer_plugin.model.cutting import plainly
 from flowtracer_plugin.model.padding import text_first
-from flowtracer_plugin.options import preset_over
+from flowtracer_plugin.options import BEST, preset_of, preset_over
 from flowtracer_plugin.text.spans import AnswerNotFoundError
 from flowtracer_plugin.trace.rollouts import check_rollouts
 from flowtracer_plugin.trace.tracer import FlowTracer
@@ -41,7 +41,8 @@ def rollout_credit(
 
     Args:
         tracer: What `wrap(model, tokenizer)` returns. Where the scorer has a preset
-            (`flow:decided`), the graph is made by that; else by the tracer's own options.
+            (`flow:decided`), the graph is made by that; else by the tracer's own options, or as in
+            the paper if those are what `wrap` chooses by default.
         prompt_ids: The prompts, padded on the left.
         completion_ids: The completions, padded on the right.
         prompt_mask: 1 for tokens of the prompts, 0 for padding.
@@ -104,7 +105,9 @@ def rollout_credit(
 def _following(tracer: FlowTracer, options: CreditOptions) -> FlowTracer:
     """A tracer of the same model with the scorer's preset, and the answers of the options."""
     own = tracer.options
-    made = preset_over(options.chosen_scorer.preset, own)
+    # What `wrap` chooses where nobody did is for looking; credit is the paper's by default.
+    default = "paper" if preset_of(own) == BEST else None
+    made = preset_over(options.chosen_scorer.preset or default, own)
     if options.layers != "auto":
         chosen = options.layers
         made = replace(made, layers=chosen if isinstance(chosen, str) else tuple(chosen))

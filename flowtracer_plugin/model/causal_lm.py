@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -86,6 +86,8 @@ def text_inputs(
     **others: Any,
 ) -> dict[str, Any]:
     """The arguments of one pass over these texts, without a cache; only those the model takes."""
+    if ids.is_inference() and not torch.is_inference_mode_enabled():
+        ids = ids.clone()  # what inference mode has made cannot be kept for a backward pass
     inputs = {"input_ids": ids, "attention_mask": visible.long(), "use_cache": False, **others}
     accepted = accepted_inputs(model)
     return {name: value for name, value in inputs.items() if name in accepted}
@@ -95,11 +97,14 @@ def text_inputs(
 def embeddings_as_leaves(model: nn.Module, added: Tensor | None = None) -> Iterator[list[Tensor]]:
     """A list to which each pass appends its embeddings, where its autograd graph then begins.
 
-    `added` is added to them before, such as noise.
+    `added` is added to them before, such as noise. Passes of other threads are left alone.
     """
     embedded: list[Tensor] = []
+    owner = get_ident()
 
-    def begin(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def begin(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        if get_ident() != owner:
+            return None
         moved = output.detach() if added is None else output.detach() + added.to(output)
         embedded.append(moved.requires_grad_())
         return embedded[-1]

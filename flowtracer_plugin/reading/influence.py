@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -287,12 +288,17 @@ def _lengths(
 def _watching(
     projections: Sequence[nn.Module | None], keep: Callable[[int, Tensor], None]
 ) -> Iterator[None]:
-    """A context in which `keep` gets what each projection takes, and the projection's number."""
+    """A context in which `keep` gets what each projection takes, and the projection's number.
+
+    Passes of other threads are left alone.
+    """
+    owner = get_ident()
     with ExitStack() as stack:
         for number, projection in enumerate(projections):
 
             def take(_module: nn.Module, args: Any, number: int = number) -> None:
-                keep(number, args[0])
+                if get_ident() == owner:
+                    keep(number, args[0])
 
             if projection is not None:
                 stack.callback(projection.register_forward_pre_hook(take).remove)

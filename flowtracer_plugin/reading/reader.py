@@ -223,10 +223,11 @@ class AttentionReader(ModelRunner):
         chosen = [self.projections[site] for site in self._chosen(layers)]
         heads = [self._known_heads[site] for site in self._chosen(layers)]
         size = batch_size or len(ids)
-        parts = [
-            influences(self.model, chosen, heads, ids[rows], visible[rows], decided[rows])
-            for rows in (slice(start, start + size) for start in range(0, len(ids), size))
-        ]
+        with self.turn():
+            parts = [
+                influences(self.model, chosen, heads, ids[rows], visible[rows], decided[rows])
+                for rows in (slice(start, start + size) for start in range(0, len(ids), size))
+            ]
         return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
 
     def outputs(self, layers: Sequence[int]) -> Outputs:
@@ -245,7 +246,8 @@ class AttentionReader(ModelRunner):
         check_backward(self.model)
         if self._known_keeping is None:
             every = [self.projections[site] for site in self.sites]
-            self._known_keeping = keeps_graph(self.model, every, *self.check_text(0))
+            with self.turn():
+                self._known_keeping = keeps_graph(self.model, every, *self.check_text(0))
         return self._known_keeping
 
     def why_no_influence(self) -> str | None:
@@ -253,10 +255,14 @@ class AttentionReader(ModelRunner):
         ids, visible = self.check_text(0)
         try:
             self.influences(ids, visible, visible, [site.layer for site in self.sites])
-        except (UnsupportedArchitectureError, AdapterMismatchError) as error:
+        except UnsupportedArchitectureError as error:
             return str(error)
-        except RuntimeError as error:  # such as that of an attention kernel for inference alone
-            return f"its backward pass fails ({str(error).strip().splitlines()[0]})"
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - a model may fail in any way on this text
+            said = str(error).strip().splitlines()
+            name = type(error).__name__
+            return f"its forward or backward pass fails ({name}{': ' + said[0] if said else ''})"
         return None
 
     def graph_bytes(self, layers: Sequence[int]) -> tuple[int, int]:
@@ -267,7 +273,8 @@ class AttentionReader(ModelRunner):
         """
         check_backward(self.model)
         chosen = [self.projections[site] for site in self._chosen(layers)]
-        return graph_bytes(self.model, chosen, *self.check_text(0))
+        with self.turn():
+            return graph_bytes(self.model, chosen, *self.check_text(0))
 
     def _check_all_heads(self) -> None:
         if tensor_parallel_group(self.model) is not None:

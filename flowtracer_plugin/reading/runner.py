@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -89,6 +89,10 @@ class ModelRunner:
         """The model in evaluation mode, while other readers of it wait."""
         with self._lock, evaluating(self.model):
             yield
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """The context of a pass that no backend reads: readers that run no threads wait for it."""
+        return nullcontext() if self.backend.threads else self._lock
 
     @contextmanager
     def _running(self) -> Iterator[None]:

@@ -385,6 +385,8 @@ def _fitting(estimate: MemoryEstimate, mode: str, parts: Footprint, *, fixed: bo
     if not fixed:
         others = {"dense": ["streamed"], "streamed": ["dense"], "auto": []}[mode]
         found += [f"mode={other!r}" for other in others if estimate.fits(other)]
+        if parts.graph and fits(replace(parts, graph=None), tokens, batch):
+            found.append("preset='decided'")
         sizes = (size for size in range(batch - 1, 0, -1) if fits(parts, tokens, size))
         found += [f"batch_size={size}" for size in list(sizes)[:1]]
         halves = (parts.sites >> power for power in range(1, parts.sites.bit_length()))

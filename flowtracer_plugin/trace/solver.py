@@ -71,6 +71,7 @@ class Solver:
         self, reader: AttentionReader, layers: Sequence[int], options: FlowOptions, mode: str
     ) -> None:
         self.reader, self.layers, self.options, self.mode = reader, layers, options, mode
+        self._plain_budget = Budget(reader, layers, copies=0)
         self.budget = Budget(
             reader,
             layers,
@@ -98,10 +99,10 @@ class Solver:
             others["attention_mask"] = None  # transformers detects packing only without a mask
         check_packing(attention_mask, others.get("position_ids"))
         self.reader.verify()
-        self.budget.prepare()
+        self._plain_budget.prepare()
         padded = not bool(mask.all())
         batch, tokens = input_ids.shape
-        self.budget.choose("dense", tokens, batch, padded=padded, fixed=True)
+        self._plain_budget.choose("dense", tokens, batch, padded=padded, fixed=True)
         return self.reader.read(input_ids, mask, self.layers, model_inputs=others)
 
     def text(
@@ -183,8 +184,9 @@ class Solver:
         heads: HeadPairs = ()
         if self.options.edges == CAUSAL:
             start = int(response.any(0).int().argmax())
-            texts = asked_texts(self.reader, ids, mask.to(ids.device), answer, start)
-            attention = helpful_edges(edge_losses(self.reader, texts, self.layers))
+            with self.reader.exclusive():
+                texts = asked_texts(self.reader, ids, mask.to(ids.device), answer, start)
+                attention = helpful_edges(edge_losses(self.reader, texts, self.layers))
         elif choice is None or choice.heads == "all":
             attention = self.reader.read(ids, mask, self.layers, choice=choice, progress=progress)
         else:
@@ -201,7 +203,10 @@ class Solver:
             for part in (spans.question, spans.target, spans.answer)
         )
         masks = RolloutMasks(question=question, target=target, answer=answer, answers=(None,))
-        order, errors = flow_order(self.reader, ids, mask, masks, spans.prompt_length, self.options)
+        with self.reader.exclusive():
+            order, errors = flow_order(
+                self.reader, ids, mask, masks, spans.prompt_length, self.options
+            )
         for error in errors.values():
             raise error
         candidates = int(spans.answer.argmax()) - spans.prompt_length

@@ -146,7 +146,7 @@ def wrap(
     reader.verified = not verify
     if verify and tokenizer is not None:
         check_tokenizer(reader.model, tokenizer)
-    if preset is None and options.edges == "influence" and _lacks_influence(reader):
+    if preset is None and edges is None and _lacks_influence(reader):
         options = flow_options(EVERYWHERE, **chosen)
     return FlowTracer(reader, tokenizer, options, answer, mode)
 

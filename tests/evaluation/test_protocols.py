@@ -252,6 +252,22 @@ def test_edges_have_the_most_flow_and_others_as_much_attention(tiny, trace):
         assert one.other_edges <= len(edges) - len(chosen)
 
 
+def test_edges_of_deciding_rows_are_cut_in_these_rows(tiny):
+    decided = ft.wrap(tiny.model, tiny.tokenizer, preset="decided", mode="dense")
+    trace = decided.trace(PROMPT, RESPONSE)
+    (found,) = knock_out_backbone(decided, trace, percents=(10,), draws=1)
+    flow, last = trace.flow.edge_flow(), int(np.flatnonzero(trace.spans.answer)[-1])
+    start = trace.spans.prompt_length
+    edges = [(q, k) for q in range(start, last + 1) for k in range(start, last) if k < q - 1]
+    chosen = sorted(edges, key=lambda edge: (-flow[edge], edge))[: -(-len(edges) // 10)]
+    cut = torch.zeros(1, *flow.shape, dtype=torch.bool)
+    for later, earlier in chosen:
+        cut[0, later - 1, earlier] = True
+    effect = cut_edges(tiny.model, *parts(trace), cut)
+    assert found.edges == len(chosen)
+    assert found.backbone == pytest.approx(float(effect.drop), abs=1e-4)
+
+
 def test_streamed_traces_and_no_draws_are_refused(tiny, trace):
     with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
         knock_out_backbone(tiny, trace, draws=0)

@@ -1,6 +1,7 @@
 """The graph in which the row that chose a token leads into it."""
 
 import doctest
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, strategies as st
 import flowtracer_plugin as ft
 from flowtracer_plugin import UnsupportedArchitectureError, options
 from flowtracer_plugin.credit.token_scores import score_text
-from flowtracer_plugin.options import FlowOptions, flow_options, preset_of
+from flowtracer_plugin.options import FlowOptions, flow_options, preset_of, preset_over
 from flowtracer_plugin.reading.edges import deciding_blocks, deciding_rows
 from tests.flow import reference
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -139,6 +140,20 @@ def test_layers_are_the_presets_where_nobody_chose(model):
     assert flow_options("decided").target == "answer"
 
 
+def test_options_that_contradict_the_default_say_which_preset_allows_them(model):
+    with pytest.raises(ValueError, match=r"itself; use target='answer', or preset='decision'"):
+        ft.wrap(*model, target="decision")
+    with pytest.raises(ValueError, match=r"would move them; use preset='causal'"):
+        ft.wrap(*model, edges="causal")
+    changed = ft.wrap(*model, first_token="drop").options
+    assert preset_over("sharp", changed).layers == preset_over("paper", changed).layers == "middle"
+    assert preset_over("sharp", FlowOptions(layers="all")).layers == "all"
+    incapable = without_backward("inference"), tiny_tokenizer()
+    asked = ft.wrap(*incapable, edges="influence", answer="last_word")
+    with pytest.raises(UnsupportedArchitectureError, match="edges='influence' needs the gradient"):
+        asked.trace_tokens(PROMPT, SAID)
+
+
 def test_rows_and_target_must_not_both_decide():
     with pytest.raises(ValueError, match=r"lead into the answer itself; use target='answer'"):
         FlowOptions(rows="decision", target="decision")
@@ -161,6 +176,24 @@ def test_flow_passes_tokens_before_the_answer_by_their_reach(model):
         assert trace.reasoning_share == pytest.approx(1 - jumped, abs=1e-5)
 
 
+def test_inference_mode_changes_nothing(model):
+    made = ft.wrap(*model, answer="last_word")
+    wanted = made.trace_tokens(PROMPT, SAID)
+    with torch.inference_mode():
+        np.testing.assert_array_equal(made.trace_tokens(PROMPT, SAID).throughput, wanted.throughput)
+        assert ft.wrap(*model, answer="last_word").options == made.options
+
+
+@pytest.mark.parametrize("backend", ["nnsight", "interface"])
+def test_threads_trace_the_same_as_one_thread(model, backend):
+    made = ft.wrap(*model, answer="last_word", backend=backend)
+    wanted = made.trace_tokens(PROMPT, SAID)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: made.trace_tokens(PROMPT, SAID), range(9)))
+    for trace in found:
+        np.testing.assert_allclose(trace.throughput, wanted.throughput, atol=1e-6)
+
+
 def test_derivation_is_the_default_where_a_backward_pass_is_possible(model):
     made = ft.wrap(*model, answer="last_word")
     assert made.options == flow_options("derivation", answer="last_word")
@@ -181,21 +214,35 @@ class NoBackward(torch.autograd.Function):
         raise RuntimeError("no kernel for this pass\nfrom deep inside")
 
 
-@pytest.mark.parametrize("why", ["inference", "backward"])
-def test_a_model_without_a_backward_pass_is_traced_by_the_papers_graph_with_a_warning(why):
-    tokenizer = tiny_tokenizer()
+def without_backward(why):
     with torch.inference_mode(why == "inference"):
-        model = tiny_llama(vocab_size=len(tokenizer))
-    said = "there is none"
+        model = tiny_llama(vocab_size=len(tiny_tokenizer()))
     if why == "backward":
-        said = r"its backward pass fails \(no kernel for this pass\)"
         mlp = model.model.layers[-1].mlp
         mlp.register_forward_hook(lambda _module, _args, output: NoBackward.apply(output))
+    if why == "inputs":
+
+        def refuse(*_):
+            if torch.is_grad_enabled():
+                raise KeyError("pixels")
+
+        model.model.layers[0].register_forward_pre_hook(refuse)
+    return model
+
+
+@pytest.mark.parametrize("why", ["inference", "backward", "inputs"])
+def test_a_model_without_a_backward_pass_is_traced_by_the_papers_graph_with_a_warning(why):
+    tokenizer, model = tiny_tokenizer(), without_backward(why)
+    said = "there is none"
+    if why == "backward":
+        said = r"pass fails \(RuntimeError: no kernel for this pass\)"
+    if why == "inputs":
+        said = r"pass fails \(KeyError: 'pixels'\)"
     with pytest.warns(UserWarning, match=f"traced by preset='paper', since .*{said}"):
         made = ft.wrap(model, tokenizer, answer="last_word")
     assert made.options == flow_options("paper", answer="last_word")
     assert made.trace_tokens(PROMPT, SAID).throughput.any()
-    with pytest.raises((UnsupportedArchitectureError, RuntimeError)):
+    with pytest.raises((UnsupportedArchitectureError, RuntimeError, KeyError)):
         tracer((model, tokenizer), preset="derivation").trace_tokens(PROMPT, SAID)
 
 
