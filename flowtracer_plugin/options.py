@@ -84,7 +84,8 @@ class FlowOptions:
             before them, whose logits choose them.
         question_weights: `"uniform"` injects flow in equal parts over the question, `"reach"` in
             proportion to reach; `"origins"` at every token outside the answer, in proportion to the
-            reach that it has from no earlier token, so that throughput is proportional to reach.
+            part of its reach that no edge passes on to earlier tokens, so that throughput is
+            proportional to reach.
         boundary: `"literal"`: flow passes answer tokens; `"absorbing"`: it ends at the first one.
         first_token: `"keep"`, or `"drop"`: the attention to the first token, a common attention
             sink, is divided among the other tokens in proportion.

@@ -196,8 +196,9 @@ class TracingOptions:
     question_weights: Annotated[
         Literal["uniform", "reach", "origins"] | None,
         _tracing(
-            help="Flow starts at the question in equal parts, or in proportion to influence on the "
-            "answer; or wherever what decided the answer comes from."
+            help="Where flow starts. uniform: at the question, in equal parts; reach: there, in "
+            "proportion to influence on the answer; origins: wherever what decided the answer "
+            "comes from."
         ),
     ] = None
     boundary: Annotated[
@@ -220,8 +221,8 @@ class TracingOptions:
     edges: Annotated[
         Literal["attention", "value", "influence", "causal"] | None,
         _tracing(
-            help="Edge weights: attention; attention times the length of the moved value; also "
-            "times the influence of the head on what was sampled, by one backward pass; or what "
+            help="Edge weights. attention; value: times the length of the moved value; influence: "
+            "also times that of the head on what was sampled, by one backward pass; causal: what "
             "the answer loses without the edge, by nine."
         ),
     ] = None

@@ -31,11 +31,11 @@ BINS = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlowPath:
-    """One path from the question to the answer.
+    """One path to the answer.
 
     Attributes:
-        tokens: Indices of its tokens in order: the first is a question token, the last a target
-            token.
+        tokens: Indices of its tokens in order: flow is injected at the first, and the last is a
+            target token.
         probability: The share of the flow that takes exactly this path.
     """
 
@@ -104,18 +104,18 @@ class Backbone:
     """The main features of a flow: a few numbers per token, however long the text.
 
     Attributes:
-        question_reached: How many question tokens share the unit.
+        question_reached: How many question tokens reach the answer.
         source: The share of the unit that is injected at each token.
         sink: Flow from each token into the sink.
         hubs: Throughput × effective number of outgoing edges: high for a token on which many later
             ones draw. The effective number is the exponential of the entropy of the edges' flow
             shares; the edge into the sink counts as one edge.
         checkpoints: Throughput × effective number of incoming edges: high for a token that gathers
-            from many. The injection at a question token counts as one edge.
+            from many. What is injected at it counts as one edge.
         prompt_inflow: Flow that enters each token from the prompt.
         sources: The strongest edges into each token.
         targets: The strongest edges out of each token.
-        paths: The likeliest paths from the question to the answer, the likeliest first.
+        paths: The likeliest paths to the answer, the likeliest first.
         steps: `steps[later, earlier]` is the flow from one step to another; the diagonal is 0.
         bins: The flow from one bin to another; the bins begin at `bin_starts`.
     """

@@ -24,7 +24,7 @@ class FlowGraph:
             tensor (dense or sparse CSR), a scipy csr_array, or a tuple of sparse ones, one per
             batch row. A dense one is the attention that was passed, not a copy (do not change it
             while the graph is in use), and its diagonal does not count.
-        question: The tokens into which one unit of flow is injected.
+        question: The tokens of the question, at which flow is injected by default.
         answer: The tokens that are connected to the sink.
         dropped: Share of the off-diagonal attention that pruning removed, in [0, 1]; a float, or
             one number per batch row.

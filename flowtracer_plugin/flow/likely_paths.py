@@ -1,4 +1,4 @@
-"""The likeliest paths from the question to the answer, found in blocks from last to first."""
+"""The likeliest paths to the answer, found in blocks from last to first."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class LikelyPaths:
     def likeliest(
         self, source: Float[Tensor, " token"], reach: Float[Tensor, " token"], unit: float
     ) -> tuple[FlowPath, ...]:
-        """The likeliest paths from any question token; `reach` is scaled by `unit`."""
+        """The likeliest paths from where flow is injected; `reach` is scaled by `unit`."""
         # Not reach / unit, which may be too small for the dtype.
         starts = source.log() - reach.where(reach > 0, 1).log() + math.log(unit)
         totals = (starts[:, None] + self._best).flatten().cpu().numpy()

@@ -36,7 +36,7 @@ sparse: finding the edges takes longer than solving the flow along all of them."
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Flow:
-    """One unit of flow from the question to the answer, in arrays of the graph's kind and device.
+    """One unit of flow to the answer, in arrays of the graph's kind and device.
 
     Attributes:
         graph: The graph that was solved. A dense one holds the attention that was passed, not a
@@ -138,8 +138,8 @@ def solve_flow(
         question_weights: "uniform" injects the same at every question token that reaches the
             answer; "reach" injects in proportion to the token's influence. "origins" injects at
             every token outside the answer, also in the response, the part of its influence that
-            comes from no earlier token, `h(k) (1 - sum_i L[k, i])`. Then the throughput of all
-            tokens before the answer is proportional to reach, if no row sums to more than 1.
+            no edge passes on to earlier tokens, `h(k) (1 - sum_i L[k, i])`. Then the throughput of
+            all tokens before the answer is proportional to reach, if no row sums to more than 1.
         boundary: "literal" lets influence pass through answer tokens to later ones; "absorbing"
             ends it at the first answer token.
         unreached: "raise" raises an error if no token at which flow would be injected reaches the

@@ -205,8 +205,8 @@ def standouts(
 ) -> tuple[tuple[Unit, float], ...]:
     """The `count` units of the reasoning with the highest scores, and their effective edges.
 
-    `scores` are a backbone's `hubs` or `checkpoints`. Question and answer are left out: all flow
-    starts in the question and ends in the answer, so they would top the list of every trace.
+    `scores` are a backbone's `hubs` or `checkpoints`. Question and answer are left out: much
+    flow starts in the question and all ends in the answer, so they would top most lists.
     """
     best: dict[int, tuple[Unit, float]] = {}
     for token in np.argsort(-scores, kind="stable").tolist():

@@ -147,7 +147,7 @@ class TraceData:
         return self._ranked(self.backbone.checkpoints, count, within)
 
     def paths(self, count: int = 5) -> tuple[FlowPath, ...]:
-        """The most probable paths from the question to the answer, the likeliest first.
+        """The most probable paths to the answer, the likeliest first.
 
         Raises:
             ValueError: `count` is below 1, or above 10 and the trace was streamed.

@@ -26,7 +26,7 @@ SCORERS = [
 
 @pytest.fixture
 def tracer(policy):
-    return ft.wrap(AutoModelForCausalLM.from_pretrained(policy), word_tokenizer(), preset="paper")
+    return ft.wrap(AutoModelForCausalLM.from_pretrained(policy), word_tokenizer())
 
 
 def parts(rollouts):

@@ -260,6 +260,16 @@ def test_streaming_is_a_remedy_for_dense(room):
         tracer.trace(text, RESPONSE)
 
 
+def test_a_preset_without_a_backward_pass_is_a_remedy_for_the_default(room):
+    model = tiny_llama(max_position_embeddings=8192)
+    text = PROMPT * 300
+    tokens = len(tiny_tokenizer()(text + RESPONSE)["input_ids"])
+    room(just_enough(wrap(model, preset="decided").estimate(tokens).streamed))
+    with pytest.raises(MemoryError, match=r"what fits: preset='decided' or .*up to"):
+        wrap(model, preset="derivation").trace(text, RESPONSE)
+    assert wrap(model, preset="decided").trace(text, RESPONSE).throughput.any()
+
+
 @pytest.fixture(scope="module")
 def taken():
     """Estimated and taken MiB of each model and mode.
@@ -279,7 +289,8 @@ models = {"small": build(SMALL), "window": tiny_model("mistral", vocab_size=1000
 for name, model in models.items():
     ids = torch.randint(3, 1000, (1000 if name == "small" else 2500,)).tolist()
     for mode in ("dense", "streamed"):
-        tracer = ft.wrap(model, number_tokenizer(), mode=mode, answer="last_number")
+        named = {"mode": mode, "answer": "last_number", "preset": "paper"}
+        tracer = ft.wrap(model, number_tokenizer(), **named)
         estimated = getattr(tracer.estimate(len(ids)), mode) / 2**20
         print(name, mode, estimated, peak_of(lambda: tracer.trace_tokens(ids[:300], ids[300:])))
 for tokens in (350, 900):
