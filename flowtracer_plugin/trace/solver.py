@@ -71,7 +71,6 @@ class Solver:
         self, reader: AttentionReader, layers: Sequence[int], options: FlowOptions, mode: str
     ) -> None:
         self.reader, self.layers, self.options, self.mode = reader, layers, options, mode
-        self._plain_budget = Budget(reader, layers, copies=0)
         self.budget = Budget(
             reader,
             layers,
@@ -79,6 +78,8 @@ class Solver:
             keeps=options.heads != "all",
             gradients=options.edges == "influence",
         )
+        plain = Budget(reader, layers, copies=0)
+        self._plain_budget = plain if options.edges == "influence" else self.budget
 
     def attention(
         self,
