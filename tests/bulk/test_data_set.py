@@ -95,6 +95,7 @@ def test_a_finished_shard_is_never_touched_and_an_unfinished_one_is_done_again(
     after = files(tmp_path / "out")
     changed = {path.stem for path in after if before.get(path) != after[path]}
     assert changed == {"00000007"}
+    assert not list((tmp_path / "out").rglob(".*.part"))  # what the crash has left
 
 
 def test_parts_make_up_the_whole_and_may_come_in_any_order(tiny, whole, tmp_path):
