@@ -7,6 +7,9 @@ from .attention.adapter import (
     UnsupportedArchitectureError as UnsupportedArchitectureError,
     register_adapter as register_adapter,
 )
+from .bulk.data_set import trace_dataset as trace_dataset
+from .bulk.tables import read_results as read_results
+from .bulk.tracing import trace_many as trace_many
 from .credit.weights import token_credit as token_credit
 from .flow.graph import FlowGraph as FlowGraph
 from .flow.solve import Flow as Flow, solve_flow as solve_flow, solve_graph as solve_graph

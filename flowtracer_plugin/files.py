@@ -22,15 +22,18 @@ from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 _LARGEST = 2**63
 """Whole numbers stay below it, so that arrays can hold them."""
 
+_PART = ".part"
+
 _LONGEST_HEADER = 2**20
 """The bytes that are read to tell a record file from others, which may be large."""
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, *, sync: bool = False) -> None:
     """Write `content` to `path` so that a crash leaves either the old file or the new one.
 
     Links are followed, and an existing file keeps its permissions. `path` may also be a device or a
-    pipe, which is not replaced.
+    pipe, which is not replaced. With `sync` the file also survives a loss of power: it is on the
+    disk before it gets its name, and has its name when this returns.
 
     Raises:
         IsADirectoryError: `path` is a directory.
@@ -46,11 +49,38 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         with temporary.open("xb") as file:
             file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         if path.exists():
             shutil.copymode(path, temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    if sync and hasattr(os, "O_DIRECTORY"):  # elsewhere folders cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_first(path: Path, content: bytes) -> None:
+    """Write `content` to `path` if nothing is there; of several processes, one does."""
+    whole = _beside(path)
+    try:
+        write_atomically(whole, content, sync=True)
+        path.hardlink_to(whole)
+    except FileExistsError:
+        pass
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what crashes have left of files that were being written to `folder`."""
+    for part in folder.glob(f".*{_PART}"):
+        part.unlink(missing_ok=True)
 
 
 def check_file(path: Path) -> None:
@@ -127,7 +157,7 @@ def _reason(error: OSError) -> str:
 
 def _beside(path: Path) -> Path:
     """A new name in the same folder. Not tempfile, whose files only their owner can read."""
-    return path.parent / f".{token_hex(8)}.part"
+    return path.parent / f".{token_hex(8)}{_PART}"
 
 
 class RecordFile:
@@ -169,7 +199,7 @@ class RecordFile:
             write_atomically(path, _line({"format": kind, "version": version, **settings}))
             return
         first, *lines = content.splitlines(keepends=True)
-        _check_settings(path, _header(path, first, kind, version), settings)
+        check_settings(path, _header(path, first, kind, version), settings)
         kept = [first, *lines]
         if lines and lines[-1].startswith(b"{") and not _is_whole(lines[-1]):
             kept.pop()
@@ -240,7 +270,14 @@ def _is_whole(line: bytes) -> bool:
     return True
 
 
-def _check_settings(path: Path, held: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def check_settings(
+    path: Path, held: Mapping[str, Any], settings: Mapping[str, Any], *, place: str = "file"
+) -> None:
+    """Check that the settings `held` at `path` are `settings`; others that are held may differ.
+
+    Raises:
+        ValueError: They are not; the message names both values of each, and the `place` to change.
+    """
     wanted: Mapping[str, Any] = json.loads(json.dumps(settings))
     differ = [
         f"{name} is {held.get(name)!r} there and {value!r} now"
@@ -250,7 +287,7 @@ def _check_settings(path: Path, held: Mapping[str, Any], settings: Mapping[str, 
     if differ:
         raise ValueError(
             f"{str(path)!r} holds results with other settings: {'; '.join(differ)}; give the same "
-            "ones, or write to another file"
+            f"ones, or write to another {place}"
         )
 
 

@@ -30,6 +30,7 @@ ROOMS = [
     "trace",
     "credit",
     "rewards",
+    "bulk",
     "grpo",
     "evaluation",
     "audit",
@@ -78,10 +79,13 @@ PUBLIC = [
     "find_answer",
     "json_schema",
     "load",
+    "read_results",
     "register_adapter",
     "solve_flow",
     "solve_graph",
     "token_credit",
+    "trace_dataset",
+    "trace_many",
     "wrap",
 ]
 
@@ -193,7 +197,7 @@ def test_nothing_else_is_imported_inside_functions():
         ("nnsight", {"reading.nnsight_backend"}),
         ("trl", {f"grpo.{part}" for part in ("checks", "hooks", "script", "trainer")}),
         ("networkx", {"result.network"}),
-        ("pyarrow", {"result.parquet"}),
+        ("pyarrow", {"bulk.tables", "result.parquet"}),
         (
             "matplotlib",
             {f"report.figures.{part}" for part in ("figure", "panels", "ribbon", "river", "steps")},

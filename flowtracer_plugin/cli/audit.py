@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from flowtracer_plugin.audit.results_file import AuditFile
     from flowtracer_plugin.audit.sampling import Group
     from flowtracer_plugin.audit.summary import AuditSummary
+    from flowtracer_plugin.bulk.examples import Example
     from flowtracer_plugin.credit.scorers import Scorer
-    from flowtracer_plugin.evaluation.examples import Example
     from flowtracer_plugin.trace.tracer import FlowTracer
 
 SCORERS = (

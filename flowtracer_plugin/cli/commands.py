@@ -12,6 +12,7 @@ from flowtracer_plugin.cli.audit import audit
 from flowtracer_plugin.cli.evaluate import evaluate
 from flowtracer_plugin.cli.mistakes import MISTAKES, sentence
 from flowtracer_plugin.cli.report import compare, report
+from flowtracer_plugin.cli.trace_data import trace_data
 from flowtracer_plugin.cli.tracing import demo, estimate, generate, trace
 
 app = typer.Typer(
@@ -86,6 +87,7 @@ def train(
 
 app.command()(trace)
 app.command()(generate)
+app.command()(trace_data)
 app.command()(report)
 app.command()(compare)
 app.command()(evaluate)

@@ -31,7 +31,7 @@ from flowtracer_plugin.cli.questions import DataOptions, load_prompts
 from flowtracer_plugin.files import check_records
 
 if TYPE_CHECKING:
-    from flowtracer_plugin.evaluation.examples import Example
+    from flowtracer_plugin.bulk.examples import Example
     from flowtracer_plugin.evaluation.outcomes import Evaluation, Outcome
     from flowtracer_plugin.evaluation.protocols import EvaluationSettings
     from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions

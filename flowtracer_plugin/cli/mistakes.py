@@ -14,6 +14,7 @@ EXTRAS = {
     "latex2sympy2_extended": "math",
     "matplotlib": "viz",
     "networkx": "viz",
+    "pandas": "viz",
     "pyarrow": "viz",
 }
 """Optional packages, each with the extra that installs it."""

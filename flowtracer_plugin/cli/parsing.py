@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from flowtracer_plugin.files import check_file
+from flowtracer_plugin.files import check_file, check_folder
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 """The kinds of figures. Listed here, because matplotlib takes a second to import."""
@@ -102,6 +102,24 @@ def writable(path: Path | None) -> Path | None:
         except OSError as error:
             raise typer.BadParameter(str(error)) from error
     return path
+
+
+def writable_folder(path: Path) -> Path:
+    """A folder that can be written, or made."""
+    try:
+        check_folder(path)
+    except OSError as error:
+        raise typer.BadParameter(str(error)) from error
+    return path
+
+
+def part(text: str) -> tuple[int, int]:
+    """Which of how many parts, such as 3/8."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    numbers = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= numbers[0] <= numbers[1]:
+        raise typer.BadParameter(f"wanted such as 3/8, the third of eight parts, found {text!r}")
+    return numbers
 
 
 def check_separate(outputs: Iterable[Path | None], inputs: Iterable[Path] = ()) -> None:

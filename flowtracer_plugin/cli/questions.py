@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from flowtracer_plugin.evaluation.examples import Example
+    from flowtracer_plugin.bulk.examples import Example
 
 _data = partial(typer.Option, rich_help_panel="Data")
 
@@ -41,8 +41,8 @@ class DataOptions:
 def load_prompts(
     options: DataOptions, tokenizer: Any, limit: int | None, **others: Any
 ) -> Sequence[Example]:
-    """The questions; `others` are passed to `evaluation.examples.load_examples`."""
-    from flowtracer_plugin.evaluation.examples import load_examples
+    """The questions; `others` are passed to `bulk.examples.load_examples`."""
+    from flowtracer_plugin.bulk.examples import load_examples
 
     return load_examples(
         options.data,

@@ -1,5 +1,4 @@
 from .curves import Curve as Curve, measure_curves as measure_curves
-from .examples import Example as Example
 from .knockout import (
     KnockOut as KnockOut,
     cut_edges as cut_edges,
@@ -12,7 +11,12 @@ from .lines_and_edges import (
     knock_out_backbone as knock_out_backbone,
     knock_out_lines as knock_out_lines,
 )
-from .outcomes import REASONS as REASONS, Evaluation as Evaluation, Outcome as Outcome
+from .outcomes import (
+    REASONS as REASONS,
+    Evaluation as Evaluation,
+    Example as Example,
+    Outcome as Outcome,
+)
 from .page import render_evaluation as render_evaluation, write_evaluation as write_evaluation
 from .protocols import measure as measure
 from .ranked_tokens import (

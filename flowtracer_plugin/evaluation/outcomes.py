@@ -9,8 +9,10 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from flowtracer_plugin.evaluation.examples import Example
+from flowtracer_plugin.bulk.examples import Example
 from flowtracer_plugin.evaluation.summary import EvaluationSummary, Measured, summarise_all
+
+__all__ = ["REASONS", "Evaluation", "Example", "Outcome", "document"]
 
 REASONS: Mapping[str, str] = MappingProxyType(
     {

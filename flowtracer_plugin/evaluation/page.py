@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flowtracer_plugin.evaluation.examples import Example
+from flowtracer_plugin.bulk.examples import Example
 from flowtracer_plugin.evaluation.outcomes import Evaluation
 from flowtracer_plugin.evaluation.summary import BASELINES, Interval, ScoreSummary
 from flowtracer_plugin.evaluation.tables import bottom_of, cell, counts, ranked, tables

@@ -13,13 +13,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from jinja2 import TemplateError
 from tqdm import tqdm
 
-from flowtracer_plugin.attention.adapter import NoAttentionError, UnsupportedArchitectureError
+from flowtracer_plugin.bulk.examples import Example
+from flowtracer_plugin.bulk.row_errors import EVERY_ROW, NUMBERS, ONE_ROW, in_words
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
-from flowtracer_plugin.evaluation.examples import Example
 from flowtracer_plugin.evaluation.outcomes import REASONS, Outcome
 from flowtracer_plugin.evaluation.protocols import (
     FIRST,
@@ -30,7 +28,7 @@ from flowtracer_plugin.evaluation.protocols import (
 from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions
 from flowtracer_plugin.evaluation.scored_example import InvalidScoreError, TooFewTokensError
 from flowtracer_plugin.files import RecordFile, typed
-from flowtracer_plugin.text.answers import find_answer, same_answer
+from flowtracer_plugin.text.answers import same_answer
 from flowtracer_plugin.text.result_cut import NotComputedError, cut_at_result
 from flowtracer_plugin.text.spans import AnswerNotFoundError, FinderError
 from flowtracer_plugin.trace.flow_trace import FlowTrace
@@ -97,7 +95,7 @@ def evaluate_example(tracer: FlowTracer, example: Example, settings: EvaluationS
     outcome = Outcome(row=example.row, digest=example.digest)
     try:
         trace = _traced(tracer, example, settings)
-    except _EVERY_EXAMPLE:
+    except EVERY_ROW:
         raise
     except AnswerNotFoundError as error:
         return replace(outcome, left_out="no_answer", detail=str(error))
@@ -105,9 +103,9 @@ def evaluate_example(tracer: FlowTracer, example: Example, settings: EvaluationS
         return replace(outcome, left_out="not_computed", detail=str(error))
     except TooLittleMemoryError:
         return replace(outcome, left_out="not_traced", detail=_TOO_LONG)
-    except _ONE_EXAMPLE as error:
-        return replace(outcome, left_out="not_traced", detail=_in_words(error))
-    right, answer = _right_answer(example.answer), trace.spans.answer_text
+    except ONE_ROW as error:
+        return replace(outcome, left_out="not_traced", detail=in_words(error))
+    right, answer = example.right_answer, trace.spans.answer_text
     if right is not None:
         outcome = replace(outcome, correct=same_answer(answer, right))
     scored = settings.example(tracer, trace, right)
@@ -124,18 +122,8 @@ def evaluate_example(tracer: FlowTracer, example: Example, settings: EvaluationS
         return replace(outcome, measured=measure_example(scored, settings))
     except TooFewTokensError as error:
         return replace(outcome, left_out="few_tokens", detail=str(error))
-    except (FinderError, InvalidScoreError, *_NUMBERS) as error:
-        return replace(outcome, left_out="not_traced", detail=_in_words(error))
-
-
-_NUMBERS = ArithmeticError, MemoryError, torch.OutOfMemoryError
-_EVERY_EXAMPLE = NoAttentionError, UnsupportedArchitectureError
-_ONE_EXAMPLE = ValueError, TypeError, LookupError, TemplateError, *_NUMBERS
-"""A chat template, for one, refuses some conversations."""
-
-
-def _in_words(error: Exception) -> str:
-    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    except (FinderError, InvalidScoreError, *NUMBERS) as error:
+        return replace(outcome, left_out="not_traced", detail=in_words(error))
 
 
 _TOO_LONG = (
@@ -160,12 +148,6 @@ def _traced(tracer: FlowTracer, example: Example, settings: EvaluationSettings) 
 
 # The number that ends a text; a search begins only where digits do, and so takes linear time.
 _LAST_NUMBER = re.compile(r"(-?(?<![\d,.])[\d,.]*\d)\Z")
-
-
-def _right_answer(wanted: str | None) -> str | None:
-    """The answer alone, where the data give a whole solution."""
-    found = None if wanted is None else find_answer(wanted)
-    return wanted if found is None or wanted is None else wanted[found.start : found.end]
 
 
 def plain_settings(

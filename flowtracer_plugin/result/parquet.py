@@ -6,6 +6,7 @@ import json
 import re
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -47,3 +48,8 @@ def token_table(trace: TraceData) -> pyarrow.Table:
     ]
     schema = pyarrow.schema(fields, metadata={METADATA: json.dumps(about(trace))})
     return pyarrow.table(columns, schema=schema)
+
+
+def token_frame(trace: TraceData) -> Any:
+    """`token_table(trace)` as a pandas DataFrame."""
+    return token_table(trace).to_pandas()

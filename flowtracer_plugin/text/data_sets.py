@@ -79,16 +79,23 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"there is no file {str(path)!r}; wanted one of JSON lines")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            text = line.strip()
-            if not text:
-                continue
-            try:
-                row = parsed(text)
-            except ValueError as error:
-                raise ValueError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} of {str(path)!r} is not an object: {row!r:.80}")
-            yield row
+            if line.strip():
+                yield json_row(line, number, path)
+
+
+def json_row(line: bytes, number: int, path: Path) -> dict[str, Any]:
+    """The row in one line of a file of JSON lines.
+
+    Raises:
+        ValueError: The line is not an object; the message names it.
+    """
+    try:
+        row = parsed(line.strip())
+    except ValueError as error:
+        raise ValueError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} of {str(path)!r} is not an object: {row!r:.80}")
+    return row
 
 
 def _damaged_line(folder: Path) -> str | None:

@@ -80,6 +80,17 @@ class FlowTrace(TraceData):  # noqa: D101
             from flowtracer_plugin.result.parquet import write_table
         return write_table(self, Path(path))
 
+    def to_dataframe(self) -> Any:
+        """The table of `to_parquet` as a pandas DataFrame.
+
+        Raises:
+            ModuleNotFoundError: pyarrow or pandas is missing; the extra `viz` installs them.
+        """
+        with comes_with("viz", "to_dataframe"):
+            from flowtracer_plugin.result.parquet import token_frame
+
+            return token_frame(self)
+
     def to_networkx(self, *, minimum: float = 0.0) -> networkx.DiGraph[int]:
         """The trace as a graph: tokens are nodes, flows above `minimum` are edges.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -14,7 +15,7 @@ from flowtracer_plugin.flow.backbone import outline
 from flowtracer_plugin.flow.solve import solve_flow
 from flowtracer_plugin.flow.streamed import stream_flow
 from flowtracer_plugin.flow.substitution import Rows
-from flowtracer_plugin.model.causal_lm import check_input, check_packing
+from flowtracer_plugin.model.causal_lm import check_input, check_packing, input_device
 from flowtracer_plugin.model.padding import in_front
 from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.reading.edges import (
@@ -33,6 +34,7 @@ from flowtracer_plugin.reading.removal import (
 from flowtracer_plugin.reading.rows import AttentionRows
 from flowtracer_plugin.text.spans import Spans
 from flowtracer_plugin.trace.choice import first_chosen, flow_order
+from flowtracer_plugin.trace.found_text import FoundText, padded_texts
 from flowtracer_plugin.trace.memory import Budget
 from flowtracer_plugin.trace.rollouts import (
     FlowBatch,
@@ -106,30 +108,53 @@ class Solver:
         self._plain_budget.choose("dense", tokens, batch, padded=padded, fixed=True)
         return self.reader.read(input_ids, mask, self.layers, model_inputs=others)
 
-    def text(
-        self,
-        ids: Int[Tensor, "1 token"],
-        spans: Spans,
-        pieces: Sequence[str],
-        *,
-        progress: bool,
-    ) -> dict[str, Any]:
-        """The fields of a trace that follow from the attention of its text."""
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        target, response, answer = (
-            torch.from_numpy(part)[None].to(ids.device)
-            for part in (spans.target, spans.response, spans.answer)
+    def texts(self, texts: Sequence[FoundText], *, progress: bool = False) -> list[dict[str, Any]]:
+        """For each text, the fields of a trace that follow from its attention.
+
+        Several texts are read at once, with padding behind the shorter ones, if the heads need not
+        be chosen for each text and the attention of all fits; otherwise one after another.
+        """
+        apart = self.options.heads != "all" or self.options.edges == CAUSAL
+        if len(texts) == 1 or apart or self.mode == "streamed":
+            return [self._text(text, progress=progress) for text in texts]
+        ids, mask, masks = padded_texts(texts, input_device(self.reader.model))
+        if self._ready(ids, mask) != "dense":
+            return [self._text(text, progress=progress) for text in texts]
+        choice = edge_choice(self.options, masks["target"], masks["response"], masks["answer"])
+        edges, _ = self._edges(
+            ids, mask, masks["response"], choice, masks["answer"], progress=progress
         )
+        found = []
+        for row, text in enumerate(texts):
+            length = len(text.ids)
+            found.append(self._solved(edges[row, :length, :length], text, ()))
+        return found
+
+    def _solved(
+        self, edges: Float[Tensor, "query key"], text: FoundText, heads: HeadPairs
+    ) -> dict[str, Any]:
+        # A copy: a trace must not keep the maps of the other texts.
+        attention = np.ascontiguousarray(edges.cpu().numpy())
+        spans = text.spans
+        flow = solve_flow(attention, spans.question, spans.target, **self.options.solving)
+        return {
+            "attention": attention,
+            "heads": heads,
+            "reach": flow.reach,
+            "throughput": flow.throughput,
+        }
+
+    def _text(self, text: FoundText, *, progress: bool) -> dict[str, Any]:
+        spans = text.spans
+        ids, mask, masks = padded_texts([text], input_device(self.reader.model))
+        target, response, answer = masks["target"], masks["response"], masks["answer"]
         choice = edge_choice(self.options, target, response, answer)
         if self._ready(ids, mask) == "dense":
             edges, heads = self._edges(ids, mask, response, choice, answer, progress=progress)
-            attention = edges[0].cpu().numpy()
-            solving = self.options.solving
-            flow = solve_flow(attention, spans.question, spans.target, **solving)
-            found = {"reach": flow.reach, "throughput": flow.throughput}
+            found = self._solved(edges[0], text, heads)
             if self.options.edges == CAUSAL:
                 found["chosen"] = self._chosen(ids, mask, spans)
-            return {"attention": attention, "heads": heads, **found}
+            return found
         rows, _, heads = self._rows(ids, mask, response, choice, progress=progress)
         twice = 2 * (int(spans.target.nonzero()[0].max()) + 1)
         with tqdm(total=twice, desc="streaming", unit="row", disable=not progress) as bar:
@@ -143,7 +168,7 @@ class Solver:
                 one,
                 torch.from_numpy(spans.question).to(ids.device),
                 target[0],
-                outline(pieces, spans.prompt_length),
+                outline(text.tokens, spans.prompt_length),
                 **self.options.solving,
             )
         found = {"reach": nodes.reach, "throughput": nodes.throughput}

@@ -22,7 +22,6 @@ from flowtracer_plugin.attention.adapter import AttentionAdapter
 from flowtracer_plugin.model.causal_lm import (
     check_tokenizer,
     check_vocabulary,
-    input_device,
     language_model,
     model_name,
     unwrapped,
@@ -42,6 +41,7 @@ from flowtracer_plugin.text.encoding import (
 )
 from flowtracer_plugin.text.spans import decode_tokens, find_spans
 from flowtracer_plugin.trace.flow_trace import FlowTrace
+from flowtracer_plugin.trace.found_text import FoundText
 from flowtracer_plugin.trace.memory import MODES, MemoryEstimate
 from flowtracer_plugin.trace.rollouts import FlowBatch, check_rollouts, join_batches, rollout_masks
 from flowtracer_plugin.trace.solver import Solver
@@ -293,7 +293,10 @@ class FlowTracer:
         tokenizer = self.require_tokenizer()
         prompt_ids, text = encode_prompt(tokenizer, prompt)
         ids = encode_response(tokenizer, text, response)
-        return self._trace(prompt_ids, ids, answer, question, user_text(prompt), progress)
+        found = self.find(
+            prompt_ids, ids, answer=answer, question=question, user_text=user_text(prompt)
+        )
+        return self.trace_found([found], progress=progress)[0]
 
     def trace_tokens(
         self,
@@ -322,7 +325,8 @@ class FlowTracer:
                 "question='user' needs to know what the user said, and token ids do not tell; "
                 "pass trace_tokens(..., question=mask)"
             )
-        return self._trace(asked, said, answer, question, None, progress)
+        found = self.find(asked, said, answer=answer, question=question)
+        return self.trace_found([found], progress=progress)[0]
 
     def generate(
         self,
@@ -345,8 +349,32 @@ class FlowTracer:
             AnswerNotFoundError: The response has no answer; the message quotes it.
             ValueError: As for `trace`.
         """
-        tokenizer = self.require_tokenizer()
         check_finder(self.answer if answer is None else answer)
+        prompt_ids, ids = self.sample(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            progress=progress,
+        )
+        found = self.find(prompt_ids, ids, answer=answer, user_text=user_text(prompt))
+        return self.trace_found([found], progress=progress)[0]
+
+    def sample(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        do_sample: bool = False,
+        temperature: float | None = None,
+        progress: bool = False,
+    ) -> tuple[list[int], list[int]]:
+        """The token ids of `prompt` and of the model's answer, as `generate` traces them.
+
+        Raises:
+            ValueError: The prompt is empty or too long.
+        """
+        tokenizer = self.require_tokenizer()
         prompt_ids, _ = encode_prompt(tokenizer, prompt)
         with self.reader.exclusive():
             ids = generate_ids(
@@ -358,7 +386,7 @@ class FlowTracer:
                 temperature=temperature,
                 progress=progress,
             )
-        return self._trace(prompt_ids, ids, answer, None, user_text(prompt), progress)
+        return prompt_ids, ids
 
     def trace_ids(
         self,
@@ -410,41 +438,70 @@ class FlowTracer:
             parts.append(self._solver.rollouts(ids[rows], mask[rows], masks, length))
         return join_batches(parts)
 
-    def _trace(
+    def find(
         self,
-        prompt_ids: list[int],
-        response_ids: list[int],
-        finder: AnswerFinder | None,
-        question: str | Sequence[bool] | TokenMask | None,
-        user_text: str | None,
-        progress: bool,
-    ) -> FlowTrace:
-        tokenizer = self.require_tokenizer()
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        *,
+        answer: AnswerFinder | None = None,
+        question: str | Sequence[bool] | TokenMask | None = None,
+        user_text: str | None = None,
+    ) -> FoundText:
+        """The text with its question and answer, for `trace_found`; the model does not run.
+
+        Args:
+            prompt_ids: The token ids of the prompt.
+            response_ids: The token ids of the response.
+            answer: An answer finder to use instead of the tracer's.
+            question: A mask over the prompt's tokens, or a rule to use instead of the tracer's.
+            user_text: What the user said; needed for `question="user"`.
+
+        Raises:
+            AnswerNotFoundError: The response has no answer.
+            ValueError: Prompt or response is empty, or the user's text is missing.
+        """
+        tokenizer, options = self.require_tokenizer(), self.options
+        prompt, response = list(prompt_ids), list(response_ids)
         spans = find_spans(
             tokenizer,
-            prompt_ids,
-            response_ids,
-            finder=self.answer if finder is None else finder,
-            question=self.options.question if question is None else question,
+            prompt,
+            response,
+            finder=self.answer if answer is None else answer,
+            question=options.question if question is None else question,
             user_text=user_text,
-            target=self.options.target,
+            target=options.target,
         )
-        options = self.options
         if question is not None:
             named = question if isinstance(question, str) else "mask"
             options = replace(options, question=named)
-        all_ids = prompt_ids + response_ids
-        tokens = decode_tokens(tokenizer, all_ids).pieces
-        ids = torch.tensor([all_ids], device=input_device(self.model))
-        return FlowTrace(
-            token_ids=np.array(all_ids),
-            tokens=tokens,
-            spans=spans,
-            model=model_name(self.model),
-            options=options,
-            layers=self.layers,
-            **self._solver.text(ids, spans, tokens, progress=progress),
-        )
+        ids = prompt + response
+        tokens = decode_tokens(tokenizer, ids).pieces
+        return FoundText(ids=ids, tokens=tokens, spans=spans, options=options)
+
+    def trace_found(self, texts: Sequence[FoundText], *, progress: bool = False) -> list[FlowTrace]:
+        """The traces of texts from `find`, in their order.
+
+        Texts of like length are faster together: they are read in one forward pass, if that fits
+        in the free memory and the heads are not chosen for each text.
+
+        Raises:
+            TooLittleMemoryError: A trace would not fit in the free memory.
+            ValueError: A text is too long, or no question token reaches the answer.
+        """
+        return [
+            FlowTrace(
+                token_ids=np.array(text.ids),
+                tokens=text.tokens,
+                spans=text.spans,
+                model=model_name(self.model),
+                options=text.options,
+                layers=self.layers,
+                **solved,
+            )
+            for text, solved in zip(
+                texts, self._solver.texts(texts, progress=progress), strict=True
+            )
+        ]
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer.

@@ -12,10 +12,10 @@ import pytest
 from typer.main import get_command
 
 import flowtracer_plugin as ft
+from flowtracer_plugin.bulk.examples import load_examples
 from flowtracer_plugin.cli import commands as cli, options as cli_options, parsing
 from flowtracer_plugin.cli.mistakes import EXTRAS
 from flowtracer_plugin.evaluation import run as evaluation
-from flowtracer_plugin.evaluation.examples import load_examples
 from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions
 from flowtracer_plugin.options import CHOICES, PRESETS, flow_options
 from flowtracer_plugin.reading import runner as running

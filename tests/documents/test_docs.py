@@ -32,7 +32,16 @@ WITH_COMMANDS = [document for document in DOCUMENTS if list(commands(document))]
 
 # Code on these pages assumes that the reader has a model, a trainer and a trace.
 CONTINUED = {"credit", "exports", "long_texts", "rewards"}
-WITH_CODE = {"method", "quickstart", "look", "train", "faithfulness", "audit", *CONTINUED}
+WITH_CODE = {
+    "data_sets",
+    "method",
+    "quickstart",
+    "look",
+    "train",
+    "faithfulness",
+    "audit",
+    *CONTINUED,
+}
 
 FUTURE = pytest.mark.filterwarnings(
     "ignore:.*is deprecated and will be removed in v6:FutureWarning"

@@ -8,8 +8,8 @@ from html import unescape
 import numpy as np
 import pytest
 
+from flowtracer_plugin.bulk.examples import Example
 from flowtracer_plugin.evaluation import render_evaluation, write_evaluation
-from flowtracer_plugin.evaluation.examples import Example
 from flowtracer_plugin.evaluation.outcomes import Evaluation, Outcome, document
 from flowtracer_plugin.evaluation.summary import Interval
 from flowtracer_plugin.evaluation.tables import cell, counts, tables

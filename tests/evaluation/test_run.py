@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flowtracer_plugin import wrap
+from flowtracer_plugin.bulk.examples import Example
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES
-from flowtracer_plugin.evaluation.examples import Example, load_examples
 from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions, measure_knock_outs
 from flowtracer_plugin.evaluation.run import FORMAT, VERSION, evaluate, evaluate_to_file
 from flowtracer_plugin.files import RecordFile
@@ -246,78 +246,3 @@ def test_an_empty_file_is_a_new_one(tmp_path):
     path.touch()
     evaluate_to_file(lambda _: iter(()), [], path, SETTINGS)
     assert json.loads(path.read_text())["model"] == "planted"
-
-
-# --- the data ---
-
-
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
-    return str(path)
-
-
-def test_columns_are_found_or_named(tmp_path):
-    data = write(
-        tmp_path / "data.jsonl",
-        {"question": "q", "answer": 7, "text": "t"},
-        {"question": "r", "answer": None, "text": None},
-    )
-    first, second = load_examples(data)
-    assert first == Example(row=0, prompt="q", answer="7", columns={"text": "t"})
-    assert second == Example(row=1, prompt="r", columns={"text": None})
-    assert first.digest != second.digest
-    (named,) = load_examples(
-        data, limit=1, prompt_column="text", response_column="question", answer_column="text"
-    )
-    assert named == Example(row=0, prompt="t", response="q", answer="t", columns={"answer": 7})
-
-
-def test_prompts_get_a_template_and_become_messages(tmp_path):
-    data = write(tmp_path / "data.jsonl", {"prompt": "2 + 2?", "response": "4"})
-    (found,) = load_examples(data, template="boxed", system="Be brief.", chat=True)
-    assert [said["role"] for said in found.prompt] == ["system", "user"]
-    assert found.prompt[1]["content"].startswith("2 + 2?\nThink step by step.")
-    assert found.response == "4"
-
-
-def test_other_files_are_read_by_datasets(tmp_path):
-    path = tmp_path / "data.csv"
-    path.write_text("question,answer\nq,7\n")
-    assert load_examples(str(path)) == (Example(row=0, prompt="q", answer="7"),)
-
-
-@pytest.mark.parametrize(
-    ("text", "options", "message"),
-    [
-        ("", {}, "there are no rows in"),
-        ('{"a": 1}\n', {}, "has no column 'prompt' or 'question', it has 'a'"),
-        ('{"prompt": "q"}\n', {"answer_column": "x"}, "have no column 'x', they have 'prompt'"),
-        ('{"prompt": null}\n', {}, "row 0 of the data has no 'prompt'"),
-        ('{"prompt": "q"}\nnope\n', {}, "line 2 of .* is not JSON"),
-        ("[1]\n", {}, "line 1 of .* is not an object"),
-        ('{"prompt": "q"}\n{"prompt": ' + "[" * 100_000, {}, "line 2 of .* nested too deeply"),
-        ('{"prompt": 3}\n', {}, r"cannot use '.*data\.jsonl': .*found 3 in a row"),
-        ('{"prompt": "q", "response": [1]}\n', {}, "'response' of row 0 is not text"),
-        ('{"prompt": "q"}\n', {"template": "x"}, "the template must be hash, boxed or a text with"),
-    ],
-)
-def test_damaged_data_are_refused(tmp_path, text, options, message):
-    path = tmp_path / "data.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load_examples(str(path), **options)
-
-
-def test_a_byte_order_mark_is_skipped_and_another_encoding_named(tmp_path):
-    path, text = tmp_path / "data.jsonl", '{"prompt": "é"}\n'
-    path.write_text(text, "utf-8-sig")
-    assert load_examples(str(path)) == (Example(row=0, prompt="é"),)
-    for encoding, byte in (("latin-1", "0xe9"), ("utf-16", "0xff")):
-        path.write_text(text, encoding)
-        with pytest.raises(ValueError, match=rf"line 1 of .*data\.jsonl' .* found the byte {byte}"):
-            load_examples(str(path))
-
-
-def test_a_missing_file_is_named():
-    with pytest.raises(ValueError, match=r"there is no file 'nothing\.jsonl'"):
-        load_examples("nothing.jsonl")

@@ -5,7 +5,7 @@ import re
 import pytest
 
 import flowtracer_plugin as ft
-from flowtracer_plugin.evaluation.examples import Example
+from flowtracer_plugin.bulk.examples import Example
 from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions
 from flowtracer_plugin.evaluation.run import evaluate
 from flowtracer_plugin.text.result_cut import NotComputedError, cut_at_result

@@ -1,0 +1,176 @@
+"""`trace_dataset`: a data set to tables, shard by shard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from flowtracer_plugin.bulk.examples import Columns
+from flowtracer_plugin.bulk.fingerprint import FORMAT, VERSION, check_claim
+from flowtracer_plugin.bulk.index import write_data_index
+from flowtracer_plugin.bulk.rows import open_rows, survey
+from flowtracer_plugin.bulk.shards import PAGES, TRACES, MakeTracer, ShardDone, Work, run_shards
+from flowtracer_plugin.bulk.tables import ANSWERS, TOKENS, Results, read_results
+from flowtracer_plugin.bulk.tracing import BATCH, RowOptions
+from flowtracer_plugin.files import remove_parts
+from flowtracer_plugin.trace.tracer import FlowTracer
+
+SHARD_SIZE = 100
+"""Rows in a shard."""
+
+
+def trace_dataset(
+    tracer: FlowTracer | MakeTracer,
+    rows: Any,
+    output: str | Path,
+    *,
+    columns: Columns | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    shard: tuple[int, int] = (1, 1),
+    shard_size: int = SHARD_SIZE,
+    scores: Sequence[str] = (),
+    max_new_tokens: int = 256,
+    batch_size: int = BATCH,
+    save_traces: bool = False,
+    pages: int = 0,
+    workers: int = 1,
+    progress: bool = False,
+    say: Callable[[str], object] | None = None,
+) -> Results:
+    """The tables of a data set's traces, which are written to the folder `output`.
+
+    `answers/` has a row for each rollout, `tokens/` one for each token, both as Parquet, and
+    `index.html` lists the rollouts. The same call goes on where an earlier one was broken off, and
+    the tables are then equal to those of a call that was not. A bad row has an error in its row of
+    `answers/`, and ends nothing.
+
+    Args:
+        tracer: Made with `wrap`; or a function that makes one, which is called after the data and
+            the folder are checked.
+        rows: As for `trace_many`.
+        output: A new or empty folder, or one of an earlier call with the same settings.
+        columns: Other names of the columns, and templates for the prompts.
+        split: The split of a data set that is named.
+        limit: How many rows are read; by default all.
+        shard: Which part of the shards is traced, as `(3, 8)` for the third of eight. Several
+            processes or machines may share the folder.
+        shard_size: Rows that are written together.
+        scores: Scores of the tokens, as columns of `tokens/`.
+        max_new_tokens: The model answers rows without a response, with so many tokens at most.
+        batch_size: Texts in one forward pass.
+        save_traces: Whether `traces/` gets the trace of each row.
+        pages: The first so many rows get a page in `pages/`.
+        workers: Processes on this machine. More than one takes a function as `tracer`, which can
+            be pickled.
+        progress: Show a bar.
+        say: Is called with a line for each shard.
+
+    Raises:
+        ValueError: There are no rows, a column is missing, a number is out of range, there is no
+            such score, or the folder holds results with other settings.
+        OSError: The folder cannot be written. Finished shards are kept.
+        RuntimeError: A worker died. Finished shards are kept.
+        ModuleNotFoundError: pyarrow is missing; the extra `viz` installs it.
+    """
+    make = (lambda: tracer) if isinstance(tracer, FlowTracer) else tracer
+    check_numbers(shard, shard_size, pages, workers)
+    if workers > 1 and isinstance(tracer, FlowTracer):
+        raise ValueError(
+            "several workers each make a tracer of their own: pass a function that makes one, "
+            "which can be pickled, or workers=1"
+        )
+    held = open_rows(rows, split=split, limit=limit)
+    found = survey(held, columns or Columns())
+    options = RowOptions(
+        columns=found.columns,
+        scores=tuple(scores),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    work = Work(
+        folder=Path(output),
+        options=options,
+        kinds=dict(found.kinds),
+        save_traces=save_traces,
+        pages=pages,
+        settings={
+            "format": FORMAT,
+            "version": VERSION,
+            "data": found.digest,
+            "rows": len(held),
+            "shard_size": shard_size,
+            "save_traces": save_traces,
+            "pages": pages,
+            **asdict(options),
+        },
+    )
+    check_claim(work.folder, work.settings)
+    shards = [
+        (number, range(start, min(start + shard_size, len(held))))
+        for number, start in enumerate(range(0, len(held), shard_size))
+    ]
+    mine = [one for one in shards if one[0] % shard[1] == shard[0] - 1]
+    _run(make, work, mine, held, workers=workers, progress=progress, say=say)
+    if all(work.file(ANSWERS, number).exists() for number, _ in shards):
+        for kind in (ANSWERS, TOKENS, TRACES, PAGES):
+            remove_parts(work.folder / kind)
+    results = read_results(work.folder)
+    write_data_index(results)
+    return results
+
+
+def check_numbers(shard: tuple[int, int], shard_size: int, pages: int, workers: int) -> None:
+    """Refuse numbers that are out of range.
+
+    Raises:
+        ValueError: One is.
+    """
+    if not 1 <= shard[0] <= shard[1]:
+        raise ValueError(f"shard must be such as (3, 8), the third of eight, got {shard!r}")
+    for name, value, least in (
+        ("shard_size", shard_size, 1),
+        ("pages", pages, 0),
+        ("workers", workers, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value!r}")
+
+
+def _run(
+    make: MakeTracer,
+    work: Work,
+    shards: Sequence[tuple[int, range]],
+    rows: Any,
+    *,
+    workers: int,
+    progress: bool,
+    say: Callable[[str], object] | None,
+) -> None:
+    """Trace what is left of the shards, and show how far it is."""
+    total = sum(len(part) for _, part in shards)
+    done = sum(len(part) for number, part in shards if work.file(ANSWERS, number).exists())
+    began, fresh, left = time.monotonic(), 0, total - done
+    with tqdm(total=total, initial=done, desc="tracing", unit="row", disable=not progress) as bar:
+        tick = bar.update if workers == 1 else (lambda: None)
+        for one in run_shards(make, work, shards, rows, workers=workers, tick=tick):
+            fresh += one.rows
+            if workers > 1:
+                bar.update(one.rows)
+            if say is not None:
+                say(_line(one, fresh, left, time.monotonic() - began, len(shards)))
+
+
+def _line(one: ShardDone, fresh: int, left: int, seconds: float, shards: int) -> str:
+    rate = fresh / max(seconds, 1e-9)
+    remaining = timedelta(seconds=round((left - fresh) / rate))
+    return (
+        f"shard {one.number} (of {shards}): {one.rows} rows, {one.errors} with errors; "
+        f"{rate:.3g} rows/s, {remaining} left"
+    )

@@ -1,0 +1,175 @@
+"""`flowtracer trace-data`: a data set to tables, one row for each answer and for each token."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flowtracer_plugin.cli import parsing
+from flowtracer_plugin.cli.loading import load_tokenizer, load_tracer, waiting
+from flowtracer_plugin.cli.options import (
+    SCORES,
+    AsJson,
+    MaxNewTokens,
+    ModelArgument,
+    ReadingOptions,
+    Traceback,
+    TracingOptions,
+    flattened,
+)
+from flowtracer_plugin.cli.outputs import print_document
+from flowtracer_plugin.cli.questions import DataOptions
+
+if TYPE_CHECKING:
+    from flowtracer_plugin.bulk.tables import Results
+    from flowtracer_plugin.trace.tracer import FlowTracer
+
+_data = partial(typer.Option, rich_help_panel="Data")
+_output = partial(typer.Option, rich_help_panel="Output")
+_work = partial(typer.Option, rich_help_panel="Work")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions:
+    """Which rows are traced."""
+
+    limit: Annotated[int | None, _data(min=1, help="Read this many rows; by default all.")] = None
+    response_column: Annotated[
+        str | None,
+        _data(
+            help="Column of given responses; by default response. The model generates a response "
+            "for rows without one."
+        ),
+    ] = None
+    max_new_tokens: MaxNewTokens = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions:
+    """What is written."""
+
+    output: Annotated[
+        Path,
+        _output(
+            file_okay=False,
+            callback=parsing.writable_folder,
+            help="Folder of the tables and pages; rerun to continue.",
+        ),
+    ]
+    scores: Annotated[str | None, SCORES] = None
+    save_traces: Annotated[
+        bool, _output("--save-traces", help="Save each trace; flowtracer report reads them.")
+    ] = False
+    pages: Annotated[int, _output(min=0, help="Write pages of the first so many rows.")] = 0
+    json: AsJson = False
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """The names in `scores`."""
+        return tuple(name for name in parsing.names(self.scores or "") if name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkOptions:
+    """How the work is divided."""
+
+    shard: Annotated[
+        Any,
+        _work(
+            parser=parsing.part,
+            metavar="K/N",
+            help="Trace the K-th of N parts; parts may share a folder.",
+        ),
+    ] = "1/1"
+    shard_size: Annotated[int, _work(min=1, help="Rows that are written together.")] = 100
+    workers: Annotated[
+        int, _work(min=1, help="Processes on this machine, each with its own copy of the model.")
+    ] = 1
+    batch_size: Annotated[
+        int, _work(min=1, help="Texts in one forward pass, if they fit in the free memory.")
+    ] = 8
+
+
+@flattened
+def trace_data(
+    model: ModelArgument,
+    data: DataOptions,
+    folder: FolderOptions,
+    loading: ReadingOptions,
+    rollouts: RolloutOptions,
+    tracing: TracingOptions,
+    work: WorkOptions,
+    traceback: Traceback = False,
+) -> None:
+    """Trace a data set into tables: a row for each answer, and a row for each token.
+
+    A run that was broken off goes on where it stopped. docs/data_sets.md describes the tables.
+
+    For example:
+
+    flowtracer trace-data Qwen/Qwen3-0.6B rollouts.jsonl --output traced --pages 50
+    """
+    with waiting("importing PyTorch and transformers"):
+        from flowtracer_plugin.bulk.data_set import trace_dataset
+        from flowtracer_plugin.bulk.examples import Columns
+        from flowtracer_plugin.credit.token_scores import token_score
+
+    with parsing.wrong_usage("--scores"):
+        for name in folder.score_names:
+            token_score(name)
+    tokenizer = load_tokenizer(model, loading)
+    columns = Columns(
+        prompt=data.prompt_column,
+        response=rollouts.response_column,
+        answer=data.answer_column,
+        template=data.prompt_template,
+        system=data.system_prompt,
+        chat=data.chat and tokenizer.chat_template is not None,
+    )
+    shown = sys.stderr.isatty()
+    results = trace_dataset(
+        partial(_make, model, loading, tracing),
+        data.data,
+        folder.output,
+        columns=columns,
+        split=data.split,
+        limit=rollouts.limit,
+        scores=folder.score_names,
+        max_new_tokens=rollouts.max_new_tokens,
+        save_traces=folder.save_traces,
+        pages=folder.pages,
+        progress=shown,
+        say=None if shown else partial(typer.echo, err=True),
+        **vars(work),
+    )
+    _deliver(results, as_json=folder.json)
+
+
+def _make(model: str, loading: ReadingOptions, tracing: TracingOptions) -> FlowTracer:
+    """The tracer, in this process or in a worker."""
+    return load_tracer(model, loading, None, **asdict(tracing))
+
+
+def _deliver(results: Results, *, as_json: bool) -> None:
+    """Say what is in the tables now; rows of other parts count too."""
+    rows = results.read("answers", ["row", "answer", "correct", "error"]).to_pylist()
+    traced = [row for row in rows if row["answer"] is not None]
+    known = [row["correct"] for row in traced if row["correct"] is not None]
+    failed = [row for row in rows if row["error"] is not None]
+    typer.echo(f"wrote answers, tokens and index.html in {results.folder}", err=True)
+    if as_json:
+        counts = {"rows": len(rows), "traced": len(traced), "errors": len(failed)}
+        counts |= {"known": len(known), "right": sum(known)}
+        print_document({"output": str(results.folder), **counts})
+    else:
+        right = f"; {sum(known)} of {len(known)} answers are right" if known else ""
+        typer.echo(f"{len(traced)} of {len(rows)} rows are traced{right}")
+        for row in failed[:1]:
+            typer.echo(f"{len(failed)} have an error; the first, row {row['row']}: {row['error']}")
+    if not traced:
+        raise typer.Exit(1)

@@ -1,0 +1,95 @@
+"""The list of a data set's rollouts, with links to the pages of those that have one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowtracer_plugin.report.display import shorten
+from flowtracer_plugin.report.pages.assets import render, write_html
+from flowtracer_plugin.text.visible import visible
+
+LISTED = 5_000
+"""The most rollouts in a list: a browser sorts so many at once."""
+
+_PROMPT, _SHORT = 110, 60
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutLine:
+    """A rollout, as the list shows it.
+
+    Attributes:
+        row: Its number in the data.
+        id: Its name in the data, or its number.
+        prompt: The prompt.
+        answer: The answer that was found.
+        correct: Whether it is right, if that is known.
+        response_tokens: The length of the response.
+        reasoning_share: The share of the flow that passes through the response.
+        concentration: How unevenly the flow is spread over the reasoning.
+        error: Why it was not traced, or lacks scores.
+        page: Its page, relative to the list.
+    """
+
+    row: int
+    id: str
+    prompt: str | None = None
+    answer: str | None = None
+    correct: bool | None = None
+    response_tokens: int | None = None
+    reasoning_share: float | None = None
+    concentration: float | None = None
+    error: str | None = None
+    page: str | None = None
+
+
+def write_rollout_index(
+    path: Path, lines: Sequence[RolloutLine], *, title: str, settings: dict[str, Any]
+) -> Path:
+    """Write the list of rollouts to `path`, whole or not at all, and return `path`.
+
+    Totals count all lines. The list shows those with a page, and the first others, up to 5,000.
+
+    Args:
+        path: The file to write.
+        lines: All rollouts, in the order of the data.
+        title: The title of the page.
+        settings: The `model`, and the number of `rows` of the data.
+    """
+    shown = sorted(lines, key=lambda line: (line.page is None, line.row))[:LISTED]
+    known = [line.correct for line in lines if line.correct is not None]
+    html = render(
+        "rollout_index.html.j2",
+        styles=("rollout_index.css",),
+        script=("tables.js",),
+        title=shorten(visible(title), 200),
+        lines=[_shown(line) for line in sorted(shown, key=lambda line: line.row)],
+        count=len(lines),
+        rows=settings["rows"],
+        model=shorten(visible(str(settings["model"]))),
+        errors=sum(line.error is not None for line in lines),
+        right=sum(known),
+        known=len(known),
+        pages=sum(line.page is not None for line in lines),
+    )
+    return write_html(path, html)
+
+
+def _shown(line: RolloutLine) -> dict[str, Any]:
+    return {
+        "row": line.row,
+        "id": _short(line.id),
+        "prompt": shorten(visible(" ".join((line.prompt or "").split())), _PROMPT),
+        "answer": _short(line.answer),
+        "verdict": {True: "right", False: "wrong", None: ""}[line.correct],
+        "numbers": [line.response_tokens, line.reasoning_share, line.concentration],
+        "error": shorten(visible(line.error or ""), _PROMPT),
+        "page": line.page,
+    }
+
+
+def _short(text: str | None) -> str:
+    return shorten(visible((text or "").replace("\n", "⏎")), _SHORT)

@@ -1,0 +1,250 @@
+import json
+import multiprocessing
+import os
+import random
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import flowtracer_plugin as ft
+from flowtracer_plugin import trace_dataset, wrap
+from flowtracer_plugin.bulk import fingerprint as fingerprints, shards
+from tests.bulk.stories import stories
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+KILLS = 20
+
+
+def run(tracer, folder, count=24, **options):
+    return trace_dataset(tracer, stories(count), folder, **{"shard_size": 3, **options})
+
+
+def files(folder):
+    """Every finished shard's files with what would change if they were written again."""
+    done = {path.name for path in folder.glob("answers/*.parquet")}
+    found = [path for path in folder.glob("*/*.parquet") if path.name in done]
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+
+def assert_same(one, other):
+    assert one.answers.equals(other.answers)
+    assert one.tokens.equals(other.tokens)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The results of a run that nothing interrupted."""
+    return run(tiny, tmp_path_factory.mktemp("whole") / "out", save_traces=True, pages=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_killed_at_any_time_it_goes_on_and_gives_the_same_tables(tiny, whole, tmp_path):
+    """`kill -9` at random times; a process that is forked has all libraries loaded."""
+    chance, fork = random.Random(7), multiprocessing.get_context("fork")
+    kills = rounds = 0
+    pace = 0.1
+    while kills < KILLS:
+        folder = tmp_path / f"out-{rounds}"
+        before = files(folder)
+        began = time.monotonic()
+        child = fork.Process(target=run, args=(tiny, folder), kwargs=OPTIONS)
+        child.start()
+        child.join(chance.uniform(0, 3 * pace))
+        if child.is_alive():
+            child.kill()
+            kills += 1
+        child.join()
+        after = files(folder)
+        assert before.items() <= after.items(), "a finished shard was touched"
+        pace = max(pace, (time.monotonic() - began) / max(1, len(after) - len(before)) / 2)
+        if child.exitcode == 0:
+            assert_same(ft.read_results(folder), whole)
+            rounds += 1
+        else:
+            assert child.exitcode == -9
+    folder = tmp_path / f"out-{rounds}"
+    assert_same(run(tiny, folder, **OPTIONS), whole)
+    assert not [path for path in folder.rglob(".*") if path.is_file()]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "answers",
+        "index.html",
+        "pages",
+        "settings.json",
+        "tokens",
+        "traces",
+    ]
+
+
+OPTIONS = {"save_traces": True, "pages": 2}
+
+
+def test_a_finished_shard_is_never_touched_and_an_unfinished_one_is_done_again(
+    tiny, whole, tmp_path
+):
+    run(tiny, tmp_path / "out", **OPTIONS)
+    last = tmp_path / "out" / "answers" / "00000007.parquet"
+    last.unlink()  # its tokens are there, as after a crash between the two
+    (tmp_path / "out" / "tokens" / ".0123456789abcdef.part").write_bytes(b"PAR1")
+    assert len(ft.read_results(tmp_path / "out").answers) == 21
+    assert not {21, 22, 23} & set(ft.read_results(tmp_path / "out").tokens["rollout"].to_pylist())
+    before = files(tmp_path / "out")
+    assert_same(run(tiny, tmp_path / "out", **OPTIONS), whole)
+    after = files(tmp_path / "out")
+    changed = {path.stem for path in after if before.get(path) != after[path]}
+    assert changed == {"00000007"}
+    assert not list((tmp_path / "out").rglob(".*.part"))  # what the crash has left
+
+
+def test_parts_make_up_the_whole_and_may_come_in_any_order(tiny, whole, tmp_path):
+    for part in (3, 1, 2):
+        found = run(tiny, tmp_path / "out", shard=(part, 3), **OPTIONS)
+    assert_same(found, whole)
+
+
+def test_several_workers_give_the_same_tables(plain_model, tmp_path):
+    one = run(partial(make_tracer, plain_model), tmp_path / "one", count=12)
+    two = run(partial(make_tracer, plain_model), tmp_path / "two", count=12, workers=2)
+    assert_same(one, two)
+
+
+def make_tracer(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return wrap(model, AutoTokenizer.from_pretrained(folder), preset="paper", verify=False)
+
+
+def test_a_worker_that_dies_is_named(plain_model, tmp_path):
+    with pytest.raises(RuntimeError, match="a worker process has died"):
+        run(partial(die, plain_model), tmp_path / "out", workers=2)
+
+
+def die(_folder):
+    os._exit(9)
+
+
+def test_a_tracer_is_no_function_for_several_workers(tiny, tmp_path):
+    with pytest.raises(ValueError, match="pass a function that makes one"):
+        run(tiny, tmp_path / "out", workers=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scores": ["entropy"]}, r"scores is \[\] there and \['entropy'\] now"),
+        ({"shard_size": 5}, "shard_size is 3 there and 5 now"),
+        ({"count": 25}, "rows is 24 there and 25 now"),
+        ({"max_new_tokens": 3}, "max_new_tokens is 256 there and 3 now"),
+        ({"pages": 3}, "pages is 2 there and 3 now"),
+    ],
+)
+def test_other_settings_are_refused_before_the_model_is_made(whole, change, said):
+    before = files(whole.folder)
+
+    def make():
+        raise AssertionError("the model was made")
+
+    with pytest.raises(ValueError, match=f"{said}.*write to another folder"):
+        run(make, whole.folder, **{**OPTIONS, **change})
+    assert files(whole.folder) == before
+
+
+def test_other_weights_and_options_are_refused(tiny, whole):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7, 7] += 1e-3
+    other = wrap(model, tiny_tokenizer(), mode="dense", preset="paper")
+    with pytest.raises(ValueError, match=r"weights is '.{32}' there and '.{32}' now"):
+        run(other, whole.folder, **OPTIONS)
+    other = wrap(tiny.model, tiny.tokenizer, mode="dense", preset="sharp")
+    with pytest.raises(ValueError, match=r"flow is .* now"):
+        run(other, whole.folder, **OPTIONS)
+
+
+def test_the_digest_of_weights_is_that_of_their_numbers(tiny):
+    assert fingerprints.weights_digest(tiny_llama()) == fingerprints.weights_digest(tiny.model)
+    half = tiny_llama().half()
+    assert fingerprints.weights_digest(half) != fingerprints.weights_digest(tiny.model)
+
+
+def test_of_several_processes_one_writes_the_settings(tmp_path):
+    fingerprints.claim(tmp_path / "out", {"a": 1})
+    fingerprints.claim(tmp_path / "out", {"a": 1})
+    with pytest.raises(ValueError, match="a is 1 there and 2 now"):
+        fingerprints.claim(tmp_path / "out", {"a": 2})
+    assert json.loads((tmp_path / "out" / "settings.json").read_text()) == {"a": 1}
+
+
+def test_folders_that_hold_something_else_are_left_alone(tiny, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds other files and no settings\.json"):
+        run(tiny, tmp_path)
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings\.json is damaged"):
+        run(tiny, tmp_path)
+    with pytest.raises(OSError, match="cannot write to the folder"):
+        run(tiny, tmp_path / "notes.txt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "settings.json"]
+
+
+def test_a_full_disk_says_what_to_do_and_loses_nothing(tiny, whole, tmp_path, monkeypatch):
+    real = shards.write_atomically
+
+    def write(path, content, **options):
+        if path.stem == "00000002":
+            raise OSError(28, "No space left on device")
+        real(path, content, **options)
+
+    monkeypatch.setattr(shards, "write_atomically", write)
+    with pytest.raises(OSError, match=r"00000002\.parquet.*No space left.*make room, and run the"):
+        run(tiny, tmp_path / "out", **OPTIONS)
+    assert len(ft.read_results(tmp_path / "out").answers) == 6
+    monkeypatch.undo()
+    assert_same(run(tiny, tmp_path / "out", **OPTIONS), whole)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"shard": (0, 3)}, "the third of eight"),
+        ({"shard": (4, 3)}, "the third of eight"),
+        ({"shard_size": 0}, "shard_size must be at least 1"),
+        ({"pages": -1}, "pages must be at least 0"),
+        ({"workers": 0}, "workers must be at least 1"),
+        ({"limit": 0}, "there are no rows"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tiny, tmp_path, option, said):
+    with pytest.raises(ValueError, match=said):
+        run(tiny, tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_traces_pages_and_the_list_are_written(whole):
+    folder: Path = whole.folder
+    assert len(list((folder / "traces").iterdir())) == 24
+    trace = ft.load(folder / "traces" / "00000005.flow")
+    assert (
+        trace.tokens[3]
+        == whole.tokens.filter(whole.tokens["rollout"].to_numpy() == 5)["text"][3].as_py()
+    )
+    assert [path.name for path in sorted((folder / "pages").iterdir())] == [
+        "00000000.html",
+        "00000001.html",
+    ]
+    listed = (folder / "index.html").read_text("utf-8")
+    assert listed.count('<th scope="row"') == 24
+    assert 'href="pages/00000001.html"' in listed
+    assert "pages/00000002.html" not in listed
+
+
+def test_each_shard_says_how_far_it_is(tiny, tmp_path):
+    lines = []
+    run(tiny, tmp_path / "out", count=7, say=lines.append)
+    assert [line.partition(":")[0] for line in lines] == [f"shard {n} (of 3)" for n in range(3)]
+    assert "3 rows, 0 with errors; " in lines[0]
+    assert lines[-1].endswith(" rows/s, 0:00:00 left")

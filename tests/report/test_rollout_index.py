@@ -1,0 +1,49 @@
+from flowtracer_plugin.report.pages import rollout_index
+from flowtracer_plugin.report.pages.rollout_index import RolloutLine, write_rollout_index
+from tests.pages import HOSTILE
+
+SETTINGS = {"model": HOSTILE[0], "rows": 9}
+
+
+def write(path, lines):
+    return write_rollout_index(path, lines, title=HOSTILE[0], settings=SETTINGS).read_text("utf-8")
+
+
+def test_texts_are_escaped(tmp_path):
+    lines = [
+        RolloutLine(row=row, id=text, prompt=text, answer=text, error=text)
+        for row, text in enumerate(HOSTILE)
+    ]
+    page = write(tmp_path / "index.html", lines)
+    # One script, that of the page.
+    assert page.count("<script") == page.count("</script>") == 1
+    for text in HOSTILE:
+        if "<" in text:
+            assert text not in page
+
+
+def test_totals_count_all_and_pages_come_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout_index, "LISTED", 3)
+    lines = [
+        RolloutLine(row=row, id=str(row), correct=[True, False, None][row % 3], error=None)
+        for row in range(6)
+    ]
+    lines[5] = RolloutLine(row=5, id="5", error="no answer", page="pages/00000005.html")
+    page = write(tmp_path / "index.html", lines)
+    assert "<b>6 of 9</b>" in page
+    assert "1 with an error" in page
+    assert "2 of 4 answers" in page
+    assert "3 of 6 rollouts; the tables hold all" in page
+    assert [f'data-value="{row}"' in page for row in range(6)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert page.index('data-value="0"') < page.index('href="pages/00000005.html"')
+
+
+def test_an_empty_list_is_a_page(tmp_path):
+    assert "<b>0 of 9</b>" in write(tmp_path / "index.html", [])
