@@ -130,20 +130,19 @@ def test_a_report_covers_a_folder_and_can_be_made_again_from_its_records(tmp_pat
 # --- the records in the repository ---
 
 
-EARLIER = pytest.mark.skip("the records are those of an earlier plan, until this one has run")
+PLANNED = {"program"}
+"""Tasks whose runs have not been made yet, as `docs/ablation.md` says."""
 
 
-@EARLIER
 def test_tables_and_plots_in_the_repository_match_its_records(tmp_path):
     report.write_report(*report.found_in(RESULTS), tmp_path)
     made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert made == {file.name: file.read_bytes() for file in RESULTS.iterdir()}
 
 
-@EARLIER
 def test_records_in_the_repository_match_its_plan():
     records, tasks = report.found_in(RESULTS)
-    assert set(tasks) == set(TASKS)
+    assert set(tasks) == set(TASKS) - PLANNED
     plan = json.loads(json.dumps(settled(PLAN)))
     for task, known in tasks.items():
         assert {name: known["recipe"][name] for name in plan} == plan
@@ -171,7 +170,6 @@ def shown(value):
     return f"{value:+.3f}".replace("-", "−")
 
 
-@EARLIER
 @pytest.mark.parametrize(
     ("document", "arms"),
     [
@@ -188,14 +186,14 @@ def test_the_documents_say_what_the_records_say(document, arms):
         one = over[arm]
         assert shown(one.mean) in text
         assert f"{shown(one.low)} to {shown(one.high)}" in text
-    assert {arm for arm, found in over.items() if found.chance < 0.05} == {"oracle"}
+    sure = {arm for arm, found in over.items() if found.chance < 0.05}
+    assert sure == {"faster", "reach_decided", "reach_derivation", "oracle"}
 
 
-@EARLIER
 def test_the_page_says_of_gate_and_spread_what_the_records_say():
     text = (RESULTS.parents[2] / "docs" / "ablation.md").read_text().replace("\n  ", " ")
     records, tasks = report.found_in(RESULTS)
-    for task in TASKS:
+    for task in set(TASKS) - PLANNED:
         assert shown(gate.gate_of(records, task, tasks[task]["audit"]).gain.mean) in text
     curves = gate.compared(records, "house")
     spread = (curves["flow"].mean(1) - curves["uniform"].mean(1)).std(ddof=1)
@@ -205,5 +203,5 @@ def test_the_page_says_of_gate_and_spread_what_the_records_say():
         means = np.array([np.convolve(run, np.ones(7) / 7, "valid") for run in runs])
         falls = np.maximum.accumulate(means, axis=1) - means
         collapsed[arm] = int((falls.max(1) > 0.3).sum())
-    some = {"flow": 1, "sharp": 1, "shuffled": 1, "product": 1, "random": 2, "faster": 3}
+    some = dict.fromkeys(("uniform", "flow", "shuffled", "bottom"), 1)
     assert collapsed == dict.fromkeys(curves, 0) | some
