@@ -225,7 +225,7 @@ def preset_over(preset: str | None, own: FlowOptions) -> FlowOptions:
     """
     if preset is None:
         return own
-    stays = {"question": own.question, "answer": own.answer}
+    stays: dict[str, Any] = {"question": own.question, "answer": own.answer}
     everywhere = own.rows == "decision" or own.edges == "causal"  # as in presets of all layers
     if not (everywhere and own.layers == "all"):
         stays["layers"] = own.layers
