@@ -84,7 +84,7 @@ def test_the_command_says_what_the_library_says(traced, name):
         *("--model", path, "--prompt", PROMPT, "--response", RESPONSE, "--dtype", "float32")
     )
     model, tokenizer = loaded(name)
-    wanted = ft.wrap(model, tokenizer, preset="paper").trace(asked(name), RESPONSE)
+    wanted = ft.wrap(model, tokenizer).trace(asked(name), RESPONSE)
     assert found["text"] == wanted.text
     assert throughput(found) == pytest.approx(wanted.throughput.tolist(), abs=1e-5)
 
