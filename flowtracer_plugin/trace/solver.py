@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -127,15 +126,15 @@ class Solver:
         found = []
         for row, text in enumerate(texts):
             length = len(text.ids)
-            found.append(self._solved(edges[row, :length, :length], text, ()))
+            # A copy, even of a whole row: a trace must not keep the maps of the other texts.
+            own = edges[row, :length, :length].clone(memory_format=torch.contiguous_format)
+            found.append(self._solved(own, text, ()))
         return found
 
     def _solved(
         self, edges: Float[Tensor, "query key"], text: FoundText, heads: HeadPairs
     ) -> dict[str, Any]:
-        # A copy: a trace must not keep the maps of the other texts.
-        attention = np.ascontiguousarray(edges.cpu().numpy())
-        spans = text.spans
+        attention, spans = edges.cpu().numpy(), text.spans
         flow = solve_flow(attention, spans.question, spans.target, **self.options.solving)
         return {
             "attention": attention,

@@ -45,3 +45,12 @@ def test_they_are_read_one_by_one_where_all_do_not_fit(monkeypatch):
     monkeypatch.setattr(Solver, "_ready", ready)
     assert all(trace.attention is not None for trace in tracer.trace_found(found))
     assert batches == [3, 1, 1, 1]
+
+
+def test_a_trace_holds_its_own_map_alone():
+    tracer = wrap(tiny_llama(), tiny_tokenizer(), preset="decided")
+    ids = tracer.tokenizer("Ann has 2 apples. The answer is 3.").input_ids
+    texts = [tracer.find(ids[:5], ids[5:]) for _ in range(4)]
+    for trace in tracer.trace_found(texts):
+        held = trace.attention.base
+        assert held.untyped_storage().nbytes() == trace.attention.nbytes
