@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
 
+from examples.ablation.beliefs import Beliefs
 from examples.ablation.task import Problem, Spans, Task
 
 PEOPLE = ("Ann", "Bob", "Cal", "Dan")
@@ -23,28 +22,8 @@ ROOMS = ("attic", "bath", "cellar", "den", "garage", "hall", "kitchen", "porch")
 DOORS = ("blue", "green", "red", "white")
 STEPS = 2
 
-LEARNED_WRONG = 0.5
-"""Share of doors that the pupil learned wrong."""
-SAID_WRONG = 0.65
-"""How often it says the wrong room for such a door."""
-SLIP = 0.02
-"""How often it says a random room."""
-
-Doors = Mapping[tuple[str, str], str]
-
-
-def _house() -> tuple[Doors, Doors]:
-    """Where every door leads, and where the pupil believes that the wrongly learned doors lead."""
-    rng = random.Random(99)
-    leads = {(room, door): rng.choice(ROOMS) for room in ROOMS for door in DOORS}
-    wrong = rng.sample(sorted(leads), round(LEARNED_WRONG * len(leads)))
-    believed = {
-        place: rng.choice([room for room in ROOMS if room != leads[place]]) for place in wrong
-    }
-    return MappingProxyType(leads), MappingProxyType(believed)
-
-
-LEADS, BELIEVED = _house()
+BELIEFS = Beliefs.draw(ROOMS, DOORS, ROOMS)
+"""Where every door of every room leads, and where the pupil believes that some lead."""
 
 
 def draw(rng: random.Random) -> Problem:
@@ -53,7 +32,7 @@ def draw(rng: random.Random) -> Problem:
         room, doors = rng.choice(ROOMS), rng.choices(DOORS, k=STEPS)
         ways.append(" ".join((person, room, *doors)))
         for door in doors:
-            room = LEADS[room, door]
+            room = BELIEFS.true[room, door]
         ends[person] = room
     asked = rng.choice(PEOPLE)
     return Problem(
@@ -68,7 +47,7 @@ def demonstrate(problem: Problem, rng: random.Random) -> str:
     for step in range(STEPS):
         for person in PEOPLE:
             door = doors[person][step]
-            rooms[person] = _believed(rooms[person], door, rng)
+            rooms[person] = BELIEFS.said(rooms[person], door, rng)
             said.append(f" {person} {door} = {rooms[person]}")
     asked = problem.answer.split()[0]
     return "".join(said) + f" answer {asked} {rooms[asked]}"
@@ -77,14 +56,6 @@ def demonstrate(problem: Problem, rng: random.Random) -> str:
 def _ways(prompt: str) -> tuple[dict[str, str], dict[str, list[str]]]:
     parts = [part.split() for part in prompt.removeprefix("People : ").split(" . ")[0].split(" , ")]
     return {part[0]: part[1] for part in parts}, {part[0]: part[2:] for part in parts}
-
-
-def _believed(room: str, door: str, rng: random.Random) -> str:
-    if rng.random() < SLIP:
-        return rng.choice(ROOMS)
-    if (room, door) in BELIEVED and rng.random() < SAID_WRONG:
-        return BELIEVED[room, door]
-    return LEADS[room, door]
 
 
 def is_solved(completion: str, problem: Problem) -> bool:

@@ -15,40 +15,19 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
 
+from examples.ablation.beliefs import Beliefs
 from examples.ablation.task import Problem, Spans, Task
 
 DIGITS = ("1", "2", "3", "4", "5", "6")
 SOURCES = ("a", "b", "c", "d", "e", "f")
 RESULTS = ("g", "h", "i")
 
-LEARNED_WRONG = 0.5
-"""Share of entries that the pupil learned wrong."""
-SAID_WRONG = 0.65
-"""How often it says the wrong digit for such an entry."""
-SLIP = 0.02
-"""How often it says a random digit."""
-
 LINE = re.compile(r" (?P<name>[a-i])(?: (?P<first>[a-f]))? \d(?: (?P<second>[a-f]))? \d \d(?!\S)")
 """A line of a completion, with its variable and its sources, if it has any."""
 
-Table = Mapping[tuple[str, str], str]
-
-
-def _table() -> tuple[Table, Table]:
-    """What every pair of digits gives, and what the pupil believes that the wrong ones give."""
-    rng = random.Random(99)
-    gives = {(first, second): rng.choice(DIGITS) for first in DIGITS for second in DIGITS}
-    wrong = rng.sample(sorted(gives), round(LEARNED_WRONG * len(gives)))
-    believed = {
-        pair: rng.choice([digit for digit in DIGITS if digit != gives[pair]]) for pair in wrong
-    }
-    return MappingProxyType(gives), MappingProxyType(believed)
-
-
-GIVES, BELIEVED = _table()
+BELIEFS = Beliefs.draw(DIGITS, DIGITS, DIGITS)
+"""What every pair of digits gives, and what the pupil believes that some give."""
 
 
 def draw(rng: random.Random) -> Problem:
@@ -59,7 +38,7 @@ def draw(rng: random.Random) -> Problem:
     held: dict[str, str] = {}
     for name, operands in lines.items():
         first, second = (held.get(one, one) for one in operands)
-        held[name] = GIVES[first, second]
+        held[name] = BELIEFS.true[first, second]
     asked = rng.choice(RESULTS)
     said = " , ".join(" ".join((name, *operands)) for name, operands in lines.items())
     return Problem(prompt=f"Program : {said} . What is {asked} ?", answer=f"{asked} {held[asked]}")
@@ -71,7 +50,7 @@ def demonstrate(problem: Problem, rng: random.Random) -> str:
     said = []
     for name, *operands in _lines(problem.prompt):
         first, second = (held.get(one, one) for one in operands)
-        held[name] = _believed(first, second, rng)
+        held[name] = BELIEFS.said(first, second, rng)
         copied = [f"{one} {held[one]}" if one in held else one for one in operands]
         said.append(f" {name} {' '.join(copied)} {held[name]}")
     asked = problem.answer.split()[0]
@@ -81,14 +60,6 @@ def demonstrate(problem: Problem, rng: random.Random) -> str:
 def _lines(prompt: str) -> list[list[str]]:
     given = prompt.removeprefix("Program : ").split(" . ")[0]
     return [line.split() for line in given.split(" , ")]
-
-
-def _believed(first: str, second: str, rng: random.Random) -> str:
-    if rng.random() < SLIP:
-        return rng.choice(DIGITS)
-    if (first, second) in BELIEVED and rng.random() < SAID_WRONG:
-        return BELIEVED[first, second]
-    return GIVES[first, second]
 
 
 def is_solved(completion: str, problem: Problem) -> bool:

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from examples.ablation import house, program
+from examples.ablation import beliefs, house, program
 from examples.ablation.plan import TASKS
 from examples.ablation.pupil import tokenizer_of
 
@@ -62,7 +62,7 @@ def test_in_the_house_the_answer_is_where_the_doors_lead():
         way = re.search(rf"{asked} (\w+) (\w+) (\w+)", problem.prompt).groups()
         room = way[0]
         for door in way[1:]:
-            room = house.LEADS[room, door]
+            room = house.BELIEFS.true[room, door]
         assert problem.answer == f"{asked} {room}"
         assert house.is_solved(f" … answer {asked} {room}", problem)
         assert not house.is_solved(f" … answer {asked} roof", problem)
@@ -73,10 +73,10 @@ def test_in_the_house_steps_follow_from_each_other_and_are_wrong_as_learned():
     for problem, said in demonstrations(house.HOUSE, 400):
         at = dict(re.findall(r"(\w+) (\w+) \w+ \w+ [,.]", problem.prompt))
         for person, door, room in re.findall(r"(\w+) (\w+) = (\w+)", said):
-            wrong += room != house.LEADS[at[person], door]
+            wrong += room != house.BELIEFS.true[at[person], door]
             total += 1
             at[person] = room
-    expected = house.LEARNED_WRONG * house.SAID_WRONG + house.SLIP / 2
+    expected = beliefs.LEARNED_WRONG * beliefs.SAID_WRONG + beliefs.SLIP / 2
     assert wrong / total == pytest.approx(expected, abs=0.08)
 
 
@@ -94,7 +94,7 @@ def test_in_a_program_the_answer_is_what_its_lines_give():
         held = {}
         for name, *operands in re.findall(r"(\w) (\w) (\w) [,.]", problem.prompt):
             first, second = (held.get(one, one) for one in operands)
-            held[name] = program.GIVES[first, second]
+            held[name] = program.BELIEFS.true[first, second]
         asked = re.search(r"What is (\w) \?", problem.prompt)[1]
         assert problem.answer == f"{asked} {held[asked]}"
         assert len(held) == len(program.SOURCES) + len(program.RESULTS)
@@ -116,13 +116,13 @@ def test_in_a_program_lines_follow_from_each_other_and_are_wrong_as_learned():
             operands = (first, second) if first else (one, other)
             names.append((name, *operands))
             assert (one, other) == tuple(held.get(operand, operand) for operand in operands)
-            wrong += result != program.GIVES[one, other]
+            wrong += result != program.BELIEFS.true[one, other]
             total += 1
             held[name] = result
         assert names == re.findall(r"(\w) (\w) (\w) [,.]", problem.prompt)
-    expected = program.LEARNED_WRONG * program.SAID_WRONG + program.SLIP / 2
+    expected = beliefs.LEARNED_WRONG * beliefs.SAID_WRONG + beliefs.SLIP / 2
     assert wrong / total == pytest.approx(expected, abs=0.08)
-    assert all(program.GIVES[pair] != said for pair, said in program.BELIEVED.items())
+    assert all(program.BELIEFS.true[pair] != said for pair, said in program.BELIEFS.wrong.items())
 
 
 def test_in_a_program_the_lines_behind_the_answer_and_the_answer_matter():
