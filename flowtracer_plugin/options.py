@@ -62,6 +62,9 @@ tokens are chosen one after another, at the cost of eight forward and backward p
 BEST, EVERYWHERE = "derivation", "paper"
 """The preset that `wrap` chooses if none is given, and that for models without a backward pass."""
 
+FREE = ("layers", "question", "answer")
+"""Options that leave open which graph is made of the tokens."""
+
 
 class Solving(TypedDict):
     """The options of `solve_flow` that `FlowOptions` also has."""
@@ -199,36 +202,30 @@ def preset_of(options: FlowOptions) -> str | None:
         >>> preset_of(flow_options("sharp", layers="late")), preset_of(FlowOptions(heads=0.5))
         ('sharp', None)
     """
-    free = ("layers", "question", "answer")
 
     def graph(one: FlowOptions) -> dict[str, Any]:
-        return {name: value for name, value in asdict(one).items() if name not in free}
+        return {name: value for name, value in asdict(one).items() if name not in FREE}
 
     return next((name for name in PRESETS if graph(flow_options(name)) == graph(options)), None)
 
 
-def preset_over(preset: str | None, own: FlowOptions) -> FlowOptions:
-    """The options of a preset, with layers, question and answer of `own` where it sets none.
+def preset_over(preset: str, chosen: Mapping[str, Any]) -> FlowOptions:
+    """The options of a preset, with the layers, question and answer chosen where it sets none.
 
-    Layers that the preset of `own` has set do not count as its own.
+    Args:
+        preset: The preset.
+        chosen: Options that were chosen, by name; others than these three do not count.
 
     Raises:
         ValueError: There is no such preset.
 
     Examples:
-        >>> preset_over("decided", FlowOptions(layers="late", question="all")).layers
+        >>> preset_over("decided", {"layers": "late"}).layers
         'all'
-        >>> preset_over("sharp", FlowOptions(layers="late", question="all")).layers
+        >>> preset_over("sharp", {"layers": "late"}).layers
         'late'
-        >>> preset_over("sharp", flow_options("decided")).layers
-        'middle'
     """
-    if preset is None:
-        return own
-    stays: dict[str, Any] = {"question": own.question, "answer": own.answer}
-    everywhere = own.rows == "decision" or own.edges == "causal"  # as in presets of all layers
-    if not (everywhere and own.layers == "all"):
-        stays["layers"] = own.layers
+    stays = {name: chosen.get(name) for name in FREE}
     return flow_options(preset, **{**stays, **PRESETS.get(preset, {})})
 
 

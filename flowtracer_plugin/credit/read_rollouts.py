@@ -167,7 +167,7 @@ class ReadRollouts:
 
     def graph(self, preset: str | None = None, *, solved: bool = True) -> Graph:
         """The graph with the options of a preset, by default with the tracer's own options."""
-        options = preset_over(preset, self.tracer.options)
+        options = self._options(preset)
         graph = self.graphs.get(preset)
         if graph is None:
             # The masks hold the target of the tracer's own options, so training copies nothing.
@@ -182,6 +182,10 @@ class ReadRollouts:
             )
         self.graphs[preset] = graph
         return graph
+
+    def _options(self, preset: str | None) -> FlowOptions:
+        tracer = self.tracer
+        return tracer.options if preset is None else preset_over(preset, tracer.chosen)
 
     def calls(self, layers: str | Sequence[int]) -> tuple[AttentionCall | AttentionWeights, ...]:
         """The attention calls of a selection of layers; all calls of a given reading."""
@@ -201,28 +205,33 @@ class ReadRollouts:
     def saliency(self) -> Float[Tensor, "batch token"]:
         """Gradient times input for the answer."""
         model, answer = self.tracer.model, self.masks.answer
-        return answer_saliency(model, self.ids, self.visible, answer, batch_size=self.batch_size)
+        with self.tracer.reader.turn():
+            return answer_saliency(
+                model, self.ids, self.visible, answer, batch_size=self.batch_size
+            )
 
     @cached_property
     def swaps(self) -> Float[Tensor, "batch token"]:
         """What the answer loses by swapping each token."""
-        model, answer = self.tracer.model, self.masks.answer
-        return swap_losses(
-            model, self.ids, self.visible, answer, self.prompt_length, batch_size=self.batch_size
-        )
+        model, answer, start = self.tracer.model, self.masks.answer, self.prompt_length
+        with self.tracer.reader.turn():
+            return swap_losses(
+                model, self.ids, self.visible, answer, start, batch_size=self.batch_size
+            )
 
     @cached_property
     def sensitivity(self) -> Float[Tensor, "batch token"]:
         """How far noise at each token moves the answer."""
-        return outcome_sensitivity(
-            self.tracer.model,
-            self.ids,
-            self.visible,
-            self.masks.answer,
-            self.prompt_length,
-            seed=self.seed,
-            batch_size=self.batch_size,
-        )
+        with self.tracer.reader.turn():
+            return outcome_sensitivity(
+                self.tracer.model,
+                self.ids,
+                self.visible,
+                self.masks.answer,
+                self.prompt_length,
+                seed=self.seed,
+                batch_size=self.batch_size,
+            )
 
     def with_order(self, rollouts: Rollouts, scorer: Scorer) -> Rollouts:
         """The rollouts with the order in which a scorer that hides tokens chooses them."""
@@ -257,7 +266,7 @@ class ReadRollouts:
             self.visible,
             masks,
             start,
-            preset_over(scorer.preset, self.tracer.options),
+            self._options(scorer.preset),
             steps=scorer.steps,
             batch_size=size,
         )

@@ -16,7 +16,7 @@ from flowtracer_plugin.grpo.scoring import RolloutScorer
 from flowtracer_plugin.model.causal_lm import first_output, text_inputs
 from flowtracer_plugin.model.cutting import plainly
 from flowtracer_plugin.model.padding import text_first
-from flowtracer_plugin.options import BEST, preset_of, preset_over
+from flowtracer_plugin.options import preset_over
 from flowtracer_plugin.text.spans import AnswerNotFoundError
 from flowtracer_plugin.trace.rollouts import check_rollouts
 from flowtracer_plugin.trace.tracer import FlowTracer
@@ -42,7 +42,7 @@ def rollout_credit(
     Args:
         tracer: What `wrap(model, tokenizer)` returns. Where the scorer has a preset
             (`flow:decided`), the graph is made by that; else by the tracer's own options, or as in
-            the paper if those are what `wrap` chooses by default.
+            the paper if neither a preset nor an option of the graph was passed to `wrap`.
         prompt_ids: The prompts, padded on the left.
         completion_ids: The completions, padded on the right.
         prompt_mask: 1 for tokens of the prompts, 0 for padding.
@@ -104,10 +104,10 @@ def rollout_credit(
 
 def _following(tracer: FlowTracer, options: CreditOptions) -> FlowTracer:
     """A tracer of the same model with the scorer's preset, and the answers of the options."""
-    own = tracer.options
     # What `wrap` chooses where nobody did is for looking; credit is the paper's by default.
-    default = "paper" if preset_of(own) == BEST else None
-    made = preset_over(options.chosen_scorer.preset or default, own)
+    preset = options.chosen_scorer.preset or ("paper" if tracer.by_default else None)
+    own = tracer.options
+    made = own if preset is None else preset_over(preset, tracer.chosen)
     if options.layers != "auto":
         chosen = options.layers
         made = replace(made, layers=chosen if isinstance(chosen, str) else tuple(chosen))
@@ -116,7 +116,9 @@ def _following(tracer: FlowTracer, options: CreditOptions) -> FlowTracer:
     answer = tracer.answer if options.answer == "auto" else options.answer
     if made == own and answer is tracer.answer:
         return tracer
-    return FlowTracer(tracer.reader, tracer.require_tokenizer(), made, answer, "dense")
+    return FlowTracer(
+        tracer.reader, tracer.require_tokenizer(), made, answer, "dense", tracer.chosen
+    )
 
 
 def _late(tracer: FlowTracer, ids: Tensor, visible: Tensor, start: int) -> Late:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, SupportsIndex
 
 from flowtracer_plugin.versions import check_versions
@@ -28,7 +29,7 @@ from flowtracer_plugin.model.causal_lm import (
 )
 from flowtracer_plugin.model.generation import generate_ids
 from flowtracer_plugin.model.layers import layer_numbers, select_layers
-from flowtracer_plugin.options import BEST, EVERYWHERE, FlowOptions, flow_options, head_pairs
+from flowtracer_plugin.options import BEST, EVERYWHERE, FREE, FlowOptions, flow_options, head_pairs
 from flowtracer_plugin.reading.reader import AttentionReader
 from flowtracer_plugin.text.answers import AnswerFinder, check_finder, finder_name
 from flowtracer_plugin.text.encoding import (
@@ -135,6 +136,7 @@ def wrap(
         "rows": rows,
         "damping": damping,
     }
+    chosen = {name: value for name, value in chosen.items() if value is not None}
     options = flow_options(preset or BEST, **chosen)
     if options.edges == "causal" and mode == "streamed":
         raise ValueError(
@@ -148,7 +150,8 @@ def wrap(
         check_tokenizer(reader.model, tokenizer)
     if preset is None and edges is None and _lacks_influence(reader):
         options = flow_options(EVERYWHERE, **chosen)
-    return FlowTracer(reader, tokenizer, options, answer, mode)
+    by_default = preset is None and set(chosen) <= set(FREE)
+    return FlowTracer(reader, tokenizer, options, answer, mode, chosen, by_default=by_default)
 
 
 def _lacks_influence(reader: AttentionReader) -> bool:
@@ -173,11 +176,13 @@ def _rebuilt(
     backend: str,
     block: int,
     verified: bool,
+    chosen: Mapping[str, Any],
+    by_default: bool,
 ) -> FlowTracer:
     """The tracer, made again after pickling."""
     reader = AttentionReader(model, adapter, backend=backend, block=block)
     reader.verified = verified
-    return FlowTracer(reader, tokenizer, options, answer, mode)
+    return FlowTracer(reader, tokenizer, options, answer, mode, chosen, by_default=by_default)
 
 
 class FlowTracer:
@@ -191,6 +196,8 @@ class FlowTracer:
         answer: The answer finder.
         reader: Reads the model's attention.
         mode: `"auto"`, `"dense"` or `"streamed"`.
+        chosen: The options that were passed to `wrap`; the others come from the preset.
+        by_default: Whether nobody chose the graph, neither by a preset nor by an option.
     """
 
     def __init__(
@@ -200,6 +207,9 @@ class FlowTracer:
         options: FlowOptions,
         answer: AnswerFinder,
         mode: str = "auto",
+        chosen: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        by_default: bool = False,
     ) -> None:
         self.model = reader.model
         self.tokenizer = tokenizer
@@ -208,6 +218,8 @@ class FlowTracer:
         self.answer = answer
         self.reader = reader
         self.mode = mode
+        self.chosen = dict(chosen)
+        self.by_default = by_default
         self._solver = Solver(reader, self.layers, options, mode)
 
     def __repr__(self) -> str:
@@ -226,6 +238,8 @@ class FlowTracer:
             reader.backend.name,
             reader.block,
             reader.verified,
+            self.chosen,
+            self.by_default,
         )
 
     def estimate(self, tokens: int, *, batch: int = 1) -> MemoryEstimate:

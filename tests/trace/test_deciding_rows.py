@@ -1,6 +1,7 @@
 """The graph in which the row that chose a token leads into it."""
 
 import doctest
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -145,13 +146,27 @@ def test_options_that_contradict_the_default_say_which_preset_allows_them(model)
         ft.wrap(*model, target="decision")
     with pytest.raises(ValueError, match=r"would move them; use preset='causal'"):
         ft.wrap(*model, edges="causal")
-    changed = ft.wrap(*model, first_token="drop").options
-    assert preset_over("sharp", changed).layers == preset_over("paper", changed).layers == "middle"
-    assert preset_over("sharp", FlowOptions(layers="all")).layers == "all"
     incapable = without_backward("inference"), tiny_tokenizer()
     asked = ft.wrap(*incapable, edges="influence", answer="last_word")
     with pytest.raises(UnsupportedArchitectureError, match="edges='influence' needs the gradient"):
         asked.trace_tokens(PROMPT, SAID)
+
+
+@pytest.mark.parametrize(
+    ("given", "by_default", "layers"),
+    [
+        ({}, True, "middle"),
+        ({"layers": "all"}, True, "all"),
+        ({"first_token": "drop"}, False, "middle"),
+        ({"preset": "derivation"}, False, "middle"),
+    ],
+)
+def test_a_tracer_knows_what_was_chosen(model, given, by_default, layers):
+    made = pickle.loads(pickle.dumps(ft.wrap(*model, **given)))
+    assert made.options.layers == "all"
+    assert made.by_default == by_default
+    assert preset_over("sharp", made.chosen).layers == layers
+    assert preset_over("decided", made.chosen).layers == "all"
 
 
 def test_rows_and_target_must_not_both_decide():
@@ -163,7 +178,7 @@ def test_rows_and_target_must_not_both_decide():
 
 def test_examples_of_presets():
     result = doctest.testmod(options)
-    assert (result.attempted, result.failed) == (5, 0)
+    assert (result.attempted, result.failed) == (4, 0)
 
 
 def test_flow_passes_tokens_before_the_answer_by_their_reach(model):
@@ -192,6 +207,19 @@ def test_threads_trace_the_same_as_one_thread(model, backend):
         found = list(pool.map(lambda _: made.trace_tokens(PROMPT, SAID), range(9)))
     for trace in found:
         np.testing.assert_allclose(trace.throughput, wanted.throughput, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["grad_x_input", "counterfactual", "oar"])
+def test_scores_with_passes_of_their_own_wait_for_a_reading(model, score):
+    made = ft.wrap(*model, answer="last_word")
+    trace = made.trace_tokens(PROMPT, SAID)
+    wanted = score_text(made, trace, [score])[score]
+    with ThreadPoolExecutor(1) as pool:
+        with made.reader.exclusive():
+            found = pool.submit(score_text, made, trace, [score])
+            with pytest.raises(TimeoutError):
+                found.result(timeout=0.3)
+        np.testing.assert_array_equal(found.result()[score], wanted)
 
 
 def test_derivation_is_the_default_where_a_backward_pass_is_possible(model):
