@@ -13,6 +13,7 @@ ALL = (
     "flow_stage",
     "sparse_against_dense",
     "rollout_batches",
+    "data_sets",
     "presets",
     "growth",
     "long_sequences",
@@ -21,7 +22,7 @@ ALL = (
 )
 
 
-PRETRAINED = ("flashtrace", "grpo_step")
+PRETRAINED = ("data_sets", "flashtrace", "grpo_step")
 """Benchmarks that need pretrained models, from the folder that FLOWTRACER_MODELS names."""
 
 

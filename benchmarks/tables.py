@@ -32,8 +32,8 @@ make bench                    # all of them, in two hours
 make bench ONLY="flow_stage"  # one of them
 ```
 
-`flashtrace` and `grpo_step` run SmolLM2-135M-Instruct, from the folder that `FLOWTRACER_MODELS`
-names.
+`data_sets`, `flashtrace` and `grpo_step` run SmolLM2-135M-Instruct, from the folder that
+`FLOWTRACER_MODELS` names.
 
 A cell holds seconds and megabytes (2^20 bytes). Columns with a colon hold the ratios of both, ours
 to the other: below 1 is better. An empty cell means that a way was left out, for the reason given

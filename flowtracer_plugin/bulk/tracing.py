@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
 
 from flowtracer_plugin.bulk.examples import Columns, Example
 from flowtracer_plugin.bulk.row_errors import EVERY_ROW, ONE_ROW, in_words
 from flowtracer_plugin.bulk.rows import Row, chosen_columns, open_rows, windows
 from flowtracer_plugin.bulk.traced_row import TracedRow
 from flowtracer_plugin.credit.token_scores import score_text, token_score
+from flowtracer_plugin.model.generation import generate_many
 from flowtracer_plugin.text.answers import same_answer
 from flowtracer_plugin.text.encoding import encode_prompt, encode_response, user_text
 from flowtracer_plugin.trace.flow_trace import FlowTrace
@@ -21,6 +25,9 @@ from flowtracer_plugin.trace.tracer import FlowTracer
 
 BATCH = 8
 """Texts in a forward pass: three times as fast as one by one on the embedded reasoner."""
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 WINDOW = 64
 """Rows among which `trace_many` looks for texts of like length."""
@@ -102,32 +109,57 @@ def trace_many(
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Text:
+    """A row on its way: its result so far, its token ids, and what the user said in it."""
+
+    result: TracedRow
+    prompt_ids: list[int]
+    response_ids: list[int] | None
+    user_text: str | None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """By length, then by row."""
+        return len(self.prompt_ids) + len(self.response_ids or ()), self.result.row
+
+
 def trace_rows(
     tracer: FlowTracer, rows: Sequence[tuple[int, Row]], options: RowOptions
 ) -> Iterator[TracedRow]:
-    """The results of numbered rows: first those that cannot be traced, then by length.
+    """The results of numbered rows: unreadable ones, given responses by length, then new ones.
 
     Raises:
         NoAttentionError, UnsupportedArchitectureError: The tracer cannot read the model.
     """
-    waiting: list[tuple[TracedRow, FoundText]] = []
+    given: list[_Text] = []
+    asked: list[_Text] = []
     for number, row in rows:
-        result, found = _prepared(tracer, number, row, options)
-        if found is None:
-            yield result
+        text = _read(tracer, number, row, options)
+        if isinstance(text, TracedRow):
+            yield text
         else:
-            waiting.append((result, found))
-    waiting.sort(key=lambda one: (len(one[1].ids), one[0].row))
-    for start in range(0, len(waiting), options.batch_size):
-        batch = waiting[start : start + options.batch_size]
-        traces = _traces(tracer, [found for _, found in batch])
-        for (result, _), trace in zip(batch, traces, strict=True):
-            yield _finished(tracer, result, trace, options)
+            (asked if text.response_ids is None else given).append(text)
+    for batch in _batches(given, options.batch_size):
+        yield from _traced(tracer, batch, options)
+    for batch in _batches(asked, options.batch_size):
+        answered = _together(partial(_answers, tracer, options), batch)
+        ready: list[_Text] = []
+        for text, answer in zip(batch, answered, strict=True):
+            if isinstance(answer, Exception):
+                yield replace(text.result, error=in_words(answer))
+            else:
+                ready.append(replace(text, response_ids=answer))
+        yield from _traced(tracer, ready, options)
 
 
-def _prepared(
-    tracer: FlowTracer, number: int, row: Row, options: RowOptions
-) -> tuple[TracedRow, FoundText | None]:
+def _batches(texts: list[_Text], size: int) -> Iterator[list[_Text]]:
+    ordered = sorted(texts, key=lambda text: text.order)
+    return (ordered[start : start + size] for start in range(0, len(ordered), size))
+
+
+def _read(tracer: FlowTracer, number: int, row: Row, options: RowOptions) -> _Text | TracedRow:
+    """The texts of a row as token ids, or a result with the error."""
     result = TracedRow(row=number, id=str(number))
     try:
         if isinstance(row, ValueError):
@@ -144,35 +176,67 @@ def _prepared(
             columns=example.columns,
             generated=example.response is None and example.completion_ids is None,
         )
-        return result, _found(tracer, example, options)
+        asked, said = _ids(tracer.require_tokenizer(), example)
     except EVERY_ROW:
         raise
     except ONE_ROW as error:
-        return replace(result, error=in_words(error)), None
+        return replace(result, error=in_words(error))
+    said_by_user = user_text(example.prompt) if example.prompt else None
+    return _Text(result=result, prompt_ids=asked, response_ids=said, user_text=said_by_user)
 
 
-def _found(tracer: FlowTracer, example: Example, options: RowOptions) -> FoundText:
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, example: Example
+) -> tuple[list[int], list[int] | None]:
     if example.prompt_ids is not None and example.completion_ids is not None:
-        asked, said = list(example.prompt_ids), list(example.completion_ids)
-    elif example.response is None:
-        asked, said = tracer.sample(example.prompt, max_new_tokens=options.max_new_tokens)
-    else:
-        tokenizer = tracer.require_tokenizer()
-        asked, text = encode_prompt(tokenizer, example.prompt)
-        said = encode_response(tokenizer, text, example.response)
-    return tracer.find(asked, said, user_text=user_text(example.prompt) if example.prompt else None)
+        return list(example.prompt_ids), list(example.completion_ids)
+    asked, text = encode_prompt(tokenizer, example.prompt)
+    if example.response is None:
+        return asked, None
+    return asked, encode_response(tokenizer, text, example.response)
 
 
-def _traces(tracer: FlowTracer, texts: list[FoundText]) -> list[FlowTrace | Exception]:
-    """The trace of each text, or its error; if they fail together, each is tried alone."""
+def _answers(tracer: FlowTracer, options: RowOptions, texts: list[_Text]) -> list[list[int]]:
+    with tracer.reader.exclusive():
+        return generate_many(
+            tracer.model,
+            [text.prompt_ids for text in texts],
+            tokenizer=tracer.require_tokenizer(),
+            max_new_tokens=options.max_new_tokens,
+        )
+
+
+def _traced(tracer: FlowTracer, texts: list[_Text], options: RowOptions) -> Iterator[TracedRow]:
+    """The results of texts that share a forward pass."""
+    waiting: list[tuple[TracedRow, FoundText]] = []
+    for text in texts:
+        try:
+            found = tracer.find(text.prompt_ids, text.response_ids, user_text=text.user_text)
+        except EVERY_ROW:
+            raise
+        except ONE_ROW as error:
+            yield replace(text.result, error=in_words(error))
+        else:
+            waiting.append((text.result, found))
+    traces = _together(tracer.trace_found, [found for _, found in waiting])
+    for (result, _), trace in zip(waiting, traces, strict=True):
+        yield _finished(tracer, result, trace, options)
+
+
+def _together(
+    do: Callable[[list[Given]], Sequence[Made]], given: list[Given]
+) -> list[Made | Exception]:
+    """What is made of each, or its error; if they fail together, each is tried alone."""
+    if not given:
+        return []
     try:
-        return [*tracer.trace_found(texts)]
+        return [*do(given)]
     except EVERY_ROW:
         raise
     except ONE_ROW as error:
-        if len(texts) == 1:
+        if len(given) == 1:
             return [error.with_traceback(None)]  # its frames hold the attention
-    return [result for text in texts for result in _traces(tracer, [text])]
+    return [result for one in given for result in _together(do, [one])]
 
 
 def _finished(

@@ -1,8 +1,8 @@
-"""Generate one answer with a model."""
+"""Generate answers with a model, one or several at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from flowtracer_plugin.model.causal_lm import check_length, context_length, input_device
+from flowtracer_plugin.model.causal_lm import (
+    accepted_inputs,
+    check_length,
+    context_length,
+    input_device,
+)
 
 _ONE_BY_ONE: Mapping[str, Any] = MappingProxyType(
     {
@@ -86,6 +91,54 @@ def generate_ids(
     )
     answer: list[int] = generated[0, len(prompt_ids) :].tolist()
     return answer
+
+
+def generate_many(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Token ids of the greedy answer to each prompt, in one padded batch where that is possible.
+
+    It is not where the model takes no attention mask, where its generation config names stop
+    strings, after which nobody can tell an end token from padding, and where the context leaves
+    less than `max_new_tokens`.
+
+    Raises:
+        ValueError: A prompt fills the context.
+    """
+    own = getattr(model, "generation_config", None)
+    longest = max(map(len, prompts))
+    together = (
+        len(prompts) > 1
+        and "attention_mask" in accepted_inputs(model)
+        and getattr(own, "stop_strings", None) is None
+        and longest + max_new_tokens <= context_length(model)
+    )
+    if not together:
+        greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "progress": False}
+        settings = {"tokenizer": tokenizer, "max_new_tokens": max_new_tokens, **greedy}
+        return [generate_ids(model, prompt, **settings) for prompt in prompts]
+    device, pad = input_device(model), tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * (longest - len(one)) + [*one] for one in prompts], device=device)
+    seen = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts])
+    generated = cast(Any, model).generate(
+        ids,
+        attention_mask=seen.to(device),
+        **decoding(
+            model, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, **_GREEDY
+        ),
+    )
+    ends = getattr(own, "eos_token_id", None)
+    known = {ends} if isinstance(ends, int) else set(ends or ())
+    return [_ended(row, known) for row in generated[:, longest:].tolist()]
+
+
+def _ended(ids: list[int], ends: Set[int]) -> list[int]:
+    """The tokens up to the first end token, which counts; what follows is padding."""
+    return ids[: next((place + 1 for place, one in enumerate(ids) if one in ends), len(ids))]
 
 
 class GenerationProgress:

@@ -158,7 +158,7 @@ def test_every_benchmark_has_a_smallest_case():
 def test_without_models_those_that_need_them_are_left_out(monkeypatch, capsys):
     monkeypatch.delenv("FLOWTRACER_MODELS", raising=False)
     assert set(_measurable()) == set(ALL) - NEED_MODELS
-    assert "flashtrace, grpo_step: set FLOWTRACER_MODELS" in capsys.readouterr().out
+    assert "data_sets, flashtrace, grpo_step: set FLOWTRACER_MODELS" in capsys.readouterr().out
     monkeypatch.setenv("FLOWTRACER_MODELS", "folder")
     assert _measurable() == list(ALL)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks import grpo_step, harness
+from benchmarks import data_sets, grpo_step, harness
 from benchmarks.elsewhere import Elsewhere, UnbearableError
 from benchmarks.models import pretrained
 from benchmarks.texts import solution
@@ -167,3 +167,19 @@ def test_a_clock_counts_only_while_it_is_on(monkeypatch):
     with clock.set(True), clock.set(False):  # on from 1 to 3, and from 8 to 9
         pass
     assert clock.seconds == 2.0 + 1.0
+
+
+def test_the_ways_through_a_data_set_trace_the_same_rows(monkeypatch):
+    seen = []
+    real = data_sets.ft.trace_dataset
+
+    def trace_dataset(source, data, folder, *, shard_size, workers):
+        found = real(source, data, folder, shard_size=shard_size)
+        seen.append((workers, callable(source), found.answers["error"].null_count, shard_size))
+        return found
+
+    monkeypatch.setattr(data_sets.ft, "trace_dataset", trace_dataset)
+    ways = data_sets.ways(model=data_sets.REASONER, rows=9)
+    for way in ways.values():
+        way()
+    assert seen == [(1, False, 9, 1), (2, True, 9, 1)]

@@ -75,13 +75,27 @@ def test_sampled_ids_are_traced_as_they_are(tiny):
 def test_the_model_answers_rows_without_a_response(tiny, monkeypatch):
     said = tiny.tokenizer(RESPONSE).input_ids
 
-    def sample(self, prompt, *, max_new_tokens):
-        return self.tokenizer(prompt).input_ids, said[:max_new_tokens]
+    def generate_many(model, prompts, *, tokenizer, max_new_tokens):
+        return [said[:max_new_tokens] for _ in prompts]
 
-    monkeypatch.setattr(type(tiny), "sample", sample)
+    monkeypatch.setattr(tracing, "generate_many", generate_many)
     one, two = trace_many(tiny, [{"prompt": PROMPT}, {"prompt": PROMPT, "response": RESPONSE}])
     assert (one.generated, two.generated) == (True, False)
     assert one.response == RESPONSE
+
+
+def test_a_failing_batch_of_questions_is_asked_one_by_one(tiny, monkeypatch):
+    said = tiny.tokenizer(RESPONSE).input_ids
+
+    def generate_many(model, prompts, **_):
+        if len(prompts) > 1 or len(prompts[0]) > 3:
+            raise MemoryError("too long")
+        return [said]
+
+    monkeypatch.setattr(tracing, "generate_many", generate_many)
+    short, long, other = trace_many(tiny, [{"prompt": "a b"}, {"prompt": PROMPT}, {"prompt": "c"}])
+    assert (short.response, other.response) == (RESPONSE, RESPONSE)
+    assert long.error == "MemoryError: too long"
 
 
 def test_scores_are_those_of_score_text_and_their_failure_keeps_the_trace(tiny, monkeypatch):
