@@ -211,7 +211,7 @@ def _traced(tracer: FlowTracer, texts: list[_Text], options: RowOptions) -> Iter
     waiting: list[tuple[TracedRow, FoundText]] = []
     for text in texts:
         try:
-            found = tracer.find(text.prompt_ids, text.response_ids, user_text=text.user_text)
+            found = tracer.find(text.prompt_ids, text.response_ids or (), user_text=text.user_text)
         except EVERY_ROW:
             raise
         except ONE_ROW as error:
