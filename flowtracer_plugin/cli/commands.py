@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from flowtracer_plugin.cli.adapters import adapters_app
 from flowtracer_plugin.cli.audit import audit
@@ -51,6 +52,23 @@ def _say(error: Exception) -> None:
     console.print("(--traceback shows where it arose)")
 
 
+class ModelFirst(TyperCommand):
+    """A command that takes its model as the first argument, or as `--model` like earlier ones."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Move the value of `--model` to the front."""
+        for place, one in enumerate(args):
+            name, equals, value = one.partition("=")
+            if one == "--":
+                break
+            if name == "--model" and (equals or place + 1 < len(args)):
+                rest = args[place + 1 :] if equals else args[place + 2 :]
+                return super().parse_args(
+                    ctx, [value if equals else args[place + 1], *args[:place], *rest]
+                )
+        return super().parse_args(ctx, args)
+
+
 def _version(wanted: bool) -> bool:
     if not wanted:
         return False
@@ -85,16 +103,16 @@ def train(
     run([part for part in arguments or () if part != "--traceback"], prog="flowtracer train")
 
 
-app.command()(trace)
-app.command()(generate)
-app.command()(trace_data)
+app.command(cls=ModelFirst)(trace)
+app.command(cls=ModelFirst)(generate)
+app.command(cls=ModelFirst)(trace_data)
 app.command()(report)
 app.command()(compare)
-app.command()(evaluate)
-app.command()(audit)
+app.command(cls=ModelFirst)(evaluate)
+app.command(cls=ModelFirst)(audit)
 app.command(add_help_option=False, context_settings={"ignore_unknown_options": True})(train)
 app.add_typer(adapters_app)
-app.command()(estimate)
+app.command(cls=ModelFirst)(estimate)
 app.command()(demo)
 
 

@@ -61,9 +61,10 @@ def _starting_with(names: Callable[[], list[str]]) -> Callable[[str], list[str]]
     return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
 
 
-_MODEL = "Folder of a model, or its id on the Hugging Face hub."
-ModelName = Annotated[str, typer.Option(help=_MODEL)]
-ModelArgument = Annotated[str, typer.Argument(help=_MODEL)]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Folder of a model, or its id on the Hugging Face hub."),
+]
 Backend = Annotated[
     Literal["nnsight", "interface"],
     _tracing(help="How attention is read: with nnsight, or through transformers' own functions."),

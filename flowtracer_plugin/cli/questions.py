@@ -20,7 +20,10 @@ class DataOptions:
     """Questions, and how they are put to a model."""
 
     data: Annotated[
-        str, typer.Argument(help="A JSON Lines file, another data file, or a dataset on the hub.")
+        str,
+        typer.Argument(
+            metavar="DATA", help="A JSON Lines file, another data file, or a dataset on the hub."
+        ),
     ]
     split: Annotated[str, _data(help="Split of the dataset.")] = "train"
     prompt_column: Annotated[

@@ -15,7 +15,7 @@ from flowtracer_plugin.cli.options import (
     GenerationOptions,
     Layers,
     LoadingOptions,
-    ModelName,
+    ModelArgument,
     NewTraceOptions,
     OutputOptions,
     PageFile,
@@ -39,7 +39,7 @@ DEMO_QUESTION = (
 
 @flattened
 def trace(
-    model: ModelName,
+    model: ModelArgument,
     asked: PromptOptions,
     loading: ReadingOptions,
     generation: GenerationOptions,
@@ -58,7 +58,7 @@ def trace(
 
     For example:
 
-    flowtracer trace --model Qwen/Qwen3-0.6B --prompt "2 + 2 = ?" --response "4."
+    flowtracer trace Qwen/Qwen3-0.6B --prompt "2 + 2 = ?" --response "4."
     """
     if response is None:
         _deliver(*_generated(model, asked, loading, generation, tracing), outputs)
@@ -76,7 +76,7 @@ def trace(
 
 @flattened
 def generate(
-    model: ModelName,
+    model: ModelArgument,
     asked: PromptOptions,
     loading: ReadingOptions,
     generation: GenerationOptions,
@@ -88,7 +88,7 @@ def generate(
 
     For example:
 
-    flowtracer generate --model Qwen/Qwen3-0.6B --prompt "What is 17 * 3?"
+    flowtracer generate Qwen/Qwen3-0.6B --prompt "What is 17 * 3?"
     """
     _deliver(*_generated(model, asked, loading, generation, tracing), outputs)
 
@@ -110,14 +110,14 @@ def demo(
     _, made = _generated(str(demo_model()), asked, loading, GenerationOptions(), TracingOptions())
     deliver(made, OutputOptions(html=html, json=json))
     typer.echo(
-        "your own model: flowtracer generate --model FOLDER_OR_ID --prompt TEXT --html trace.html",
+        "your own model: flowtracer generate FOLDER_OR_ID --prompt TEXT --html trace.html",
         err=True,
     )
 
 
 @flattened
 def estimate(
-    model: ModelName,
+    model: ModelArgument,
     tokens: Annotated[int, typer.Option(min=1, help="Number of tokens in prompt and response.")],
     loading: LoadingOptions,
     batch: Annotated[int, typer.Option(min=1, help="Number of texts traced at once.")] = 1,
@@ -130,7 +130,7 @@ def estimate(
 
     For example:
 
-    flowtracer estimate --model Qwen/Qwen3-0.6B --tokens 32768
+    flowtracer estimate Qwen/Qwen3-0.6B --tokens 32768
     """
     loaded = load_model(model, loading)
     import flowtracer_plugin as ft

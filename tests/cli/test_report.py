@@ -39,11 +39,18 @@ def files(traces, tmp_path, monkeypatch):
 
 
 def test_generate_is_trace_without_a_response(flowtracer, plain_model):
-    given = ["--model", plain_model, "--prompt", PROMPT, "--json", "--answer", EVERYTHING]
-    given += ["--max-new-tokens", 6]
-    commands = (["generate"], ["trace"], ["trace", "--generate"])
+    given = ["--prompt", PROMPT, "--json", "--answer", EVERYTHING, "--max-new-tokens", 6]
+    commands = (
+        ["generate", plain_model],
+        ["generate", "--seed", 0, plain_model],
+        ["generate", "--model", plain_model],  # as in earlier versions
+        ["trace", f"--model={plain_model}"],
+        ["trace", plain_model, "--generate"],
+    )
     document, *others = [json.loads(flowtracer(*command, *given).out) for command in commands]
-    assert others == [document, document]
+    assert others == [document] * 4
+    assert_failed(flowtracer("generate", *given), 2, "Missing argument 'MODEL'")
+    given = [plain_model, *given]
     assert 12 < len(document["tokens"]) <= 18
     assert document["answer"]["rule"] == "regex"
     assert_failed(
@@ -255,7 +262,7 @@ def test_the_demo_traces_a_question_and_writes_its_page(flowtracer, tmp_path, mo
     assert "answer '14' found by rule 'boxed'" in ran.out
     first, second = ran.err.splitlines()
     assert first == "wrote flowtracer-demo.html"
-    assert second.startswith("your own model: flowtracer generate --model ")
+    assert second.startswith("your own model: flowtracer generate FOLDER_OR_ID ")
     assert "Ann" in Path("flowtracer-demo.html").read_text(encoding="utf-8")
     document = json.loads(flowtracer("demo", "--json", "--html", "x.html").out)
     assert document["answer"]["text"] == "14"
