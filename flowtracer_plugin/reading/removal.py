@@ -20,7 +20,6 @@ from flowtracer_plugin.model.causal_lm import (
     accepted_inputs,
     first_output,
     input_device,
-    text_inputs,
 )
 from flowtracer_plugin.model.cutting import (
     check_model,
@@ -33,6 +32,7 @@ from flowtracer_plugin.model.cutting import (
 from flowtracer_plugin.model.padding import in_front, put_back, text_first
 from flowtracer_plugin.reading.influence import (
     check_backward,
+    deciding_logits,
     log_odds,
     own_graph,
     without_gradients,
@@ -227,18 +227,16 @@ def _answer_logits(
     model: nn.Module, texts: AskedTexts, deciding: Int[Tensor, " row"]
 ) -> Float[Tensor, "batch row word"]:
     """The logits of these rows, float32; no other rows go through the model's large head."""
-    accepted = accepted_inputs(model)
     if texts.cache is None:
-        inputs = text_inputs(model, texts.ids, texts.ordered, logits_to_keep=deciding)
-    else:
-        deciding = deciding - texts.first
-        cache = prefix_copies(texts.cache, texts.first, 1)  # the model adds to it
-        inputs = {"input_ids": texts.ids[:, texts.first :], "use_cache": True}
-        inputs["past_key_values"] = cache
-        if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = deciding
+        return deciding_logits(model, texts.ids, texts.ordered, deciding).float()
+    cache = prefix_copies(texts.cache, texts.first, 1)  # the model adds to it
+    inputs = {"input_ids": texts.ids[:, texts.first :], "use_cache": True}
+    inputs["past_key_values"] = cache
+    tokens = texts.ids.shape[1]
+    if "logits_to_keep" in accepted_inputs(model):
+        inputs["logits_to_keep"] = tokens - int(deciding[0])
     logits = first_output(model(**inputs))
-    return (logits if "logits_to_keep" in accepted else logits[:, deciding]).float()
+    return logits[:, deciding.to(logits.device) - (tokens - logits.shape[1])].float()
 
 
 @contextmanager

@@ -152,6 +152,24 @@ def test_the_graph_of_another_pass_gives_influence_and_stays_as_it_is():
         assert torch.equal(ours.grad, theirs.grad)
 
 
+def test_rows_before_the_first_decision_skip_the_head():
+    model, seen = tiny_llama().eval(), []
+    model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    made = AttentionReader(model)
+    ids = torch.randint(3, 20, (2, 12))
+    visible = torch.ones_like(ids, dtype=torch.bool)
+    visible[1, :2] = False
+    decided = visible.clone()
+    decided[:, :8] = False
+    layers = [site.layer for site in made.sites]
+    found = made.influences(ids, visible, decided, layers)
+    # The second text begins two columns earlier once its padding is behind.
+    assert seen[-1] == 5 + 2
+    for layer in made.influences(ids, visible, torch.zeros_like(decided), layers):
+        assert not layer.any()
+    assert all(layer.isfinite().all() and layer.any() for layer in found)
+
+
 def test_influence_of_certain_tokens_is_finite_and_hidden_tokens_have_none():
     ids, mask = padded()
     model = tiny_model("llama")
