@@ -16,6 +16,7 @@ from flowtracer_plugin.cli import parsing
 _loading = partial(typer.Option, rich_help_panel="Loading the model")
 _generating = partial(typer.Option, rich_help_panel="The model's answer")
 _tracing = partial(typer.Option, rich_help_panel="Flow")
+_prompt = partial(typer.Option, rich_help_panel="Prompt")
 _scoring = partial(typer.Option, rich_help_panel="Scores")
 _output = partial(typer.Option, rich_help_panel="Output")
 _file = partial(_output, dir_okay=False, callback=parsing.writable)
@@ -152,10 +153,53 @@ class ReadingOptions(LoadingOptions):
 class PromptOptions:
     """The prompt, and how the model gets it."""
 
-    prompt: Annotated[str, typer.Option(help="The prompt; - reads it from standard input.")]
+    prompt: Annotated[str | None, _prompt(help="The prompt; - reads it from standard input.")] = (
+        None
+    )
+    prompt_file: Annotated[
+        Path | None, _prompt(exists=True, dir_okay=False, help="A file that holds the prompt.")
+    ] = None
+    messages: Annotated[
+        Path | None,
+        _prompt(
+            exists=True,
+            dir_okay=False,
+            help="A JSON file of chat messages, with the response if the last is the assistant's.",
+        ),
+    ] = None
+    system_prompt: Annotated[str | None, _prompt(help="System message before the prompt.")] = None
     chat: Annotated[
-        bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
+        bool, _prompt(help="Put the prompt into the model's chat template, if it has one.")
     ] = True
+    template_arg: Annotated[
+        list[str] | None,
+        _prompt(
+            metavar="KEY=VALUE",
+            help="Argument of the chat template, such as enable_thinking=false; the value is JSON "
+            "or else a text. May be given several times.",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        given = [self.prompt, self.prompt_file, self.messages]
+        if sum(one is not None for one in given) != 1:
+            raise typer.BadParameter(
+                "pass the prompt by one of --prompt, --prompt-file and --messages"
+            )
+        if self.messages is not None and self.system_prompt is not None:
+            raise typer.BadParameter(
+                "--messages hold the system message: leave out --system-prompt"
+            )
+        if not self.chat and (self.messages or self.system_prompt or self.template_arg):
+            raise typer.BadParameter(
+                "--messages, --system-prompt and --template-arg need the chat template: leave out "
+                "--no-chat"
+            )
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """The arguments of the chat template."""
+        return dict(parsing.key_and_value(one) for one in self.template_arg or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +213,20 @@ class GenerationOptions:
     temperature: Annotated[
         float | None, _generating(help="Sampling temperature; by default the model's own.")
     ] = None
+    top_p: Annotated[
+        float | None,
+        _generating(
+            min=0,
+            max=1,
+            help="Sample from the likeliest tokens of this share; by default the model's own.",
+        ),
+    ] = None
     seed: Annotated[int, _generating(min=0, max=2**32 - 1, help="Random seed of sampling.")] = 0
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and not self.do_sample:
-            raise typer.BadParameter("--temperature is for sampling: pass --do-sample too")
+        for name, value in (("--temperature", self.temperature), ("--top-p", self.top_p)):
+            if value is not None and not self.do_sample:
+                raise typer.BadParameter(f"{name} is for sampling: pass --do-sample too")
 
 
 @dataclass(frozen=True, kw_only=True)

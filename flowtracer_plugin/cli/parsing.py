@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -78,6 +80,17 @@ def head_selection(text: str) -> str | float | tuple[tuple[int, int], ...]:
         raise typer.BadParameter(
             f"wanted all, a share above 0 and up to 1, or pairs such as 12:3,15:0, found {text!r}"
         ) from None
+
+
+def key_and_value(text: str) -> tuple[str, Any]:
+    """A name and its value, which is JSON or else a text."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise typer.BadParameter(f"wanted KEY=VALUE, found {text!r}", param_hint="--template-arg")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def names(text: str) -> list[str]:

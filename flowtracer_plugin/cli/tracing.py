@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +27,7 @@ from flowtracer_plugin.cli.options import (
     flattened,
 )
 from flowtracer_plugin.cli.outputs import deliver, print_document
+from flowtracer_plugin.cli.prompts import Question, checked, read_question
 
 if TYPE_CHECKING:
     from flowtracer_plugin.trace.flow_trace import FlowTrace
@@ -60,18 +61,27 @@ def trace(
 
     flowtracer trace Qwen/Qwen3-0.6B --prompt "2 + 2 = ?" --response "4."
     """
+    question = read_question(asked)
+    if question.response is not None and response is not None:
+        raise typer.BadParameter("--messages end with a response already: leave out --response")
+    response = question.response if response is None and not generate else response
     if response is None:
-        _deliver(*_generated(model, asked, loading, generation, tracing), outputs)
+        _deliver(*_generated(model, question, loading, generation, tracing), outputs)
         return
     if generate or generation != GenerationOptions():
         raise typer.BadParameter(
             "--response gives the answer, and nothing is generated: leave it out, or leave out "
             "--generate, --max-new-tokens, --do-sample, --temperature and --seed"
         )
-    text, response = _prompt_text(asked), _checked("response", response)
+    response = checked("response", response)
     tracer = _load_tracer(model, loading, tracing)
-    prompt = _messages(tracer, text, asked)
-    _deliver(tracer, tracer.trace(prompt, response, progress=sys.stderr.isatty()), outputs)
+    trace = tracer.trace(
+        question.prompt(tracer.require_tokenizer()),
+        response,
+        template_kwargs=question.template_kwargs,
+        progress=sys.stderr.isatty(),
+    )
+    _deliver(tracer, trace, outputs)
 
 
 @flattened
@@ -90,7 +100,7 @@ def generate(
 
     flowtracer generate Qwen/Qwen3-0.6B --prompt "What is 17 * 3?"
     """
-    _deliver(*_generated(model, asked, loading, generation, tracing), outputs)
+    _deliver(*_generated(model, read_question(asked), loading, generation, tracing), outputs)
 
 
 @flattened
@@ -105,7 +115,7 @@ def demo(
 
     flowtracer demo --html apples.html
     """
-    asked = PromptOptions(prompt=DEMO_QUESTION)
+    asked = read_question(PromptOptions(prompt=DEMO_QUESTION))
     loading = ReadingOptions(device="cpu")
     _, made = _generated(str(demo_model()), asked, loading, GenerationOptions(), TracingOptions())
     deliver(made, OutputOptions(html=html, json=json))
@@ -160,21 +170,22 @@ def _load_tracer(model: str, loading: LoadingOptions, tracing: TracingOptions) -
 
 def _generated(
     model: str,
-    asked: PromptOptions,
+    question: Question,
     loading: LoadingOptions,
     generation: GenerationOptions,
     tracing: TracingOptions,
 ) -> tuple[FlowTracer, FlowTrace]:
-    text = _prompt_text(asked)
     tracer = _load_tracer(model, loading, tracing)
     from transformers import set_seed
 
     set_seed(generation.seed)
     made = tracer.generate(
-        _messages(tracer, text, asked),
+        question.prompt(tracer.require_tokenizer()),
         max_new_tokens=generation.max_new_tokens,
         do_sample=generation.do_sample,
         temperature=generation.temperature,
+        top_p=generation.top_p,
+        template_kwargs=question.template_kwargs,
         progress=sys.stderr.isatty(),
     )
     return tracer, made
@@ -186,29 +197,3 @@ def _deliver(tracer: FlowTracer, trace: FlowTrace, outputs: NewTraceOptions) -> 
 
     names = outputs.score_names
     deliver(trace, outputs, score_text(tracer, trace, names) if names else None)
-
-
-def _prompt_text(asked: PromptOptions) -> str:
-    if asked.prompt != "-":
-        return _checked("prompt", asked.prompt)
-    try:
-        return _checked("prompt", sys.stdin.read().removesuffix("\n"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt must be UTF-8 text: {error}") from error
-
-
-def _checked(name: str, text: str) -> str:
-    """The text, checked for what a tokenizer cannot read before the model is loaded."""
-    if not text:
-        raise ValueError(f"the {name} is empty, so there is nothing to trace; pass a text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # Python keeps undecodable bytes from a shell as surrogates
-        raise ValueError(f"the {name} must be UTF-8 text: {error}") from error
-    return text
-
-
-def _messages(tracer: FlowTracer, text: str, asked: PromptOptions) -> Any:
-    if asked.chat and tracer.require_tokenizer().chat_template is not None:
-        return [{"role": "user", "content": text}]
-    return text

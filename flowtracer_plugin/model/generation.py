@@ -59,8 +59,9 @@ def generate_ids(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     do_sample: bool,
-    temperature: float | None,
-    progress: bool,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    progress: bool = False,
 ) -> list[int]:
     """Token ids of one answer, which stops at the model's end token, or where the context ends.
 
@@ -75,7 +76,8 @@ def generate_ids(
     # Sampling follows the model's own generation config, which greedy decoding does not use.
     choice: Mapping[str, Any] = _GREEDY
     if do_sample:
-        choice = {} if temperature is None else {"temperature": temperature}
+        given = {"temperature": temperature, "top_p": top_p}
+        choice = {name: value for name, value in given.items() if value is not None}
     generated = cast(Any, model).generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
@@ -118,9 +120,12 @@ def generate_many(
         and longest + max_new_tokens <= context_length(model)
     )
     if not together:
-        greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "progress": False}
-        settings = {"tokenizer": tokenizer, "max_new_tokens": max_new_tokens, **greedy}
-        return [generate_ids(model, prompt, **settings) for prompt in prompts]
+        return [
+            generate_ids(
+                model, one, tokenizer=tokenizer, max_new_tokens=max_new_tokens, do_sample=False
+            )
+            for one in prompts
+        ]
     device, pad = input_device(model), tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad] * (longest - len(one)) + [*one] for one in prompts], device=device)
     seen = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts])

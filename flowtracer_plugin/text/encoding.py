@@ -56,11 +56,11 @@ def token_ids(name: str, ids: TokenIds) -> list[int]:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
-    template_options: Mapping[str, Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], str]:
     """The token ids of a prompt, and the text that they encode.
 
-    `template_options`, such as `tools` or `enable_thinking`, are passed to the chat template.
+    `template_kwargs`, such as `tools` or `enable_thinking`, are passed to the chat template.
 
     Raises:
         ValueError: The prompt is empty or cannot be written as UTF-8, a message has no role, or
@@ -69,7 +69,10 @@ def encode_prompt(
     if not prompt:
         raise ValueError("the prompt is empty, so there is no question to trace from")
     if isinstance(prompt, str):
-        return _ids(tokenizer, prompt), prompt
+        ids, start = _ids(tokenizer, prompt), tokenizer.bos_token_id
+        # A text that a chat template has made begins with the token that the tokenizer would add.
+        twice = start is not None and ids[:2] == [start, start]
+        return ids[1:] if twice else ids, prompt
     if tokenizer.chat_template is None:
         raise ValueError(
             "chat messages need a tokenizer with a chat template, and this one has none; "
@@ -78,7 +81,7 @@ def encode_prompt(
     messages = [_message(message) for message in prompt]
 
     def rendered(messages: list[dict[str, Any]]) -> str:
-        options = {"tokenize": False, "add_generation_prompt": True, **(template_options or {})}
+        options = {"tokenize": False, "add_generation_prompt": True, **(template_kwargs or {})}
         return str(tokenizer.apply_chat_template(messages, **options))
 
     try:

@@ -284,6 +284,7 @@ class FlowTracer:
         *,
         answer: AnswerFinder | None = None,
         question: str | Sequence[bool] | TokenMask | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         progress: bool = False,
     ) -> FlowTrace:
         """The trace of the answer in `response` to `prompt`.
@@ -296,6 +297,8 @@ class FlowTracer:
             response: The model's response.
             answer: An answer finder to use instead of the tracer's.
             question: A mask over the prompt's tokens, or a rule to use instead of the tracer's.
+            template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`
+                or `tools`.
             progress: Show a progress bar.
 
         Raises:
@@ -305,7 +308,7 @@ class FlowTracer:
                 answer.
         """
         tokenizer = self.require_tokenizer()
-        prompt_ids, text = encode_prompt(tokenizer, prompt)
+        prompt_ids, text = encode_prompt(tokenizer, prompt, template_kwargs)
         ids = encode_response(tokenizer, text, response)
         found = self.find(
             prompt_ids, ids, answer=answer, question=question, user_text=user_text(prompt)
@@ -349,15 +352,17 @@ class FlowTracer:
         max_new_tokens: int = 256,
         do_sample: bool = False,
         temperature: float | None = None,
+        top_p: float | None = None,
         answer: AnswerFinder | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         progress: bool = False,
     ) -> FlowTrace:
         """The trace of the model's own answer to `prompt`, greedy unless `do_sample`.
 
         The response ends at the model's end token, at a stop string of its generation config, after
         `max_new_tokens`, or at the end of the context. Sampling uses this config, unless
-        `temperature` is given. Beams, several answers and token healing, which would change the
-        prompt, are not used.
+        `temperature` or `top_p` is given. Beams, several answers and token healing, which would
+        change the prompt, are not used. The chat template gets `template_kwargs`, as in `trace`.
 
         Raises:
             AnswerNotFoundError: The response has no answer; the message quotes it.
@@ -369,6 +374,8 @@ class FlowTracer:
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
             temperature=temperature,
+            top_p=top_p,
+            template_kwargs=template_kwargs,
             progress=progress,
         )
         found = self.find(prompt_ids, ids, answer=answer, user_text=user_text(prompt))
@@ -381,6 +388,8 @@ class FlowTracer:
         max_new_tokens: int = 256,
         do_sample: bool = False,
         temperature: float | None = None,
+        top_p: float | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         progress: bool = False,
     ) -> tuple[list[int], list[int]]:
         """The token ids of `prompt` and of the model's answer, as `generate` traces them.
@@ -389,7 +398,7 @@ class FlowTracer:
             ValueError: The prompt is empty or too long.
         """
         tokenizer = self.require_tokenizer()
-        prompt_ids, _ = encode_prompt(tokenizer, prompt)
+        prompt_ids, _ = encode_prompt(tokenizer, prompt, template_kwargs)
         with self.reader.exclusive():
             ids = generate_ids(
                 self.model,
@@ -398,6 +407,7 @@ class FlowTracer:
                 max_new_tokens=max_new_tokens,
                 do_sample=do_sample,
                 temperature=temperature,
+                top_p=top_p,
                 progress=progress,
             )
         return prompt_ids, ids

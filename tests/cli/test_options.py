@@ -66,7 +66,10 @@ def test_all_commands_are_there():
 @pytest.mark.parametrize("command", ["trace", "generate"])
 def test_options_have_the_names_and_defaults_of_the_python_functions(command):
     options = defaults(command)
-    for function, shown_otherwise in ((ft.wrap, set()), (ft.FlowTracer.generate, {"progress"})):
+    for function, shown_otherwise in (
+        (ft.wrap, set()),
+        (ft.FlowTracer.generate, {"progress", "template_kwargs"}),
+    ):
         for name, default in keywords(function).items():
             if name not in shown_otherwise and not (function != ft.wrap and name == "answer"):
                 assert options[name] == default, name

@@ -67,11 +67,12 @@ def test_options_of_generation_reach_the_model(flowtracer, plain_model, monkeypa
 
     monkeypatch.setattr(ft.FlowTracer, "generate", generate)
     given = ["generate", "--model", plain_model, "--prompt", PROMPT, "--json"]
-    sampling = ["--do-sample", "--temperature", 0.5, "--max-new-tokens", 3]
+    sampling = ["--do-sample", "--temperature", 0.5, "--top-p", 0.9, "--max-new-tokens", 3]
     assert flowtracer(*given, *sampling).code == 0
-    wanted = {"do_sample": True, "temperature": 0.5, "max_new_tokens": 3, "progress": False}
-    assert seen == [wanted]
-    assert_failed(flowtracer(*given, "--temperature", 1), 2, "pass --do-sample too")
+    wanted = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 3}
+    assert seen == [{**wanted, "progress": False, "template_kwargs": {}}]
+    assert_failed(flowtracer(*given, "--temperature", 1), 2, "--temperature is for sampling: pass")
+    assert_failed(flowtracer(*given, "--top-p", 0.5), 2, "--top-p is for sampling: pass")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import inspect
 
 import pytest
 from jinja2 import TemplateError
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from flowtracer_plugin.text.encoding import encode_prompt, encode_response, is_text, user_text
@@ -35,6 +35,19 @@ def test_a_text_is_encoded_unchanged(plain):
     ids, text = encode_prompt(plain, PROMPT)
     assert text == PROMPT
     assert plain.decode(ids) == PROMPT
+
+
+def test_a_text_that_begins_with_the_first_token_has_it_once():
+    tokenizer = tiny_tokenizer()
+    first = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", first)]
+    )
+    bare, _ = encode_prompt(tokenizer, PROMPT)
+    templated, text = encode_prompt(tokenizer, f"<s>{PROMPT}")
+    assert bare == templated
+    assert bare.count(first) == 1
+    assert text == f"<s>{PROMPT}"
 
 
 def test_messages_go_through_the_chat_template_once(chat):
