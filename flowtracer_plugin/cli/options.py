@@ -347,9 +347,19 @@ class NewTraceOptions(OutputOptions):
         str | None,
         _output(help="More scores for the page, such as attention,flow:sharp; see docs/credit.md."),
     ] = None
+    check: Annotated[
+        bool,
+        _output(
+            "--check",
+            help="Knock out the tokens with the most flow, one after another, and show what the "
+            "answer loses; takes a forward pass for each.",
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.check and self.json and self.html is None:
+            raise typer.BadParameter("--check is not part of the JSON document: add --html FILE")
         if self.scores is None:
             return
         if self.html is None:

@@ -21,14 +21,20 @@ if TYPE_CHECKING:
 
 
 def deliver(
-    trace: FlowTrace, outputs: OutputOptions, scores: Mapping[str, Any] | None = None
+    trace: FlowTrace,
+    outputs: OutputOptions,
+    scores: Mapping[str, Any] | None = None,
+    drops: Mapping[int, float] | None = None,
 ) -> None:
-    """Write the files of a trace, then show it; `scores` are for the page."""
+    """Write the files of a trace, then show it.
+
+    `scores` are for the page, `drops` of knocked out tokens for the page and the terminal.
+    """
     # Files first, and the trace before all others: what was computed must not be lost to a full
     # disk, a missing extra, or a closed standard output.
     given: dict[str, dict[str, Any]] = {"figure": {"kind": outputs.figure_kind}}
-    if scores:
-        given["html"] = {"scores": scores}
+    if scores or drops:
+        given["html"] = {"scores": scores, "drops": drops}
     for name in ("save", "html", "parquet", "graphml", "figure"):
         path = vars(outputs).get(name)  # nnsight adds an attribute "save" to every object
         if path is not None:
@@ -37,7 +43,9 @@ def deliver(
     if outputs.json:
         print_document(trace.to_dict())
     else:
-        show(trace)
+        from flowtracer_plugin.report.terminal import render_trace
+
+        show(render_trace(trace, drops))
 
 
 def write_file(write: Callable[[Path], object], path: Path) -> None:

@@ -17,7 +17,6 @@ from flowtracer_plugin.cli.options import (
     LoadingOptions,
     ModelArgument,
     NewTraceOptions,
-    OutputOptions,
     PageFile,
     Preset,
     PromptOptions,
@@ -117,8 +116,8 @@ def demo(
     """
     asked = read_question(PromptOptions(prompt=DEMO_QUESTION))
     loading = ReadingOptions(device="cpu")
-    _, made = _generated(str(demo_model()), asked, loading, GenerationOptions(), TracingOptions())
-    deliver(made, OutputOptions(html=html, json=json))
+    made = _generated(str(demo_model()), asked, loading, GenerationOptions(), TracingOptions())
+    _deliver(*made, NewTraceOptions(html=html, json=json, check=not json or html is not None))
     typer.echo(
         "your own model: flowtracer generate FOLDER_OR_ID --prompt TEXT --html trace.html",
         err=True,
@@ -192,8 +191,26 @@ def _generated(
 
 
 def _deliver(tracer: FlowTracer, trace: FlowTrace, outputs: NewTraceOptions) -> None:
-    """Score the trace for its page, then write and show it."""
+    """Score and check the trace as the options say, then write and show it."""
     from flowtracer_plugin.credit.token_scores import score_text
 
     names = outputs.score_names
-    deliver(trace, outputs, score_text(tracer, trace, names) if names else None)
+    scores = score_text(tracer, trace, names) if names else None
+    deliver(trace, outputs, scores, _drops(tracer, trace) if outputs.check else None)
+
+
+def _drops(tracer: FlowTracer, trace: FlowTrace) -> dict[int, float] | None:
+    """What the answer loses without each of the tokens with the most flow, one at a time."""
+    from flowtracer_plugin.evaluation import token_drops
+    from flowtracer_plugin.model.cutting import KnockOutError
+    from flowtracer_plugin.report.carried import carriers
+    from flowtracer_plugin.report.display import show
+
+    named = [
+        token for one in carriers(show(trace)) for token in range(one.unit.first, one.unit.last + 1)
+    ]
+    try:
+        return token_drops(tracer.model, trace, named)
+    except KnockOutError as error:  # the trace itself must not be lost to it
+        typer.echo(f"nothing is knocked out: {error}", err=True)
+        return None

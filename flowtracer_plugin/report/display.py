@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePath
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -240,6 +241,12 @@ def direction(pieces: Iterable[Piece]) -> str:
 def shorten(text: str, limit: int = 60) -> str:
     """`text`, cut to `limit` characters with an ellipsis if it is longer."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def model_label(name: str) -> str:
+    """The name of a model in few words: of a folder on this machine, the last part of its path."""
+    path = PurePath(name)
+    return path.name if path.is_absolute() and path.name else name
 
 
 def percent(share: float) -> str:

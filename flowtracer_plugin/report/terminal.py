@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from flowtracer_plugin.options import preset_of
+from flowtracer_plugin.report.carried import carriers, leading_steps, nats
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
     ShownTrace,
     Unit,
+    model_label,
     percent,
     ranges,
+    shorten,
     show,
     standouts,
 )
@@ -46,16 +49,18 @@ _PATHS = 5
 _WIDEST = 100
 
 
-def render_trace(trace: TraceData) -> RenderableType:
+def render_trace(trace: TraceData, drops: Mapping[int, float] | None = None) -> RenderableType:
     """The view that `rich.print(trace)` shows, at any width, with or without colour.
 
-    What the terminal's encoding cannot hold is shown by plain characters.
+    What the terminal's encoding cannot hold is shown by plain characters. `drops` are measured
+    knock-outs, as for `render_page`.
     """
     shown = show(trace)
     hubs = standouts(shown, trace.backbone.hubs, _MARKS)
     checkpoints = standouts(shown, trace.backbone.checkpoints, _MARKS)
     view = Group(
         _title(shown),
+        *_carried(shown, drops),
         "",
         _body(shown, {unit.index: place for place, (unit, _) in enumerate(hubs, start=1)}),
         "",
@@ -102,8 +107,32 @@ def _title(shown: ShownTrace) -> Text:
         (f"{percent(trace.reasoning_share)}", "bold"),
         " of the flow passes through the reasoning, the rest jumps straight to the answer\n",
         f"{trace.backbone.question_reached} of {int(trace.spans.question.sum())} question tokens "
-        f"reached · {len(trace.tokens)} tokens · {visible(trace.model)}, layers {layers}{made}",
+        f"reached · {len(trace.tokens)} tokens · {visible(model_label(trace.model))}, "
+        f"layers {layers}{made}",
     )
+
+
+def _carried(shown: ShownTrace, drops: Mapping[int, float] | None) -> Iterator[Text]:
+    """The tokens and the steps with the most flow, in a sentence each."""
+    tokens = [
+        f"⟨{one.unit.inline.strip()}⟩ {percent(one.unit.throughput)}"
+        + ("" if one.drop is None else f" ({nats(one.drop)} nats)")
+        for one in carriers(shown, drops)
+    ]
+    if tokens:
+        yield Text(f"most flow passes through {', '.join(tokens)}")
+    steps = [
+        f"step {row.number} ‘{shorten(row.text, 40)}’ {percent(row.step.inflow)}"
+        for row in leading_steps(shown)
+    ]
+    if steps:
+        yield Text(f"it enters {'; '.join(steps)}")
+    if drops:
+        yield Text(
+            "nats: how the answer's log-probability changes if no later token can attend to this "
+            "one",
+            style="dim",
+        )
 
 
 def _body(shown: ShownTrace, hubs: dict[int, int]) -> RenderableType:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import flowtracer_plugin as ft
-from flowtracer_plugin import report
+from flowtracer_plugin import evaluation, report
 from flowtracer_plugin.cli import report as cli_pages, tracing as cli_tracing
+from flowtracer_plugin.model.cutting import KnockOutError
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from tests.cli.command_line import EVERYTHING, Ran, assert_failed, in_a_process
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
@@ -56,6 +57,26 @@ def test_generate_is_trace_without_a_response(flowtracer, plain_model):
     assert_failed(
         flowtracer("generate", *given, "--response", RESPONSE), 2, "No such option: --response"
     )
+
+
+def test_a_check_says_what_the_answer_loses_without_the_tokens_with_the_most_flow(
+    flowtracer, plain_model, tmp_path, monkeypatch
+):
+    given = ["trace", plain_model, "--prompt", PROMPT, "--response", RESPONSE]
+    ran = flowtracer(*given, "--check", "--html", tmp_path / "page.html")
+    shown = " ".join(ran.out.split())
+    assert shown.count(" nats)") == (tmp_path / "page.html").read_text("utf-8").count(" nats)") == 5
+    assert "nats" not in flowtracer(*given).out
+    assert_failed(flowtracer(*given, "--check", "--json"), 2, "add --html FILE")
+
+    def refuse(*_):
+        raise KnockOutError("its attention cannot be cut")
+
+    monkeypatch.setattr(evaluation, "token_drops", refuse)
+    ran = flowtracer(*given, "--check")
+    assert ran.code == 0
+    assert "nothing is knocked out: its attention cannot be cut" in ran.err
+    assert "most flow passes through" in ran.out
 
 
 def test_options_of_generation_reach_the_model(flowtracer, plain_model, monkeypatch):
@@ -334,7 +355,7 @@ def test_a_bar_is_shown_in_a_terminal_only(flowtracer, plain_model, monkeypatch)
     monkeypatch.setattr(
         ft.FlowTracer,
         "trace",
-        lambda self, prompt, response, *, progress: shown.append(progress) or self,
+        lambda self, prompt, response, *, progress, **_: shown.append(progress) or self,
     )
     monkeypatch.setattr(cli_tracing, "deliver", lambda *_: None)
     for terminal in (True, False):

@@ -17,7 +17,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from flowtracer_plugin.files import write_atomically
-from flowtracer_plugin.report.display import direction, number, percent, signed
+from flowtracer_plugin.report.carried import nats
+from flowtracer_plugin.report.display import (
+    direction,
+    model_label,
+    number,
+    percent,
+    shorten,
+    signed,
+)
 from flowtracer_plugin.text.visible import visible
 
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&"}
@@ -70,6 +78,9 @@ def _templates() -> Environment:
         "visible": visible,
         "direction": direction,
         "digest": _digest,
+        "shorten": shorten,
+        "nats": nats,
+        "model_label": model_label,
     }
     return environment
 

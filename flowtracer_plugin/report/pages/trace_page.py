@@ -13,6 +13,7 @@ from markupsafe import escape
 from flowtracer_plugin.flow.arrays import check_readable
 from flowtracer_plugin.options import preset_of
 from flowtracer_plugin.report import drawing
+from flowtracer_plugin.report.carried import carriers, leading_steps
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
     ShownTrace,
@@ -89,6 +90,8 @@ def render_page(
         script=_SCRIPTS,
         **_shared(shown, hubs),
         marks=_marks(hubs, checkpoints),
+        carriers=carriers(shown, drops),
+        leading=leading_steps(shown),
         token_rows=token_rows(
             shown, [*hubs, *checkpoints, *(unit for unit in chosen if unit.throughput)], drops
         ),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from flowtracer_plugin.report.carried import drop_of
 from flowtracer_plugin.report.display import ShownTrace, Unit
 from flowtracer_plugin.report.drawing import StepRow, step_row
 
@@ -63,7 +64,6 @@ def _token_row(shown: ShownTrace, unit: Unit, drops: Mapping[int, float]) -> Tok
         for place, token in enumerate(shown.trace.chosen, start=1)
         if unit.first <= token <= unit.last
     ]
-    known = [drops[token] for token in range(unit.first, unit.last + 1) if token in drops]
     return TokenRow(
         unit=unit,
         before=before,
@@ -72,7 +72,7 @@ def _token_row(shown: ShownTrace, unit: Unit, drops: Mapping[int, float]) -> Tok
         sources=_edges(shown, backbone.checkpoints[tokens], tokens),
         targets=_edges(shown, backbone.hubs[tokens], tokens),
         chosen=min(places, default=None),
-        drop=max(known, default=None),
+        drop=drop_of(unit, drops),
     )
 
 
