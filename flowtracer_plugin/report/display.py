@@ -261,6 +261,11 @@ def number(value: float) -> str:
     return f"−{short}" if value < 0 and short != "0" else short
 
 
+def p_value(value: float) -> str:
+    """A p-value with two significant digits and no exponent."""
+    return np.format_float_positional(float(f"{value:.2g}"), trim="-")
+
+
 def signed(value: float) -> str:
     """A number with its sign, except for zero."""
     return f"+{number(value)}" if value > 0 else number(value)
