@@ -23,6 +23,9 @@ MANY = 10**15
 _BLOCK, _CELLS = 256, 2**22
 """Assignments that are tried at once, and the factors that they may have together."""
 
+_ROUNDED = 1e-6
+"""Values that differ by a smaller share are equal: traces are in single precision."""
+
 Values = Float[np.ndarray, "text thing"] | sparse.csr_array
 """What is compared: a row for each text. Words are sparse, since a text has few of them."""
 
@@ -165,18 +168,29 @@ def compare_measures(values: Float[np.ndarray, "text measure"], sides: Sides | N
     if sides is None:
         return compare_sides(values, None)
     spread = spreads(values, sides)
-    found = compare_sides(values / spread, sides)
-    return replace(found, first=found.first * spread, second=found.second * spread)
+    # The same for all texts, apart from rounding, which must not look like a difference.
+    values = np.where(spread > 0, values, values[sides.first[0]])
+    units = np.where(spread > 0, spread, 1.0)
+    found = compare_sides(values / units, sides)
+    return replace(found, first=found.first * units, second=found.second * units)
 
 
 def spreads(
     values: Float[np.ndarray, "text measure"], sides: Sides
 ) -> Float[np.ndarray, " measure"]:
-    """The standard deviation of each measure over the texts of both sides; 1 if all are equal."""
+    """The standard deviation of each measure over the texts of both sides; 0 if all are equal."""
     values = values[list(sides.members)].astype(float)
     spread = values.std(0)
-    # Rounding alone gives equal values a spread.
-    return np.where(spread > 1e-9 * np.abs(values).max(0), spread, 1.0)
+    return np.where(spread > _ROUNDED * np.abs(values).max(0), spread, 0.0)
+
+
+def effects(
+    values: Float[np.ndarray, "text measure"], sides: Sides
+) -> Float[np.ndarray, " measure"]:
+    """The differences of the means, first minus second, in standard deviations."""
+    first, second = (values[list(side)].mean(0) for side in (sides.first, sides.second))
+    spread = spreads(values, sides)
+    return np.where(spread > 0, (first - second) / np.where(spread > 0, spread, 1.0), 0.0)
 
 
 def _extremes(values: Values, name: str) -> Float[np.ndarray, " thing"]:

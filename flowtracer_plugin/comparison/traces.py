@@ -184,10 +184,15 @@ def _in_numbers(
         prompt_tokens=prompt,
         response_tokens=len(trace.tokens) - prompt,
         reasoning_share=trace.reasoning_share,
-        stops=float(trace.throughput[_reasoning(trace)].sum(dtype=float)),
+        stops=stops(trace),
         origins=origins(trace),
         same_as=None if same == number else same,
     )
+
+
+def stops(trace: TraceData) -> float:
+    """The number of response tokens outside the answer that a unit of flow passes on average."""
+    return float(trace.throughput[_reasoning(trace)].sum(dtype=float))
 
 
 def origins(trace: TraceData) -> Origins:

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from flowtracer_plugin.files import write_atomically
-from flowtracer_plugin.report.display import direction, number, p_value, percent, signed
+from flowtracer_plugin.report.display import direction, number, p_value, percent, points, signed
 from flowtracer_plugin.text.visible import visible
 
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&"}
@@ -67,6 +67,7 @@ def _templates() -> Environment:
         "percent": percent,
         "number": number,
         "p_value": p_value,
+        "points": points,
         "signed": signed,
         "visible": visible,
         "direction": direction,
