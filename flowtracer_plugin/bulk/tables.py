@@ -231,10 +231,21 @@ class Results:
         if held:
             yield number, pyarrow.Table.from_batches(held)
 
+    def tokens_of(self, row: int, columns: Sequence[str]) -> pyarrow.Table:
+        """Some columns of the tokens of one traced rollout."""
+        chosen = [("rollout", "=", row)]
+        return pyarrow.concat_tables(
+            pyarrow.parquet.read_table(file, columns=list(columns), filters=chosen)
+            for file in self._paths(TOKENS)
+        )
+
     def _files(self, table: str) -> Iterator[pyarrow.parquet.ParquetFile]:
+        return map(pyarrow.parquet.ParquetFile, self._paths(table))
+
+    def _paths(self, table: str) -> Iterator[Path]:
         # A shard is finished when its answers are there; its tokens were written before them.
         names = sorted(path.name for path in (self.folder / ANSWERS).glob("*.parquet"))
-        return (pyarrow.parquet.ParquetFile(self.folder / table / name) for name in names)
+        return (self.folder / table / name for name in names)
 
     def to_dataframe(self, table: str = ANSWERS) -> Any:
         """The answers, or with `"tokens"` the tokens, as a pandas DataFrame.

@@ -195,7 +195,7 @@ def effects(
 
 def _extremes(values: Values, name: str) -> Float[np.ndarray, " thing"]:
     found: Any = getattr(values, name)(0)
-    return found.toarray().ravel() if sparse.issparse(found) else found
+    return found if isinstance(found, np.ndarray) else found.toarray().ravel()
 
 
 def _p_values(
