@@ -184,7 +184,7 @@ def word_table(
         known: The words that the table has; by default all. Shares are of the flow of all.
     """
     place = {word: at for at, word in enumerate(known or ())}
-    bounds, words, shares, tokens = [0], array("q"), array("d"), array("q")
+    bounds, words, shares, tokens = [0], array("i"), array("d"), array("i")
     for row in rows:
         flows: dict[str, list[float]] = {}
         for word, flow in row:
