@@ -7,6 +7,7 @@ from .attention.adapter import (
     UnsupportedArchitectureError as UnsupportedArchitectureError,
     register_adapter as register_adapter,
 )
+from .bulk.compared import compare_results as compare_results
 from .bulk.data_set import trace_dataset as trace_dataset
 from .bulk.tables import read_results as read_results
 from .bulk.tracing import trace_many as trace_many

@@ -76,6 +76,7 @@ PUBLIC = [
     "TooLittleMemoryError",
     "UnsupportedArchitectureError",
     "__version__",
+    "compare_results",
     "find_answer",
     "json_schema",
     "load",

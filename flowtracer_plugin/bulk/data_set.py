@@ -6,20 +6,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from flowtracer_plugin.bulk.chosen_pages import different_rows, first_rows, write_pages
 from flowtracer_plugin.bulk.examples import Columns
 from flowtracer_plugin.bulk.fingerprint import FORMAT, VERSION, check_claim
 from flowtracer_plugin.bulk.index import write_data_index
-from flowtracer_plugin.bulk.rows import open_rows, survey
+from flowtracer_plugin.bulk.rows import Survey, open_rows, survey
 from flowtracer_plugin.bulk.shards import PAGES, TRACES, MakeTracer, ShardDone, Work, run_shards
 from flowtracer_plugin.bulk.tables import ANSWERS, TOKENS, Results, read_results
 from flowtracer_plugin.bulk.tracing import BATCH, RowOptions
 from flowtracer_plugin.files import remove_parts
 from flowtracer_plugin.trace.tracer import FlowTracer
+
+PAGES_OF = ("first", "different")
+"""Which rows can get pages."""
 
 SHARD_SIZE = 100
 """Rows in a shard."""
@@ -40,6 +45,7 @@ def trace_dataset(
     batch_size: int = BATCH,
     save_traces: bool = False,
     pages: int = 0,
+    pages_of: str = "first",
     workers: int = 1,
     progress: bool = False,
     say: Callable[[str], object] | None = None,
@@ -66,7 +72,9 @@ def trace_dataset(
         max_new_tokens: The model answers rows without a response, with so many tokens at most.
         batch_size: Texts in one forward pass.
         save_traces: Whether `traces/` gets the trace of each row.
-        pages: The first so many rows get a page in `pages/`.
+        pages: So many rows get a page in `pages/`, also if an earlier call has traced them.
+        pages_of: Which rows: `"first"`, or `"different"` for the most different right and wrong
+            rollouts, which are known once all shards are finished.
         workers: Processes on this machine. More than one takes a function as `tracer`, which can
             be pickled.
         progress: Show a bar.
@@ -88,14 +96,80 @@ def trace_dataset(
         )
     held = open_rows(rows, split=split, limit=limit)
     found = survey(held, columns or Columns())
+    _check_pages(found, pages, pages_of)
     options = RowOptions(
         columns=found.columns,
         scores=tuple(scores),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
-    work = Work(
-        folder=Path(output),
+    work = _work(
+        Path(output),
+        len(held),
+        found,
+        options,
+        shard_size=shard_size,
+        save_traces=save_traces,
+        pages=pages if pages_of == "first" else 0,
+    )
+    check_claim(work.folder, work.settings)
+    shards = [
+        (number, range(start, min(start + shard_size, len(held))))
+        for number, start in enumerate(range(0, len(held), shard_size))
+    ]
+    mine = [one for one in shards if one[0] % shard[1] == shard[0] - 1]
+    # Pages take a tracer again; where the rows were traced here, it is the same one.
+    once = cache(make)
+    _run(
+        once if workers == 1 else make,
+        work,
+        mine,
+        held,
+        workers=workers,
+        progress=progress,
+        say=say,
+    )
+    results = read_results(work.folder)
+    finished = all(work.file(ANSWERS, number).exists() for number, _ in shards)
+    if pages and (pages_of == "first" or finished):
+        chosen = first_rows if pages_of == "first" else different_rows
+        write_pages(once, work, results, held, chosen(results, pages))
+    if finished:
+        for kind in (ANSWERS, TOKENS, TRACES, PAGES):
+            remove_parts(work.folder / kind)
+    write_data_index(results)
+    return results
+
+
+def _check_pages(found: Survey, pages: int, pages_of: str) -> None:
+    """Refuse pages that cannot be written.
+
+    Raises:
+        ValueError: There is no such kind of pages, or the data have no right answers for it.
+    """
+    if pages_of not in PAGES_OF:
+        raise ValueError(f"wanted pages_of {' or '.join(map(repr, PAGES_OF))}, got {pages_of!r}")
+    if pages and pages_of == "different" and not found.answers:
+        raise ValueError(
+            "the most different right and wrong rollouts get pages, but no row of the data has a "
+            f"right answer in the column {found.columns.answer!r}; name its column "
+            "(--answer-column), or ask for pages of the first rows"
+        )
+
+
+def _work(
+    folder: Path,
+    rows: int,
+    found: Survey,
+    options: RowOptions,
+    *,
+    shard_size: int,
+    save_traces: bool,
+    pages: int,
+) -> Work:
+    """What is done with each shard; its settings tell whether a folder can be continued."""
+    return Work(
+        folder=folder,
         options=options,
         kinds=dict(found.kinds),
         save_traces=save_traces,
@@ -104,26 +178,12 @@ def trace_dataset(
             "format": FORMAT,
             "version": VERSION,
             "data": found.digest,
-            "rows": len(held),
+            "rows": rows,
             "shard_size": shard_size,
             "save_traces": save_traces,
-            "pages": pages,
             **asdict(options),
         },
     )
-    check_claim(work.folder, work.settings)
-    shards = [
-        (number, range(start, min(start + shard_size, len(held))))
-        for number, start in enumerate(range(0, len(held), shard_size))
-    ]
-    mine = [one for one in shards if one[0] % shard[1] == shard[0] - 1]
-    _run(make, work, mine, held, workers=workers, progress=progress, say=say)
-    if all(work.file(ANSWERS, number).exists() for number, _ in shards):
-        for kind in (ANSWERS, TOKENS, TRACES, PAGES):
-            remove_parts(work.folder / kind)
-    results = read_results(work.folder)
-    write_data_index(results)
-    return results
 
 
 def check_numbers(shard: tuple[int, int], shard_size: int, pages: int, workers: int) -> None:

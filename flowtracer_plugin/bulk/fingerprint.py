@@ -18,7 +18,7 @@ from flowtracer_plugin.model.causal_lm import model_name
 from flowtracer_plugin.trace.tracer import FlowTracer
 
 FORMAT = "flowtracer.data_set"
-VERSION = 1
+VERSION = 2
 
 SETTINGS = "settings.json"
 """The file beside the tables that holds the fingerprint."""

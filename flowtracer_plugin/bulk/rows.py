@@ -116,11 +116,13 @@ class Survey:
         kinds: The kind of each other column: text, integer, number, boolean, or json where values
             are of several kinds or are lists or objects.
         digest: A hash of all rows.
+        answers: The number of rows with a right answer.
     """
 
     columns: Columns
     kinds: Mapping[str, str]
     digest: str
+    answers: int
 
 
 def survey(rows: Any, columns: Columns) -> Survey:
@@ -131,13 +133,15 @@ def survey(rows: Any, columns: Columns) -> Survey:
     """
     numbers = range(len(rows))
     chosen = chosen_columns((read_row(rows, number) for number in numbers), columns)
-    digest, kinds = blake2b(digest_size=16), KindsSeen(chosen.used)
+    digest, kinds, answers = blake2b(digest_size=16), KindsSeen(chosen.used), 0
     for number in numbers:
         row = read_row(rows, number)
         known = str(row) if isinstance(row, ValueError) else as_json(dict(row))
         digest.update(known.encode(errors="surrogatepass") + b"\n")
         kinds.add(row)
-    return Survey(columns=chosen, kinds=kinds.found, digest=digest.hexdigest())
+        if not isinstance(row, ValueError):
+            answers += row.get(chosen.answer or "") is not None
+    return Survey(columns=chosen, kinds=kinds.found, digest=digest.hexdigest(), answers=answers)
 
 
 class KindsSeen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from flowtracer_plugin.bulk.tables import (
 from flowtracer_plugin.bulk.traced_row import TracedRow
 from flowtracer_plugin.bulk.tracing import RowOptions, trace_rows
 from flowtracer_plugin.files import write_atomically
+from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.tracer import FlowTracer
 
 TRACES, PAGES = "traces", "pages"
@@ -114,10 +115,22 @@ def _write_files(result: TracedRow, work: Work) -> None:
     try:
         if work.save_traces:
             trace.save(work.file(TRACES, result.row, ".flow"))
-        if result.row < work.pages:
-            # A page shades by numbers of at least 0; the table holds the others too.
-            scores = {name: one for name, one in result.scores.items() if (one >= 0).all()}
-            trace.to_html(work.file(PAGES, result.row, ".html"), scores=scores)
+    except OSError as error:
+        raise _refused(work.folder, error) from error
+    if result.row < work.pages:
+        write_page(work, result.row, trace, result.scores)
+
+
+def write_page(work: Work, row: int, trace: FlowTrace, scores: Mapping[str, Any]) -> None:
+    """Write the page of a row.
+
+    Raises:
+        OSError: It cannot be written; the message says what to do.
+    """
+    # A page shades by numbers of at least 0; the table holds the others too.
+    shown = {name: one for name, one in scores.items() if (one >= 0).all()}
+    try:
+        trace.to_html(work.file(PAGES, row, ".html"), scores=shown)
     except OSError as error:
         raise _refused(work.folder, error) from error
 

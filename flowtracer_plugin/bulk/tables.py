@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from flowtracer_plugin.bulk.rows import KindsSeen, as_json
 from flowtracer_plugin.bulk.traced_row import TracedRow
+from flowtracer_plugin.comparison.traces import origins, stops
 from flowtracer_plugin.extras import comes_with
 
 with comes_with("viz", "a table of traces"):
@@ -22,6 +24,9 @@ with comes_with("viz", "a table of traces"):
 
 ANSWERS, TOKENS = "answers", "tokens"
 """The folders of the tables, and their names."""
+
+BATCH_ROWS = 2**15
+"""Rows of a table that are in memory at once where it is read piece by piece."""
 
 _TOP = pyarrow.list_(
     pyarrow.struct(
@@ -44,6 +49,11 @@ _ANSWER_TYPES = {
     "reasoning_share": pyarrow.float64(),
     "concentration": pyarrow.float64(),
     "question_reached": pyarrow.int32(),
+    "stops": pyarrow.float64(),
+    "from_prompt": pyarrow.float64(),
+    "from_early": pyarrow.float64(),
+    "from_middle": pyarrow.float64(),
+    "from_late": pyarrow.float64(),
     "top_tokens": _TOP,
     "error": pyarrow.string(),
 }
@@ -116,6 +126,8 @@ def answer_record(result: TracedRow, kinds: Mapping[str, str]) -> dict[str, Any]
         "reasoning_share": trace.reasoning_share,
         "concentration": result.concentration,
         "question_reached": trace.backbone.question_reached,
+        "stops": stops(trace),
+        **{f"from_{part}": share for part, share in asdict(origins(trace)).items()},
         "top_tokens": [
             {
                 "index": token,
@@ -191,11 +203,49 @@ class Results:
 
     def read(self, table: str, columns: Sequence[str] | None = None) -> pyarrow.Table:
         """Some columns of a table, `"answers"` or `"tokens"`; all by default."""
+        return pyarrow.concat_tables(file.read(columns) for file in self._files(table))
+
+    def columns(self, table: str = ANSWERS) -> list[str]:
+        """The names of a table's columns."""
+        names: list[str] = next(self._files(table)).schema_arrow.names
+        return names
+
+    def batches(self, table: str, columns: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
+        """Some columns of a table, `BATCH_ROWS` rows at a time: large tables fit in no memory."""
+        for file in self._files(table):
+            yield from file.iter_batches(BATCH_ROWS, columns=list(columns))
+
+    def token_rows(self, columns: Sequence[str]) -> Iterator[tuple[int, pyarrow.Table]]:
+        """The number of each traced rollout, and some columns of its tokens; one at a time."""
+        held: list[pyarrow.RecordBatch] = []  # of one rollout, which may go on in the next batch
+        number = -1
+        for batch in self.batches(TOKENS, ["rollout", *columns]):
+            numbers = batch["rollout"].to_numpy()
+            cuts = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1))
+            for start, stop in pairwise(cuts.tolist()):
+                if held and numbers[start] != number:
+                    yield number, pyarrow.Table.from_batches(held)
+                    held = []
+                number = int(numbers[start])
+                held.append(batch.slice(start, stop - start))
+        if held:
+            yield number, pyarrow.Table.from_batches(held)
+
+    def tokens_of(self, row: int, columns: Sequence[str]) -> pyarrow.Table:
+        """Some columns of the tokens of one traced rollout."""
+        chosen = [("rollout", "=", row)]
+        return pyarrow.concat_tables(
+            pyarrow.parquet.read_table(file, columns=list(columns), filters=chosen)
+            for file in self._paths(TOKENS)
+        )
+
+    def _files(self, table: str) -> Iterator[pyarrow.parquet.ParquetFile]:
+        return map(pyarrow.parquet.ParquetFile, self._paths(table))
+
+    def _paths(self, table: str) -> Iterator[Path]:
         # A shard is finished when its answers are there; its tokens were written before them.
         names = sorted(path.name for path in (self.folder / ANSWERS).glob("*.parquet"))
-        return pyarrow.concat_tables(
-            pyarrow.parquet.ParquetFile(self.folder / table / name).read(columns) for name in names
-        )
+        return (self.folder / table / name for name in names)
 
     def to_dataframe(self, table: str = ANSWERS) -> Any:
         """The answers, or with `"tokens"` the tokens, as a pandas DataFrame.

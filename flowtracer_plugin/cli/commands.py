@@ -10,9 +10,10 @@ from typer.core import TyperCommand
 
 from flowtracer_plugin.cli.adapters import adapters_app
 from flowtracer_plugin.cli.audit import audit
+from flowtracer_plugin.cli.compare import compare
 from flowtracer_plugin.cli.evaluate import evaluate
 from flowtracer_plugin.cli.mistakes import MISTAKES, sentence
-from flowtracer_plugin.cli.report import compare, report
+from flowtracer_plugin.cli.report import report
 from flowtracer_plugin.cli.trace_data import trace_data
 from flowtracer_plugin.cli.tracing import demo, estimate, generate, trace
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -65,7 +65,11 @@ class FolderOptions:
     save_traces: Annotated[
         bool, _output("--save-traces", help="Save each trace; flowtracer report reads them.")
     ] = False
-    pages: Annotated[int, _output(min=0, help="Write pages of the first so many rows.")] = 0
+    pages: Annotated[int, _output(min=0, help="Write the pages of so many rows.")] = 0
+    pages_of: Annotated[
+        Literal["first", "different"],
+        _output(help="Pages of the first rows, or of the most different right and wrong rollouts."),
+    ] = "first"
     json: AsJson = False
 
     @property
@@ -143,10 +147,17 @@ def trace_data(
         max_new_tokens=rollouts.max_new_tokens,
         save_traces=folder.save_traces,
         pages=folder.pages,
+        pages_of=folder.pages_of,
         progress=shown,
         say=None if shown else partial(typer.echo, err=True),
         **vars(work),
     )
+    if folder.pages and not any((results.folder / "pages").glob("*.html")):
+        typer.echo(
+            "note: there are no pages yet; the most different rollouts get theirs once all parts "
+            "are traced, if some answers are right and some wrong",
+            err=True,
+        )
     _deliver(results, as_json=folder.json)
 
 

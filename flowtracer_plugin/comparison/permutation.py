@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy import sparse
 
 MOST_DEALS = 20_000
 """If there are more assignments of texts to sides than this, half this many are drawn at random."""
 
-_BLOCK = 256
+LEAST_DEALS, DEALT = 1_000, 200_000_000
+"""Of very many texts, fewer assignments are drawn: as many as deal this many texts in all."""
+
+MANY = 10**15
+"""Assignments are not counted further; their number would have thousands of digits."""
+
+_BLOCK, _CELLS = 256, 2**22
+"""Assignments that are tried at once, and the factors that they may have together."""
+
+_ROUNDED = 1e-6
+"""Values that differ by a smaller share are equal: traces are in single precision."""
+
+Values = Float[np.ndarray, "text thing"] | sparse.csr_array
+"""What is compared: a row for each text. Words are sparse, since a text has few of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,16 +51,28 @@ class Sides:
 
     @property
     def deals(self) -> int:
-        """The number of ways to assign the texts to sides of these sizes."""
-        return math.comb(len(self.members), len(self.first))
+        """The number of ways to assign the texts to sides of these sizes, at most `MANY`."""
+        found = 1
+        for taken in range(min(len(self.first), len(self.second))):
+            found = found * (len(self.members) - taken) // (taken + 1)
+            if found >= MANY:
+                return MANY
+        return found
+
+    @property
+    def counted(self) -> bool:
+        """Whether `deals` is exact."""
+        return self.deals < MANY
 
     @property
     def tried(self) -> int:
         """The number of these ways that a p-value is computed from."""
-        return self.deals if self.deals <= MOST_DEALS else MOST_DEALS // 2
+        if self.deals <= MOST_DEALS:
+            return self.deals
+        return max(LEAST_DEALS, min(MOST_DEALS // 2, DEALT // len(self.members)))
 
     @property
-    def lowest_chance(self) -> float:
+    def lowest_p(self) -> float:
         """The lowest possible p-value: the actual sides count, as does an equal mirror image."""
         mirrored = self.tried == self.deals and len(self.first) == len(self.second)
         return (2 if mirrored else 1) / self.tried
@@ -93,16 +118,16 @@ class Contrast:
     Attributes:
         first: Mean over the texts of the first side; without sides, the highest value.
         second: Mean over the texts of the second side; without sides, the lowest value.
-        chance: The share of all assignments of texts to sides in which the thing differs at least
-            as much as in the actual one; None without sides, and for two texts.
-        chance_of_any: The share of assignments in which at least one of the things differs at least
-            as much as this one does.
+        p: The share of all assignments of texts to sides in which the thing differs at least as
+            much as in the actual one; None without sides, and for two texts.
+        p_corrected: The same, corrected for the number of things: the share of assignments in
+            which at least one of them differs at least as much as this one does.
     """
 
     first: Float[np.ndarray, " thing"]
     second: Float[np.ndarray, " thing"]
-    chance: Float[np.ndarray, " thing"] | None
-    chance_of_any: Float[np.ndarray, " thing"] | None
+    p: Float[np.ndarray, " thing"] | None
+    p_corrected: Float[np.ndarray, " thing"] | None
 
     @property
     def difference(self) -> Float[np.ndarray, " thing"]:
@@ -111,7 +136,7 @@ class Contrast:
 
     def columns(self) -> list[dict[str, Any]]:
         """The numbers of each thing, by name, in plain Python."""
-        names = ("first", "second", "chance", "chance_of_any")
+        names = ("first", "second", "p", "p_corrected")
         known = [
             [None] * len(self.first) if part is None else part.tolist()
             for part in (getattr(self, name) for name in names)
@@ -119,47 +144,93 @@ class Contrast:
         return [dict(zip(names, numbers, strict=True)) for numbers in zip(*known, strict=True)]
 
 
-def compare_sides(values: Float[np.ndarray, "text thing"], sides: Sides | None) -> Contrast:
+def compare_sides(values: Values, sides: Sides | None) -> Contrast:
     """The differences of `values`, with the p-values of an exact, two-sided permutation test.
 
-    If there are more than `MOST_DEALS` assignments, a fixed sample of them is used, which includes
-    the actual one (Phipson and Smyth 2010).
+    All values have one unit. If there are more than `MOST_DEALS` assignments, a fixed sample of
+    them is used, which includes the actual one (Phipson and Smyth 2010).
     """
     if sides is None:
-        return Contrast(first=values.max(0), second=values.min(0), chance=None, chance_of_any=None)
+        first, second = (_extremes(values, name) for name in ("max", "min"))
+        return Contrast(first=first, second=second, p=None, p_corrected=None)
     values, count = values[list(sides.members)].astype(float), len(sides.first)
-    chance, of_any = _chances(values, count) if sides.deals > 2 else (None, None)
+    p, corrected = _p_values(values, sides) if sides.deals > 2 else (None, None)
     return Contrast(
-        first=values[:count].mean(0),
-        second=values[count:].mean(0),
-        chance=chance,
-        chance_of_any=of_any,
+        first=values[:count].mean(0), second=values[count:].mean(0), p=p, p_corrected=corrected
     )
 
 
-def _chances(
-    values: Float[np.ndarray, "text thing"], count: int
+def compare_measures(values: Float[np.ndarray, "text measure"], sides: Sides | None) -> Contrast:
+    """The differences of measures of several units, as `compare_sides` finds them.
+
+    For `p_corrected`, differences count in standard deviations over the texts of both sides.
+    """
+    if sides is None:
+        return compare_sides(values, None)
+    spread = spreads(values, sides)
+    # The same for all texts, apart from rounding, which must not look like a difference.
+    values = np.where(spread > 0, values, values[sides.first[0]])
+    units = np.where(spread > 0, spread, 1.0)
+    found = compare_sides(values / units, sides)
+    return replace(found, first=found.first * units, second=found.second * units)
+
+
+def spreads(
+    values: Float[np.ndarray, "text measure"], sides: Sides
+) -> Float[np.ndarray, " measure"]:
+    """The standard deviation of each measure over the texts of both sides; 0 if all are equal."""
+    values = values[list(sides.members)].astype(float)
+    spread = values.std(0)
+    return np.where(spread > _ROUNDED * np.abs(values).max(0), spread, 0.0)
+
+
+def effects(
+    values: Float[np.ndarray, "text measure"], sides: Sides
+) -> Float[np.ndarray, " measure"]:
+    """The differences of the means, first minus second, in standard deviations."""
+    first, second = (values[list(side)].mean(0) for side in (sides.first, sides.second))
+    spread = spreads(values, sides)
+    return np.where(spread > 0, (first - second) / np.where(spread > 0, spread, 1.0), 0.0)
+
+
+def _extremes(values: Values, name: str) -> Float[np.ndarray, " thing"]:
+    found: Any = getattr(values, name)(0)
+    return found if isinstance(found, np.ndarray) else found.toarray().ravel()
+
+
+def _p_values(
+    values: Values, sides: Sides
 ) -> tuple[Float[np.ndarray, " thing"], Float[np.ndarray, " thing"]]:
-    deals = _deals(len(values), count)
     # Sums in another order round differently, and an equal difference must not be missed.
-    least = np.abs(deals[0] @ values) - 1e-9 * np.abs(values).max(0)
-    hits, largest = np.zeros(values.shape[1]), []
-    for start in range(0, len(deals), _BLOCK):
-        found = np.abs(deals[start : start + _BLOCK] @ values)
+    tolerance = 1e-9 * np.maximum(_extremes(values, "max"), -_extremes(values, "min"))
+    hits, largest = np.zeros(values.shape[1]), list[Float[np.ndarray, " deal"]]()
+    for block in _deals(sides):
+        found = np.abs(block @ values)
+        if not largest:  # the actual sides come first
+            least = found[0] - tolerance
         hits += (found >= least).sum(0)
         largest.append(found.max(1, initial=0.0))
-    reached = len(deals) - np.searchsorted(np.sort(np.concatenate(largest)), least)
-    return hits / len(deals), reached / len(deals)
+    reached = sides.tried - np.searchsorted(np.sort(np.concatenate(largest)), least)
+    return hits / sides.tried, reached / sides.tried
 
 
-def _deals(texts: int, count: int) -> Float[np.ndarray, "deal text"]:
-    """The factors of the texts in the difference, by assignment; the actual one is first."""
-    if math.comb(texts, count) <= MOST_DEALS:
-        chosen = np.array(list(combinations(range(texts), count)))
-    else:
-        order = np.tile(np.arange(texts), (MOST_DEALS // 2, 1))
-        order[1:] = np.random.default_rng(0).permuted(order[1:], axis=1)
-        chosen = order[:, :count]
-    deals = np.full((len(chosen), texts), -1 / (texts - count))
-    np.put_along_axis(deals, chosen, 1 / count, 1)
-    return deals
+def _deals(sides: Sides) -> Iterator[Float[np.ndarray, "deal text"]]:
+    """Blocks of assignments: the factors of the texts in the difference of the means."""
+    texts, count = len(sides.members), len(sides.first)
+    chosen = iter(_chosen(sides))
+    while block := list(islice(chosen, max(1, min(_BLOCK, _CELLS // texts)))):
+        deals = np.full((len(block), texts), -1 / (texts - count))
+        np.put_along_axis(deals, np.array(block), 1 / count, 1)
+        yield deals
+
+
+def _chosen(sides: Sides) -> Iterator[Sequence[int] | Int[np.ndarray, " text"]]:
+    """The texts on the first side, by assignment; the actual one is first."""
+    texts, count = len(sides.members), len(sides.first)
+    if sides.deals <= MOST_DEALS:
+        yield from combinations(range(texts), count)
+        return
+    random = np.random.default_rng(0)
+    yield range(count)
+    for _ in range(sides.tried - 1):
+        yield random.permutation(texts)[:count]

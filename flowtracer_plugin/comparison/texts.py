@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from array import array
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy import sparse
 
 from flowtracer_plugin.comparison.permutation import Contrast, Sides, compare_sides
 
@@ -95,8 +97,8 @@ class Word:
         text: Their text; a token of only whitespace keeps it.
         first: Mean share of the flow through a text's tokens that passes these, as in `Contrast`.
         second: The same for the second side.
-        chance: As in `Contrast`.
-        chance_of_any: As in `Contrast`, among the listed words.
+        p: As in `Contrast`.
+        p_corrected: As in `Contrast`, among the compared words.
         texts: The number of texts with such a token, by side; without sides, of all texts.
         tokens: The number of such tokens, in the same form.
     """
@@ -104,8 +106,8 @@ class Word:
     text: str
     first: float
     second: float
-    chance: float | None
-    chance_of_any: float | None
+    p: float | None
+    p_corrected: float | None
     texts: tuple[int, ...]
     tokens: tuple[int, ...]
 
@@ -140,42 +142,88 @@ def compare_words(
     groups = [range(len(pieces))] if sides is None else [sides.first, sides.second]
     compared = {text for group in groups for text in group}
     # Texts on neither side do not count, and their words are not listed.
-    rows = [list(_words(*text)) for text in zip(pieces, flows, counted, strict=True)]
-    names, shares, tokens = _tables([row * (at in compared) for at, row in enumerate(rows)])
-    kept = (tokens > 0).sum(0) >= least_texts(len(compared))
-    names, tokens = [name for name, keep in zip(names, kept, strict=True) if keep], tokens[:, kept]
-    columns = compare_sides(shares[:, kept], sides).columns()
-    counts = [tokens[list(group)] for group in groups]
+    rows = (
+        words_of(*text) if at in compared else ()
+        for at, text in enumerate(zip(pieces, flows, counted, strict=True))
+    )
+    table = word_table(rows)
+    kept = np.flatnonzero((table.tokens > 0).sum(0) >= least_texts(len(compared)))
+    return contrast_words(table.only(kept), sides)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class WordTable:
+    """The words of many texts.
+
+    Attributes:
+        names: All words.
+        shares: The share of each text's flow through each word.
+        tokens: The number of its tokens in each text.
+    """
+
+    names: tuple[str, ...]
+    shares: sparse.csr_array
+    tokens: sparse.csr_array
+
+    def only(self, words: Int[np.ndarray, " kept"]) -> WordTable:
+        """These words alone."""
+        return WordTable(
+            names=tuple(self.names[word] for word in words),
+            shares=self.shares[:, words],
+            tokens=self.tokens[:, words],
+        )
+
+
+def word_table(
+    rows: Iterable[Iterable[tuple[str, float]]], known: Sequence[str] | None = None
+) -> WordTable:
+    """The words of texts, each of which is its words with their flow, as `words_of` gives it.
+
+    Args:
+        rows: The words of each text.
+        known: The words that the table has; by default all. Shares are of the flow of all.
+    """
+    place = {word: at for at, word in enumerate(known or ())}
+    bounds, words, shares, tokens = [0], array("i"), array("d"), array("i")
+    for row in rows:
+        flows: dict[str, list[float]] = {}
+        for word, flow in row:
+            flows.setdefault(word, []).append(flow)
+        total = sum(map(sum, flows.values())) or 1.0
+        for word, one in flows.items():
+            at = place.setdefault(word, len(place)) if known is None else place.get(word)
+            if at is not None:
+                words.append(at)
+                shares.append(sum(one) / total)
+                tokens.append(len(one))
+        bounds.append(len(words))
+    shape = len(bounds) - 1, len(place)
+    return WordTable(
+        names=tuple(place),
+        shares=sparse.csr_array((np.array(shares), np.array(words), bounds), shape),
+        tokens=sparse.csr_array((np.array(tokens), np.array(words), bounds), shape),
+    )
+
+
+def contrast_words(table: WordTable, sides: Sides | None) -> tuple[Word, ...]:
+    """The words of a table, the largest difference first."""
+    columns = compare_sides(table.shares, sides).columns()
+    groups = [slice(None)] if sides is None else [list(sides.first), list(sides.second)]
+    tokens = [table.tokens[group] for group in groups]
+    counts = [((one > 0).sum(0).tolist(), one.sum(0).tolist()) for one in tokens]
     words = (
         Word(
             text=name,
             **numbers,
-            texts=tuple(int((count[:, at] > 0).sum()) for count in counts),
-            tokens=tuple(int(count[:, at].sum()) for count in counts),
+            texts=tuple(texts[at] for texts, _ in counts),
+            tokens=tuple(tokens[at] for _, tokens in counts),
         )
-        for at, (name, numbers) in enumerate(zip(names, columns, strict=True))
+        for at, (name, numbers) in enumerate(zip(table.names, columns, strict=True))
     )
     return tuple(sorted(words, key=lambda word: (-abs(word.difference), word.text)))
 
 
-def _tables(
-    rows: Sequence[Sequence[tuple[str, float]]],
-) -> tuple[list[str], Float[np.ndarray, "text word"], Int[np.ndarray, "text word"]]:
-    """All words, the share of each text's flow through each word, and the number of its tokens."""
-    place: dict[str, int] = {}
-    for word, _ in (entry for row in rows for entry in row):
-        place.setdefault(word, len(place))
-    shares = np.zeros((len(rows), len(place)))
-    tokens = np.zeros((len(rows), len(place)), np.int64)
-    for text, row in enumerate(rows):
-        for word, flow in row:
-            shares[text, place[word]] += flow
-            tokens[text, place[word]] += 1
-    total = shares.sum(1, keepdims=True)
-    return list(place), shares / np.where(total > 0, total, 1), tokens
-
-
-def _words(
+def words_of(
     pieces: Sequence[str],
     flows: Float[np.ndarray, " token"],
     counted: Bool[np.ndarray, " token"],
@@ -184,6 +232,6 @@ def _words(
     kept = np.flatnonzero(counted)
     ends = np.array([place for place, token in enumerate(kept.tolist()) if pieces[token]], np.int64)
     starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)[: len(ends)]
-    sums = np.add.reduceat(flows[kept], starts)
+    sums = np.add.reduceat(flows[kept], starts, dtype=float)
     for token, flow in zip(kept[ends].tolist(), sums.tolist(), strict=True):
         yield pieces[token].strip() or pieces[token], float(flow)

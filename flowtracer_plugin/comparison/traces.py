@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from flowtracer_plugin.comparison.permutation import (
     Contrast,
     Sides,
-    compare_sides,
+    compare_measures,
     first_identical,
     sides_by_truth,
 )
@@ -21,7 +21,7 @@ from flowtracer_plugin.comparison.texts import Beginning, Word, compare_beginnin
 from flowtracer_plugin.flow.arrays import check_readable
 from flowtracer_plugin.result.trace_data import TraceData
 
-JSON_SCHEMA_VERSION = 1
+JSON_SCHEMA_VERSION = 2
 
 RIGHT_AND_WRONG = ("right", "wrong")
 HIGHEST_AND_LOWEST = ("highest", "lowest")
@@ -163,7 +163,7 @@ def compare(
         sides=sides,
         beginning=beginning,
         words=compare_words(pieces, flows, list(map(_reasoning, traces)), sides),
-        measures=compare_sides(np.array([_measures(trace) for trace in compared]), sides),
+        measures=compare_measures(np.array([_measures(trace) for trace in compared]), sides),
         tokens=traces[0].tokens[: beginning.length],
     )
 
@@ -184,10 +184,15 @@ def _in_numbers(
         prompt_tokens=prompt,
         response_tokens=len(trace.tokens) - prompt,
         reasoning_share=trace.reasoning_share,
-        stops=float(trace.throughput[_reasoning(trace)].sum(dtype=float)),
+        stops=stops(trace),
         origins=origins(trace),
         same_as=None if same == number else same,
     )
+
+
+def stops(trace: TraceData) -> float:
+    """The number of response tokens outside the answer that a unit of flow passes on average."""
+    return float(trace.throughput[_reasoning(trace)].sum(dtype=float))
 
 
 def origins(trace: TraceData) -> Origins:

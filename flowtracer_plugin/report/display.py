@@ -268,6 +268,17 @@ def number(value: float) -> str:
     return f"−{short}" if value < 0 and short != "0" else short
 
 
+def p_value(value: float) -> str:
+    """A p-value with two significant digits and no exponent."""
+    return np.format_float_positional(float(f"{value:.2g}"), trim="-")
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points, with its sign except for zero."""
+    short = f"{100 * abs(share):.2f}"
+    return f"{'−' if share < 0 else '+'}{short}" if float(short) else short
+
+
 def signed(value: float) -> str:
     """A number with its sign, except for zero."""
     return f"+{number(value)}" if value > 0 else number(value)

@@ -11,7 +11,8 @@ import torch
 
 import flowtracer_plugin as ft
 from flowtracer_plugin import trace_dataset, wrap
-from flowtracer_plugin.bulk import fingerprint as fingerprints, shards
+from flowtracer_plugin.bulk import chosen_pages, fingerprint as fingerprints, shards
+from flowtracer_plugin.bulk.chosen_pages import different_rows
 from tests.bulk.stories import stories
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -139,7 +140,6 @@ def test_a_tracer_is_no_function_for_several_workers(tiny, tmp_path):
         ({"shard_size": 5}, "shard_size is 3 there and 5 now"),
         ({"count": 25}, "rows is 24 there and 25 now"),
         ({"max_new_tokens": 3}, "max_new_tokens is 256 there and 3 now"),
-        ({"pages": 3}, "pages is 2 there and 3 now"),
     ],
 )
 def test_other_settings_are_refused_before_the_model_is_made(whole, change, said):
@@ -248,3 +248,79 @@ def test_each_shard_says_how_far_it_is(tiny, tmp_path):
     assert [line.partition(":")[0] for line in lines] == [f"shard {n} (of 3)" for n in range(3)]
     assert "3 rows, 0 with errors; " in lines[0]
     assert lines[-1].endswith(" rows/s, 0:00:00 left")
+
+
+DIFFERENT = {"pages": 6, "pages_of": "different"}
+
+
+def page_texts(folder):
+    return {path.name: path.read_text("utf-8") for path in (folder / "pages").glob("*.html")}
+
+
+def test_the_most_different_rollouts_get_pages_that_survive_a_crash(tiny, tmp_path, monkeypatch):
+    """The pages are the same if they are written later, or some of them again."""
+    found = run(tiny, tmp_path / "out", **DIFFERENT)
+    pages = page_texts(found.folder)
+    chosen = different_rows(found, 6)
+    assert sorted(pages) == [f"{row:08}.html" for row in sorted(chosen)]
+    right = found.answers["correct"].to_pylist()
+    assert [right[row] for row in chosen] == [True, False] * 3
+    listed = (found.folder / "index.html").read_text("utf-8")
+    assert all(f'href="pages/{name}"' in listed for name in pages)
+    for name in [*pages][::2]:  # as after a crash between two pages
+        (found.folder / "pages" / name).unlink()
+    before = files(found.folder)
+    run(tiny, found.folder, **DIFFERENT)
+    assert page_texts(found.folder) == pages
+    assert files(found.folder) == before
+    # Pages can be asked for once the tables are there, and more of them begin with the same rows.
+    later = run(tiny, tmp_path / "later")
+    assert not (later.folder / "pages").exists()
+    run(tiny, later.folder, **DIFFERENT)
+    assert page_texts(later.folder) == pages
+    run(tiny, later.folder, **{**DIFFERENT, "pages": 9})
+    more = page_texts(later.folder)
+    assert len(more) == 9
+    assert pages.items() < more.items()
+
+
+def test_pages_of_the_first_rows_can_be_asked_for_later(tiny, whole, tmp_path):
+    rows = [*stories(5), {"prompt": "", "response": "x"}]
+    found = trace_dataset(tiny, rows, tmp_path / "out", shard_size=2, shard=(1, 2), pages=2)
+    assert sorted(page_texts(found.folder)) == ["00000000.html", "00000001.html"]
+    trace_dataset(tiny, rows, found.folder, shard_size=2, shard=(1, 2), pages=6)
+    # Rows 2 and 3 are in the other part, and row 5 has no trace.
+    wanted = [f"{row:08}.html" for row in (0, 1, 4)]
+    assert sorted(page_texts(found.folder)) == wanted
+    trace_dataset(tiny, rows, found.folder, shard_size=2, pages=6)
+    assert sorted(page_texts(found.folder)) == [f"{row:08}.html" for row in range(5)]
+
+
+def test_saved_traces_make_the_pages_without_a_model(tiny, tmp_path, monkeypatch):
+    run(tiny, tmp_path / "out", save_traces=True, scores=["entropy"])
+    monkeypatch.setattr(chosen_pages, "trace_rows", None)
+    found = run(tiny, tmp_path / "out", save_traces=True, scores=["entropy"], **DIFFERENT)
+    pages = page_texts(found.folder)
+    assert sorted(pages) == [f"{row:08}.html" for row in sorted(different_rows(found, 6))]
+    assert all("entropy" in text for text in pages.values())
+
+
+def test_pages_wait_for_the_last_part(tiny, tmp_path):
+    found = run(tiny, tmp_path / "out", shard=(1, 2), **DIFFERENT)
+    assert page_texts(found.folder) == {}
+    found = run(tiny, tmp_path / "out", shard=(2, 2), **DIFFERENT)
+    assert len(page_texts(found.folder)) == 6
+
+
+def test_different_pages_take_right_answers_and_wrong_ones(tiny, tmp_path):
+    rows = [{key: row[key] for key in ("prompt", "response")} for row in stories(2)]
+    with pytest.raises(ValueError, match=r"no row of the data has a right answer.*--answer-column"):
+        trace_dataset(tiny, rows, tmp_path / "out", **DIFFERENT)
+    assert not (tmp_path / "out").exists()
+    found = trace_dataset(
+        tiny, [{**row, "answer": "2"} for row in rows], tmp_path / "out", **DIFFERENT
+    )
+    assert found.answers["correct"].to_pylist() == [True, True]
+    assert page_texts(tmp_path / "out") == {}
+    with pytest.raises(ValueError, match="wanted pages_of 'first' or 'different', got 'best'"):
+        run(tiny, tmp_path / "out", pages_of="best")

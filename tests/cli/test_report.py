@@ -12,7 +12,11 @@ import torch
 
 import flowtracer_plugin as ft
 from flowtracer_plugin import evaluation, report
-from flowtracer_plugin.cli import report as cli_pages, tracing as cli_tracing
+from flowtracer_plugin.cli import (
+    compare as cli_compare,
+    report as cli_pages,
+    tracing as cli_tracing,
+)
 from flowtracer_plugin.model.cutting import KnockOutError
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from tests.cli.command_line import EVERYTHING, Ran, assert_failed, in_a_process
@@ -265,11 +269,11 @@ def test_a_comparison_is_printed_as_json(flowtracer, files, traces):
 
 def test_labels_of_files_with_one_name_contain_their_folders():
     files = [Path("a/x.flow"), Path("b/x.flow")]
-    assert cli_pages._labels(files) == ["a/x.flow", "b/x.flow"]
+    assert cli_compare._labels(files) == ["a/x.flow", "b/x.flow"]
 
 
 def test_a_comparison_needs_two_traces_and_a_label_for_each(flowtracer, files):
-    assert_failed(flowtracer("compare", files[0]), 2, "wanted two or more files", "found 1")
+    assert_failed(flowtracer("compare", files[0]), 2, "wanted two or more files", "is one file")
     ran = flowtracer("compare", *files, "--label", "a")
     assert_failed(ran, 2, "wanted --label once for each of the 2 files, found it 1 times")
 

@@ -41,6 +41,16 @@ def test_a_data_set_is_traced_and_continued(flowtracer, plain_model, data, tmp_p
     assert len(list((tmp_path / "out" / "pages").iterdir())) == 1
 
 
+def test_the_most_different_rollouts_get_pages(flowtracer, plain_model, data, tmp_path):
+    call = ("trace-data", plain_model, data, "--output", tmp_path / "out", *PAPER)
+    call += ("--pages", 2, "--pages-of", "different")
+    ran = flowtracer(*call, "--shard", "1/2")
+    assert "note: there are no pages yet" in ran.err
+    ran = flowtracer(*call, "--shard", "2/2")
+    assert (ran.code, "note:" in ran.err) == (0, False)
+    assert len(list((tmp_path / "out" / "pages").iterdir())) == 2
+
+
 def test_options_reach_the_rows(flowtracer, chat_model, data, tmp_path):
     call = ("trace-data", chat_model, data, "--output", tmp_path / "out", *PAPER)
     ran = flowtracer(

@@ -14,8 +14,8 @@ def difference(rows, first, second, thing):
     return sum(sides[0]) / len(first) - sum(sides[1]) / len(second)
 
 
-def chances(values, first, second):
-    """The chance of each thing, and of any thing, counted over all orders of the texts."""
+def p_values(values, first, second):
+    """The p-value of each thing, alone and corrected, counted over all orders of the texts."""
     rows, things = exact(values), range(len(values[0]))
     seen = [abs(difference(rows, first, second, thing)) for thing in things]
     alone, of_any, orders = Counter(), Counter(), 0

@@ -1,4 +1,4 @@
-"""Differences between two sides: means, chances, the shared beginning, words."""
+"""Differences between two sides: means, p-values, the shared beginning, words."""
 
 from itertools import combinations
 from math import comb
@@ -6,10 +6,13 @@ from math import comb
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from scipy import sparse
 
+from flowtracer_plugin.comparison import permutation
 from flowtracer_plugin.comparison.permutation import (
     MOST_DEALS,
     Sides,
+    compare_measures,
     compare_sides,
     first_identical,
     sides_by_truth,
@@ -46,7 +49,7 @@ def dealt(draw):
 
 
 @given(dealt())
-def test_chances_are_those_of_all_orders_in_exact_fractions(case):
+def test_p_values_are_those_of_all_orders_in_exact_fractions(case):
     values, sides = np.array(case[0]), make_sides(*case[1:])
     found = compare_sides(values, sides)
     rows = slow.exact(values)
@@ -56,33 +59,33 @@ def test_chances_are_those_of_all_orders_in_exact_fractions(case):
     ]
     np.testing.assert_allclose(found.difference, expected, atol=1e-12)
     if len(sides.members) == 2:
-        assert found.chance is found.chance_of_any is None
+        assert found.p is found.p_corrected is None
     else:
-        alone, of_any = slow.chances(values.tolist(), sides.first, sides.second)
-        np.testing.assert_allclose(found.chance, alone)
-        np.testing.assert_allclose(found.chance_of_any, of_any)
+        alone, of_any = slow.p_values(values.tolist(), sides.first, sides.second)
+        np.testing.assert_allclose(found.p, alone)
+        np.testing.assert_allclose(found.p_corrected, of_any)
 
 
 def test_a_hand_counted_case():
     # 1 and 2 against 0, 0 and 0: only one of the ten pairs has a mean of 1.5.
     found = compare_sides(np.array([[1.0], [0], [2], [0], [0]]), make_sides((0, 2), (1, 3, 4)))
     assert (found.first.tolist(), found.second.tolist()) == ([1.5], [0.0])
-    assert (found.chance.tolist(), found.chance_of_any.tolist()) == ([0.1], [0.1])
+    assert (found.p.tolist(), found.p_corrected.tolist()) == ([0.1], [0.1])
 
 
 def test_texts_on_neither_side_do_not_count():
     values = np.array([[1.0], [99], [2], [0], [0], [0]])
     alone = compare_sides(values, make_sides((0, 2), (3, 4, 5)))
     assert alone.first.tolist() == [1.5]
-    assert alone.chance.tolist() == [0.1]
+    assert alone.p.tolist() == [0.1]
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 2), (3, 3), (2, 4), (1, 5)])
-def test_no_chance_is_below_the_lowest_and_one_case_attains_it(first, second):
+def test_no_p_is_below_the_lowest_and_one_case_attains_it(first, second):
     sides = make_sides(range(first), range(first, first + second))
     assert sides.deals == comb(first + second, first) == sides.tried
     values = np.array([[1.0]] * first + [[0.0]] * second)
-    assert compare_sides(values, sides).chance.tolist() == [pytest.approx(sides.lowest_chance)]
+    assert compare_sides(values, sides).p.tolist() == [pytest.approx(sides.lowest_p)]
 
 
 def test_a_sample_of_assignments_is_close_to_all_of_them():
@@ -96,31 +99,66 @@ def test_a_sample_of_assignments_is_close_to_all_of_them():
     weights = np.full((len(chosen), 18), -1 / 9)
     np.put_along_axis(weights, chosen, 1 / 9, 1)
     whole = (np.abs(weights @ values) >= np.abs(found.difference) - 1e-9).mean(0)
-    np.testing.assert_allclose(found.chance, whole, atol=0.02)
-    assert 1e-4 == sides.lowest_chance <= found.chance[2] <= found.chance_of_any[2] <= 3e-4
-    assert (found.chance <= found.chance_of_any).all()
-    assert compare_sides(values, sides).chance.tolist() == found.chance.tolist()
+    np.testing.assert_allclose(found.p, whole, atol=0.02)
+    assert 1e-4 == sides.lowest_p <= found.p[2] <= found.p_corrected[2] <= 3e-4
+    assert (found.p <= found.p_corrected).all()
+    assert compare_sides(values, sides).p.tolist() == found.p.tolist()
 
 
-def test_low_chances_are_rare_if_there_is_no_difference():
-    """If sides are random, at most a share p of them has a chance (or a chance of any) up to p."""
+def test_very_many_texts_are_dealt_less_often_and_their_ways_are_not_counted():
+    sides = make_sides(range(30_000), range(30_000, 100_000))
+    assert (sides.counted, sides.tried) == (False, 2_000)
+    assert make_sides(range(2_000_000), range(2_000_000, 4_000_000)).tried == 1_000
+    assert make_sides(range(9), range(9, 18)).tried == MOST_DEALS // 2
+    for first, second in ((1, 10**6), (3, 200), (20, 20)):
+        few = make_sides(range(first), range(first, first + second))
+        assert few.counted
+        assert few.deals == comb(first + second, first)
+
+
+def test_blocks_of_assignments_do_not_change_the_numbers(monkeypatch):
+    values, sides = np.random.default_rng(1).random((21, 4)), make_sides(range(9), range(9, 21))
+    whole = compare_sides(values, sides)
+    monkeypatch.setattr(permutation, "_CELLS", 21 * 7)
+    assert compare_sides(values, sides).columns() == whole.columns()
+    assert compare_sides(sparse.csr_array(values), sides).p.tolist() == whole.p.tolist()
+
+
+def test_measures_of_several_units_are_corrected_in_standard_deviations():
+    rng, sides = np.random.default_rng(2), make_sides(range(6), range(6, 12))
+    values = rng.random((12, 3)) + np.array([0, 0, 1.5]) * (np.arange(12) < 6)[:, None]
+    units = np.array([1000.0, 1.0, 1e-3])
+    plain, scaled = compare_measures(values, sides), compare_measures(values * units, sides)
+    np.testing.assert_allclose(scaled.first, plain.first * units)
+    np.testing.assert_allclose(scaled.second, plain.second * units)
+    assert scaled.p.tolist() == plain.p.tolist() == compare_sides(values, sides).p.tolist()
+    assert scaled.p_corrected.tolist() == plain.p_corrected.tolist()
+    assert plain.p[2] <= plain.p_corrected[2] < 0.05 < plain.p_corrected[:2].min()
+    # In raw units the measure with the largest numbers hides all others.
+    assert compare_sides(values * units, sides).p_corrected[2] == 1
+    same = compare_measures(np.full((12, 1), 0.1), sides)
+    assert (same.difference.tolist(), same.p.tolist()) == ([pytest.approx(0)], [1.0])
+
+
+def test_low_p_values_are_rare_if_there_is_no_difference():
+    """If sides are random, at most a share p of them has a p-value, alone or corrected, up to p."""
     rng, sides = np.random.default_rng(5), make_sides(range(4), range(4, 8))
     lowest = [compare_sides(rng.random((8, 12)) ** 3, sides) for _ in range(300)]
-    alone = np.array([one.chance[0] for one in lowest])
-    of_any = np.array([one.chance_of_any.min() for one in lowest])
+    alone = np.array([one.p[0] for one in lowest])
+    of_any = np.array([one.p_corrected.min() for one in lowest])
     for level in (0.1, 0.3, 0.6):
         bound = level + 3 * (level * (1 - level) / 300) ** 0.5
         assert (alone <= level).mean() <= bound
         assert (of_any <= level).mean() <= bound
-    # The lowest of twelve single chances is often low.
-    assert (np.array([one.chance.min() for one in lowest]) <= 0.1).mean() > 0.5
+    # The lowest of twelve single p-values is often low.
+    assert (np.array([one.p.min() for one in lowest]) <= 0.1).mean() > 0.5
 
 
 def test_without_sides_the_highest_and_the_lowest_are_reported():
     found = compare_sides(np.array([[1.0, 5], [4, 5], [2, 5]]), None)
     assert found.columns() == [
-        {"first": 4.0, "second": 1.0, "chance": None, "chance_of_any": None},
-        {"first": 5.0, "second": 5.0, "chance": None, "chance_of_any": None},
+        {"first": 4.0, "second": 1.0, "p": None, "p_corrected": None},
+        {"first": 5.0, "second": 5.0, "p": None, "p_corrected": None},
     ]
     assert found.difference.tolist() == [3, 0]
 

@@ -34,8 +34,8 @@ def test_right_traces_are_compared_with_wrong_ones_and_copies_count_once():
 def test_two_traces_are_compared_with_each_other(right):
     found = compare([RIGHT, WRONG], labels=["base", "trained"], right=right)
     assert found.names == ("base", "trained")
-    assert found.measures.chance is None
-    assert found.words[0].chance is None
+    assert found.measures.p is None
+    assert found.words[0].p is None
     assert found.measures.first[0] == pytest.approx(RIGHT.reasoning_share)
 
 

@@ -1,3 +1,5 @@
+import pytest
+
 from flowtracer_plugin.report.pages import rollout_index
 from flowtracer_plugin.report.pages.rollout_index import RolloutLine, write_rollout_index
 from tests.pages import HOSTILE
@@ -47,3 +49,20 @@ def test_totals_count_all_and_pages_come_first(tmp_path, monkeypatch):
 
 def test_an_empty_list_is_a_page(tmp_path):
     assert "<b>0 of 9</b>" in write(tmp_path / "index.html", [])
+
+
+@pytest.mark.browser
+def test_the_list_shows_what_is_chosen(visits, tmp_path):
+    lines = [
+        RolloutLine(row=0, id="0", correct=True, page="pages/00000000.html"),
+        RolloutLine(row=1, id="1", correct=False),
+        RolloutLine(row=2, id="2", correct=False, page="pages/00000002.html"),
+        RolloutLine(row=3, id="3", error="no answer"),
+    ]
+    page = visits.open(write(tmp_path / "index.html", lines))
+    shown = page.locator("#rollouts tbody th:visible")
+    for choice, rows in (
+        *(("right", "0"), ("wrong", "12"), ("page", "02"), ("error", "3"), ("all", "0123")),
+    ):
+        page.locator("#shown").select_option(choice)
+        assert shown.all_text_contents() == [*rows]

@@ -22,7 +22,9 @@ from flowtracer_plugin.report.display import (
     direction,
     model_label,
     number,
+    p_value,
     percent,
+    points,
     shorten,
     signed,
 )
@@ -74,6 +76,8 @@ def _templates() -> Environment:
     environment.filters |= {
         "percent": percent,
         "number": number,
+        "p_value": p_value,
+        "points": points,
         "signed": signed,
         "visible": visible,
         "direction": direction,

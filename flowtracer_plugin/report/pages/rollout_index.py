@@ -64,7 +64,7 @@ def write_rollout_index(
     html = render(
         "rollout_index.html.j2",
         styles=("rollout_index.css",),
-        script=("tables.js",),
+        script=("tables.js", "rollout_index.js"),
         title=shorten(visible(title), 200),
         lines=[_shown(line) for line in sorted(shown, key=lambda line: line.row)],
         count=len(lines),

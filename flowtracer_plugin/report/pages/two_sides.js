@@ -16,18 +16,21 @@ const twoSides = (() => {
     return value ? `${value < 0 ? "\u2212" : "+"}${short} points` : "0 points";
   }
 
+  /** A p-value with two significant digits. */
+  const short = (p) => String(Number(p.toPrecision(2)));
+
   /** The card for a token that all texts share. */
   function describe(unit) {
     const known = data.shared[places.get(unit)];
-    const [first, second, chance, chanceOfAny] = known.numbers;
+    const [first, second, p, pCorrected] = known.numbers;
     const numbers = {
       [data.names[0]]: tokens.percent(first),
       [data.names[1]]: tokens.percent(second),
       difference: points(first - second),
     };
-    if (chance !== null) {
-      numbers.chance = tokens.percent(chance);
-      numbers["chance of any"] = tokens.percent(chanceOfAny);
+    if (p !== null) {
+      numbers.p = short(p);
+      numbers["p (corrected)"] = short(pCorrected);
     }
     return { text: known.text, where: ["in all texts", `token ${tokens.range(...known.tokens)}`], numbers };
   }
