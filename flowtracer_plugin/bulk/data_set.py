@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from flowtracer_plugin.bulk.engines import Engine
 from flowtracer_plugin.bulk.examples import Columns
 from flowtracer_plugin.bulk.fingerprint import FORMAT, VERSION, check_claim
 from flowtracer_plugin.bulk.index import write_data_index
@@ -40,7 +42,10 @@ def trace_dataset(
     batch_size: int = BATCH,
     save_traces: bool = False,
     pages: int = 0,
+    engine: str = "processes",
     workers: int = 1,
+    gpus_per_worker: float = 0.0,
+    address: str | None = None,
     progress: bool = False,
     say: Callable[[str], object] | None = None,
 ) -> Results:
@@ -67,8 +72,13 @@ def trace_dataset(
         batch_size: Texts in one forward pass.
         save_traces: Whether `traces/` gets the trace of each row.
         pages: The first so many rows get a page in `pages/`.
-        workers: Processes on this machine. More than one takes a function as `tracer`, which can
-            be pickled.
+        engine: `"processes"`: this process, or with several workers as many processes on this
+            machine. `"ray"`: actors on Ray, which continue if some of them are killed. The Ray to
+            which this process is connected is used, else one is started and ended here.
+        workers: How many work. All but one worker of `"processes"` take a function as `tracer`,
+            which can be pickled; each worker calls it once.
+        gpus_per_worker: GPUs that Ray shows to each worker, in which two share one with 0.5.
+        address: A running Ray cluster, such as `"auto"` or `"10.0.0.1:6379"`.
         progress: Show a bar.
         say: Is called with a line for each shard.
 
@@ -76,15 +86,17 @@ def trace_dataset(
         ValueError: There are no rows, a column is missing, a number is out of range, there is no
             such score, or the folder holds results with other settings.
         OSError: The folder cannot be written. Finished shards are kept.
-        RuntimeError: A worker died. Finished shards are kept.
-        ModuleNotFoundError: pyarrow is missing; the extra `viz` installs it.
+        RuntimeError: A worker died; with Ray, several did in one shard. Finished shards are kept.
+        ConnectionError: There is no Ray at the address.
+        ModuleNotFoundError: pyarrow or Ray is missing; the extras `viz` and `ray` install them.
     """
     make = (lambda: tracer) if isinstance(tracer, FlowTracer) else tracer
-    check_numbers(shard, shard_size, pages, workers)
-    if workers > 1 and isinstance(tracer, FlowTracer):
+    check_numbers(shard, shard_size, pages)
+    who = Engine(name=engine, workers=workers, gpus_per_worker=gpus_per_worker, address=address)
+    if isinstance(tracer, FlowTracer) and not who.here:
         raise ValueError(
-            "several workers each make a tracer of their own: pass a function that makes one, "
-            "which can be pickled, or workers=1"
+            "workers each make a tracer of their own: pass a function that makes one, which can be "
+            "pickled, or workers=1 without another engine"
         )
     held = open_rows(rows, split=split, limit=limit)
     found = survey(held, columns or Columns())
@@ -117,7 +129,7 @@ def trace_dataset(
         for number, start in enumerate(range(0, len(held), shard_size))
     ]
     mine = [one for one in shards if one[0] % shard[1] == shard[0] - 1]
-    _run(make, work, mine, held, workers=workers, progress=progress, say=say)
+    _run(make, work, mine, held, engine=who, progress=progress, say=say)
     if all(work.file(ANSWERS, number).exists() for number, _ in shards):
         for kind in (ANSWERS, TOKENS, TRACES, PAGES):
             remove_parts(work.folder / kind)
@@ -126,7 +138,7 @@ def trace_dataset(
     return results
 
 
-def check_numbers(shard: tuple[int, int], shard_size: int, pages: int, workers: int) -> None:
+def check_numbers(shard: tuple[int, int], shard_size: int, pages: int) -> None:
     """Refuse numbers that are out of range.
 
     Raises:
@@ -134,11 +146,7 @@ def check_numbers(shard: tuple[int, int], shard_size: int, pages: int, workers: 
     """
     if not 1 <= shard[0] <= shard[1]:
         raise ValueError(f"shard must be such as (3, 8), the third of eight, got {shard!r}")
-    for name, value, least in (
-        ("shard_size", shard_size, 1),
-        ("pages", pages, 0),
-        ("workers", workers, 1),
-    ):
+    for name, value, least in (("shard_size", shard_size, 1), ("pages", pages, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value!r}")
 
@@ -149,7 +157,7 @@ def _run(
     shards: Sequence[tuple[int, range]],
     rows: Any,
     *,
-    workers: int,
+    engine: Engine,
     progress: bool,
     say: Callable[[str], object] | None,
 ) -> None:
@@ -157,11 +165,14 @@ def _run(
     total = sum(len(part) for _, part in shards)
     done = sum(len(part) for number, part in shards if work.file(ANSWERS, number).exists())
     began, fresh, left = time.monotonic(), 0, total - done
-    with tqdm(total=total, initial=done, desc="tracing", unit="row", disable=not progress) as bar:
-        tick = bar.update if workers == 1 else (lambda: None)
-        for one in run_shards(make, work, shards, rows, workers=workers, tick=tick):
+    with (
+        tqdm(total=total, initial=done, desc="tracing", unit="row", disable=not progress) as bar,
+        # Closed here, so that workers end before an error is shown.
+        closing(run_shards(make, work, shards, rows, engine=engine, tick=bar.update)) as finished,
+    ):
+        for one in finished:
             fresh += one.rows
-            if workers > 1:
+            if not engine.here:
                 bar.update(one.rows)
             if say is not None:
                 say(_line(one, fresh, left, time.monotonic() - began, len(shards)))
