@@ -200,13 +200,9 @@ class RecordFile:
             return
         first, *lines = content.splitlines(keepends=True)
         check_settings(path, _header(path, first, kind, version), settings)
-        kept = [first, *lines]
-        if lines and lines[-1].startswith(b"{") and not _is_whole(lines[-1]):
-            kept.pop()
-        for number, line in enumerate(kept[1:], 2):
-            if line.strip():
-                self.records.append(_record(path, number, line, read))
-        whole = b"".join(kept)
+        kept = _whole_lines(lines)
+        self.records += _records(path, kept, read)
+        whole = b"".join([first, *kept])
         if not whole.endswith(b"\n"):
             whole += b"\n"
         if whole != content:
@@ -217,6 +213,35 @@ class RecordFile:
         if self._path is not None:
             with self._path.open("ab") as file:
                 file.write(_line(record))
+
+
+def read_records(
+    path: Path,
+    kind: str,
+    version: int,
+    settings: Mapping[str, Any],
+    read: Callable[[Any], Any],
+) -> list[Any]:
+    """The records of a file to which another process may be writing, and which is left as it is.
+
+    Raises:
+        ValueError: As `RecordFile`.
+        OSError: The file cannot be read.
+    """
+    first, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
+    check_settings(path, _header(path, first, kind, version), settings)
+    return _records(path, _whole_lines(lines), read)
+
+
+def _whole_lines(lines: list[bytes]) -> list[bytes]:
+    """The lines without a last one of which only a part is written."""
+    cut = bool(lines) and lines[-1].startswith(b"{") and not _is_whole(lines[-1])
+    return lines[:-1] if cut else lines
+
+
+def _records(path: Path, lines: list[bytes], read: Callable[[Any], Any]) -> list[Any]:
+    numbered = enumerate(lines, 2)
+    return [_record(path, number, line, read) for number, line in numbered if line.strip()]
 
 
 def check_records(path: Path | None, kind: str, version: int) -> None:

@@ -39,6 +39,9 @@ ROOMS = [
 
 # Imports inside functions: what is heavy, optional or starts a process is loaded where it is used.
 LATE = {
+    ("bulk.engines", "bulk.ray_actors"),
+    ("bulk.engines", "torch"),
+    ("bulk.ray_actors", "torch"),
     ("credit.weights", "torch"),
     ("flow.dispatch", "flow.numpy_arrays"),
     ("flow.dispatch", "flow.scipy_arrays"),
@@ -203,6 +206,7 @@ def test_nothing_else_is_imported_inside_functions():
             "matplotlib",
             {f"report.figures.{part}" for part in ("figure", "panels", "ribbon", "river", "steps")},
         ),
+        ("ray", {"bulk.ray_actors"}),
         ("datasets", {"grpo.script", "text.data_sets"}),
         ("latex2sympy2_extended", {"rewards.algebra"}),  # math-verify's parser
         ("sympy", {"rewards.algebra"}),

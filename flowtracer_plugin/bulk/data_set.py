@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
@@ -13,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from flowtracer_plugin.bulk.chosen_pages import different_rows, first_rows, write_pages
+from flowtracer_plugin.bulk.engines import Engine
 from flowtracer_plugin.bulk.examples import Columns
 from flowtracer_plugin.bulk.fingerprint import FORMAT, VERSION, check_claim
 from flowtracer_plugin.bulk.index import write_data_index
@@ -46,7 +48,10 @@ def trace_dataset(
     save_traces: bool = False,
     pages: int = 0,
     pages_of: str = "first",
+    engine: str = "processes",
     workers: int = 1,
+    gpus_per_worker: float = 0.0,
+    address: str | None = None,
     progress: bool = False,
     say: Callable[[str], object] | None = None,
 ) -> Results:
@@ -75,8 +80,13 @@ def trace_dataset(
         pages: So many rows get a page in `pages/`, also if an earlier call has traced them.
         pages_of: Which rows: `"first"`, or `"different"` for the most different right and wrong
             rollouts, which are known once all shards are finished.
-        workers: Processes on this machine. More than one takes a function as `tracer`, which can
-            be pickled.
+        engine: `"processes"`: this process, or with several workers as many processes on this
+            machine. `"ray"`: actors on Ray, which continue if some of them are killed. The Ray to
+            which this process is connected is used, else one is started and ended here.
+        workers: How many work. All but one worker of `"processes"` take a function as `tracer`,
+            which can be pickled; each worker calls it once.
+        gpus_per_worker: GPUs that Ray shows to each worker, in which two share one with 0.5.
+        address: A running Ray cluster, such as `"auto"` or `"10.0.0.1:6379"`.
         progress: Show a bar.
         say: Is called with a line for each shard.
 
@@ -84,15 +94,17 @@ def trace_dataset(
         ValueError: There are no rows, a column is missing, a number is out of range, there is no
             such score, or the folder holds results with other settings.
         OSError: The folder cannot be written. Finished shards are kept.
-        RuntimeError: A worker died. Finished shards are kept.
-        ModuleNotFoundError: pyarrow is missing; the extra `viz` installs it.
+        RuntimeError: A worker died; with Ray, several did in one shard. Finished shards are kept.
+        ConnectionError: There is no Ray at the address.
+        ModuleNotFoundError: pyarrow or Ray is missing; the extras `viz` and `ray` install them.
     """
     make = (lambda: tracer) if isinstance(tracer, FlowTracer) else tracer
-    check_numbers(shard, shard_size, pages, workers)
-    if workers > 1 and isinstance(tracer, FlowTracer):
+    check_numbers(shard, shard_size, pages)
+    who = Engine(name=engine, workers=workers, gpus_per_worker=gpus_per_worker, address=address)
+    if isinstance(tracer, FlowTracer) and not who.here:
         raise ValueError(
-            "several workers each make a tracer of their own: pass a function that makes one, "
-            "which can be pickled, or workers=1"
+            "workers each make a tracer of their own: pass a function that makes one, which can be "
+            "pickled, or workers=1 without another engine"
         )
     held = open_rows(rows, split=split, limit=limit)
     found = survey(held, columns or Columns())
@@ -120,15 +132,7 @@ def trace_dataset(
     mine = [one for one in shards if one[0] % shard[1] == shard[0] - 1]
     # Pages take a tracer again; where the rows were traced here, it is the same one.
     once = cache(make)
-    _run(
-        once if workers == 1 else make,
-        work,
-        mine,
-        held,
-        workers=workers,
-        progress=progress,
-        say=say,
-    )
+    _run(once if who.here else make, work, mine, held, engine=who, progress=progress, say=say)
     results = read_results(work.folder)
     finished = all(work.file(ANSWERS, number).exists() for number, _ in shards)
     if pages and (pages_of == "first" or finished):
@@ -186,7 +190,7 @@ def _work(
     )
 
 
-def check_numbers(shard: tuple[int, int], shard_size: int, pages: int, workers: int) -> None:
+def check_numbers(shard: tuple[int, int], shard_size: int, pages: int) -> None:
     """Refuse numbers that are out of range.
 
     Raises:
@@ -194,11 +198,7 @@ def check_numbers(shard: tuple[int, int], shard_size: int, pages: int, workers: 
     """
     if not 1 <= shard[0] <= shard[1]:
         raise ValueError(f"shard must be such as (3, 8), the third of eight, got {shard!r}")
-    for name, value, least in (
-        ("shard_size", shard_size, 1),
-        ("pages", pages, 0),
-        ("workers", workers, 1),
-    ):
+    for name, value, least in (("shard_size", shard_size, 1), ("pages", pages, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value!r}")
 
@@ -209,7 +209,7 @@ def _run(
     shards: Sequence[tuple[int, range]],
     rows: Any,
     *,
-    workers: int,
+    engine: Engine,
     progress: bool,
     say: Callable[[str], object] | None,
 ) -> None:
@@ -217,11 +217,14 @@ def _run(
     total = sum(len(part) for _, part in shards)
     done = sum(len(part) for number, part in shards if work.file(ANSWERS, number).exists())
     began, fresh, left = time.monotonic(), 0, total - done
-    with tqdm(total=total, initial=done, desc="tracing", unit="row", disable=not progress) as bar:
-        tick = bar.update if workers == 1 else (lambda: None)
-        for one in run_shards(make, work, shards, rows, workers=workers, tick=tick):
+    with (
+        tqdm(total=total, initial=done, desc="tracing", unit="row", disable=not progress) as bar,
+        # Closed here, so that workers end before an error is shown.
+        closing(run_shards(make, work, shards, rows, engine=engine, tick=bar.update)) as finished,
+    ):
+        for one in finished:
             fresh += one.rows
-            if workers > 1:
+            if not engine.here:
                 bar.update(one.rows)
             if say is not None:
                 say(_line(one, fresh, left, time.monotonic() - began, len(shards)))

@@ -1,18 +1,14 @@
-"""Shards of rows: each becomes files that are written whole, here or in several processes."""
+"""Shards of rows: each becomes files that are written whole, here or by several workers."""
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from flowtracer_plugin.bulk.engines import Engine, run_tasks
 from flowtracer_plugin.bulk.fingerprint import claim, fingerprint
 from flowtracer_plugin.bulk.rows import Row, read_row
 from flowtracer_plugin.bulk.tables import (
@@ -155,83 +151,43 @@ def run_shards(
     shards: Sequence[tuple[int, range]],
     rows: Any,
     *,
-    workers: int = 1,
+    engine: Engine,
     tick: Callable[[], object] = lambda: None,
-) -> Iterator[ShardDone]:
+) -> Generator[ShardDone, None, None]:
     """The shards that are not finished, as they get done; each is a number and its rows.
 
     Args:
-        make: Makes the tracer; it is pickled if there are several workers.
+        make: Makes the tracer; it is pickled unless `engine.here`.
         work: What is done with each shard.
         shards: The shards of this run.
         rows: All rows of the data.
-        workers: Processes; one is this one.
-        tick: Is called after each row, if there is one worker.
+        engine: Who works.
+        tick: Is called after each row if `engine.here`.
 
     Raises:
         ValueError: The folder holds results with other settings.
-        RuntimeError: A worker died.
+        RuntimeError: Workers died.
     """
     left = [shard for shard in shards if not work.file(ANSWERS, shard[0]).exists()]
-    given = ((number, [(row, read_row(rows, row)) for row in part]) for number, part in left)
-    if workers > 1 and left:
-        yield from _in_processes(make, work, given, workers)
+    if not left:
+        _claimed(make, work)  # refuses other weights than those of the finished shards
         return
+    given = ((number, [(row, read_row(rows, row)) for row in part]) for number, part in left)
+    do = partial(_do, work, tick) if engine.here else partial(_do, work, None)
+    yield from run_tasks(partial(_claimed, make, work), do, given, engine=engine)
+
+
+def _claimed(make: MakeTracer, work: Work) -> FlowTracer:
+    """A tracer whose results may go to the folder."""
     tracer = make()
     work.claim(tracer)
-    for number, part in given:
-        yield do_shard(tracer, work, number, part, tick)
+    return tracer
 
 
-def _in_processes(
-    make: MakeTracer,
+def _do(
     work: Work,
-    shards: Iterator[tuple[int, list[tuple[int, Row]]]],
-    workers: int,
-) -> Iterator[ShardDone]:
-    threads = max(1, torch.get_num_threads() // workers)
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        initializer=_begin,
-        initargs=(make, work, threads),
-    )
-    try:
-        # Few shards wait in the queue, so that the rows of all are not in memory at once.
-        waiting: set[Future[ShardDone]] = {
-            pool.submit(_do, *shard) for shard in islice(shards, workers + 1)
-        }
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-            waiting |= {pool.submit(_do, *shard) for shard in islice(shards, len(done))}
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process has died, as it does when it is killed or memory runs out; finished "
-            "shards are kept: run the same command again, perhaps with fewer workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class _Worker:
-    """What a worker process holds: how it makes the tracer, and the tracer once it is made."""
-
-    make: MakeTracer
-    work: Work
-    tracer: FlowTracer | None = None
-
-
-def _begin(make: MakeTracer, work: Work, threads: int) -> None:
-    torch.set_num_threads(threads)
-    _Worker.make, _Worker.work = staticmethod(make), work
-
-
-def _do(number: int, rows: list[tuple[int, Row]]) -> ShardDone:
-    # Made here and not in _begin, whose errors would only say that the process has died.
-    if _Worker.tracer is None:
-        tracer = _Worker.make()
-        _Worker.work.claim(tracer)
-        _Worker.tracer = tracer
-    return do_shard(_Worker.tracer, _Worker.work, number, rows)
+    tick: Callable[[], object] | None,
+    tracer: FlowTracer,
+    shard: tuple[int, list[tuple[int, Row]]],
+) -> ShardDone:
+    return do_shard(tracer, work, *shard, tick or (lambda: None))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowtracer_plugin.cli.loading import load_tokenizer, load_tracer, waiting
+from flowtracer_plugin.cli.loading import load_model, load_tokenizer, load_tracer, waiting
 from flowtracer_plugin.cli.options import (
     SCORES,
     AnswerRule,
@@ -27,12 +28,14 @@ from flowtracer_plugin.cli.options import (
 from flowtracer_plugin.cli.outputs import print_document, print_results
 from flowtracer_plugin.cli.parsing import names, pattern, wrong_usage
 from flowtracer_plugin.cli.questions import DataOptions, load_prompts
+from flowtracer_plugin.cli.workers import WorkerOptions, chosen_engine
 from flowtracer_plugin.files import check_records
 
 if TYPE_CHECKING:
     from flowtracer_plugin.audit.results_file import AuditFile
     from flowtracer_plugin.audit.sampling import Group
     from flowtracer_plugin.audit.summary import AuditSummary
+    from flowtracer_plugin.bulk.engines import Engine
     from flowtracer_plugin.bulk.examples import Example
     from flowtracer_plugin.credit.scorers import Scorer
     from flowtracer_plugin.trace.tracer import FlowTracer
@@ -95,9 +98,12 @@ def audit(
     loading: LoadingOptions,
     rollouts: RolloutOptions,
     credit: CreditAuditOptions,
+    work: WorkerOptions,
     traceback: Traceback = False,
 ) -> None:
     """Compare ways to give tokens credit by their policy gradients, before any training.
+
+    Workers sample and reward the rollouts; gradients are summed in this process.
 
     For example:
 
@@ -111,6 +117,7 @@ def audit(
         from flowtracer_plugin.audit.verdict import document
         from flowtracer_plugin.rewards.named import named_reward
 
+    engine = chosen_engine(work)
     check_records(results.output, FORMAT, VERSION)
     tokenizer = load_tokenizer(model, loading)
     scorers = _scorers(credit)
@@ -120,7 +127,7 @@ def audit(
         temperature=rollouts.temperature,
         seed=rollouts.seed,
     )
-    reward = named_reward(rollouts.reward)
+    named_reward(rollouts.reward)  # before the model is loaded
     examples = load_prompts(data, tokenizer, rollouts.prompts)
     how = {"layers": credit.layers, "answer": credit.answer, "preset": "paper"}
     tracer = load_tracer(model, loading, tokenizer, **how)
@@ -137,7 +144,8 @@ def audit(
         "answer": tracer.options.answer,
     }
     file = AuditFile(results.output, settings)
-    groups = _groups(tracer, examples, rollouts, reward, file)
+    make = partial(_sampler, model, loading, rollouts, None if not engine.here else tracer)
+    groups = _groups(tokenizer, examples, make, engine, file)
     running: dict[str, Any] = {
         "oracle": credit.oracle,
         "done": set(file.batches),
@@ -180,37 +188,78 @@ def _scorers(credit: CreditAuditOptions) -> tuple[Scorer, ...]:
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Sampler:
+    """What a worker that samples holds."""
+
+    model: Any
+    tokenizer: Any
+    options: RolloutOptions
+    reward: Any
+    alone: Callable[[], AbstractContextManager[None]]
+
+
+def _sampler(
+    model: str, loading: LoadingOptions, options: RolloutOptions, tracer: FlowTracer | None
+) -> _Sampler:
+    """A sampler with the model of a tracer, or in a worker with one of its own."""
+    from flowtracer_plugin.rewards.named import named_reward
+
+    return _Sampler(
+        model=load_model(model, loading) if tracer is None else tracer.model,
+        tokenizer=load_tokenizer(model, loading) if tracer is None else tracer.require_tokenizer(),
+        options=options,
+        reward=named_reward(options.reward),
+        alone=nullcontext if tracer is None else tracer.reader.exclusive,
+    )
+
+
+def _sampled(sampler: _Sampler, task: tuple[Example, tuple[int, ...]]) -> Group:
+    """The rollouts of a prompt, which depend on its row and the seed alone."""
+    from flowtracer_plugin.audit.sampling import Group, rewarded, sample
+
+    (example, ids), options = task, sampler.options
+    with sampler.alone():
+        completions = sample(
+            sampler.model,
+            sampler.tokenizer,
+            ids,
+            completions=options.completions,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=(options.seed, example.row),
+        )
+    columns = {**example.columns, "answer": example.answer}
+    rewards = rewarded(sampler.reward, sampler.tokenizer, example.prompt, completions, columns)
+    return Group(row=example.row, prompt_ids=ids, completions=completions, rewards=rewards)
+
+
 def _groups(
-    tracer: FlowTracer,
+    tokenizer: Any,
     examples: Sequence[Example],
-    options: RolloutOptions,
-    reward: Any,
+    make: Callable[[], _Sampler],
+    engine: Engine,
     file: AuditFile,
 ) -> list[Group]:
     """The rollouts of every prompt; those that the file lacks are sampled and added to it."""
     from tqdm import tqdm
 
-    from flowtracer_plugin.audit.sampling import Group, rewarded, sample
+    from flowtracer_plugin.bulk.engines import Engine, open_pool
     from flowtracer_plugin.text.encoding import encode_prompt
 
-    tokenizer = tracer.require_tokenizer()
-    for example in tqdm(examples, desc="sampling", unit="prompt", disable=not sys.stderr.isatty()):
-        ids, _ = encode_prompt(tokenizer, example.prompt)
-        if file.has_group(example.row, ids):
-            continue
-        with tracer.reader.exclusive():
-            completions = sample(
-                tracer.model,
-                tokenizer,
-                ids,
-                completions=options.completions,
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                seed=(options.seed, example.row),
-            )
-        columns = {**example.columns, "answer": example.answer}
-        rewards = rewarded(reward, tokenizer, example.prompt, completions, columns)
-        file.add(
-            Group(row=example.row, prompt_ids=tuple(ids), completions=completions, rewards=rewards)
-        )
+    prompts = [(one, tuple(encode_prompt(tokenizer, one.prompt)[0])) for one in examples]
+    left = [(one, ids) for one, ids in prompts if not file.has_group(one.row, ids)]
+    with (
+        tqdm(
+            total=len(prompts),
+            initial=len(prompts) - len(left),
+            desc="sampling",
+            unit="prompt",
+            disable=not sys.stderr.isatty(),
+        ) as bar,
+        open_pool(make, engine if left else Engine()) as pool,
+    ):
+        for group in pool.run(_sampled, left):
+            file.add(group)
+            bar.update()
     return [file.groups[example.row] for example in examples]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,13 @@ from flowtracer_plugin.cli.options import (
     flattened,
 )
 from flowtracer_plugin.cli.outputs import print_document, print_results, write_file
-from flowtracer_plugin.cli.parsing import check_separate, names, wrong_usage
+from flowtracer_plugin.cli.parsing import check_separate, names, part, writable, wrong_usage
 from flowtracer_plugin.cli.questions import DataOptions, load_prompts
+from flowtracer_plugin.cli.workers import WorkerOptions, chosen_engine
 from flowtracer_plugin.files import check_records
 
 if TYPE_CHECKING:
+    from flowtracer_plugin.bulk.engines import Pool
     from flowtracer_plugin.bulk.examples import Example
     from flowtracer_plugin.evaluation.outcomes import Evaluation, Outcome
     from flowtracer_plugin.evaluation.protocols import EvaluationSettings
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 _answers = partial(typer.Option, rich_help_panel="Answers")
 _cutting = partial(typer.Option, rich_help_panel="Knock-outs")
 _data = partial(typer.Option, rich_help_panel="Data")
+_work = partial(typer.Option, rich_help_panel="Work")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,21 @@ class ProtocolOptions:
     ] = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorkOptions(WorkerOptions):
+    """How the work is divided."""
+
+    shard: Annotated[
+        Any,
+        _work(
+            parser=part,
+            metavar="K/N",
+            help="Evaluate every N-th example from the K-th on, into a file beside --output; a "
+            "run without --shard puts the parts together.",
+        ),
+    ] = "1/1"
+
+
 @flattened
 def evaluate(
     model: ModelArgument,
@@ -108,6 +126,7 @@ def evaluate(
     loading: LoadingOptions,
     answers: AnswerOptions,
     chosen: ProtocolOptions,
+    work: WorkOptions,
     html: PageFile = None,
     traceback: Traceback = False,
 ) -> None:
@@ -122,34 +141,95 @@ def evaluate(
 
     flowtracer evaluate Qwen/Qwen3-0.6B questions.jsonl --limit 50 --output results.jsonl
     """
-    check_separate([results.output, html], [Path(data.data)])
+    engine, output = chosen_engine(work), _file_of(results.output, work.shard)
+    check_separate([output, html], [Path(data.data)])
     with waiting("importing PyTorch and transformers"):
+        from flowtracer_plugin.bulk.engines import open_pool
         from flowtracer_plugin.evaluation.outcomes import Evaluation
-        from flowtracer_plugin.evaluation.protocols import EvaluationSettings
-        from flowtracer_plugin.evaluation.run import FORMAT, VERSION, plain_settings
+        from flowtracer_plugin.evaluation.run import FORMAT, VERSION
 
-    check_records(results.output, FORMAT, VERSION)
+    check_records(output, FORMAT, VERSION)
     tokenizer = load_tokenizer(model, loading)
-    options = _options(chosen)
-    protocols, scores = _protocols(chosen.protocols), _scores(chosen, options.matched)
+    _protocols(chosen.protocols), _scores(chosen, _options(chosen).matched)  # before the model
+    every, begin = work.shard[1], work.shard[0] - 1
     examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)
+    examples = examples[begin::every]
+    make = partial(_evaluator, model, data.data, loading, answers, chosen)
+    with open_pool(make, engine) as pool:
+        # One for each worker, so that all load their models at once.
+        (plain, without), *_ = list(pool.run(_described, [None] * engine.workers))
+        if without is not None:
+            typer.echo(
+                f"without flow:derivation, which this model cannot have: {without}", err=True
+            )
+        outcomes = _run(pool, examples, plain, output, whole=every == 1)
+    evaluation = Evaluation(settings=plain, examples=examples, outcomes=outcomes)
+    _deliver(evaluation, html, as_json=results.json)
+
+
+def _file_of(path: Path | None, shard: tuple[int, int]) -> Path | None:
+    """The file of the results, or of a part of them."""
+    if path is None or shard[1] == 1:
+        return path
+    from flowtracer_plugin.evaluation.run import part_file
+
+    return writable(part_file(path, *shard))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Evaluator:
+    """What a worker holds.
+
+    Attributes:
+        tracer: The tracer of its own copy of the model.
+        settings: What is measured.
+        plain: All that the results depend on.
+        without: Why the model cannot have one of the default scores.
+    """
+
+    tracer: FlowTracer
+    settings: EvaluationSettings
+    plain: Mapping[str, Any]
+    without: str | None
+
+
+def _evaluator(
+    model: str,
+    data: str,
+    loading: LoadingOptions,
+    answers: AnswerOptions,
+    chosen: ProtocolOptions,
+) -> _Evaluator:
+    """What this process needs to measure examples, here or in a worker."""
+    from flowtracer_plugin.evaluation.protocols import EvaluationSettings
+    from flowtracer_plugin.evaluation.run import plain_settings
+
     how = {"layers": answers.layers, "answer": answers.answer, "mode": "dense", "preset": "paper"}
-    tracer = load_tracer(model, loading, tokenizer, **how)
-    if chosen.scores is None:
-        scores = _possible(tracer, scores)
+    tracer = load_tracer(model, loading, None, **how)
+    options = _options(chosen)
+    scores = _scores(chosen, options.matched)
+    without = tracer.reader.why_no_influence() if chosen.scores is None else None
     settings = EvaluationSettings(
         options=options,
-        scores=scores,
-        protocols=protocols,
+        scores={n: one for n, one in scores.items() if not (without and n == "flow:derivation")},
+        protocols=_protocols(chosen.protocols),
         setting=answers.setting,
         max_new_tokens=answers.max_new_tokens,
         predicted_only=answers.predicted_only,
         batch_size=chosen.batch_size,
     )
-    plain = plain_settings(tracer, settings, model=model, data=data.data, oracle=chosen.oracle)
-    outcomes = _run(tracer, examples, settings, plain, results.output)
-    evaluation = Evaluation(settings=plain, examples=examples, outcomes=outcomes)
-    _deliver(evaluation, html, as_json=results.json)
+    plain = plain_settings(tracer, settings, model=model, data=data, oracle=chosen.oracle)
+    return _Evaluator(tracer=tracer, settings=settings, plain=plain, without=without)
+
+
+def _described(evaluator: _Evaluator, _task: None) -> tuple[Mapping[str, Any], str | None]:
+    return evaluator.plain, evaluator.without
+
+
+def _measured(evaluator: _Evaluator, example: Example) -> Outcome:
+    from flowtracer_plugin.evaluation.run import evaluate_example
+
+    return evaluate_example(evaluator.tracer, example, evaluator.settings)
 
 
 def _options(chosen: ProtocolOptions) -> KnockOutOptions:
@@ -198,28 +278,25 @@ def _scores(chosen: ProtocolOptions, needed: str) -> Mapping[str, Any]:
         raise typer.BadParameter(f"{error} (or recency)", param_hint="--scores") from error
 
 
-def _possible(tracer: FlowTracer, scores: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The default scores without those that this model cannot have."""
-    reason = tracer.reader.why_no_influence()
-    if reason is None:
-        return scores
-    typer.echo(f"without flow:derivation, which this model cannot have: {reason}", err=True)
-    return {name: score for name, score in scores.items() if name != "flow:derivation"}
-
-
 def _run(
-    tracer: FlowTracer,
+    pool: Pool[_Evaluator],
     examples: Sequence[Example],
-    settings: EvaluationSettings,
     plain: Mapping[str, Any],
     output: Path | None,
+    *,
+    whole: bool,
 ) -> Sequence[Outcome]:
-    from flowtracer_plugin.evaluation.run import evaluate_example, evaluate_to_file
+    """The outcomes of the examples, some of which the file or, as a `whole`, its parts may hold."""
+    from flowtracer_plugin.evaluation.run import evaluate_to_file, part_files
 
-    def outcomes(left: Iterable[Example]) -> Iterator[Outcome]:
-        return (evaluate_example(tracer, example, settings) for example in left)
-
-    return evaluate_to_file(outcomes, examples, output, plain, progress=sys.stderr.isatty())
+    return evaluate_to_file(
+        partial(pool.run, _measured),
+        examples,
+        output,
+        plain,
+        parts=part_files(output) if whole and output is not None else (),
+        progress=sys.stderr.isatty(),
+    )
 
 
 def _deliver(evaluation: Evaluation, html: Path | None, *, as_json: bool) -> None:

@@ -16,6 +16,7 @@ EXTRAS = {
     "networkx": "viz",
     "pandas": "viz",
     "pyarrow": "viz",
+    "ray": "ray",
 }
 """Optional packages, each with the extra that installs it."""
 

@@ -24,6 +24,7 @@ from flowtracer_plugin.cli.options import (
 )
 from flowtracer_plugin.cli.outputs import print_document
 from flowtracer_plugin.cli.questions import DataOptions
+from flowtracer_plugin.cli.workers import WorkerOptions, chosen_engine
 
 if TYPE_CHECKING:
     from flowtracer_plugin.bulk.tables import Results
@@ -79,7 +80,7 @@ class FolderOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkOptions:
+class WorkOptions(WorkerOptions):
     """How the work is divided."""
 
     shard: Annotated[
@@ -91,9 +92,6 @@ class WorkOptions:
         ),
     ] = "1/1"
     shard_size: Annotated[int, _work(min=1, help="Rows that are written together.")] = 100
-    workers: Annotated[
-        int, _work(min=1, help="Processes on this machine, each with its own copy of the model.")
-    ] = 1
     batch_size: Annotated[
         int, _work(min=1, help="Texts in one forward pass, if they fit in the free memory.")
     ] = 8
@@ -126,6 +124,7 @@ def trace_data(
     with parsing.wrong_usage("--scores"):
         for name in folder.score_names:
             token_score(name)
+    chosen_engine(work)
     tokenizer = load_tokenizer(model, loading)
     columns = Columns(
         prompt=data.prompt_column,

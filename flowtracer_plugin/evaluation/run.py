@@ -27,7 +27,7 @@ from flowtracer_plugin.evaluation.protocols import (
 )
 from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions
 from flowtracer_plugin.evaluation.scored_example import InvalidScoreError, TooFewTokensError
-from flowtracer_plugin.files import RecordFile, typed
+from flowtracer_plugin.files import RecordFile, read_records, typed
 from flowtracer_plugin.text.answers import same_answer
 from flowtracer_plugin.text.result_cut import NotComputedError, cut_at_result
 from flowtracer_plugin.text.spans import AnswerNotFoundError, FinderError
@@ -176,19 +176,23 @@ def evaluate_to_file(
     path: Path | None,
     settings: Mapping[str, Any],
     *,
+    parts: Sequence[Path] = (),
     progress: bool = False,
 ) -> tuple[Outcome, ...]:
     """The outcomes of all examples, in their order; each is written as soon as it is measured.
 
-    Examples that the file holds are not measured again. A last line that was cut off, as by a
-    crash, is dropped; a file that is not of an evaluation with these settings is left untouched.
+    Examples that the file or a part of it holds are not measured again. A last line that was cut
+    off, as by a crash, is dropped; a file that is not of an evaluation with these settings is left
+    untouched.
 
     Args:
-        evaluate: Measures the examples that are left.
+        evaluate: Measures the examples that are left, in any order.
         examples: All examples.
         path: A new file, or one that an earlier run with the same settings wrote. Without a path
             nothing is written.
         settings: All that the results depend on, as `plain_settings`.
+        parts: Files of other runs with the same settings, which may still be written to. What
+            they hold of the examples is taken over.
         progress: Show a bar.
 
     Raises:
@@ -197,13 +201,13 @@ def evaluate_to_file(
         OSError: The file cannot be read or written.
     """
     file = RecordFile(path, FORMAT, VERSION, settings, _outcome)
-    done = {outcome.row: outcome for outcome in file.records}
-    for example in examples:
-        if example.row in done and done[example.row].digest != example.digest:
-            raise ValueError(
-                f"{str(path)!r} holds row {example.row} with other texts: the data have changed; "
-                "write to another file"
-            )
+    done = _of_these(examples, file.records, path)
+    for part in parts:
+        found = read_records(part, FORMAT, VERSION, settings, _outcome)
+        for row, outcome in _of_these(examples, found, part).items():
+            if row not in done:
+                file.add(asdict(outcome))
+                done[row] = outcome
     left = [example for example in examples if example.row not in done]
     for outcome in tqdm(
         evaluate(left),
@@ -216,6 +220,33 @@ def evaluate_to_file(
         file.add(asdict(outcome))
         done[outcome.row] = outcome
     return tuple(done[example.row] for example in examples)
+
+
+def _of_these(
+    examples: Sequence[Example], outcomes: Iterable[Outcome], path: Path | None
+) -> dict[int, Outcome]:
+    """The outcomes of these examples that a file holds, by their row."""
+    digests, found = {one.row: one.digest for one in examples}, {}
+    for outcome in outcomes:
+        if digests.get(outcome.row, outcome.digest) != outcome.digest:
+            raise ValueError(
+                f"{str(path)!r} holds row {outcome.row} with other texts: the data have changed; "
+                "write to another file"
+            )
+        if outcome.row in digests:
+            found[outcome.row] = outcome
+    return found
+
+
+def part_file(path: Path, number: int, count: int) -> Path:
+    """The file beside `path` for the results of one of several parts."""
+    return path.with_name(f"{path.stem}-{number}-of-{count}{path.suffix}")
+
+
+def part_files(path: Path) -> list[Path]:
+    """All files that `part_file` names and that are there, in the order of their names."""
+    pattern = re.compile(rf"{re.escape(path.stem)}-\d+-of-\d+{re.escape(path.suffix)}")
+    return sorted(one for one in path.parent.glob("*") if pattern.fullmatch(one.name))
 
 
 def _outcome(record: Any) -> Outcome:

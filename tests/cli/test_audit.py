@@ -6,6 +6,7 @@ import pytest
 from examples.reasoner.problems import make_problems
 from flowtracer_plugin.cli.audit import SCORERS
 from flowtracer_plugin.credit.scorers import find_scorer
+from tests.cli.command_line import in_a_process
 from tests.documents.snippets import REASONER, ROOT
 
 STORIES = ROOT / "examples" / "stories.jsonl"
@@ -102,6 +103,19 @@ def test_a_reward_may_be_a_users_own_and_gets_the_columns(flowtracer, tmp_path, 
         "audit", REASONER, data, *QUICK, "--scorers", "random", "--reward", "audit_rewards.near"
     )
     assert ran.code == 0, ran.err
+
+
+@pytest.mark.slow
+def test_several_workers_sample_the_same_rollouts(audit, kept, tmp_path):
+    def groups(path):
+        return sorted(line for line in path.read_text().splitlines() if '{"group"' in line)
+
+    assert audit("--json").code == 0
+    command = ("audit", REASONER, STORIES, *QUICK, "--scorers", "random", "--workers", 2)
+    ran = in_a_process(*command, "--output", tmp_path / "two.jsonl", OMP_NUM_THREADS="1")
+    assert ran.code == 0, ran.err
+    assert len(groups(kept)) == 8
+    assert groups(tmp_path / "two.jsonl") == groups(kept)
 
 
 def test_all_default_scorers_exist():

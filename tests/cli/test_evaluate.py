@@ -4,6 +4,7 @@ import re
 import pytest
 
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES
+from tests.cli.command_line import in_a_process
 from tests.evaluation.planted import planted_model, planted_story, planted_text, planted_tokenizer
 
 QUICK = ("--percents", "10,20", "--gaps", "1", "--draws", "2", "--answer", "re:=(.)$")
@@ -110,6 +111,48 @@ def test_results_are_kept_and_continued(flowtracer, model, data, tmp_path):
     assert "holds results with other settings" in other.said
 
 
+FEW = (*QUICK, "--scores", "recency", "--json")
+
+
+def test_parts_have_files_of_their_own_and_are_put_together(
+    flowtracer, model, data, tmp_path, monkeypatch
+):
+    whole = flowtracer("evaluate", model, data, *FEW)
+    call = ("evaluate", model, data, *FEW, "--output", tmp_path / "results.jsonl")
+    second = json.loads(flowtracer(*call, "--shard", "2/2").out)
+    assert (second["examples"], second["measured"]) == (2, 1)
+    assert second["left_out"] == {"no_answer": 1}
+    first = flowtracer(*call, "--shard", "1/2")
+    assert first.code == 0, first.err
+    lines = {path.name: path.read_text().splitlines() for path in tmp_path.iterdir()}
+    assert {name: len(found) for name, found in lines.items()} == {
+        "results-1-of-2.jsonl": 3,
+        "results-2-of-2.jsonl": 3,
+    }
+    assert [json.loads(line)["row"] for line in lines["results-2-of-2.jsonl"][1:]] == [1, 3]
+    monkeypatch.setattr("flowtracer_plugin.evaluation.run.evaluate_example", None)
+    again = flowtracer(*call)
+    assert again.code == 0, again.err
+    assert again.out == whole.out
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 5
+
+
+def test_parts_with_other_settings_are_refused(flowtracer, model, data, tmp_path):
+    call = ("evaluate", model, data, *FEW, "--output", tmp_path / "results.jsonl")
+    assert flowtracer(*call, "--shard", "1/2").code == 0
+    ran = flowtracer(*call, "--rows", "answer")
+    assert ran.code == 1
+    assert "results-1-of-2.jsonl' holds results with other settings" in ran.said
+
+
+@pytest.mark.slow
+def test_several_workers_measure_the_same(flowtracer, model, data, tmp_path):
+    one = flowtracer("evaluate", model, data, *FEW)
+    ran = in_a_process("evaluate", model, data, *FEW, "--workers", 2, OMP_NUM_THREADS="1")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out) == json.loads(one.out)
+
+
 def test_a_run_that_measures_nothing_fails(flowtracer, model, data):
     ran = flowtracer("evaluate", model, data, *QUICK, "--prompt-column", "response")
     assert ran.code == 0
@@ -132,6 +175,9 @@ def test_a_run_that_measures_nothing_fails(flowtracer, model, data):
         (("--rows", "none"), 2, "'future', 'answer'"),
         (("--protocols", "love"), 2, "some of knock_out, curves, .*, got love"),
         (("--setting", "love"), 2, "'given', 'compute'"),
+        (("--shard", "3/2"), 2, "wanted such as 3/8"),
+        (("--shard", "1/2", "--output", "/dev/null/x.jsonl"), 2, "cannot write"),
+        (("--gpus-per-worker", "1"), 2, "are for --engine ray"),
     ],
 )
 def test_mistakes_end_in_a_sentence(flowtracer, model, data, arguments, code, said):

@@ -1,5 +1,6 @@
 import inspect
 import json
+import sys
 
 import pytest
 from typer.main import get_command
@@ -119,11 +120,41 @@ def test_another_folder_is_wanted_before_the_model_is_loaded(
         (("--scores", "nonsense"), "nonsense"),
         (("--output", "/dev/null/out"), "cannot write to the folder"),
         (("--workers", "0"), "greater than or equal to 1"),
+        (("--engine", "spark"), "'processes', 'ray'"),
+        (("--gpus-per-worker", "1"), "--gpus-per-worker and --address are for --engine ray"),
+        (("--address", "auto"), "--gpus-per-worker and --address are for --engine ray"),
     ],
 )
 def test_wrong_options_are_usage_errors(flowtracer, tmp_path, arguments, said):
     ran = flowtracer("trace-data", "M", "d.jsonl", "--output", tmp_path / "out", *arguments)
     assert_failed(ran, 2, said)
+
+
+def test_the_engine_gets_its_options(flowtracer, plain_model, data, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr("flowtracer_plugin.cli.trace_data._deliver", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "flowtracer_plugin.bulk.data_set.trace_dataset", lambda *_, **options: given.update(options)
+    )
+    call = ("trace-data", plain_model, data, "--output", tmp_path / "out", "--engine", "ray")
+    ran = flowtracer(*call, "--workers", 8, "--gpus-per-worker", 0.5, "--address", "auto")
+    assert ran.code == 0, ran.err
+    chosen = {"engine": "ray", "workers": 8, "gpus_per_worker": 0.5, "address": "auto"}
+    assert chosen.items() <= given.items()
+
+
+def test_a_missing_ray_is_named_before_the_model_is_loaded(
+    flowtracer, plain_model, data, tmp_path, monkeypatch
+):
+    from flowtracer_plugin.bulk import ray_actors
+
+    monkeypatch.setattr("flowtracer_plugin.cli.trace_data.load_tokenizer", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, ray_actors.__name__)
+    monkeypatch.delattr("flowtracer_plugin.bulk.ray_actors")
+    call = ("trace-data", plain_model, data, "--output", tmp_path / "out", "--engine", "ray")
+    ran = flowtracer(*call)
+    assert_failed(ran, 1, "the engine ray needs ray; run: pip install 'flowtracer-plugin[ray]'")
 
 
 def test_options_have_the_defaults_of_python():

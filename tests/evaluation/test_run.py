@@ -9,7 +9,14 @@ from flowtracer_plugin import wrap
 from flowtracer_plugin.bulk.examples import Example
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES
 from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions, measure_knock_outs
-from flowtracer_plugin.evaluation.run import FORMAT, VERSION, evaluate, evaluate_to_file
+from flowtracer_plugin.evaluation.run import (
+    FORMAT,
+    VERSION,
+    evaluate,
+    evaluate_to_file,
+    part_file,
+    part_files,
+)
 from flowtracer_plugin.files import RecordFile
 from tests.evaluation.planted import planted_story, planted_text
 from tests.tiny import PROMPT, RESPONSE
@@ -136,6 +143,42 @@ def test_a_score_that_is_not_finite_costs_its_example(planted):
 
 
 # --- the file ---
+
+
+def test_outcomes_have_the_order_of_the_examples_whenever_they_are_known(planted, tmp_path):
+    path, asked = tmp_path / "results.jsonl", examples("none", "short", "none")
+
+    def backwards(left):
+        return evaluate(planted, reversed(left), FEW)
+
+    found = evaluate_to_file(backwards, asked, path, SETTINGS)
+    assert [one.row for one in found] == [0, 1, 2]
+    rows = [json.loads(line)["row"] for line in path.read_text().splitlines()[1:]]
+    assert rows == [2, 1, 0]
+    assert evaluate_to_file(backwards, asked, path, SETTINGS) == found
+
+
+def test_what_parts_hold_is_not_measured_again(planted, tmp_path):
+    path, asked = tmp_path / "results.jsonl", examples("none", "short", "none", "none")
+    part, measured_rows = part_file(path, 1, 2), []
+
+    def measured(left):
+        measured_rows.append([one.row for one in left])
+        return evaluate(planted, left, FEW)
+
+    evaluate_to_file(measured, asked[::2], part, SETTINGS)
+    with part.open("a") as file:
+        file.write('{"row": 3, "di')  # as another process may have written by now
+    before = part.read_bytes()
+    (tmp_path / "results-1-of-2-old.jsonl").write_text("mine")
+    assert part_files(path) == [part]
+    found = evaluate_to_file(measured, asked[:3], path, SETTINGS, parts=part_files(path))
+    assert [one.row for one in found] == [0, 1, 2]
+    assert measured_rows == [[0, 2], [1]]
+    assert part.read_bytes() == before
+    changed = [replace(asked[0], response="other"), *asked[1:]]
+    with pytest.raises(ValueError, match=r"results-1-of-2.*holds row 0 with other texts"):
+        evaluate_to_file(measured, changed, None, SETTINGS, parts=[part])
 
 
 def test_a_run_continues_where_it_stopped(planted, tmp_path):
