@@ -1,4 +1,4 @@
-"""Whole data sets: rows to traces, tables and pages, shard by shard, resumable."""
+"""Whole data sets: rows to traces, tables and pages, by shards and workers, resumable."""
 
 import lazy_loader
 
