@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,9 @@ may fail to start before none takes their place."""
 
 PATIENCE = 60
 """Seconds without any worker after which a log line says what is waited for."""
+
+_ANSWER = 10
+"""Seconds in which the address of a cluster must answer."""
 
 _STORE = 200_000_000
 """Bytes of shared memory of a Ray that is started here; what is larger goes to the disk."""
@@ -65,8 +69,9 @@ def _connected(workers: int, address: str | None) -> Iterator[int | None]:
     elif (there := _address(address)) is not None:
         with _silent():
             try:
+                _check_answers(there)
                 ray.init(address=there, log_to_driver=False, logging_level=logging.ERROR)
-            except ConnectionError as error:
+            except OSError as error:
                 raise ConnectionError(
                     f"there is no Ray at {there!r}: {error}; ray start --head starts one, and this "
                     "must run on a machine of its cluster"
@@ -80,6 +85,17 @@ def _connected(workers: int, address: str | None) -> Iterator[int | None]:
             import torch
 
             yield max(1, torch.get_num_threads() // workers)
+
+
+def _check_answers(address: str) -> None:
+    """Check that somebody listens at an address such as 10.0.0.1:6379; Ray would try for minutes.
+
+    Raises:
+        OSError: Nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
 
 
 def _address(address: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -143,6 +144,16 @@ def test_an_address_is_none_where_ray_runs_already(on_ray):
     engine = Engine(name="ray", address="auto")
     with pytest.raises(ValueError, match=r"is connected to Ray already.*leave the address out"):
         list(run_tasks(int, squared, [1], engine=engine))
+
+
+def test_an_address_without_ray_is_named(monkeypatch):
+    monkeypatch.setattr(ray_actors.ray, "is_initialized", lambda: False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        engine = Engine(name="ray", address=address)
+        with pytest.raises(ConnectionError, match=rf"there is no Ray at '{address}': .*ray start"):
+            list(run_tasks(int, squared, [1], engine=engine))
 
 
 @pytest.mark.parametrize(
