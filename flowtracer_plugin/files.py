@@ -11,7 +11,9 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -73,14 +75,27 @@ def write_first(path: Path, content: bytes) -> None:
         path.hardlink_to(whole)
     except FileExistsError:
         pass
+    except OSError:  # some network and memory card file systems have no hard links
+        if not path.exists():
+            whole.replace(path)
     finally:
         whole.unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what crashes have left of files that were being written to `folder`."""
+def remove_parts(folder: Path, *, older: float = 0.0) -> None:
+    """Remove what crashes have left of files that were being written to `folder`.
+
+    Only those that nobody has touched for `older` seconds, where others may still be writing.
+    """
     for part in folder.glob(f".*{_PART}"):
-        part.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime >= older:
+                part.unlink(missing_ok=True)
+
+
+def is_part(path: Path) -> bool:
+    """Whether the file is one that is being written, or that a crash has left unfinished."""
+    return path.name.startswith(".") and path.name.endswith(_PART)
 
 
 def check_file(path: Path) -> None:
@@ -305,15 +320,27 @@ def check_settings(
     """
     wanted: Mapping[str, Any] = json.loads(json.dumps(settings))
     differ = [
-        f"{name} is {held.get(name)!r} there and {value!r} now"
-        for name, value in wanted.items()
-        if held.get(name) != value
+        f"{name} is {one!r} there and {other!r} now"
+        for name, one, other in _differences(held, wanted)
     ]
     if differ:
         raise ValueError(
             f"{str(path)!r} holds results with other settings: {'; '.join(differ)}; give the same "
             f"ones, or write to another {place}"
         )
+
+
+def _differences(
+    held: Mapping[str, Any], wanted: Mapping[str, Any], within: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """The name of each setting that differs, with both values; of groups, only what differs."""
+    for name, value in wanted.items():
+        there = held.get(name)
+        if isinstance(there, dict) and isinstance(value, dict):
+            keys = dict.fromkeys((*value, *there))
+            yield from _differences(there, {key: value.get(key) for key in keys}, f"{name}.")
+        elif there != value:
+            yield f"{within}{name}", there, value
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

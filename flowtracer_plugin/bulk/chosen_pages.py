@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from flowtracer_plugin.bulk.examples import IDS
 from flowtracer_plugin.bulk.groups import CORRECT, group_rollouts
 from flowtracer_plugin.bulk.rows import read_row
 from flowtracer_plugin.bulk.shards import PAGES, TRACES, MakeTracer, Work, write_page
@@ -53,6 +55,7 @@ def write_pages(
     """
     left = [row for row in chosen if not work.file(PAGES, row, ".html").exists()]
     tracer: FlowTracer | None = None
+    options = replace(work.options, columns=replace(work.options.columns, ids=True))
     for row in left:
         saved = work.file(TRACES, row, ".flow")
         if saved.exists():
@@ -61,9 +64,20 @@ def write_pages(
         if tracer is None:
             tracer = make()
             work.claim(tracer)
-        (result,) = trace_rows(tracer, [(row, read_row(rows, row))], work.options)
+        (result,) = trace_rows(tracer, [(row, _as_traced(results, rows, row))], options)
         if result.trace is not None:
             write_page(work, row, result.trace, result.scores)
+
+
+def _as_traced(results: Results, rows: Any, row: int) -> Any:
+    """A row of the data with the token ids that were traced, as an answer may come out anew."""
+    given = read_row(rows, row)
+    if isinstance(given, ValueError):
+        return given
+    tokens = results.tokens_of(row, ["id", "part"]).to_pylist()
+    asked = [one["id"] for one in tokens if one["part"] in ("prompt", "question")]
+    said = [one["id"] for one in tokens if one["part"] not in ("prompt", "question")]
+    return {**given, IDS[0]: asked, IDS[1]: said}
 
 
 def _scores(results: Results, row: int, names: Sequence[str]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def trace_dataset(
     _check_pages(found, pages, pages_of)
     options = RowOptions(
         columns=found.columns,
-        scores=tuple(scores),
+        scores=tuple(dict.fromkeys(scores)),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
@@ -130,6 +130,12 @@ def trace_dataset(
         for number, start in enumerate(range(0, len(held), shard_size))
     ]
     mine = [one for one in shards if one[0] % shard[1] == shard[0] - 1]
+    if not mine and not any(work.file(ANSWERS, number).exists() for number, _ in shards):
+        raise ValueError(
+            f"part {shard[0]} of {shard[1]} has nothing to trace: the {len(held)} rows are "
+            f"{len(shards)} shards of {shard_size}; ask for fewer parts, or for smaller shards "
+            "(--shard-size)"
+        )
     # Pages take a tracer again; where the rows were traced here, it is the same one.
     once = cache(make)
     _run(once if who.here else make, work, mine, held, engine=who, progress=progress, say=say)
@@ -139,8 +145,9 @@ def trace_dataset(
         chosen = first_rows if pages_of == "first" else different_rows
         write_pages(once, work, results, held, chosen(results, pages))
     if finished:
-        for kind in (ANSWERS, TOKENS, TRACES, PAGES):
-            remove_parts(work.folder / kind)
+        for kind in (ANSWERS, TOKENS, TRACES, PAGES, "."):
+            # Other parts may still be writing.
+            remove_parts(work.folder / kind, older=0.0 if shard == (1, 1) else 3600.0)
     write_data_index(results)
     return results
 

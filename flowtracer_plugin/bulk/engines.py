@@ -7,12 +7,14 @@ with its first task.
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from threading import Thread
 from typing import Any, Protocol, TypeVar
 
 ENGINES = ("processes", "ray")
@@ -192,8 +194,17 @@ class _Process:
 def _begin(make: Callable[[], Any], threads: int) -> None:
     import torch
 
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _Process.held = _Held(make)  # made later: errors here would only say that the process has died
+
+
+def _end_with_parent() -> None:
+    """End this process once the one that started it has ended, as after kill -9."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _call(do: Callable[[Any, Any], Any], task: Any) -> Any:

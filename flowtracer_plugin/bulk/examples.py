@@ -86,15 +86,20 @@ class Columns:
     ids: bool = True
 
     def __post_init__(self) -> None:
-        """Check the template.
+        """Check the template and the system message.
 
         Raises:
-            ValueError: It has no place for the prompt.
+            ValueError: It has no place for the prompt, or a system message comes without `chat`.
         """
         if self.template is not None and "{prompt}" not in self._template:
             raise ValueError(
                 f"the template must be {', '.join(TEMPLATES)} or a text with {{prompt}} where the "
                 f"question goes, got {self.template!r}"
+            )
+        if self.system is not None and not self.chat:
+            raise ValueError(
+                "a system prompt needs a chat template, and the model has none, or it is turned "
+                "off (chat=False, --no-chat); leave the system prompt out"
             )
 
     @property

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from dataclasses import asdict
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from flowtracer_plugin import __version__
-from flowtracer_plugin.files import check_folder, check_settings, parsed, typed, write_first
+from flowtracer_plugin.files import (
+    check_folder,
+    check_settings,
+    is_part,
+    parsed,
+    typed,
+    write_first,
+)
 from flowtracer_plugin.model.causal_lm import model_name
+from flowtracer_plugin.text.answers import AnswerFinder, finder_name
 from flowtracer_plugin.trace.tracer import FlowTracer
 
 FORMAT = "flowtracer.data_set"
@@ -39,11 +49,25 @@ def fingerprint(tracer: FlowTracer) -> dict[str, Any]:
         "tokenizer": _hash(json.dumps(words)),
         "dtype": str(tracer.model.dtype),
         "flow": {**asdict(tracer.options), "layers": list(tracer.layers)},
+        "answer": finder_digest(tracer.answer),
         "mode": tracer.mode,
         "adapter": tracer.reader.adapter.name,
         "backend": tracer.reader.backend.name,
         "versions": {"flowtracer-plugin": __version__} | {one: version(one) for one in _LIBRARIES},
     }
+
+
+def finder_digest(finder: AnswerFinder) -> str:
+    """What tells answer finders apart: a name, a pattern with its flags, or a function's source."""
+    if isinstance(finder, str):
+        return finder
+    if isinstance(finder, re.Pattern):
+        return f"{finder.pattern} {finder.flags}"
+    try:
+        source = inspect.getsource(cast(Any, finder))
+    except (OSError, TypeError):  # made by no source file, such as a partial function
+        source = repr(getattr(getattr(finder, "__code__", None), "co_code", finder_name(finder)))
+    return f"{finder_name(finder)} {_hash(source)}"
 
 
 def _lasting(config: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +124,7 @@ def check_claim(folder: Path, settings: dict[str, Any]) -> None:
     check_folder(folder)
     path = folder / SETTINGS
     if not path.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and not all(map(is_part, folder.iterdir())):
             raise ValueError(
                 f"cannot write to the folder {str(folder)!r}: it holds other files and no "
                 f"{SETTINGS}; name a new or empty folder"
@@ -113,4 +137,10 @@ def check_claim(folder: Path, settings: dict[str, Any]) -> None:
             f"cannot go on with {str(folder)!r}: {SETTINGS} is damaged ({error}); name another "
             "folder"
         ) from error
+    if held.get("rows", settings.get("rows")) != settings.get("rows"):
+        raise ValueError(
+            f"{str(path)!r} holds results of {held['rows']} rows, and the data have "
+            f"{settings['rows']} now: finished shards fit the same rows only; give the same data "
+            "and --limit, or write to another folder"
+        )
     check_settings(path, held, settings, place="folder")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -46,6 +46,10 @@ class JsonLines(Sequence[Mapping[str, Any]]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def __iter__(self) -> Iterator[Any]:
+        """The rows; a damaged one is the error that says so."""
+        return (read_row(self, number) for number in range(len(self)))
+
     def __getitem__(self, number: Any) -> Any:
         with self._path.open("rb") as file:
             file.seek(self._places[number])
@@ -70,6 +74,8 @@ def open_rows(data: Any, *, split: str = "train", limit: int | None = None) -> A
             f"{type(data).__name__}"
         )
     else:
+        if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a pandas DataFrame
+            data = data.to_dict("records")
         rows = data if hasattr(data, "__len__") and hasattr(data, "__getitem__") else list(data)
     if limit is not None and len(rows) > limit:
         rows = rows.select(range(limit)) if hasattr(rows, "select") else rows[:limit]
@@ -88,7 +94,7 @@ def read_row(rows: Any, number: int) -> Row:
 
 def checked_row(row: Any, number: int) -> Row:
     """The row, or an error if it is no mapping."""
-    if isinstance(row, Mapping):
+    if isinstance(row, Mapping | ValueError):
         return row
     return ValueError(f"row {number} of the data is not an object: {row!r:.80}")
 
@@ -136,7 +142,8 @@ def survey(rows: Any, columns: Columns) -> Survey:
     digest, kinds, answers = blake2b(digest_size=16), KindsSeen(chosen.used), 0
     for number in numbers:
         row = read_row(rows, number)
-        known = str(row) if isinstance(row, ValueError) else as_json(dict(row))
+        # Not the error's words, which name the file as it was named.
+        known = f"damaged {number}" if isinstance(row, ValueError) else as_json(dict(row))
         digest.update(known.encode(errors="surrogatepass") + b"\n")
         kinds.add(row)
         if not isinstance(row, ValueError):

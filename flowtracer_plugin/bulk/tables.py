@@ -80,9 +80,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def answer_schema(kinds: Mapping[str, str]) -> pyarrow.Schema:
     """The columns of the answers; `kinds` are those of the columns that are carried through.
 
-    A carried column whose name is taken gets `data_` before it.
+    A carried column whose name is taken gets `data_` before it, again until the name is free.
     """
-    carried = [(carried_name(name), _CARRIED_TYPES[kind]) for name, kind in kinds.items()]
+    names = carried_names(kinds)
+    carried = [(names[name], _CARRIED_TYPES[kind]) for name, kind in kinds.items()]
     return pyarrow.schema([*_ANSWER_TYPES.items(), *carried])
 
 
@@ -92,10 +93,15 @@ def token_schema(scores: Iterable[str]) -> pyarrow.Schema:
     return pyarrow.schema([*_TOKEN_TYPES.items(), *more])
 
 
-def carried_name(name: str) -> str:
-    """The name of a column of the data in the table of answers."""
-    name = _whole(name)
-    return f"data_{name}" if name in _ANSWER_TYPES else name
+def carried_names(names: Iterable[str]) -> dict[str, str]:
+    """The name of each column of the data in the table of answers; no two are the same."""
+    found: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: _whole(name) in _ANSWER_TYPES):  # free ones first
+        new = _whole(name)
+        while new in _ANSWER_TYPES or new in found.values():
+            new = f"data_{new}"
+        found[name] = new
+    return found
 
 
 def answer_record(result: TracedRow, kinds: Mapping[str, str]) -> dict[str, Any]:
@@ -112,8 +118,9 @@ def answer_record(result: TracedRow, kinds: Mapping[str, str]) -> dict[str, Any]
         "error": _whole(result.error),
         "top_tokens": [],
     }
+    names = carried_names(kinds)
     for name, kind in kinds.items():
-        record[carried_name(name)] = _carried(result.columns.get(name), kind)
+        record[names[name]] = _carried(result.columns.get(name), kind)
     trace = result.trace
     if trace is None:
         return record

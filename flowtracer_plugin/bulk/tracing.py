@@ -99,7 +99,7 @@ def trace_many(
         raise ValueError("there are no rows to trace")
     options = RowOptions(
         columns=chosen_columns((row for _, row in first), columns or Columns()),
-        scores=tuple(scores),
+        scores=tuple(dict.fromkeys(scores)),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )

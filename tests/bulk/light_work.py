@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 
 def worker_made(folder):
@@ -35,3 +36,13 @@ class NeverStarted:
 
     def ready(self):
         """Never called."""
+
+
+def nothing():
+    """A state that takes no time to make."""
+
+
+def slow(folder, _state, _task):
+    """Say who works, then work for long."""
+    (folder / f"{os.getpid()}.pid").touch()
+    time.sleep(100)

@@ -11,8 +11,9 @@ import torch
 
 import flowtracer_plugin as ft
 from flowtracer_plugin import trace_dataset, wrap
-from flowtracer_plugin.bulk import chosen_pages, fingerprint as fingerprints, shards
+from flowtracer_plugin.bulk import chosen_pages, fingerprint as fingerprints, shards, tracing
 from flowtracer_plugin.bulk.chosen_pages import different_rows
+from flowtracer_plugin.bulk.examples import Columns
 from tests.bulk.stories import stories
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -138,7 +139,7 @@ def test_a_tracer_is_no_function_for_several_workers(tiny, tmp_path):
     [
         ({"scores": ["entropy"]}, r"scores is \[\] there and \['entropy'\] now"),
         ({"shard_size": 5}, "shard_size is 3 there and 5 now"),
-        ({"count": 25}, "rows is 24 there and 25 now"),
+        ({"count": 25}, "24 rows, and the data have 25 now"),
         ({"max_new_tokens": 3}, "max_new_tokens is 256 there and 3 now"),
     ],
 )
@@ -161,7 +162,7 @@ def test_other_weights_and_options_are_refused(tiny, whole):
     with pytest.raises(ValueError, match=r"weights is '.{32}' there and '.{32}' now"):
         run(other, whole.folder, **OPTIONS)
     other = wrap(tiny.model, tiny.tokenizer, mode="dense", preset="sharp")
-    with pytest.raises(ValueError, match=r"flow is .* now"):
+    with pytest.raises(ValueError, match=r"flow.target is 'answer' there and 'decision' now"):
         run(other, whole.folder, **OPTIONS)
 
 
@@ -324,3 +325,75 @@ def test_different_pages_take_right_answers_and_wrong_ones(tiny, tmp_path):
     assert page_texts(tmp_path / "out") == {}
     with pytest.raises(ValueError, match="wanted pages_of 'first' or 'different', got 'best'"):
         run(tiny, tmp_path / "out", pages_of="best")
+
+
+def test_answer_finders_of_one_name_are_told_apart(tmp_path):
+    def made(place):
+        def finder(text):
+            found = text.rindex("2") if place == "last" else text.index("3")
+            return found, found + 1
+
+        return finder
+
+    def other(text):
+        return (0, 1)
+
+    other.__name__ = "finder"
+    first = wrap(tiny_llama(), tiny_tokenizer(), answer=made("last"), preset="paper")
+    run(first, tmp_path / "out", 4)
+    run(first, tmp_path / "out", 4)
+    second = wrap(first.model, tiny_tokenizer(), answer=other, preset="paper")
+    with pytest.raises(ValueError, match=r"answer is 'finder .* there and 'finder .* now"):
+        run(second, tmp_path / "out", 4)
+
+
+def test_what_a_crash_has_left_before_the_settings_is_no_other_file(tiny, whole, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / ".0123456789abcdef.part").write_bytes(b"{")
+    assert_same(run(tiny, folder), whole)
+    assert not [path for path in folder.rglob(".*") if path.is_file()]
+
+
+def test_a_part_without_shards_says_so_before_the_model_is_made(tmp_path):
+    with pytest.raises(ValueError, match=r"part 3 of 8 has nothing to trace: the 4 rows are 2 sha"):
+        run(lambda: pytest.fail("made"), tmp_path / "out", 4, shard=(3, 8))
+
+
+def test_other_numbers_of_rows_are_named_first(tiny, tmp_path):
+    run(tiny, tmp_path / "out", 4)
+    with pytest.raises(ValueError, match="holds results of 4 rows, and the data have 8 now"):
+        run(tiny, tmp_path / "out", 8)
+
+
+def test_settings_that_differ_are_named_without_the_others(tiny, tmp_path):
+    rows = [{**one, "asked": one["prompt"]} for one in stories(3)]
+    trace_dataset(tiny, rows, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"columns.prompt is 'prompt' there and 'asked' now; give"):
+        trace_dataset(tiny, rows, tmp_path / "out", columns=Columns(prompt="asked"))
+
+
+def test_settings_are_written_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    for settings in ({"a": 1}, {"a": 1}):
+        fingerprints.claim(tmp_path / "out", settings)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
+
+
+def test_a_later_page_shows_the_answer_that_was_traced(tiny, tmp_path, monkeypatch):
+    said = iter([" He had 3. 3 - 1 = 2.\nThe answer is 2.", " He ate 3.\nThe answer is 3."])
+
+    def generate_many(model, prompts, *, tokenizer, max_new_tokens):
+        answer = next(said)
+        return [tokenizer(answer).input_ids for _ in prompts]
+
+    monkeypatch.setattr(tracing, "generate_many", generate_many)
+    rows = [{"prompt": stories(1)[0]["prompt"]}]
+    trace_dataset(tiny, rows, tmp_path / "out")
+    trace_dataset(tiny, rows, tmp_path / "out", pages=1)
+    (page,) = page_texts(tmp_path / "out").values()
+    assert "answer “2”" in page
+    assert next(said).endswith("3.")

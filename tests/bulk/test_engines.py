@@ -3,7 +3,9 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -178,3 +180,30 @@ def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
     monkeypatch.delattr("flowtracer_plugin.bulk.ray_actors")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'flowtracer-plugin\[ray\]'"):
         trace_dataset(lambda: pytest.fail("made"), stories(1), Path("/nowhere"), engine="ray")
+
+
+def until(reached):
+    """Wait; a test that waits for ever ends by pytest's own limit."""
+    while not reached():
+        time.sleep(0.1)
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    script = f"""
+from pathlib import Path
+from functools import partial
+from flowtracer_plugin.bulk.engines import Engine, run_tasks
+from tests.bulk.light_work import nothing, slow
+if __name__ == "__main__":
+    work = partial(slow, Path({str(tmp_path)!r}))
+    list(run_tasks(nothing, work, range(4), engine=Engine(workers=2)))
+"""
+    file = tmp_path / "script.py"
+    file.write_text(script)
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen([sys.executable, file], env={**os.environ, "PYTHONPATH": str(root)})
+    until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    workers = [psutil.Process(int(path.stem)) for path in tmp_path.glob("*.pid")]
+    parent.kill()
+    parent.wait()
+    until(lambda: not any(one.is_running() and one.status() != "zombie" for one in workers))

@@ -1,9 +1,10 @@
 import json
 
+import pandas
 import pytest
 
 from flowtracer_plugin.bulk.examples import Columns
-from flowtracer_plugin.bulk.rows import JsonLines, open_rows, read_row, survey
+from flowtracer_plugin.bulk.rows import JsonLines, open_rows, read_row, survey, windows
 
 
 def write(path, content):
@@ -90,3 +91,24 @@ def test_missing_columns_and_unreadable_data_are_named():
         survey([{"a": 1}], Columns())
     with pytest.raises(ValueError, match=r"no row of the data can be read: row 0 .* not an object"):
         survey([1, 2], Columns())
+
+
+def test_a_damaged_line_does_not_end_an_iteration(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": \n{"prompt": "b"}\n')
+    (part,) = windows(open_rows(path), 64)
+    assert [type(row).__name__ for _, row in part] == ["dict", "ValueError", "dict"]
+    elsewhere = tmp_path / "other.jsonl"
+    elsewhere.write_bytes(path.read_bytes())
+    digests = {survey(open_rows(one), Columns()).digest for one in (path, elsewhere)}
+    assert len(digests) == 1
+
+
+def test_a_data_frame_has_rows():
+    frame = pandas.DataFrame([{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}])
+    assert open_rows(frame) == [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
+
+
+def test_a_system_prompt_needs_a_chat_template():
+    with pytest.raises(ValueError, match="a system prompt needs a chat template"):
+        Columns(system="Be kind.")

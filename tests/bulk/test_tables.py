@@ -14,6 +14,7 @@ from flowtracer_plugin.bulk.tables import (
     answer_record,
     answer_schema,
     answer_table,
+    carried_names,
     token_schema,
     token_table,
 )
@@ -139,3 +140,14 @@ def test_a_page_lists_all_columns():
     text = (ROOT / "docs" / "data_sets.md").read_text("utf-8")
     listed = re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)
     assert listed == [*answer_schema({}).names, *token_schema([]).names]
+
+
+def test_no_two_columns_have_one_name():
+    names = ["row", "data_row", "id", "data_data_row", "level"]
+    found = carried_names(names)
+    assert list(found.values()) == sorted(set(found.values()), key=list(found.values()).index)
+    assert found["data_row"] == "data_row"
+    assert found["row"] == "data_data_data_row"
+    assert (found["id"], found["level"]) == ("data_id", "level")
+    schema = answer_schema(dict.fromkeys(names, "text"))
+    assert len(set(schema.names)) == len(schema.names)
