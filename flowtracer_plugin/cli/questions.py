@@ -22,12 +22,13 @@ class DataOptions:
     data: Annotated[
         str,
         typer.Argument(
-            metavar="DATA", help="A JSON Lines file, another data file, or a dataset on the hub."
+            metavar="DATA",
+            help="A JSON Lines file, another data file, a folder, or a dataset on the hub.",
         ),
     ]
     split: Annotated[str, _data(help="Split of the dataset.")] = "train"
     prompt_column: Annotated[
-        str | None, _data(help="Column of the prompts; by default prompt or question.")
+        str | None, _data(help="Column of the prompts; by default prompt, question or messages.")
     ] = None
     answer_column: Annotated[
         str | None, _data(help="Column of the right answers; by default answer.")
