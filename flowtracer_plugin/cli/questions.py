@@ -1,13 +1,18 @@
-"""The options that choose a command's questions, and how the model gets them."""
+"""The questions of a command, from the shell, a file or a data set, and how the model gets them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from flowtracer_plugin.cli.options import PromptOptions
 
 if TYPE_CHECKING:
     from flowtracer_plugin.bulk.examples import Example
@@ -59,3 +64,104 @@ def load_prompts(
         chat=options.chat and tokenizer.chat_template is not None,
         **others,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked, read and checked before the model is loaded.
+
+    Attributes:
+        messages: Chat messages; a text is one of the user.
+        text: The text, if the prompt is one.
+        response: The words of the assistant that end the messages.
+        chat: Whether a text goes into the chat template.
+        template_kwargs: Arguments of the chat template.
+    """
+
+    messages: list[dict[str, Any]]
+    text: str | None = None
+    response: str | None = None
+    chat: bool = True
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def prompt(self, tokenizer: Any) -> str | list[dict[str, Any]]:
+        """The messages, if the tokenizer has a template for them, or else the text.
+
+        Raises:
+            ValueError: There is no template, and a system prompt or its arguments need one.
+        """
+        if self.text is None or (self.chat and tokenizer.chat_template is not None):
+            return self.messages
+        if len(self.messages) > 1 or self.template_kwargs:
+            raise ValueError(
+                "--system-prompt and --template-arg need a chat template, and this model has none; "
+                "leave them out"
+            )
+        return self.text
+
+
+def read_question(asked: PromptOptions) -> Question:
+    """The prompt that the options name.
+
+    Raises:
+        ValueError: It is empty or no UTF-8 text, or a file does not hold chat messages.
+    """
+    if asked.messages is not None:
+        return _conversation(asked.messages, asked.template_kwargs)
+    text = checked("prompt", _text(asked))
+    system = [] if asked.system_prompt is None else [_said("system", asked.system_prompt)]
+    return Question(
+        messages=[*system, _said("user", text)],
+        text=text,
+        chat=asked.chat,
+        template_kwargs=asked.template_kwargs,
+    )
+
+
+def checked(name: str, text: str) -> str:
+    """The text, checked for what a tokenizer cannot read.
+
+    Raises:
+        ValueError: It is empty, or no UTF-8 text.
+    """
+    if not text:
+        raise ValueError(f"the {name} is empty, so there is nothing to trace; pass a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # Python keeps undecodable bytes from a shell as surrogates
+        raise ValueError(f"the {name} must be UTF-8 text: {error}") from error
+    return text
+
+
+def _text(asked: PromptOptions) -> str:
+    try:
+        if asked.prompt_file is not None:
+            return asked.prompt_file.read_text("utf-8-sig").removesuffix("\n")
+        if asked.prompt == "-":
+            return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt must be UTF-8 text: {error}") from error
+    return asked.prompt or ""
+
+
+def _conversation(path: Path, template_kwargs: Mapping[str, Any]) -> Question:
+    try:
+        messages = json.loads(path.read_text("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON text: {error}") from error
+    if isinstance(messages, dict):
+        messages = messages.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+        raise ValueError(
+            f"{str(path)!r} must hold a list of chat messages, each with 'role' and 'content'"
+        )
+    last = messages[-1] if len(messages) > 1 else {}
+    response = last.get("content") if last.get("role") == "assistant" else None
+    if isinstance(response, str):
+        messages = messages[:-1]
+        return Question(messages=messages, response=response, template_kwargs=template_kwargs)
+    return Question(messages=messages, template_kwargs=template_kwargs)
+
+
+def _said(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": text}

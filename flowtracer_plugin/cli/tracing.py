@@ -26,7 +26,7 @@ from flowtracer_plugin.cli.options import (
     flattened,
 )
 from flowtracer_plugin.cli.outputs import deliver, print_document
-from flowtracer_plugin.cli.prompts import Question, checked, read_question
+from flowtracer_plugin.cli.questions import Question, checked, read_question
 
 if TYPE_CHECKING:
     from flowtracer_plugin.trace.flow_trace import FlowTrace
@@ -201,7 +201,7 @@ def _deliver(tracer: FlowTracer, trace: FlowTrace, outputs: NewTraceOptions) -> 
 
 def _drops(tracer: FlowTracer, trace: FlowTrace) -> dict[int, float] | None:
     """What the answer loses without each of the tokens with the most flow, one at a time."""
-    from flowtracer_plugin.evaluation import token_drops
+    from flowtracer_plugin.evaluation.knockout import token_drops
     from flowtracer_plugin.model.cutting import KnockOutError
     from flowtracer_plugin.report.carried import carriers
     from flowtracer_plugin.report.display import show

@@ -46,11 +46,11 @@ def tracing(model, *more):
         (["generat"], "No such command 'generat'. Did you mean 'generate'?"),
         (["adapters", "chek"], "No such command 'chek'. Did you mean 'check'?"),
         (["trace", "--promt", "a"], "No such option: --promt"),
-        (["generate", "--model", "x"], "Missing option '--prompt'"),
+        (["generate", "x"], "pass the prompt by one of --prompt"),
         (["report"], "Missing argument 'FILE'"),
-        (["compare"], "Missing argument 'FILE'"),
-        (["trace"], "Missing option '--model'"),
-        (["trace", "--model", "x"], "Missing option '--prompt'"),
+        (["compare"], "Missing argument 'FILE...|FOLDER'"),
+        (["trace"], "Missing argument 'MODEL'"),
+        (["trace", "--model", "x"], "pass the prompt by one of --prompt"),
         (["estimate", "--model", "x"], "Missing option '--tokens'"),
         (
             ["trace", "--model", "x", "--prompt", "a", "--response", "b", "--adapter", "nothing"],
@@ -73,7 +73,8 @@ def test_a_folder_cannot_be_written_as_a_file(flowtracer, saved, tmp_path):
 def test_a_file_that_is_no_trace_is_named(flowtracer, saved, tmp_path):
     ran = flowtracer("report", tmp_path / "no.flow")
     assert_failed(ran, 1, "no trace at", "no.flow", "wanted a file that FlowTrace.save()")
-    assert_failed(flowtracer("compare", saved, tmp_path), 1, "no trace at", str(tmp_path))
+    ran = flowtracer("compare", saved, tmp_path)
+    assert_failed(ran, 2, "wanted files of traces, or one folder alone", str(tmp_path))
     (tmp_path / "notes.flow").write_text("# notes\n")
     ran = flowtracer("report", tmp_path / "notes.flow")
     assert_failed(ran, 1, "it is damaged, or not a file that FlowTrace.save() wrote", "trace the")

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import flowtracer_plugin as ft
-from flowtracer_plugin import evaluation, report
+from flowtracer_plugin import report
 from flowtracer_plugin.cli import (
     compare as cli_compare,
     report as cli_pages,
     tracing as cli_tracing,
 )
+from flowtracer_plugin.evaluation import knockout
 from flowtracer_plugin.model.cutting import KnockOutError
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from tests.cli.command_line import EVERYTHING, Ran, assert_failed, in_a_process
@@ -76,7 +77,7 @@ def test_a_check_says_what_the_answer_loses_without_the_tokens_with_the_most_flo
     def refuse(*_):
         raise KnockOutError("its attention cannot be cut")
 
-    monkeypatch.setattr(evaluation, "token_drops", refuse)
+    monkeypatch.setattr(knockout, "token_drops", refuse)
     ran = flowtracer(*given, "--check")
     assert ran.code == 0
     assert "nothing is knocked out: its attention cannot be cut" in ran.err

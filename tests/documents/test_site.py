@@ -104,6 +104,7 @@ def test_links_to_other_sites_are_encrypted_links_to_known_ones(pages):
     assert {urlsplit(link).scheme for link in links} == {"", "https"}
     assert hosts <= {
         "arxiv.org",
+        "docs.ray.io",
         "docs.kidger.site",
         "github.com",
         "huggingface.co",
@@ -133,7 +134,7 @@ def test_the_reference_of_the_command_has_every_option(site):
     html = (site / "docs/command_line.html").read_text()
     helped = CliRunner().invoke(app, ["trace", "--help"], terminal_width=200).output
     options = set(re.findall(r"--[a-z-]+", helped))
-    assert {"--model", "--layers"} < options
+    assert {"--prompt", "--layers"} < options
     assert {one for one in options if one not in html} == set()
 
 
