@@ -129,13 +129,7 @@ def trace_dataset(
         (number, range(start, min(start + shard_size, len(held))))
         for number, start in enumerate(range(0, len(held), shard_size))
     ]
-    mine = [one for one in shards if one[0] % shard[1] == shard[0] - 1]
-    if not mine and not any(work.file(ANSWERS, number).exists() for number, _ in shards):
-        raise ValueError(
-            f"part {shard[0]} of {shard[1]} has nothing to trace: the {len(held)} rows are "
-            f"{len(shards)} shards of {shard_size}; ask for fewer parts, or for smaller shards "
-            "(--shard-size)"
-        )
+    mine = _part(shards, shard, work)
     # Pages take a tracer again; where the rows were traced here, it is the same one.
     once = cache(make)
     _run(once if who.here else make, work, mine, held, engine=who, progress=progress, say=say)
@@ -150,6 +144,23 @@ def trace_dataset(
             remove_parts(work.folder / kind, older=0.0 if shard == (1, 1) else 3600.0)
     write_data_index(results)
     return results
+
+
+def _part(
+    shards: Sequence[tuple[int, range]], part: tuple[int, int], work: Work
+) -> list[tuple[int, range]]:
+    """The shards of one part.
+
+    Raises:
+        ValueError: There are none, and no other part has finished one.
+    """
+    mine = [one for one in shards if one[0] % part[1] == part[0] - 1]
+    if not mine and not any(work.file(ANSWERS, number).exists() for number, _ in shards):
+        raise ValueError(
+            f"part {part[0]} of {part[1]} has nothing to trace: the data have only {len(shards)} "
+            "shards; ask for fewer parts, or for smaller shards (--shard-size)"
+        )
+    return mine
 
 
 def _check_pages(found: Survey, pages: int, pages_of: str) -> None:
