@@ -28,7 +28,7 @@ from flowtracer_plugin.trace.tracer import FlowTracer
 
 REASONER = "embedded reasoner"
 OURS = "bulk"
-CASES = [{"model": REASONER, "rows": 1024}, {"model": SMOLLM2, "rows": 64}]
+CASES = [{"model": REASONER, "rows": 256}, {"model": SMOLLM2, "rows": 32}]
 TARGETS = [
     Target(other="loop", measure="seconds", ratio=0.7, where={"model": REASONER}),
     Target(other="loop", measure="seconds", ratio=1.0, where={"model": SMOLLM2}),
