@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -91,6 +91,18 @@ def text_inputs(
     inputs = {"input_ids": ids, "attention_mask": visible.long(), "use_cache": False, **others}
     accepted = accepted_inputs(model)
     return {name: value for name, value in inputs.items() if name in accepted}
+
+
+def later_logits(
+    model: nn.Module, inputs: Mapping[str, Any], first: int, tokens: int
+) -> Float[Tensor, "batch row word"]:
+    """The logits of the rows from `first` on, of texts that have `tokens` in all.
+
+    Earlier rows skip the model's large head, if it can leave them out.
+    """
+    count = tokens - first
+    kept = {"logits_to_keep": count} if "logits_to_keep" in accepted_inputs(model) else {}
+    return first_output(model(**inputs, **kept))[:, -count:]
 
 
 @contextmanager

@@ -72,26 +72,18 @@ def generate_ids(
     """
     check_length(model, len(prompt_ids) + 1)
     most = min(max_new_tokens, context_length(model) - len(prompt_ids))
-    inputs = torch.tensor([prompt_ids], device=input_device(model))
     # Sampling follows the model's own generation config, which greedy decoding does not use.
     choice: Mapping[str, Any] = _GREEDY
     if do_sample:
         given = {"temperature": temperature, "top_p": top_p}
         choice = {name: value for name, value in given.items() if value is not None}
-    generated = cast(Any, model).generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        **decoding(
-            model,
-            max_new_tokens=most,
-            do_sample=do_sample,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            **choice,
-        ),
-        tokenizer=tokenizer,  # finds stop strings
+    (answer,) = _continued(
+        model,
+        [prompt_ids],
+        tokenizer,
+        {"max_new_tokens": most, "do_sample": do_sample, **choice},
         streamer=GenerationProgress(most) if progress else None,
     )
-    answer: list[int] = generated[0, len(prompt_ids) :].tolist()
     return answer
 
 
@@ -126,19 +118,33 @@ def generate_many(
             )
             for one in prompts
         ]
-    device, pad = input_device(model), tokenizer.pad_token_id or 0
-    ids = torch.tensor([[pad] * (longest - len(one)) + [*one] for one in prompts], device=device)
-    seen = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts])
-    generated = cast(Any, model).generate(
-        ids,
-        attention_mask=seen.to(device),
-        **decoding(
-            model, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, **_GREEDY
-        ),
-    )
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, **_GREEDY}
+    answers = _continued(model, prompts, tokenizer, settings)
     ends = getattr(own, "eos_token_id", None)
     known = {ends} if isinstance(ends, int) else set(ends or ())
-    return [_ended(row, known) for row in generated[:, longest:].tolist()]
+    return [_ended(answer, known) for answer in answers]
+
+
+def _continued(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Mapping[str, Any],
+    streamer: GenerationProgress | None = None,
+) -> list[list[int]]:
+    """What `generate` adds to each prompt, with what it adds after the end of an answer."""
+    device, pad, longest = input_device(model), tokenizer.pad_token_id or 0, max(map(len, prompts))
+    ids = [[pad] * (longest - len(one)) + [*one] for one in prompts]
+    seen = [[0] * (longest - len(one)) + [1] * len(one) for one in prompts]
+    generated = cast(Any, model).generate(
+        torch.tensor(ids, device=device),
+        attention_mask=torch.tensor(seen, device=device),
+        **decoding(model, pad_token_id=pad, **settings),
+        tokenizer=tokenizer,  # finds stop strings
+        streamer=streamer,
+    )
+    answers: list[list[int]] = generated[:, longest:].tolist()
+    return answers
 
 
 def _ended(ids: list[int], ends: Set[int]) -> list[int]:

@@ -21,7 +21,7 @@ from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
 from flowtracer_plugin.model.causal_lm import (
     embeddings_as_leaves,
     evaluating,
-    first_output,
+    later_logits,
     text_inputs,
 )
 from flowtracer_plugin.model.padding import in_front, text_first
@@ -231,23 +231,11 @@ def _total_log_odds(
     asked: Bool[Tensor, "batch token"],
 ) -> Float[Tensor, ""]:
     row, place = asked[:, 1:].nonzero(as_tuple=True)
-    deciding, column = torch.unique(place, return_inverse=True)
-    logits = deciding_logits(model, ids, visible, deciding)[row, column].float()
-    return log_odds(logits, ids[row, place + 1].to(logits.device)).sum()
-
-
-def deciding_logits(
-    model: nn.Module,
-    ids: Int[Tensor, "batch token"],
-    visible: Bool[Tensor, "batch token"],
-    deciding: Int[Tensor, " row"],
-) -> Float[Tensor, "batch row word"]:
-    """The logits of these rows, in ascending order; earlier rows skip the model's large head."""
     tokens = ids.shape[1]
-    first = int(deciding[0]) if len(deciding) else tokens - 1
-    inputs = text_inputs(model, ids, visible, logits_to_keep=tokens - first)
-    logits = first_output(model(**inputs))
-    return logits[:, deciding.to(logits.device) - (tokens - logits.shape[1])]
+    first = int(place.min()) if len(place) else tokens - 1
+    logits = later_logits(model, text_inputs(model, ids, visible), first, tokens)
+    chosen, row, place = (one.to(logits.device) for one in (ids[row, place + 1], row, place))
+    return log_odds(logits[row, place - first].float(), chosen).sum()
 
 
 def _reached(model: nn.Module, outputs: dict[int, Tensor]) -> list[Tensor]:

@@ -17,9 +17,9 @@ from flowtracer_plugin.attention.head_mean import query_tensor
 from flowtracer_plugin.attention.removal import FeltCall, removal_losses
 from flowtracer_plugin.attention.rounding import difference, rounding
 from flowtracer_plugin.model.causal_lm import (
-    accepted_inputs,
-    first_output,
     input_device,
+    later_logits,
+    text_inputs,
 )
 from flowtracer_plugin.model.cutting import (
     check_model,
@@ -32,7 +32,6 @@ from flowtracer_plugin.model.cutting import (
 from flowtracer_plugin.model.padding import in_front, put_back, text_first
 from flowtracer_plugin.reading.influence import (
     check_backward,
-    deciding_logits,
     log_odds,
     own_graph,
     without_gradients,
@@ -227,16 +226,14 @@ def _answer_logits(
     model: nn.Module, texts: AskedTexts, deciding: Int[Tensor, " row"]
 ) -> Float[Tensor, "batch row word"]:
     """The logits of these rows, float32; no other rows go through the model's large head."""
-    if texts.cache is None:
-        return deciding_logits(model, texts.ids, texts.ordered, deciding).float()
-    cache = prefix_copies(texts.cache, texts.first, 1)  # the model adds to it
-    inputs = {"input_ids": texts.ids[:, texts.first :], "use_cache": True}
-    inputs["past_key_values"] = cache
-    tokens = texts.ids.shape[1]
-    if "logits_to_keep" in accepted_inputs(model):
-        inputs["logits_to_keep"] = tokens - int(deciding[0])
-    logits = first_output(model(**inputs))
-    return logits[:, deciding.to(logits.device) - (tokens - logits.shape[1])].float()
+    inputs = text_inputs(model, texts.ids, texts.ordered)
+    if texts.cache is not None:
+        cache = prefix_copies(texts.cache, texts.first, 1)  # the model adds to it
+        inputs = {"input_ids": texts.ids[:, texts.first :], "use_cache": True}
+        inputs["past_key_values"] = cache
+    first = int(deciding[0])
+    logits = later_logits(model, inputs, first, texts.ids.shape[1])
+    return logits[:, (deciding - first).to(logits.device)].float()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ These tests measure no speed.
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,28 @@ def test_the_page_says_what_was_not_measured(elsewhere):
 def test_other_results_are_named(elsewhere):
     (elsewhere / "other.json").write_text(json.dumps({"question": "Who else?", "runs": {}}))
     assert "- Who else?: [other.json](results/other.json)\n" in tables.page(ALL)
+
+
+def test_the_method_says_what_the_knock_outs_with_causal_say():
+    """The second table of `docs/method.md`, and README's range over one hop."""
+    root = Path(harness.__file__).parents[1]
+    text = (root / "docs/method.md").read_text(encoding="utf-8")
+    found = json.loads((harness.RESULTS / "knock_outs_held_out.json").read_text())["with_causal"]
+    settings = list(found["settings"].values())
+
+    def cell(one, score):
+        drop, over = one["scores"][score]["drop"], one["scores"][score].get("over_flow")
+        differs = f", {over['mean']:+.2f} ± {over['error']:.2f}" if over else ""
+        return f"{drop['mean']:.2f}{differs}".replace("-", "−")
+
+    for score in ("causal", "flow:causal", "reach:derivation", "flow"):
+        assert f"| `{score}` | {' | '.join(cell(one, score) for one in settings)} |\n" in text
+    assert [one["measured"] for one in settings] == [
+        int(count) for count in re.findall(r"\((\d+)\)", text.partition("has `causal`")[2][:300])
+    ]
+    ahead = [one["scores"]["causal"]["over_one_hop"]["mean"] for one in settings]
+    said = f"is {min(ahead):.1f} to {max(ahead):.1f} nats ahead"
+    assert said in (root / "README.md").read_text(encoding="utf-8")
 
 
 # The protocol
