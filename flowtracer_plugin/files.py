@@ -59,12 +59,24 @@ def write_atomically(path: Path, content: bytes, *, sync: bool = False) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    if sync and hasattr(os, "O_DIRECTORY"):  # elsewhere folders cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    if sync:
+        _sync_names(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Put a file that is written, and its name, on the disk, so that a loss of power keeps them."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    _sync_names(path.parent)
+
+
+def _sync_names(folder: Path) -> None:
+    if hasattr(os, "O_DIRECTORY"):  # elsewhere folders cannot be opened
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(folder)
+            os.fsync(opened)
         finally:
-            os.close(folder)
+            os.close(opened)
 
 
 def write_first(path: Path, content: bytes) -> None:

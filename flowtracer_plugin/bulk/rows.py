@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 from flowtracer_plugin.bulk.examples import Columns
 from flowtracer_plugin.text.data_sets import json_row, load_rows
+
+_ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
 
 Row = Mapping[str, Any] | ValueError
 """A row, or why it cannot be read."""
@@ -56,7 +59,9 @@ class JsonLines(Sequence[Mapping[str, Any]]):
             return json_row(file.readline(), self._lines[number], self._path)
 
 
-def open_rows(data: Any, *, split: str = "train", limit: int | None = None) -> Any:
+def open_rows(
+    data: Any, *, split: str = "train", config: str | None = None, limit: int | None = None
+) -> Any:
     """The rows of a file, of a data set by its name or folder, or of a sequence, by number.
 
     Raises:
@@ -67,7 +72,7 @@ def open_rows(data: Any, *, split: str = "train", limit: int | None = None) -> A
     rows: Any
     if isinstance(data, str | Path):
         lines = Path(data).suffix.lower() == ".jsonl"
-        rows = JsonLines(Path(data), limit) if lines else load_rows(str(data), split)
+        rows = JsonLines(Path(data), limit) if lines else load_rows(str(data), split, config=config)
     elif isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise TypeError(
             f"wanted rows, such as a list of dicts or one split of a data set, got a "
@@ -191,7 +196,12 @@ def _kind(value: Any) -> str:
 
 def as_json(value: Any) -> str:
     """The value as JSON; what JSON has no name for, such as a date, becomes text."""
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return json.dumps(value, ensure_ascii=False, default=_as_text)
+
+
+def _as_text(value: Any) -> str:
+    """The value's text without its address in memory, which differs from run to run."""
+    return _ADDRESS.sub("", str(value))
 
 
 def windows(rows: Iterable[Any], size: int) -> Iterable[list[tuple[int, Row]]]:

@@ -23,7 +23,7 @@ from flowtracer_plugin.bulk.tables import (
 )
 from flowtracer_plugin.bulk.traced_row import TracedRow
 from flowtracer_plugin.bulk.tracing import RowOptions, trace_rows
-from flowtracer_plugin.files import write_atomically
+from flowtracer_plugin.files import sync, write_atomically
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.tracer import FlowTracer
 
@@ -86,6 +86,9 @@ def do_shard(
 ) -> ShardDone:
     """Trace the rows of a shard and write its files, the answers last: with them it is finished.
 
+    Traces and tables are on the disk by then, so that a loss of power keeps them too. Pages may be
+    lost; the same call writes them again.
+
     `tick` is called after each row.
     """
     records, tokens = [], []
@@ -110,7 +113,7 @@ def _write_files(result: TracedRow, work: Work) -> None:
         return
     try:
         if work.save_traces:
-            trace.save(work.file(TRACES, result.row, ".flow"))
+            sync(trace.save(work.file(TRACES, result.row, ".flow")))
     except OSError as error:
         raise _refused(work.folder, error) from error
     if result.row < work.pages:

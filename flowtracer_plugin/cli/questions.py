@@ -32,6 +32,9 @@ class DataOptions:
         ),
     ]
     split: Annotated[str, _data(help="Split of the dataset.")] = "train"
+    dataset_config: Annotated[
+        str | None, _data(help="Configuration of a dataset that has several, such as main.")
+    ] = None
     prompt_column: Annotated[
         str | None, _data(help="Column of the prompts; by default prompt, question or messages.")
     ] = None
@@ -56,6 +59,7 @@ def load_prompts(
     return load_examples(
         options.data,
         split=options.split,
+        config=options.dataset_config,
         limit=limit,
         prompt_column=options.prompt_column,
         answer_column=options.answer_column,

@@ -141,6 +141,7 @@ def trace_data(
         folder.output,
         columns=columns,
         split=data.split,
+        config=data.dataset_config,
         limit=rollouts.limit,
         scores=folder.score_names,
         max_new_tokens=rollouts.max_new_tokens,

@@ -49,13 +49,21 @@ def load_rows(name: str, split: str, *, config: str | None = None, streaming: bo
             source, options = kind, {"data_files": name, **_checked(path, kind, streaming)}
         return load_dataset(source, split=split, streaming=streaming, **options)
     except (OSError, ValueError, DatasetGenerationError) as error:
-        cause = _damaged_line(path) or str(error.__cause__ or error)
-        cause = cause.partition("\n")[0].rstrip(" .")
         raise ValueError(
-            f"cannot load split {split!r} of {name!r}: {cause}; wanted a .jsonl, .csv or .parquet "
-            "file, a folder of such files, or a data set on the hub, and a split of it or a slice "
-            "such as train[:95%]"
+            f"cannot load split {split!r} of {name!r}: {_cause(error, path)}; wanted a "
+            ".jsonl, .csv or .parquet file, a folder of such files, or a data set on the hub, and "
+            "a split of it or a slice such as train[:95%]"
         ) from error
+
+
+def _cause(error: Exception, path: Path) -> str:
+    """Why `datasets` could not load a data set, in one line."""
+    said = _damaged_line(path) or str(error.__cause__ or error)
+    first, _, rest = said.partition("\n")
+    if first.startswith("Config name is missing"):
+        names = rest.partition("\n")[0].rpartition(": ")[2]
+        return f"it has the configurations {names}; name one with --dataset-config"
+    return first.rstrip(" .")
 
 
 def _checked(path: Path, kind: str, streaming: bool) -> dict[str, Any]:

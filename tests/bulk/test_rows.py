@@ -55,6 +55,30 @@ def test_files_and_data_sets_are_rows(tmp_path):
     assert len(open_rows(row for row in held)) == 2
 
 
+def test_a_configuration_of_a_data_set_is_chosen_by_its_name(tmp_path):
+    for name in ("main", "socratic"):
+        write(tmp_path / f"{name}.jsonl", json.dumps({"prompt": name}).encode())
+    card = "".join(
+        f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("main", "socratic")
+    )
+    write(tmp_path / "README.md", f"---\nconfigs:\n{card}---\n".encode())
+    assert list(open_rows(tmp_path, config="socratic")) == [{"prompt": "socratic"}]
+    with pytest.raises(ValueError, match=r"\['main', 'socratic'\]; name one with --dataset-config"):
+        open_rows(tmp_path)
+    with pytest.raises(ValueError, match="'other' not found"):
+        open_rows(tmp_path, config="other")
+
+
+def test_the_digest_is_the_same_for_equal_objects_at_other_addresses():
+    class Thing:
+        pass
+
+    first, second = Thing(), Thing()
+    assert str(first) != str(second)
+    rows = ([{"prompt": "a", "thing": thing}] for thing in (first, second))
+    assert len({survey(one, Columns()).digest for one in rows}) == 1
+
+
 def test_a_survey_finds_columns_and_their_kinds():
     rows = [
         7,
