@@ -35,10 +35,9 @@ def different_rows(results: Results, count: int) -> tuple[int, ...]:
 
 def first_rows(results: Results, count: int) -> tuple[int, ...]:
     """The traced rows among the first so many of the data, as far as their shards are finished."""
-    found = results.read(ANSWERS, ["row", "response_tokens"]).to_pylist()
-    return tuple(
-        one["row"] for one in found if one["row"] < count and one["response_tokens"] is not None
-    )
+    found = results.read(ANSWERS, ["row", "response_tokens"])
+    traced = found["row"].filter(found["response_tokens"].is_valid())
+    return tuple(row for row in traced.to_numpy().tolist() if row < count)
 
 
 def write_pages(

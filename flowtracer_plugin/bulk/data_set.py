@@ -39,7 +39,7 @@ def trace_dataset(
     *,
     columns: Columns | None = None,
     split: str = "train",
-    config: str | None = None,
+    dataset_config: str | None = None,
     limit: int | None = None,
     shard: tuple[int, int] = (1, 1),
     shard_size: int = SHARD_SIZE,
@@ -70,7 +70,7 @@ def trace_dataset(
         output: A new or empty folder, or one of an earlier call with the same settings.
         columns: Other names of the columns, and templates for the prompts.
         split: The split of a data set that is named.
-        config: The configuration of a data set that is named, such as `"main"`.
+        dataset_config: The configuration of a data set that is named, such as `"main"`.
         limit: How many rows are read; by default all.
         shard: Which part of the shards is traced, as `(3, 8)` for the third of eight. Several
             processes or machines may share the folder.
@@ -108,7 +108,7 @@ def trace_dataset(
             "workers each make a tracer of their own: pass a function that makes one, which can be "
             "pickled, or workers=1 without another engine"
         )
-    held = open_rows(rows, split=split, config=config, limit=limit)
+    held = open_rows(rows, split=split, config=dataset_config, limit=limit)
     found = survey(held, columns or Columns())
     _check_pages(found, pages, pages_of)
     options = RowOptions(

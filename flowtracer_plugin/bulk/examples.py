@@ -159,7 +159,7 @@ def load_examples(
     data: str,
     *,
     split: str = "train",
-    config: str | None = None,
+    dataset_config: str | None = None,
     limit: int | None = None,
     prompt_column: str | None = None,
     response_column: str | None = None,
@@ -173,7 +173,7 @@ def load_examples(
     Args:
         data: A file or name that `datasets` can load; files of JSON lines are read without it.
         split: The split of a data set.
-        config: The configuration of a data set, such as `"main"`.
+        dataset_config: The configuration of a data set, such as `"main"`.
         limit: How many rows are read.
         prompt_column: As `Columns.prompt`.
         response_column: As `Columns.response`.
@@ -196,7 +196,7 @@ def load_examples(
         ids=False,
     )
     lines = Path(data).suffix.lower() == ".jsonl"
-    found = json_lines(Path(data)) if lines else load_rows(data, split, config=config)
+    found = json_lines(Path(data)) if lines else load_rows(data, split, config=dataset_config)
     rows = list(islice(found, limit))
     if not rows:
         raise ValueError(f"there are no rows in {data!r}")

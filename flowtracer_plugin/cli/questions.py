@@ -59,7 +59,7 @@ def load_prompts(
     return load_examples(
         options.data,
         split=options.split,
-        config=options.dataset_config,
+        dataset_config=options.dataset_config,
         limit=limit,
         prompt_column=options.prompt_column,
         answer_column=options.answer_column,

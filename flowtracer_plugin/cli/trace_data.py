@@ -141,7 +141,7 @@ def trace_data(
         folder.output,
         columns=columns,
         split=data.split,
-        config=data.dataset_config,
+        dataset_config=data.dataset_config,
         limit=rollouts.limit,
         scores=folder.score_names,
         max_new_tokens=rollouts.max_new_tokens,
@@ -168,19 +168,20 @@ def _make(model: str, loading: ReadingOptions, tracing: TracingOptions) -> FlowT
 
 def _deliver(results: Results, *, as_json: bool) -> None:
     """Say what is in the tables now; rows of other parts count too."""
-    rows = results.read("answers", ["row", "answer", "correct", "error"]).to_pylist()
-    traced = [row for row in rows if row["answer"] is not None]
-    known = [row["correct"] for row in traced if row["correct"] is not None]
-    failed = [row for row in rows if row["error"] is not None]
+    rows = results.read("answers", ["row", "answer", "correct", "error"])
+    traced = rows.filter(rows["answer"].is_valid())
+    known = traced["correct"].drop_null()
+    right = known.to_numpy().sum().item()
+    failed = rows.filter(rows["error"].is_valid())
     typer.echo(f"wrote answers, tokens and index.html in {results.folder}", err=True)
     if as_json:
         counts = {"rows": len(rows), "traced": len(traced), "errors": len(failed)}
-        counts |= {"known": len(known), "right": sum(known)}
+        counts |= {"known": len(known), "right": right}
         print_document({"output": str(results.folder), **counts})
     else:
-        right = f"; {sum(known)} of {len(known)} answers are right" if known else ""
-        typer.echo(f"{len(traced)} of {len(rows)} rows are traced{right}")
-        for row in failed[:1]:
+        judged = f"; {right} of {len(known)} answers are right" if len(known) else ""
+        typer.echo(f"{len(traced)} of {len(rows)} rows are traced{judged}")
+        for row in failed.slice(0, 1).to_pylist():
             typer.echo(f"{len(failed)} have an error; the first, row {row['row']}: {row['error']}")
-    if not traced:
+    if not len(traced):
         raise typer.Exit(1)
