@@ -66,6 +66,10 @@ FREE = ("layers", "question", "answer")
 """Options that leave open which graph is made of the tokens."""
 
 
+SAID = ("turns", "user")
+"""Rules for the question that need to know what the user said."""
+
+
 class Solving(TypedDict):
     """The options of `solve_flow` that `FlowOptions` also has."""
 
@@ -80,8 +84,11 @@ class FlowOptions:
     Attributes:
         layers: `"middle"` third of the attention layers, `"early"`, `"late"`, `"all"`, five evenly
             spaced ones as `"middle:5"`, or layer numbers.
-        question: `"prompt"` (without special tokens and the first, if that leaves any), `"all"`, or
-            `"user"`; `"mask"` says that `trace` was given a mask.
+        question: `"prompt"` (without special tokens and the first, if that leaves any), `"all"`,
+            `"turns"` (all that the user said in chat messages, and neither the system prompt nor
+            what the template adds), or `"user"` (the last message of the user). `"auto"` is
+            `"turns"` where messages tell what the user said, and `"prompt"` for texts and token
+            ids; a trace names the one that was taken. `"mask"` says that `trace` was given a mask.
         answer: The name of the answer finder, or its pattern.
         target: `"answer"`, the rows of the answer tokens, or `"decision"`, the rows of the tokens
             before them, whose logits choose them.
@@ -108,7 +115,7 @@ class FlowOptions:
     """
 
     layers: str | tuple[int, ...] = "middle"
-    question: str = "prompt"
+    question: str = "auto"
     answer: str = "auto"
     target: str = "answer"
     question_weights: str = "uniform"
@@ -167,7 +174,7 @@ class FlowOptions:
 
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "question": ("prompt", "all", "user", "mask"),
+        "question": ("auto", "turns", "prompt", "all", "user", "mask"),
         "target": ("answer", "decision"),
         "question_weights": ("uniform", "reach", "origins"),
         "boundary": ("literal", "absorbing"),

@@ -9,6 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from jaxtyping import Bool
 from transformers import PreTrainedTokenizerBase
 
 from flowtracer_plugin.bulk.examples import Columns, Example
@@ -19,6 +21,7 @@ from flowtracer_plugin.credit.token_scores import score_text, token_score
 from flowtracer_plugin.model.generation import generate_many
 from flowtracer_plugin.text.answers import same_answer
 from flowtracer_plugin.text.encoding import encode_prompt, encode_response, user_text
+from flowtracer_plugin.text.spans import turns_mask
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.found_text import FoundText
 from flowtracer_plugin.trace.tracer import FlowTracer
@@ -111,12 +114,18 @@ def trace_many(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Text:
-    """A row on its way: its result so far, its token ids, and what the user said in it."""
+    """A row on its way: its result so far, its token ids, and what the user said in it.
+
+    Attributes:
+        user_text: The user's last message.
+        turns: The prompt's tokens of all that the user said; None if that is not known.
+    """
 
     result: TracedRow
     prompt_ids: list[int]
     response_ids: list[int] | None
     user_text: str | None
+    turns: Bool[np.ndarray, " token"] | None
 
     @property
     def order(self) -> tuple[int, int]:
@@ -176,13 +185,18 @@ def _read(tracer: FlowTracer, number: int, row: Row, options: RowOptions) -> _Te
             columns=example.columns,
             generated=example.response is None and example.completion_ids is None,
         )
-        asked, said = _ids(tracer.require_tokenizer(), example)
+        tokenizer = tracer.require_tokenizer()
+        asked, said = _ids(tokenizer, example)
+        # Of token ids in the place of a text nobody knows whether they spell the messages.
+        turns = turns_mask(tokenizer, example.prompt, asked) if example.prompt_ids is None else None
     except EVERY_ROW:
         raise
     except ONE_ROW as error:
         return replace(result, error=in_words(error))
     said_by_user = user_text(example.prompt) if example.prompt else None
-    return _Text(result=result, prompt_ids=asked, response_ids=said, user_text=said_by_user)
+    return _Text(
+        result=result, prompt_ids=asked, response_ids=said, user_text=said_by_user, turns=turns
+    )
 
 
 def _ids(
@@ -211,7 +225,12 @@ def _traced(tracer: FlowTracer, texts: list[_Text], options: RowOptions) -> Iter
     waiting: list[tuple[TracedRow, FoundText]] = []
     for text in texts:
         try:
-            found = tracer.find(text.prompt_ids, text.response_ids or (), user_text=text.user_text)
+            found = tracer.find(
+                text.prompt_ids,
+                text.response_ids or (),
+                user_text=text.user_text,
+                turns=text.turns,
+            )
         except EVERY_ROW:
             raise
         except ONE_ROW as error:

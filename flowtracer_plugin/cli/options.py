@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -96,8 +97,9 @@ AnswerRule = Annotated[
     _tracing(
         parser=parsing.answer_rule,
         metavar="RULE",
-        help="How to find the answer in a response: auto, boxed, answer_tag, hash, phrase, "
-        "after_think, last_number, last_word, or re:PATTERN with one group.",
+        help="How to find the answer in a response: auto, boxed, answer_tag, json, hash, phrase, "
+        "after_think, conclusion, formula, first_sentence, last_number, last_word, or re:PATTERN "
+        "with one group.",
         autocompletion=_starting_with(parsing.answer_rules),
     ),
 ]
@@ -197,6 +199,11 @@ class PromptOptions:
             )
 
     @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        return [file for file in (self.prompt_file, self.messages) if file is not None]
+
+    @property
     def template_kwargs(self) -> dict[str, Any]:
         """The arguments of the chat template."""
         return dict(parsing.key_and_value(one) for one in self.template_arg or ())
@@ -236,12 +243,13 @@ class TracingOptions:
     preset: Preset = None
     layers: Layers = None
     question: Annotated[
-        Literal["prompt", "all", "user"],
+        Literal["auto", "turns", "user", "prompt", "all"],
         _tracing(
-            help="What the question is: the prompt, the prompt with its special tokens, or the "
-            "text of --prompt alone."
+            help="What the question is. turns: all that the user said, without system prompt and "
+            "template; user: the user's last message; prompt: the prompt without special tokens; "
+            "all: with them; auto: turns in a chat, else prompt."
         ),
-    ] = "prompt"
+    ] = "auto"
     answer: AnswerRule = "auto"
     target: Annotated[
         Literal["answer", "decision"] | None,
@@ -275,9 +283,9 @@ class TracingOptions:
     edges: Annotated[
         Literal["attention", "value", "influence", "causal"] | None,
         _tracing(
-            help="Edge weights. attention; value: times the length of the moved value; influence: "
-            "also times that of the head on what was sampled, by one backward pass; causal: what "
-            "the answer loses without the edge, by nine."
+            help="Edge weights. attention: alone; value: times the length of the moved value; "
+            "influence: also times the head's influence on what was sampled, which takes a "
+            "backward pass; causal: what the answer loses without the edge, which takes nine."
         ),
     ] = None
     rows: Annotated[
@@ -305,6 +313,10 @@ class TracingOptions:
     ] = True
 
 
+_DRAWN_BY = {"parquet": "pyarrow", "graphml": "networkx", "figure": "matplotlib"}
+"""The optional package that each kind of file needs, looked for before the long work."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     """The files that a trace is written to, by the methods `to_…` of `FlowTrace`."""
@@ -327,6 +339,11 @@ class OutputOptions:
 
     def __post_init__(self) -> None:
         parsing.check_separate(self.files)
+        for option, package in _DRAWN_BY.items():
+            if vars(self)[option] is not None and find_spec(package) is None:
+                raise typer.BadParameter(
+                    f"--{option} needs {package}; run: pip install 'flowtracer-plugin[viz]'"
+                )
         if self.figure is None and self.figure_kind != "ribbon":
             raise typer.BadParameter("--figure-kind is for --figure: name its file too")
 

@@ -25,6 +25,17 @@ REGION_CLASSES = {"answer": "answer", "prompt": "outside"}
 """The CSS class of tokens in a region, on all pages."""
 
 
+QUESTION = {
+    "auto": "what the user said in chat messages, else the prompt",
+    "turns": "what the user said",
+    "user": "the user's last message",
+    "prompt": "the prompt without special tokens",
+    "all": "the whole prompt",
+    "mask": "the tokens that were chosen",
+}
+"""What counts as the question, in words, by the option `question` of a trace."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Piece:
     """A token, or several tokens that together spell one character.

@@ -19,6 +19,7 @@ from flowtracer_plugin.options import preset_of
 from flowtracer_plugin.report.carried import carriers, leading_steps, nats
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
+    QUESTION,
     ShownTrace,
     Unit,
     model_label,
@@ -107,8 +108,8 @@ def _title(shown: ShownTrace) -> Text:
         (f"{percent(trace.reasoning_share)}", "bold"),
         " of the flow passes through the reasoning, the rest jumps straight to the answer\n",
         f"{trace.backbone.question_reached} of {int(trace.spans.question.sum())} question tokens "
-        f"reached · {len(trace.tokens)} tokens · {visible(model_label(trace.model))}, "
-        f"layers {layers}{made}",
+        f"reached, from {QUESTION[trace.options.question]} · {len(trace.tokens)} tokens · "
+        f"{visible(model_label(trace.model))}, layers {layers}{made}",
     )
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flowtracer_plugin.model.causal_lm import check_length, check_vocabulary
 from flowtracer_plugin.text.encoding import content_text, encode_prompt, encode_response, is_text
-from flowtracer_plugin.text.spans import known_ids
+from flowtracer_plugin.text.spans import known_ids, question_mask, turns_mask
 from flowtracer_plugin.trace.rollouts import FlowBatch
 from flowtracer_plugin.trace.tracer import FlowTracer
 from flowtracer_plugin.trace.troubles import Troubles
@@ -161,7 +161,8 @@ class FlowReward:
                 _sampled(tokenizer, completion, ids)
                 for completion, ids in zip(completions, completion_ids, strict=True)
             ]
-        scores = [*self._scores([ids for ids, _ in encoded], said)]
+        asked = [ids for ids, _ in encoded]
+        scores = [*self._scores(asked, said, self._turns(prompts, asked))]
         if "log_metric" in columns:
             found = sum(score is not None for score in scores)
             columns["log_metric"](f"{self.__name__}/answer_found", found / max(1, len(scores)))
@@ -173,13 +174,43 @@ class FlowReward:
         )
         return [_scaled(outcome, score) for outcome, score in zip(outcomes, scores, strict=True)]
 
-    def _scores(self, asked: list[list[int]], said: list[list[int]]) -> Iterator[float | None]:
+    def _turns(self, prompts: Sequence[Any], asked: list[list[int]]) -> list[list[bool]] | None:
+        """The question of each prompt, if chat messages tell what the user said."""
+        tokenizer, rule = self.tracer.require_tokenizer(), self.tracer.options.question
+        if rule not in ("auto", "turns"):
+            return None
+        turns = [
+            turns_mask(tokenizer, prompt, ids, self.chat_template_kwargs) if prompt else None
+            for prompt, ids in zip(prompts, asked, strict=True)
+        ]
+        if all(one is None for one in turns):
+            return None
+        return [
+            question_mask(tokenizer, ids or [0], "prompt" if one is None else one).tolist()
+            for one, ids in zip(turns, asked, strict=True)
+        ]
+
+    def _scores(
+        self,
+        asked: list[list[int]],
+        said: list[list[int]],
+        question: list[list[bool]] | None,
+    ) -> Iterator[float | None]:
         pairs = [self._readable(*pair) for pair in zip(asked, said, strict=True)]
         for start in range(0, len(pairs), self.batch_size):
             prompts, completions = zip(*pairs[start : start + self.batch_size], strict=True)
             prompt_ids, prompt_mask = self._padded(prompts, "left")
             completion_ids, completion_mask = self._padded(completions, "right")
-            batch = self.tracer.trace_ids(prompt_ids, completion_ids, prompt_mask, completion_mask)
+            rows = None if question is None else question[start : start + self.batch_size]
+            # A prompt that cannot be read is cut to one token, so its question is, too.
+            cut = rows and [row[: len(ids)] for row, ids in zip(rows, prompts, strict=True)]
+            batch = self.tracer.trace_ids(
+                prompt_ids,
+                completion_ids,
+                prompt_mask,
+                completion_mask,
+                question=self._padded(cut, "left")[0].bool() if cut else None,
+            )
             for error in batch.errors.values():
                 self._troubles.add("a completion has no flow reward", error)
             found = zip(SCORES[self.score](batch).tolist(), batch.found.tolist(), strict=True)
@@ -200,7 +231,7 @@ class FlowReward:
             return asked[:1], []
         return asked, said
 
-    def _padded(self, rows: Sequence[list[int]], side: str) -> tuple[Tensor, Tensor]:
+    def _padded(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
         """Token ids and their mask."""
         device = next(self.tracer.model.parameters()).device
         ids = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -12,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flowtracer_plugin.flow.arrays import check_readable
+from flowtracer_plugin.text.values import Span
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or chat messages whose `content` is a text or a list of text parts. A message that calls
@@ -78,26 +81,99 @@ def encode_prompt(
             "chat messages need a tokenizer with a chat template, and this one has none; "
             "pass the prompt as a string"
         )
-    messages = [_message(message) for message in prompt]
+    text = _rendered(tokenizer, [_message(message) for message in prompt], template_kwargs)
+    return _ids(tokenizer, text, add_special_tokens=False), text
 
-    def rendered(messages: list[dict[str, Any]]) -> str:
-        options = {"tokenize": False, "add_generation_prompt": True, **(template_kwargs or {})}
-        return str(tokenizer.apply_chat_template(messages, **options))
 
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    template_kwargs: Mapping[str, Any] | None,
+) -> str:
+    options = {"tokenize": False, "add_generation_prompt": True, **(template_kwargs or {})}
     try:
         try:
-            text = rendered(messages)
+            return str(tokenizer.apply_chat_template(messages, **options))
         except (TemplateError, TypeError):
             # A few templates need content in every message, even in one that only calls tools.
             if all("content" in message for message in messages):
                 raise
-            text = rendered([{"content": "", **message} for message in messages])
+            filled = [{"content": "", **message} for message in messages]
+            return str(tokenizer.apply_chat_template(filled, **options))
     except TypeError as error:
         raise ValueError(
             f"the tokenizer's chat template cannot take these messages ({error}); pass texts as "
             "their content, or the whole prompt as a string"
         ) from error
-    return _ids(tokenizer, text, add_special_tokens=False), text
+
+
+class UserTurns(NamedTuple):
+    """The text of a chat prompt, and where in it the words of the user stand, in order."""
+
+    text: str
+    spans: tuple[Span, ...]
+
+
+def user_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> UserTurns | None:
+    """All that the user said in chat messages that `encode_prompt` accepts.
+
+    None for a text, and where the template does not show the words as they are, but for blanks at
+    their ends. To tell them from equal words elsewhere, the messages go through the template once
+    more, with a mark in the place of each text of the user; all other characters are the template's
+    or another role's.
+    """
+    if isinstance(prompt, str):
+        return None
+    messages = [_message(message) for message in prompt]
+    numbers = count()
+    marked = [_marked(message, numbers) for message in messages]
+    said = [words for message in messages for words in _said_by_user(message)]
+    text = _rendered(tokenizer, messages, template_kwargs)
+    try:
+        frame = _MARK.split(_rendered(tokenizer, marked, template_kwargs))
+    except (TemplateError, ValueError):  # a template that checks what the user says
+        return None
+    spans, place = [], len(frame[0])
+    for number, after in zip(frame[1::2], frame[2::2], strict=True):
+        words = said[int(number)] if int(number) < len(said) else ""
+        shown = (words, words.rstrip(), words.lstrip(), words.strip())
+        end = next((len(one) for one in shown if text.startswith(one + after, place)), None)
+        if end is None:
+            return None
+        spans.append((place, place + end))
+        place += end + len(after)
+    whole = text.startswith(frame[0]) and place == len(text)
+    seen = tuple(span for span in spans if span[0] < span[1])
+    return UserTurns(text, seen) if whole else None
+
+
+_MARK = re.compile(r"flowtracerturn(\d+)mark")
+
+
+def _said_by_user(message: Mapping[str, Any]) -> list[str]:
+    """The texts in a message of the user; images and others beside them are left out."""
+    content = message.get("content", "") if message["role"] == "user" else ""
+    parts = [{"text": content}] if isinstance(content, str) else content
+    return [part["text"] for part in parts if part.get("text")]
+
+
+def _marked(message: dict[str, Any], numbers: Iterator[int]) -> dict[str, Any]:
+    """The message with a numbered mark in place of each text of the user."""
+    if not _said_by_user(message):
+        return message
+
+    def mark() -> str:
+        return f"flowtracerturn{next(numbers)}mark"
+
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": mark()}
+    parts = [{**part, "text": mark()} if part.get("text") else part for part in content]
+    return {**message, "content": parts}
 
 
 def _message(given: Any) -> dict[str, Any]:

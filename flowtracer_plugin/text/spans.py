@@ -7,11 +7,11 @@ tokens hold each character: tokenising the text again could give other ids than 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
@@ -24,6 +24,7 @@ from flowtracer_plugin.text.answers import (
     find_answer,
     finder_name,
 )
+from flowtracer_plugin.text.encoding import Prompt, user_turns
 from flowtracer_plugin.text.thinking import leaves_thinking_open, mark_places
 from flowtracer_plugin.text.values import Span
 
@@ -315,7 +316,8 @@ def question_mask(
         prompt_ids: The prompt, as the model read it.
         question: "prompt" for all tokens except special ones and the first (an attention sink),
             or, where that leaves none, all except special ones, all except the first, or the only
-            token; "all"; "user" for the tokens that touch the last `user_text`; or a boolean mask.
+            token; "auto", the same, since only messages tell what the user said (`turns_mask`);
+            "all"; "user" for the tokens that touch the last `user_text`; or a boolean mask.
         user_text: The user's words; whitespace around them does not count.
 
     Raises:
@@ -336,11 +338,12 @@ def question_mask(
         mask = _user_mask(tokenizer, prompt_ids, user_text)
     elif question == "all":
         mask = np.ones(length, bool)
-    elif question == "prompt":
+    elif question in ("prompt", "auto"):
         mask = _prompt_mask(tokenizer, prompt_ids)
     else:
         raise ValueError(
-            f"wanted question to be 'prompt', 'all', 'user' or a boolean mask, found {question!r}"
+            f"wanted question to be 'auto', 'prompt', 'all', 'user' or a boolean mask, found "
+            f"{question!r}"
         )
     if mask.shape != (length,) or mask.dtype != np.bool_:
         raise ValueError(
@@ -353,6 +356,39 @@ def question_mask(
             "pass question='all' or a boolean mask with a True"
         )
     return mask
+
+
+def turns_mask(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prompt: Prompt,
+    prompt_ids: Sequence[int],
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Bool[np.ndarray, " token"] | None:
+    """The prompt tokens that touch what the user said, in all turns, without special tokens.
+
+    None if that cannot be known: the prompt is a text, the user said nothing, or the template or
+    the tokenizer changes the words.
+
+    Args:
+        tokenizer: The tokenizer of the ids.
+        prompt: Text or chat messages.
+        prompt_ids: The token ids that `encode_prompt` makes of it.
+        template_kwargs: Arguments of the chat template.
+    """
+    turns = user_turns(tokenizer, prompt, template_kwargs)
+    if turns is None:
+        return None
+    decoded, mask = decode_tokens(tokenizer, prompt_ids), np.zeros(len(prompt_ids), bool)
+    for start, end in turns.spans:
+        # Some decoders add blanks or leave them out, so places differ between the two texts.
+        again = re.compile(f"(?={re.escape(turns.text[start:end])})")
+        earlier = sum(1 for _ in again.finditer(turns.text[: end - 1]))
+        found = next(islice(again.finditer(decoded.text), earlier, None), None)
+        if found is None:
+            return None
+        mask |= tokens_in_span(decoded, found.start(), found.start() + end - start)
+    mask &= _prompt_mask(tokenizer, prompt_ids)
+    return mask if mask.any() else None
 
 
 def target_mask(

@@ -160,17 +160,21 @@ def rollout_masks(
     options: FlowOptions,
     finder: AnswerFinder,
     fallback: AnswerFinder | None = None,
+    *,
+    question: Bool[Tensor, "batch prompt"] | None = None,
 ) -> RolloutMasks:
     """The masks of rollouts, whose answers are found; only ids and masks are copied to the host.
 
-    Where `finder` finds no answer, `fallback` is tried.
+    Where `finder` finds no answer, `fallback` is tried. `question` are the prompt tokens that are
+    the question; without it the options say which they are.
 
     Raises:
         ValueError: There is no such finder.
     """
     check_finder(finder)
     rows, visible = ids.cpu().numpy(), mask.cpu().numpy()
-    question, answer = np.zeros_like(visible), np.zeros_like(visible)
+    given = None if question is None else question.cpu().numpy()
+    asked_tokens, answer = np.zeros_like(visible), np.zeros_like(visible)
     answers: list[FoundAnswer | None] = []
     errors: dict[int, Exception] = {}
     for row, seen in enumerate(visible):
@@ -184,13 +188,14 @@ def rollout_masks(
             if found is None and fallback is not None and prompt:
                 found = answer_mask(tokenizer, sampled, fallback)
             if found is not None:
-                question[row, asked] = question_mask(tokenizer, prompt, options.question)
+                rule = options.question if given is None else given[row, asked]
+                asked_tokens[row, asked] = question_mask(tokenizer, prompt, rule)
                 answer[row, prompt_length + said], answers[row] = found
         except (ValueError, TypeError) as error:
             errors[row] = error
     target = target_mask(answer, options.target)
     return RolloutMasks(
-        question=torch.tensor(question, device=ids.device),
+        question=torch.tensor(asked_tokens, device=ids.device),
         target=torch.tensor(target, device=ids.device),
         answer=torch.tensor(answer, device=ids.device),
         answers=tuple(answers),

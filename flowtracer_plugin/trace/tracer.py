@@ -29,7 +29,15 @@ from flowtracer_plugin.model.causal_lm import (
 )
 from flowtracer_plugin.model.generation import generate_ids
 from flowtracer_plugin.model.layers import layer_numbers, select_layers
-from flowtracer_plugin.options import BEST, EVERYWHERE, FREE, FlowOptions, flow_options, head_pairs
+from flowtracer_plugin.options import (
+    BEST,
+    EVERYWHERE,
+    FREE,
+    SAID,
+    FlowOptions,
+    flow_options,
+    head_pairs,
+)
 from flowtracer_plugin.reading.reader import AttentionReader
 from flowtracer_plugin.text.answers import AnswerFinder, check_finder, finder_name
 from flowtracer_plugin.text.encoding import (
@@ -40,7 +48,7 @@ from flowtracer_plugin.text.encoding import (
     token_ids,
     user_text,
 )
-from flowtracer_plugin.text.spans import decode_tokens, find_spans
+from flowtracer_plugin.text.spans import decode_tokens, find_spans, turns_mask
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.found_text import FoundText
 from flowtracer_plugin.trace.memory import MODES, MemoryEstimate
@@ -56,7 +64,7 @@ def wrap(
     *,
     preset: str | None = None,
     layers: str | int | Iterable[SupportsIndex] | None = None,
-    question: str = "prompt",
+    question: str = "auto",
     answer: AnswerFinder = "auto",
     target: str | None = None,
     question_weights: str | None = None,
@@ -87,7 +95,8 @@ def wrap(
         layers: The attention layers to average: a name, or numbers; by default the preset's, which
             are all or, for `"paper"`, `"decision"` and `"sharp"`, the middle third.
         question: The prompt tokens that are the question; presets other than `"derivation"` and
-            `"decided"` inject flow there.
+            `"decided"` inject flow there. By default all that the user said in chat messages, else
+            the prompt.
         answer: The answer finder: a name (`"auto"`, `"boxed"`, …), a compiled pattern with one
             group, or a function from the text to a span.
         target: `"answer"` or `"decision"`.
@@ -311,7 +320,12 @@ class FlowTracer:
         prompt_ids, text = encode_prompt(tokenizer, prompt, template_kwargs)
         ids = encode_response(tokenizer, text, response)
         found = self.find(
-            prompt_ids, ids, answer=answer, question=question, user_text=user_text(prompt)
+            prompt_ids,
+            ids,
+            answer=answer,
+            question=question,
+            user_text=user_text(prompt),
+            turns=turns_mask(tokenizer, prompt, prompt_ids, template_kwargs),
         )
         return self.trace_found([found], progress=progress)[0]
 
@@ -331,15 +345,15 @@ class FlowTracer:
         Raises:
             TypeError: Ids are no whole numbers.
             ValueError: As for `trace`; an id is outside the model's vocabulary, there are several
-                texts, or `question="user"`, which needs the text.
+                texts, or `question="user"` or `"turns"`, which need the text.
         """
         asked, said = token_ids("prompt_ids", prompt_ids), token_ids("response_ids", response_ids)
         if asked or said:
             check_vocabulary(self.model, torch.tensor([*asked, *said]))
         rule = self.options.question if question is None else question
-        if isinstance(rule, str) and rule == "user":
+        if isinstance(rule, str) and rule in SAID:
             raise ValueError(
-                "question='user' needs to know what the user said, and token ids do not tell; "
+                f"question={rule!r} needs to know what the user said, and token ids do not tell; "
                 "pass trace_tokens(..., question=mask)"
             )
         found = self.find(asked, said, answer=answer, question=question)
@@ -378,7 +392,13 @@ class FlowTracer:
             template_kwargs=template_kwargs,
             progress=progress,
         )
-        found = self.find(prompt_ids, ids, answer=answer, user_text=user_text(prompt))
+        found = self.find(
+            prompt_ids,
+            ids,
+            answer=answer,
+            user_text=user_text(prompt),
+            turns=turns_mask(self.require_tokenizer(), prompt, prompt_ids, template_kwargs),
+        )
         return self.trace_found([found], progress=progress)[0]
 
     def sample(
@@ -421,6 +441,7 @@ class FlowTracer:
         *,
         batch_size: int | None = None,
         answer: AnswerFinder | None = None,
+        question: Bool[Tensor, "batch prompt"] | None = None,
     ) -> FlowBatch:
         """The flow of padded rollouts, in the form in which trainers hold them.
 
@@ -435,6 +456,7 @@ class FlowTracer:
             completion_mask: 0 on padding.
             batch_size: Number of rows in one forward pass; all by default.
             answer: An answer finder to use instead of the tracer's.
+            question: The prompt tokens that are the question, to use instead of the tracer's rule.
 
         Raises:
             TypeError: Ids or masks are no tensors, or of a kind that cannot be read.
@@ -444,10 +466,15 @@ class FlowTracer:
         check_rollouts(prompt_ids, completion_ids, prompt_mask, completion_mask)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
-        if self.options.question == "user":
+        if self.options.question in SAID and question is None:
             raise ValueError(
-                "question='user' needs to know what the user said, and token ids do not tell; "
-                "wrap the model with question='prompt'"
+                f"question={self.options.question!r} needs to know what the user said, and token "
+                "ids do not tell; wrap the model with question='prompt'"
+            )
+        if question is not None and question.shape != prompt_ids.shape:
+            raise ValueError(
+                f"question must mark the tokens of prompt_ids, {tuple(prompt_ids.shape)}, got the "
+                f"shape {tuple(question.shape)}"
             )
         ids = torch.cat([prompt_ids, completion_ids], dim=1)
         mask = torch.cat([prompt_mask, completion_mask], dim=1).bool()
@@ -458,7 +485,10 @@ class FlowTracer:
             rows = slice(start, start + size)
             # Rows without an answer run through the model, too: all processes of a distributed run
             # must make the same forward passes.
-            masks = rollout_masks(tokenizer, ids[rows], mask[rows], length, self.options, finder)
+            asked = None if question is None else question[rows]
+            masks = rollout_masks(
+                tokenizer, ids[rows], mask[rows], length, self.options, finder, question=asked
+            )
             parts.append(self._solver.rollouts(ids[rows], mask[rows], masks, length))
         return join_batches(parts)
 
@@ -470,6 +500,7 @@ class FlowTracer:
         answer: AnswerFinder | None = None,
         question: str | Sequence[bool] | TokenMask | None = None,
         user_text: str | None = None,
+        turns: TokenMask | None = None,
     ) -> FoundText:
         """The text with its question and answer, for `trace_found`; the model does not run.
 
@@ -479,6 +510,7 @@ class FlowTracer:
             answer: An answer finder to use instead of the tracer's.
             question: A mask over the prompt's tokens, or a rule to use instead of the tracer's.
             user_text: What the user said; needed for `question="user"`.
+            turns: The prompt's tokens of all that the user said; needed for `question="turns"`.
 
         Raises:
             AnswerNotFoundError: The response has no answer.
@@ -486,18 +518,25 @@ class FlowTracer:
         """
         tokenizer, options = self.require_tokenizer(), self.options
         prompt, response = list(prompt_ids), list(response_ids)
+        asked: str | Sequence[bool] | TokenMask = options.question if question is None else question
+        if isinstance(asked, str) and asked == "auto":
+            asked = "prompt" if turns is None else "turns"
+        if isinstance(asked, str) and asked == "turns" and turns is None:
+            raise ValueError(
+                "question='turns' needs chat messages in which the user says something, and a "
+                "template that shows it as it is; pass question='prompt' or a mask"
+            )
+        named = asked if isinstance(asked, str) else "mask"
         spans = find_spans(
             tokenizer,
             prompt,
             response,
             finder=self.answer if answer is None else answer,
-            question=options.question if question is None else question,
+            question=turns if named == "turns" and turns is not None else asked,
             user_text=user_text,
             target=options.target,
         )
-        if question is not None:
-            named = question if isinstance(question, str) else "mask"
-            options = replace(options, question=named)
+        options = replace(options, question=named)
         ids = prompt + response
         tokens = decode_tokens(tokenizer, ids).pieces
         return FoundText(ids=ids, tokens=tokens, spans=spans, options=options)

@@ -8,7 +8,7 @@ from flowtracer_plugin.bulk import tracing
 from flowtracer_plugin.bulk.examples import Columns
 from flowtracer_plugin.credit.token_scores import score_text
 from tests.bulk.stories import stories
-from tests.tiny import PROMPT, RESPONSE
+from tests.tiny import MESSAGES, PROMPT, RESPONSE, tiny_tokenizer
 
 
 def test_results_are_those_of_tracing_one_by_one_in_the_order_of_the_rows(tiny):
@@ -54,6 +54,20 @@ def test_a_bad_row_has_an_error_and_costs_no_other(tiny):
     for one, wanted in zip(found, said, strict=True):
         assert (one.trace is None) == (wanted is not None)
         assert (one.error is None) if wanted is None else (wanted in one.error), one.error
+
+
+def test_in_chat_messages_the_question_is_what_the_user_said(tiny):
+    tracer = ft.wrap(tiny.model, tiny_tokenizer(chat=True), preset="paper")
+    talk = [{"role": "system", "content": "Be kind."}, *MESSAGES]
+    rows = [{"prompt": talk, "response": RESPONSE}, {"prompt": PROMPT, "response": RESPONSE}]
+    for one, question in zip(trace_many(tracer, rows), ("turns", "prompt"), strict=True):
+        alone = tracer.trace(rows[one.row]["prompt"], RESPONSE)
+        assert one.trace.options.question == alone.options.question == question
+        np.testing.assert_array_equal(one.trace.spans.question, alone.spans.question)
+    asked = tracer.tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+    given = {**rows[0], "prompt_ids": asked, "completion_ids": tiny.tokenizer(RESPONSE).input_ids}
+    (one,) = trace_many(tracer, [given])
+    assert one.trace.options.question == "prompt"  # the ids need not be those of the messages
 
 
 def test_sampled_ids_are_traced_as_they_are(tiny):

@@ -132,9 +132,13 @@ def test_a_chat_model_gets_its_template(trace, chat_model):
     assert through["text"] == template + RESPONSE
     bare = trace("--response", RESPONSE, "--json", "--no-chat", model=chat_model)
     assert json.loads(bare.out)["text"] == PROMPT + RESPONSE
-    asked = trace("--response", RESPONSE, "--json", "--question", "user", model=chat_model)
-    words = [t["text"] for t in json.loads(asked.out)["tokens"] if t["region"] == "question"]
-    assert "".join(words) == PROMPT
+    for given, rule in (((), "turns"), (("--question", "user"), "user")):
+        ran = trace("--response", RESPONSE, "--json", *given, model=chat_model)
+        asked = json.loads(ran.out)
+        words = [token["text"] for token in asked["tokens"] if token["region"] == "question"]
+        assert ("".join(words), asked["options"]["question"]) == (PROMPT, rule)
+    shown = trace("--response", RESPONSE, model=chat_model).out
+    assert "12 of 12 question tokens reached, from what the user said" in " ".join(shown.split())
 
 
 def test_version(flowtracer):
@@ -286,7 +290,7 @@ def test_a_narrow_table_says_once_what_all_rows_repeat(monkeypatch):
         (["--device", "nowhere"], "no 'nowhere' on this machine; cpu is always there"),
         (["--dtype", "float31"], "'float31' is not one of 'auto', 'float32'"),
         (["--target", "end"], "'end' is not one of 'answer', 'decision'"),
-        (["--question", "mask"], "'mask' is not one of 'prompt', 'all', 'user'"),
+        (["--question", "mask"], "'mask' is not one of 'auto', 'turns', 'user', 'prompt'"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--layers", "center"], "layers must be one of all, early, middle, late"),
         (["--generate"], "--response gives the answer, and nothing is generated: leave it out"),

@@ -279,7 +279,21 @@ def test_messages_go_through_the_chat_template_as_trl_does_it(tracer, monkeypatc
     )
     wanted = word_tokenizer().apply_chat_template(messages, add_generation_prompt=True)
     assert seen[0][0][0].tolist() == wanted["input_ids"]
-    assert scores == pytest.approx(call(FlowReward(tracer), TEXTS[:1], [f"{PROMPTS[0]} so then"]))
+    question = [False] + [True] * (len(words(PROMPTS[0])) - 1) + [False] * 2  # the template's words
+    same = tracer.trace_tokens(words(f"{PROMPTS[0]} so then"), words(TEXTS[0]), question=question)
+    assert scores == pytest.approx([same.reasoning_share], rel=1e-5)
+
+
+def test_a_reward_may_mix_texts_and_messages(tracer):
+    messages = [{"role": "user", "content": PROMPTS[1]}]
+    both = call(FlowReward(tracer), TEXTS[:2], [PROMPTS[0], messages])
+    assert both == pytest.approx(
+        [
+            *call(FlowReward(tracer), TEXTS[:1], [PROMPTS[0]]),
+            *call(FlowReward(tracer), TEXTS[1:2], [messages]),
+        ],
+        rel=1e-5,
+    )
 
 
 def parts(text):

@@ -5,7 +5,13 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from flowtracer_plugin.text.encoding import encode_prompt, encode_response, is_text, user_text
+from flowtracer_plugin.text.encoding import (
+    encode_prompt,
+    encode_response,
+    is_text,
+    user_text,
+    user_turns,
+)
 from tests.tiny import MESSAGES, PROMPT, tiny_tokenizer
 
 
@@ -207,3 +213,101 @@ def test_a_template_that_cannot_take_parts_is_named():
 def test_the_users_words_are_none_where_they_are_not_only_text():
     parts = [{"type": "image"}, {"type": "text", "text": "a"}]
     assert user_text([{"role": "user", "content": parts}]) is None
+
+
+SYSTEM_ADDED = (
+    "{% if messages[0]['role'] != 'system' %}system: You are kind.\n{% endif %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+)
+STRIPPED = (
+    "{% for message in messages %}{% if message.role == 'user' %}[INST] "
+    "{% if loop.first %}Be kind. {% endif %}{{ message.content | trim }} [/INST]"
+    "{% else %} {{ message.content | trim }} {% endif %}{% endfor %}"
+)
+FOLDED = (
+    "[INST] {% for message in messages %}{{ (message.content ~ ' ').strip() }}\n{% endfor %}[/INST]"
+)
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "wanted"),
+    [
+        (SYSTEM_ADDED, [said("user", "Who?")], ["Who?"]),
+        # The same words stand in the template's system prompt, and in other roles' words.
+        (SYSTEM_ADDED, [said("user", "You are kind.")], ["You are kind."]),
+        (SYSTEM_ADDED, [said("system", "Who?"), said("user", "Who?")], ["Who?"]),
+        (
+            SYSTEM_ADDED,
+            [said("user", "a b"), said("assistant", "a b"), said("user", "b")],
+            ["a b", "b"],
+        ),
+        (SYSTEM_ADDED, [said("user", "Why\nuser: me?\n")], ["Why\nuser: me?\n"]),
+        (STRIPPED, [said("user", "\n 3 + 4 \n")], ["3 + 4"]),
+        (
+            STRIPPED,
+            [said("user", "kind "), said("assistant", " x"), said("user", " x")],
+            ["kind", "x"],
+        ),
+        (FOLDED, [said("system", "Be kind. "), said("user", "kind. ")], ["kind."]),
+        (SYSTEM_ADDED, [said("user", [{"type": "text", "text": "in parts"}])], ["in parts"]),
+        (SYSTEM_ADDED, [said("assistant", "I begin.")], []),
+        (SYSTEM_ADDED, [said("user", "")], []),
+    ],
+)
+def test_the_turns_of_the_user_are_found_in_the_templated_text(template, messages, wanted):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    turns = user_turns(tokenizer, messages)
+    assert turns.text == encode_prompt(tokenizer, messages)[1]
+    assert [turns.text[start:end] for start, end in turns.spans] == wanted
+    for start, _ in turns.spans:  # nobody else's words
+        before = turns.text[:start]
+        assert before.endswith(("user: ", "[INST] ", "Be kind. ", "Be kind.\n")), before
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        (SYSTEM_ADDED, "a text"),
+        (
+            "{% for message in messages %}{{ message.content | upper }}{% endfor %}",
+            [said("user", "a")],
+        ),
+        (
+            "{% if messages[0].content != 'a' %}{{ raise_exception('ask for a') }}{% endif %}a",
+            [said("user", "a")],
+        ),
+    ],
+    ids=["text", "changed", "checked"],
+)
+def test_turns_are_unknown_in_a_text_and_where_the_template_changes_the_words(template, prompt):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    assert user_turns(tokenizer, prompt) is None
+
+
+def test_the_arguments_of_the_template_reach_both_renderings():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ mood }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    )
+    turns = user_turns(tokenizer, [said("user", "kind")], {"mood": "kind"})
+    assert turns == ("kindkind", ((4, 8),))
+
+
+def test_an_image_beside_the_words_of_the_user_is_left_out():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for part in messages[0].content %}{{ part.text or '<image>' }}{% endfor %}"
+    )
+    parts = [
+        {"type": "text", "text": "See "},
+        {"type": "image"},
+        {"type": "text", "text": " this?"},
+    ]
+    turns = user_turns(tokenizer, [said("user", parts)])
+    assert [turns.text[start:end] for start, end in turns.spans] == ["See ", " this?"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizer,
     PreTrainedTokenizerBase,
@@ -15,12 +15,14 @@ from transformers import (
 
 from flowtracer_plugin.text import spans
 from flowtracer_plugin.text.answers import FoundAnswer
+from flowtracer_plugin.text.encoding import encode_prompt
 from flowtracer_plugin.text.spans import (
     DecodedTokens,
     answer_mask,
     decode_tokens,
     question_mask,
     tokens_in_span,
+    turns_mask,
 )
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -464,6 +466,7 @@ PROMPT = [END, *byte_ids("ab"), special_id("<|reserved_5|>"), *byte_ids("a")]
     ("question", "user_text", "wanted"),
     [
         ("prompt", None, [0, 1, 1, 0, 1]),
+        ("auto", None, [0, 1, 1, 0, 1]),
         ("all", None, [1, 1, 1, 1, 1]),
         ("user", "ab", [0, 1, 1, 0, 0]),
         ("user", " a\n", [0, 0, 0, 0, 1]),
@@ -474,6 +477,48 @@ PROMPT = [END, *byte_ids("ab"), special_id("<|reserved_5|>"), *byte_ids("a")]
 def test_the_question_mask_follows_the_option(question, user_text, wanted):
     mask = question_mask(BYTE_LEVEL, PROMPT, question, user_text)
     assert mask.tolist() == np.array(wanted, bool).tolist()
+
+
+def turns_of(tokenizer, messages):
+    ids, _ = encode_prompt(tokenizer, messages)
+    mask = turns_mask(tokenizer, messages, ids)
+    pieces = decode_tokens(tokenizer, ids).pieces
+    return None if mask is None else "".join(np.array(pieces, object)[mask])
+
+
+def test_the_tokens_of_the_users_turns_are_found_among_equal_words():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = (
+        "<|im_end|>ab {% for message in messages %}"
+        "{{ message.role }}:{{ message.content | trim }}<|im_end|>{% endfor %}b"
+    )
+    chat = [
+        {"role": "user", "content": " ab "},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "b5 €<|im_end|>"},
+    ]
+    assert turns_of(tokenizer, chat) == "abb5 €"  # without the special token that the user wrote
+    ids, _ = encode_prompt(tokenizer, chat)
+    touched = np.flatnonzero(turns_mask(tokenizer, chat, ids))
+    decoded = decode_tokens(tokenizer, ids)
+    first = decoded.text.index("user:ab") + len("user:")
+    assert int(decoded.starts[touched[0]]) == first  # not the template's "ab"
+    assert turns_of(tokenizer, chat[1:2]) is None  # the user says nothing
+
+
+def test_turns_are_found_where_the_decoder_adds_blanks():
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, "<unk>")),
+        unk_token="<unk>",
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.chat_template = "b{{ messages[0].content }}a"
+    messages = [{"role": "user", "content": "a"}]
+    ids, text = encode_prompt(tokenizer, messages)
+    assert (text, tokenizer.decode(ids)) == ("baa", "b a a")
+    assert turns_mask(tokenizer, messages, ids).tolist() == [False, True, False]
+    messages[0]["content"] = "ab"  # which the decoder writes as "a b"
+    assert turns_mask(tokenizer, messages, encode_prompt(tokenizer, messages)[0]) is None
 
 
 def test_the_first_token_is_not_a_question_even_if_it_is_not_special():
@@ -497,7 +542,7 @@ def test_the_users_words_are_found_in_split_characters():
     [
         ([], {}, "at least one prompt token, found none"),
         (PROMPT, {"question": [False] * 5}, "found none among 5 prompt tokens"),
-        (PROMPT, {"question": "promt"}, "'prompt', 'all', 'user' or a boolean mask, found 'promt'"),
+        (PROMPT, {"question": "promt"}, "'all', 'user' or a boolean mask, found 'promt'"),
         (PROMPT, {"question": "user"}, "wanted user_text for question='user', found None"),
         (PROMPT, {"question": "user", "user_text": " "}, "wanted user_text .*, found ' '"),
         (PROMPT, {"question": "user", "user_text": "xyz"}, "found no 'xyz' there"),

@@ -1,3 +1,4 @@
+import inspect
 import re
 
 import numpy as np
@@ -116,7 +117,7 @@ def test_a_mask_is_the_question(model, tracer):
     attention = eager_attention(model, trace.token_ids.tolist(), MIDDLE).numpy()
     assert_traced(trace, attention, marked(28, 3, 5), marked(28, ANSWERED))
     assert trace.options.question == "mask"
-    assert tracer.options.question == "prompt"
+    assert tracer.options.question == "auto"
 
 
 def test_another_rule_may_name_the_question_for_one_trace(tracer, tokenizer):
@@ -125,6 +126,9 @@ def test_another_rule_may_name_the_question_for_one_trace(tracer, tokenizer):
     assert trace.spans.question.sum() == trace.spans.prompt_length
     with pytest.raises(ValueError, match="token ids do not tell"):
         tracer.trace_tokens(tokenizer(PROMPT)["input_ids"], [3], question="user")
+    with pytest.raises(ValueError, match="question='turns' needs chat messages"):
+        tracer.trace(PROMPT, RESPONSE, question="turns")
+    assert tracer.trace(PROMPT, RESPONSE, question="prompt").options.question == "prompt"
 
 
 def test_one_trace_may_use_another_answer_finder(tracer):
@@ -134,7 +138,7 @@ def test_one_trace_may_use_another_answer_finder(tracer):
 
 
 def test_messages_are_traced_through_the_chat_template(model, chat):
-    trace = ft.wrap(model, chat, preset="paper").trace(MESSAGES, RESPONSE)
+    trace = ft.wrap(model, chat, question="prompt", preset="paper").trace(MESSAGES, RESPONSE)
     assert trace.text == f"<s><|user|>\n{PROMPT}</s>\n<|assistant|>\n{RESPONSE}"
     asked = [
         text
@@ -146,10 +150,53 @@ def test_messages_are_traced_through_the_chat_template(model, chat):
     assert_traced(trace, attention, trace.spans.question, trace.spans.target)
 
 
+def asked_in(trace):
+    """The words of the question."""
+    return "".join(trace.tokens[token] for token in np.flatnonzero(trace.spans.question))
+
+
 def test_the_users_words_are_the_question_of_a_chat(model, chat):
-    trace = ft.wrap(model, chat, question="user", preset="paper").trace(MESSAGES, RESPONSE)
-    words = [trace.tokens[token] for token in np.flatnonzero(trace.spans.question)]
-    assert "".join(words) == PROMPT
+    tracer = ft.wrap(model, chat, preset="paper")
+    system = {"role": "system", "content": PROMPT}  # as if a template had added it
+    trace = tracer.trace([system, *MESSAGES], RESPONSE)
+    assert asked_in(trace) == PROMPT
+    assert trace.options.question == "turns"
+    place = np.flatnonzero(trace.spans.question)[0]
+    assert trace.tokens[place - 2 : place] == ("<|user|>", "\n")
+    attention = eager_attention(model, trace.token_ids.tolist(), MIDDLE).numpy()
+    assert_traced(trace, attention, trace.spans.question, trace.spans.target)
+
+
+def test_all_turns_of_the_user_are_the_question_unless_one_asks_for_the_last(model, chat):
+    turns = ["Tom had 3 apples.", "How many?"]
+    talk = [
+        {"role": "user", "content": turns[0]},
+        {"role": "assistant", "content": "apples"},
+        {"role": "user", "content": turns[1]},
+    ]
+    tracer = ft.wrap(model, chat, preset="paper")
+    assert asked_in(tracer.trace(talk, RESPONSE)) == "".join(turns)
+    last = tracer.trace(talk, RESPONSE, question="user")
+    assert (asked_in(last), last.options.question) == (turns[1], "user")
+    unsaid = tracer.trace([{"role": "assistant", "content": "apples"}], RESPONSE)
+    assert unsaid.options.question == "prompt"
+    generated = tracer.generate(talk, max_new_tokens=1, answer=lambda text: (0, len(text)))
+    assert asked_in(generated) == "".join(turns)
+
+
+def test_a_batch_may_say_what_its_questions_are(tracer, tokenizer):
+    batch = padded(tokenizer, ROLLOUTS)
+    visible, whole = batch[2].bool(), tracer.trace_ids(*batch)
+    rule = torch.stack([row & (row.cumsum(0) > 1) for row in visible])  # without the first token
+    same = tracer.trace_ids(*batch, question=rule)
+    torch.testing.assert_close(same.throughput, whole.throughput)
+    last = visible & (torch.arange(visible.shape[1]) == visible.shape[1] - 1)
+    one = tracer.trace_ids(*batch, question=last, batch_size=1).throughput[:, : visible.shape[1]]
+    found = one.sum(1) > 0
+    torch.testing.assert_close(one[found], last[found].float())
+    with pytest.raises(ValueError, match="question must mark the tokens of prompt_ids"):
+        # The tests' type checker would refuse it first.
+        inspect.unwrap(ft.FlowTracer.trace_ids)(tracer, *batch, question=last[:, 1:])
 
 
 def test_tokens_are_traced_unchanged(tracer, tokenizer):

@@ -18,6 +18,7 @@ from flowtracer_plugin.comparison.traces import (
 )
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
+    QUESTION,
     REGION_CLASSES,
     ShownTrace,
     Unit,
@@ -245,7 +246,8 @@ def _made(traces: Sequence[TraceData]) -> list[tuple[str, str]]:
             "numbers of layers": ranges(sorted(trace.layers)),
             "rows": trace.options.rows,
             "edges": f"{trace.options.edges}, times {trace.options.damping:g}",
-            "question": f"{trace.options.question}, weights: {trace.options.question_weights}",
+            "question": f"{QUESTION[trace.options.question]}; weights: "
+            f"{trace.options.question_weights}",
             "answer": trace.options.answer,
             "flow ends at": f"{trace.options.target}, {trace.options.boundary} boundary",
             "first token": trace.options.first_token,

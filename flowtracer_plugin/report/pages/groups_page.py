@@ -22,7 +22,15 @@ from flowtracer_plugin.comparison.groups import (
 from flowtracer_plugin.comparison.permutation import Sides
 from flowtracer_plugin.comparison.texts import Word, least_texts
 from flowtracer_plugin.comparison.traces import RIGHT_AND_WRONG
-from flowtracer_plugin.report.display import number, percent, points, ranges, shorten, signed
+from flowtracer_plugin.report.display import (
+    QUESTION,
+    number,
+    percent,
+    points,
+    ranges,
+    shorten,
+    signed,
+)
 from flowtracer_plugin.report.pages.assets import render, write_html
 from flowtracer_plugin.report.pages.charts import Histogram, histogram, paired_bars
 from flowtracer_plugin.report.pages.two_sides import MOST_WORDS
@@ -275,7 +283,7 @@ def _made(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("layers", ranges(sorted(flow["layers"]))),
         ("rows", flow["rows"]),
         ("edges", f"{flow['edges']}, times {flow['damping']:g}"),
-        ("question", f"{flow['question']}, weights: {flow['question_weights']}"),
+        ("question", f"{QUESTION[flow['question']]}; weights: {flow['question_weights']}"),
         ("answer", str(flow["answer"])),
         ("flow ends at", f"{flow['target']}, {flow['boundary']} boundary"),
         ("first token", flow["first_token"]),

@@ -16,6 +16,7 @@ from flowtracer_plugin.report import drawing
 from flowtracer_plugin.report.carried import carriers, leading_steps
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
+    QUESTION,
     ShownTrace,
     Unit,
     ranges,
@@ -150,6 +151,7 @@ def _shared(shown: ShownTrace, hubs: tuple[Unit, ...]) -> dict[str, Any]:
         "layers": ranges(sorted(trace.layers)),
         "preset": preset_of(trace.options),
         "question_count": int(trace.spans.question.sum()),
+        "asked": QUESTION[trace.options.question],
         "heat_shares": HEAT_SHARES,
         "ribbon": drawing.draw_ribbon(shown, hubs),
     }
