@@ -64,7 +64,8 @@ class FolderOptions:
     ]
     scores: Annotated[str | None, SCORES] = None
     save_traces: Annotated[
-        bool, _output("--save-traces", help="Save each trace; flowtracer report reads them.")
+        bool,
+        _output("--save-traces", help="Save each trace in OUTPUT/traces, for flowtracer report."),
     ] = False
     pages: Annotated[int, _output(min=0, help="Write the pages of so many rows.")] = 0
     pages_of: Annotated[

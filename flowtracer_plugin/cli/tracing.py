@@ -26,6 +26,7 @@ from flowtracer_plugin.cli.options import (
     flattened,
 )
 from flowtracer_plugin.cli.outputs import deliver, print_document
+from flowtracer_plugin.cli.parsing import check_separate
 from flowtracer_plugin.cli.questions import Question, checked, read_question
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def trace(
 
     flowtracer trace Qwen/Qwen3-0.6B --prompt "2 + 2 = ?" --response "4."
     """
+    check_separate(outputs.files, asked.files)
     question = read_question(asked)
     if question.response is not None and response is not None:
         raise typer.BadParameter("--messages end with a response already: leave out --response")
@@ -99,6 +101,7 @@ def generate(
 
     flowtracer generate Qwen/Qwen3-0.6B --prompt "What is 17 * 3?"
     """
+    check_separate(outputs.files, asked.files)
     _deliver(*_generated(model, read_question(asked), loading, generation, tracing), outputs)
 
 

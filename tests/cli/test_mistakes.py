@@ -47,7 +47,7 @@ def tracing(model, *more):
         (["adapters", "chek"], "No such command 'chek'. Did you mean 'check'?"),
         (["trace", "--promt", "a"], "No such option: --promt"),
         (["generate", "x"], "pass the prompt by one of --prompt"),
-        (["report"], "Missing argument 'FILE'"),
+        (["report"], "Missing argument 'FILE|FOLDER'"),
         (["compare"], "Missing argument 'FILE...|FOLDER'"),
         (["trace"], "Missing argument 'MODEL'"),
         (["trace", "--model", "x"], "pass the prompt by one of --prompt"),
@@ -65,6 +65,14 @@ def test_wrong_usage_exits_with_2(flowtracer, arguments, message):
 
 def test_a_folder_cannot_be_written_as_a_file(flowtracer, saved, tmp_path):
     assert_failed(flowtracer("report", saved, "--html", tmp_path), 2, "is a directory")
+
+
+def test_no_command_replaces_the_prompt_that_it_reads(flowtracer, tmp_path):
+    prompt = tmp_path / "a.txt"
+    prompt.write_text("How many?")
+    for command in ("trace", "generate"):
+        ran = flowtracer(command, "nowhere", "--prompt-file", prompt, "--html", prompt)
+        assert_failed(ran, 2, "a.txt' is read by this command and would be replaced")
 
 
 # files

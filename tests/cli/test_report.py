@@ -14,6 +14,7 @@ import flowtracer_plugin as ft
 from flowtracer_plugin import report
 from flowtracer_plugin.cli import (
     compare as cli_compare,
+    options as cli_options,
     report as cli_pages,
     tracing as cli_tracing,
 )
@@ -185,11 +186,74 @@ def test_the_json_of_a_saved_trace_is_its_document_on_one_line(flowtracer, files
 
 def test_several_traces_get_a_page_each(flowtracer, files):
     ran = flowtracer("report", *files)
-    assert (ran.code, ran.err) == (0, "wrote first.html\nwrote second.html\n")
+    assert (ran.code, ran.err) == (0, "wrote first.html\nwrote second.html\nwrote index.html\n")
     assert ran.out.index("first.flow") < ran.out.index("'2'") < ran.out.index("second.flow")
     assert "'3'" in ran.out
     for options in (["--json"], ["--html", "one.html"]):
         assert_failed(flowtracer("report", *files, *options), 2, "for one trace, found 2")
+
+
+def linked(index):
+    """What the list of traces says in each row, and the links in it."""
+    page = index.read_text("utf-8")
+    body = page[page.index("<tbody>") : page.index("</tbody>")]
+    rows = [re.sub(r"<[^>]+>", " ", row).split() for row in body.split("</tr>")[:-1]]
+    return rows, re.findall(r'href="([^"]+)"', body)
+
+
+def test_a_folder_of_traces_gets_a_page_each_and_a_list(flowtracer, traces, tmp_path):
+    folder = tmp_path / "a folder"
+    for trace, name in zip(traces, ("b<i>.flow", "a b.flow"), strict=True):
+        trace.save(folder / name)
+    ran = flowtracer("report", folder)
+    assert ran.code == 0
+    rows, links = linked(folder / "index.html")
+    assert links == ["a%20b.html", "b%3Ci%3E.html"]
+    assert (folder / "a b.html").read_text("utf-8") == report.render_page(traces[1])
+    assert rows[0][:3] == ["1", "a", "b.flow"]
+    assert "b&lt;i&gt;.flow" in rows[1]
+    asked = " ".join(rows[0])
+    assert "had 3 apples. He ate one. How many?" in asked  # the question, without the first token
+    assert rows[0][-4:-2] == ["3", str(len(traces[1].tokens) - 12)]
+    assert flowtracer("report", folder).code == 0  # its own list is replaced
+
+
+def test_the_list_lies_where_all_traces_lie_unless_it_is_named(
+    flowtracer, traces, tmp_path, monkeypatch
+):
+    for name in ("a", "b"):
+        traces[0].save(tmp_path / name / "x.flow")
+    paths = [tmp_path / "a", tmp_path / "b" / "x.flow"]
+    assert flowtracer("report", *paths).code == 0
+    assert linked(tmp_path / "index.html")[1] == ["a/x.html", "b/x.html"]
+    (tmp_path / "index.html").write_text("<title>My home page</title>")
+    ran = flowtracer("report", *paths)
+    assert_failed(ran, 2, "index.html' holds something else", "name another file with --index")
+    (tmp_path / "a" / "x.html").unlink()
+    assert flowtracer("report", *paths, "--index", tmp_path / "a" / "list.html").code == 0
+    assert linked(tmp_path / "a" / "list.html")[1] == ["x.html", "../b/x.html"]
+    ran = flowtracer("report", paths[1], "--index", tmp_path / "list.html")
+    assert_failed(ran, 2, "--index lists several traces, and this is one")
+
+
+def test_a_damaged_trace_costs_no_other_and_is_named_in_the_list(flowtracer, traces, tmp_path):
+    (tmp_path / "a.flow").write_text("notes")
+    traces[0].save(tmp_path / "b.flow")
+    ran = flowtracer("report", tmp_path)
+    assert ran.code == 1
+    assert "a.flow: cannot read" in ran.err
+    assert "error: 1 of 2 files could not be shown, as said above" in ran.err
+    rows, links = linked(tmp_path / "index.html")
+    assert links == ["b.html"]
+    assert rows[0][:4] == ["1", "a.flow", "cannot", "read"]
+
+
+def test_a_folder_without_traces_says_where_some_are(flowtracer, traces, tmp_path):
+    traces[0].save(tmp_path / "out" / "traces" / "x.flow")
+    ran = flowtracer("report", tmp_path)
+    assert_failed(ran, 2, "there are no files *.flow in", "did you mean", "traces'?")
+    (tmp_path / "empty").mkdir()
+    assert_failed(flowtracer("report", tmp_path / "empty"), 2, "in", "which --save writes")
 
 
 def test_a_page_never_overwrites_its_trace():
@@ -233,6 +297,17 @@ def test_a_missing_extra_is_named_after_the_trace_is_saved(
     assert ran.code == 1
     assert "error: this needs pyarrow; run: pip install 'flowtracer-plugin[viz]'" in ran.err
     assert ft.load("kept.flow").text == PROMPT + RESPONSE
+
+
+def test_a_package_that_a_file_needs_is_missed_before_the_model_is_loaded(flowtracer, monkeypatch):
+    monkeypatch.setattr(cli_options, "find_spec", lambda name: None)
+    for option, package in (("--parquet", "pyarrow"), ("--graphml", "networkx")):
+        ran = flowtracer("generate", "nowhere", "--prompt", "a", option, "x.y")
+        assert_failed(
+            ran, 2, f"{option} needs {package}; run: pip install 'flowtracer-plugin[viz]'"
+        )
+    ran = flowtracer("generate", "nowhere", "--prompt", "a", "--figure", "x.svg")
+    assert_failed(ran, 2, "--figure needs matplotlib")
 
 
 # compare

@@ -47,6 +47,17 @@ def test_totals_count_all_and_pages_come_first(tmp_path, monkeypatch):
     assert page.index('data-value="0"') < page.index('href="pages/00000005.html"')
 
 
+def test_columns_without_values_are_left_out(tmp_path):
+    page = write(tmp_path / "index.html", [RolloutLine(row=1, id="a")])
+    assert 'scope="col" data-kind="verdict"' not in page
+    assert 'scope="col" data-kind="error"' not in page
+    known = [RolloutLine(row=1, id="a", correct=True), RolloutLine(row=2, id="b", error="long")]
+    page = write(tmp_path / "index.html", known)
+    rows = page[page.index("<thead>") :].split("</tr>")[:3]
+    cells = [row.count("<th") + row.count("<td") for row in rows]
+    assert cells == [9 + 1, 9, 9]  # with <thead> itself
+
+
 def test_an_empty_list_is_a_page(tmp_path):
     assert "<b>0 of 9</b>" in write(tmp_path / "index.html", [])
 

@@ -1,4 +1,4 @@
-"""The list of a data set's rollouts, with links to the pages of those that have one."""
+"""The list of rollouts, with links to the pages of those that have one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,12 @@ class RolloutLine:
 
 
 def write_rollout_index(
-    path: Path, lines: Sequence[RolloutLine], *, title: str, settings: dict[str, Any]
+    path: Path,
+    lines: Sequence[RolloutLine],
+    *,
+    title: str,
+    settings: dict[str, Any],
+    brand: str = "data set",
 ) -> Path:
     """Write the list of rollouts to `path`, whole or not at all, and return `path`.
 
@@ -57,7 +62,8 @@ def write_rollout_index(
         path: The file to write.
         lines: All rollouts, in the order of the data.
         title: The title of the page.
-        settings: The `model`, and the number of `rows` of the data.
+        settings: The `model`, and the number of `rows` of the data, if the rollouts are of one.
+        brand: What the list is of.
     """
     shown = sorted(lines, key=lambda line: (line.page is None, line.row))[:LISTED]
     known = [line.correct for line in lines if line.correct is not None]
@@ -68,7 +74,9 @@ def write_rollout_index(
         title=shorten(visible(title), 200),
         lines=[_shown(line) for line in sorted(shown, key=lambda line: line.row)],
         count=len(lines),
-        rows=settings["rows"],
+        rows=settings.get("rows"),
+        brand=brand,
+        heads=_heads(lines),
         model=shorten(visible(str(settings["model"]))),
         errors=sum(line.error is not None for line in lines),
         right=sum(known),
@@ -76,6 +84,14 @@ def write_rollout_index(
         pages=sum(line.page is not None for line in lines),
     )
     return write_html(path, html)
+
+
+def _heads(lines: Sequence[RolloutLine]) -> list[str]:
+    """The columns; those of verdicts and errors only if there are some."""
+    heads = ["row", "id", "prompt", "answer"]
+    heads += ["verdict"] if any(line.correct is not None for line in lines) else []
+    heads += ["tokens", "reasoning share", "concentration"]
+    return heads + (["error"] if any(line.error is not None for line in lines) else [])
 
 
 def _shown(line: RolloutLine) -> dict[str, Any]:
