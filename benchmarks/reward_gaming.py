@@ -50,7 +50,9 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    tracer = ft.wrap(model, AutoTokenizer.from_pretrained(arguments.model), preset="paper")
+    tracer = ft.wrap(
+        model, AutoTokenizer.from_pretrained(arguments.model), preset="paper", question="prompt"
+    )
     with arguments.data.open() as lines:
         rows = [json.loads(line) for line in islice(lines, arguments.rows)]
     said: dict[str, list[str]] = {}

@@ -57,17 +57,27 @@ class ModelFirst(TyperCommand):
     """A command that takes its model as the first argument, or as `--model` like earlier ones."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Move the value of `--model` to the front."""
-        for place, one in enumerate(args):
-            name, equals, value = one.partition("=")
-            if one == "--":
-                break
-            if name == "--model" and (equals or place + 1 < len(args)):
-                rest = args[place + 1 :] if equals else args[place + 2 :]
-                return super().parse_args(
-                    ctx, [value if equals else args[place + 1], *args[:place], *rest]
-                )
-        return super().parse_args(ctx, args)
+        """Move the value of `--model` to the front, and say where surplus texts belong."""
+        ctx.allow_extra_args = True
+        left: list[str] = super().parse_args(ctx, _model_first(args))
+        if left and not ctx.resilient_parsing:
+            raise typer.BadParameter(
+                f"found {left[0]!r:.80} where no further text is wanted; a text goes after its "
+                "option, in quotes, such as --prompt 'How many?'"
+            )
+        return left
+
+
+def _model_first(args: list[str]) -> list[str]:
+    """The arguments with the value of `--model`, if there is one, in front."""
+    for place, one in enumerate(args):
+        name, equals, value = one.partition("=")
+        if one == "--":
+            break
+        if name == "--model" and (equals or place + 1 < len(args)):
+            rest = args[place + 1 :] if equals else args[place + 2 :]
+            return [value if equals else args[place + 1], *args[:place], *rest]
+    return args
 
 
 def _version(wanted: bool) -> bool:

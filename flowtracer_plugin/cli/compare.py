@@ -12,13 +12,15 @@ from flowtracer_plugin.cli.loading import waiting
 from flowtracer_plugin.cli.options import AsJson, PageFile, Traceback, flattened
 from flowtracer_plugin.cli.outputs import print_document, print_results, print_table, write_file
 from flowtracer_plugin.cli.parsing import check_separate, names, writable
-from flowtracer_plugin.cli.report import load_trace
+from flowtracer_plugin.cli.report import SUFFIX, load_trace, saved_traces
 
 if TYPE_CHECKING:
     from flowtracer_plugin.comparison.groups import GroupComparison
     from flowtracer_plugin.comparison.traces import ComparedTrace
 
 PAGE = "comparison.html"
+ANSWERS = "answers"
+"""The folder of the answers' table in a folder that trace-data wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ def compare(
         list[Path],
         typer.Argument(
             metavar="FILE...|FOLDER",
-            help="Traces saved with --save, or the folder that trace-data wrote.",
+            help="Traces saved with --save, a folder of them, or the folder that trace-data wrote.",
         ),
     ],
     chosen: TraceGroups,
@@ -70,6 +72,8 @@ def compare(
 
     flowtracer compare traced/ --by correct
     """
+    if len(files) == 1 and not (files[0] / ANSWERS).is_dir() and any(files[0].glob(f"*{SUFFIX}")):
+        files = saved_traces(files)
     if len(files) == 1:
         _compare_folder(files[0], chosen, html, as_json=json)
         return

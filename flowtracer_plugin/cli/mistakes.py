@@ -26,6 +26,8 @@ _PYTHON = re.compile(
 )
 """How messages of the Python API name options that are also on the command line."""
 
+_BARE = re.compile(r"\b(layers|heads|edges|rows|answer|question|block)=(?=[ ,;]|$)")
+
 
 def sentence(error: BaseException) -> str:
     """The error's message on one line, in terms of the command line."""
@@ -50,7 +52,8 @@ def sentence(error: BaseException) -> str:
         return f"there is no {said}"
     said = re.sub(r"^\[Errno \d+\] ", "", said)
     said = said.replace("wrap(..., verify=False)", "--no-verify")
-    said = said.removesuffix(" or a boolean mask with a True")
+    said = said.removesuffix(" or a boolean mask with a True").removesuffix(", or a mask")
+    said = _BARE.sub(lambda found: f"--{found[1]}", said)
     return _PYTHON.sub(lambda found: f"--{found[1].replace('_', '-')} {found[3]}", said)
 
 

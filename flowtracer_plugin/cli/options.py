@@ -231,6 +231,11 @@ class GenerationOptions:
     seed: Annotated[int, _generating(min=0, max=2**32 - 1, help="Random seed of sampling.")] = 0
 
     def __post_init__(self) -> None:
+        if self.temperature is not None and not self.temperature > 0:
+            raise typer.BadParameter(
+                f"--temperature must be above 0, found {self.temperature:g}; for the likeliest "
+                "tokens leave out --do-sample"
+            )
         for name, value in (("--temperature", self.temperature), ("--top-p", self.top_p)):
             if value is not None and not self.do_sample:
                 raise typer.BadParameter(f"{name} is for sampling: pass --do-sample too")

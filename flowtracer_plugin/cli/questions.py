@@ -92,8 +92,13 @@ class Question:
         """The messages, if the tokenizer has a template for them, or else the text.
 
         Raises:
-            ValueError: There is no template, and a system prompt or its arguments need one.
+            ValueError: Messages, a system prompt or arguments of the template need one.
         """
+        if self.text is None and tokenizer.chat_template is None:
+            raise ValueError(
+                "--messages need a chat template, and this model has none; pass the text with "
+                "--prompt or --prompt-file"
+            )
         if self.text is None or (self.chat and tokenizer.chat_template is not None):
             return self.messages
         if len(self.messages) > 1 or self.template_kwargs:
@@ -128,7 +133,7 @@ def checked(name: str, text: str) -> str:
     Raises:
         ValueError: It is empty, or no UTF-8 text.
     """
-    if not text:
+    if not text.strip():
         raise ValueError(f"the {name} is empty, so there is nothing to trace; pass a text")
     try:
         text.encode()
@@ -155,9 +160,10 @@ def _conversation(path: Path, template_kwargs: Mapping[str, Any]) -> Question:
         raise ValueError(f"{str(path)!r} is no JSON text: {error}") from error
     if isinstance(messages, dict):
         messages = messages.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+    if not messages or not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise ValueError(
-            f"{str(path)!r} must hold a list of chat messages, each with 'role' and 'content'"
+            f"{str(path)!r} must hold a list of chat messages such as "
+            '[{"role": "user", "content": "How many?"}], got ' + f"{messages!r:.80}"
         )
     last = messages[-1] if len(messages) > 1 else {}
     response = last.get("content") if last.get("role") == "assistant" else None
@@ -165,6 +171,14 @@ def _conversation(path: Path, template_kwargs: Mapping[str, Any]) -> Question:
         messages = messages[:-1]
         return Question(messages=messages, response=response, template_kwargs=template_kwargs)
     return Question(messages=messages, template_kwargs=template_kwargs)
+
+
+def _is_message(one: Any) -> bool:
+    """Whether it has a role and, unless it calls tools, content that a template may read."""
+    called = isinstance(one, dict) and ("tool_calls" in one or "function_call" in one)
+    return called or (
+        isinstance(one, dict) and "role" in one and isinstance(one.get("content"), str | list)
+    )
 
 
 def _said(role: str, text: str) -> dict[str, Any]:

@@ -78,11 +78,14 @@ def _friendly(name: str, wanted: str) -> Iterator[None]:
         if isinstance(error, damages) and not here:
             raise
         cause = (_damaged(Path(name)) if here else None) or str(error)
+        if "instantiate the backend tokenizer" in cause:
+            cause = "it has no tokenizer (tokenizer.json, tokenizer.model or another)"
         cause = cause.partition("\n")[0].rstrip(" .:")
-        # An ImportError names the missing package, and needs no advice about folders.
+        # These name the missing package, or an option, and need no advice about folders.
+        enough = isinstance(error, ImportError) or cause.startswith("Specified `attn_")
         wish = f"; wanted a folder that save_pretrained() of {wanted} wrote"
         raise ValueError(
-            f"cannot load {name!r}: {cause}{'' if isinstance(error, ImportError) else wish}"
+            f"cannot load {name!r}: {cause}{'' if enough else wish}"
             if here
             else f"there is no folder {name!r}, and no such model could be loaded from the hub: "
             f"{cause}; check its id and the connection, and if it is gated, hf auth login"

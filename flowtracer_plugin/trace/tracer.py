@@ -524,7 +524,7 @@ class FlowTracer:
         if isinstance(asked, str) and asked == "turns" and turns is None:
             raise ValueError(
                 "question='turns' needs chat messages in which the user says something, and a "
-                "template that shows it as it is; pass question='prompt' or a mask"
+                "template that shows it as it is; pass question='prompt', or a mask"
             )
         named = asked if isinstance(asked, str) else "mask"
         spans = find_spans(

@@ -335,6 +335,18 @@ def test_a_broken_folder_is_named(trace, plain_model, tmp_path, break_it):
     )
 
 
+def test_a_missing_tokenizer_and_an_unknown_attention_are_named(trace, plain_model, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(plain_model, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    ran = trace("--response", RESPONSE, model=folder)
+    assert_failed(ran, 1, "it has no tokenizer (tokenizer.json, tokenizer.model or another)")
+    ran = trace("--response", RESPONSE, "--attn-implementation", "flash")
+    assert_failed(ran, 1, 'attn_implementation="flash"` is not supported')
+    assert "save_pretrained" not in ran.said
+    ran = trace("--response", RESPONSE, "--preset", "paper", "--heads", "99:0")
+    assert_failed(ran, 1, "choose --layers with this layer")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

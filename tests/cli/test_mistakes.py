@@ -47,6 +47,11 @@ def tracing(model, *more):
         (["adapters", "chek"], "No such command 'chek'. Did you mean 'check'?"),
         (["trace", "--promt", "a"], "No such option: --promt"),
         (["generate", "x"], "pass the prompt by one of --prompt"),
+        (["generate", "x", "How many?"], "found 'How many?' where no further text is wanted"),
+        (
+            ["generate", "x", "--prompt", "a", "--do-sample", "--temperature", "0"],
+            "--temperature must be above 0, found 0",
+        ),
         (["report"], "Missing argument 'FILE|FOLDER'"),
         (["compare"], "Missing argument 'FILE...|FOLDER'"),
         (["trace"], "Missing argument 'MODEL'"),

@@ -85,6 +85,9 @@ def test_wrong_usage_is_named(flowtracer, tmp_path, given, message):
         ("words", "is no JSON text"),
         ('{"a": 1}', "must hold a list of chat messages"),
         ("[1]", "list"),
+        ("[]", "list of chat messages such as"),
+        ('[{"content": "a"}]', "got [{'content': 'a'}]"),
+        ('[{"role": "user", "content": 5}]', "list of chat messages"),
     ],
 )
 def test_a_file_of_no_messages_is_refused_before_the_model_is_loaded(
@@ -99,3 +102,19 @@ def test_a_system_prompt_needs_a_template(flowtracer, plain_model):
     given = ["--prompt", PROMPT, "--response", RESPONSE, "--system-prompt", SYSTEM]
     ran = flowtracer("trace", plain_model, *given)
     assert_failed(ran, 1, "need a chat template, and this model has none")
+
+
+def test_messages_without_a_template_and_blank_texts_are_answered(
+    flowtracer, plain_model, tmp_path
+):
+    chat = tmp_path / "chat.json"
+    chat.write_text(json.dumps(messages(("user", PROMPT))))
+    ran = flowtracer("generate", plain_model, "--messages", chat)
+    assert_failed(ran, 1, "--messages need a chat template, and this model has none; pass the text")
+    ran = flowtracer("generate", plain_model, "--prompt", " \n")
+    assert_failed(ran, 1, "the prompt is empty, so there is nothing to trace")
+    ran = flowtracer("trace", plain_model, "--prompt", PROMPT, "--response", " ")
+    assert_failed(ran, 1, "the response is empty")
+    ran = flowtracer("generate", plain_model, "--prompt", PROMPT, "--question", "turns")
+    assert_failed(ran, 1, "shows it as it is; pass --question prompt")
+    assert "mask" not in ran.said

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -350,6 +351,12 @@ def test_labels_of_files_with_one_name_contain_their_folders():
 
 def test_a_comparison_needs_two_traces_and_a_label_for_each(flowtracer, files):
     assert_failed(flowtracer("compare", files[0]), 2, "wanted two or more files", "is one file")
+    folder = Path("saved")
+    folder.mkdir()
+    shutil.copy(files[0], folder)
+    assert_failed(flowtracer("compare", folder), 2, "wanted two or more files", "is one file")
+    shutil.copy(files[1], folder)
+    assert flowtracer("compare", folder, "--right", "2").out.count("right") == 1
     ran = flowtracer("compare", *files, "--label", "a")
     assert_failed(ran, 2, "wanted --label once for each of the 2 files, found it 1 times")
 
