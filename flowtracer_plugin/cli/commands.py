@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated, Any
 
@@ -106,12 +107,26 @@ def train(
 
     For example:
 
-    flowtracer train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl
-    --reward_funcs math_answer
+    flowtracer train Qwen/Qwen3-0.6B --dataset_name data.jsonl --reward_funcs math_answer
     """
     from flowtracer_plugin.grpo.script import main as run
 
-    run([part for part in arguments or () if part != "--traceback"], prog="flowtracer train")
+    run(_for_trl([one for one in arguments or () if one != "--traceback"]), prog="flowtracer train")
+
+
+def _for_trl(arguments: list[str]) -> list[str]:
+    """The arguments with TRL's name for the model, which other commands take first or as --model.
+
+    Examples:
+        >>> _for_trl(["folder", "--max_steps", "3"])
+        ['--model_name_or_path', 'folder', '--max_steps', '3']
+    """
+    if arguments and not arguments[0].startswith("-"):
+        return [_TRL_MODEL, *arguments]
+    return [re.sub(r"^--model(?=$|=)", _TRL_MODEL, one) for one in arguments]
+
+
+_TRL_MODEL = "--model_name_or_path"
 
 
 app.command(cls=ModelFirst)(trace)

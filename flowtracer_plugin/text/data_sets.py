@@ -207,11 +207,11 @@ def as_prompt(value: Any, template: str | None, system: str | None, chat: bool) 
         if not isinstance(value, list):
             raise ValueError(
                 f"wanted a text or a list of chat messages as each prompt, found {value!r:.80} in "
-                "a row; leave that row out, or name another --prompt_column"
+                "a row; leave that row out, or name another --prompt-column"
             )
         if template is not None or system is not None:
             raise ValueError(
-                "--prompt_template and --system_prompt are for prompts that are texts, and one is "
+                "--prompt-template and --system-prompt are for prompts that are texts, and one is "
                 f"{value!r:.80}; leave them out for chat messages"
             )
         return value

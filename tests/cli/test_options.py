@@ -203,7 +203,11 @@ def test_the_example_of_training_can_be_parsed(monkeypatch):
     # TRL's own fields do not hold what they declare, which the type checks of the tests refuse.
     monkeypatch.setattr(FlowGRPOConfig, "__init__", inspect.unwrap(FlowGRPOConfig.__init__))
     words = shlex.split(example(COMMANDS["train",]))
-    assert parse(words[2:])[0].reward_funcs == ["math_answer"]
+    script, _, model = parse(cli._for_trl(words[2:]))
+    assert (script.reward_funcs, model.model_name_or_path) == (["math_answer"], "Qwen/Qwen3-0.6B")
+    for given in (["--model", "a"], ["--model=a"], ["--model_name_or_path", "a"]):
+        found = parse(cli._for_trl(["--max_steps", "3", *given]))
+        assert found[2].model_name_or_path == "a"
 
 
 # completion
