@@ -26,7 +26,7 @@ class Paired:
         low: Lower end of its 95 % interval, by Student's t.
         high: Upper end of this interval.
         size: The mean, divided by the differences' standard deviation (Cohen's d for pairs).
-        chance: Two-sided p-value of the paired t-test.
+        p: Two-sided p-value of the paired t-test.
     """
 
     mean: float
@@ -34,7 +34,7 @@ class Paired:
     low: float
     high: float
     size: float
-    chance: float
+    p: float
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
@@ -50,7 +50,7 @@ def paired(ours: Sequence[float], others: Sequence[float]) -> Paired:
         low=float(interval.low),
         high=float(interval.high),
         size=float(differences.mean() / differences.std(ddof=1)),
-        chance=float(found.pvalue),
+        p=float(found.pvalue),
     )
 
 

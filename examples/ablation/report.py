@@ -109,7 +109,7 @@ def table(records: Sequence[Record], task: str, audit: Mapping[str, Record]) -> 
     """The comparison, with one row for each arm and the primary metric first."""
     means = {arm: curve.mean(1) for arm, curve in compared(records, task).items()}
     over = {arm: paired(means[arm], means[PLAIN]) for arm in means if arm != PLAIN}
-    adjusted = dict(zip(over, holm([one.chance for one in over.values()]), strict=True))
+    adjusted = dict(zip(over, holm([one.p for one in over.values()]), strict=True))
     rows = [
         "| credit | mean reward | − plain GRPO | median | d | p, Holm "
         "| − learning rate × 1.2 | tokens chosen | cosine, audit |",
@@ -121,7 +121,7 @@ def table(records: Sequence[Record], task: str, audit: Mapping[str, Record]) -> 
             cells += ["", "", "", ""]
         else:
             one = over[arm]
-            cells += [str(one), f"{one.median:+.3f}", f"{one.size:+.2f}", _chance(adjusted[arm])]
+            cells += [str(one), f"{one.median:+.3f}", f"{one.size:+.2f}", _p_value(adjusted[arm])]
         cells.append("" if arm == FASTER else str(paired(values, means[FASTER])))
         if arm in (PLAIN, FASTER):
             cells += ["", ""]
@@ -133,7 +133,7 @@ def table(records: Sequence[Record], task: str, audit: Mapping[str, Record]) -> 
     return "\n".join(rows)
 
 
-def _chance(value: float) -> str:
+def _p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 

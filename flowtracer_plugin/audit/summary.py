@@ -30,7 +30,7 @@ class Difference:
         error: Standard error of that mean.
         low: Lower end of its 95 % interval, by Student's t.
         high: Upper end of that interval.
-        chance: Two-sided p value of no difference, by Student's t.
+        p: Two-sided p-value of no difference, by Student's t.
     """
 
     gamma: float
@@ -39,7 +39,7 @@ class Difference:
     error: float
     low: float
     high: float
-    chance: float
+    p: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +164,7 @@ def _difference(
     size = len(differences)
     mean, error = float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(size))
     reach = float(student.ppf((1 + CONFIDENCE) / 2, size - 1)) * error
-    chance = 1.0 if error == 0 else float(2 * student.sf(abs(mean) / error, size - 1))
+    p = 1.0 if error == 0 else float(2 * student.sf(abs(mean) / error, size - 1))
     return Difference(
         gamma=gamma,
         cosine=float(cosines.mean()),
@@ -172,7 +172,7 @@ def _difference(
         error=error,
         low=mean - reach,
         high=mean + reach,
-        chance=chance,
+        p=p,
     )
 
 
@@ -196,16 +196,16 @@ def _uniform(batches: Sequence[BatchAudit]) -> Float[np.ndarray, " batch"]:
     return np.array([batch.with_reference / math.sqrt(batch.squared) for batch in batches])
 
 
-def holm(chances: Sequence[float]) -> tuple[float, ...]:
-    """The p values of several tests, adjusted for their number by Holm's step-down method.
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """The p-values of several tests, adjusted for their number by Holm's step-down method.
 
     Examples:
         >>> [round(p, 4) for p in holm([0.01, 0.04, 0.03])]
         [0.03, 0.06, 0.06]
     """
-    order = sorted(range(len(chances)), key=chances.__getitem__)
-    adjusted, so_far = [0.0] * len(chances), 0.0
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, so_far = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(order):
-        so_far = max(so_far, min(1.0, (len(chances) - rank) * chances[place]))
+        so_far = max(so_far, min(1.0, (len(p_values) - rank) * p_values[place]))
         adjusted[place] = so_far
     return tuple(adjusted)

@@ -56,7 +56,7 @@ def table(summary: AuditSummary) -> list[list[str]]:
 def verdict(summary: AuditSummary) -> Iterator[str]:
     """Lines that say which scorers differ from uniform credit, adjusted by Holm's method."""
     first = [one.differences[0] for one in summary.scorers]
-    adjusted = holm([difference.chance for difference in first])
+    adjusted = holm([difference.p for difference in first])
     differ = [one for one, p in zip(summary.scorers, adjusted, strict=True) if p < RARE]
     better = [one.scorer for one in _best_first(differ) if one.differences[0].mean > 0]
     worse = [one.scorer for one in _best_first(differ) if one.differences[0].mean < 0]

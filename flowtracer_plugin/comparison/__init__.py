@@ -1,4 +1,4 @@
-"""Comparisons of right and wrong texts, and tests of whether chance explains differences."""
+"""Comparisons of right and wrong texts, and permutation tests of their differences."""
 
 import lazy_loader
 

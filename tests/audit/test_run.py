@@ -170,7 +170,7 @@ def test_the_summary_counts_what_the_scorers_chose(tracer):
 def test_uniform_credit_does_not_differ_from_itself(tracer):
     (uniform,) = summarise_audit(audited(tracer, "uniform"), gammas=(1.5, 3.0)).scorers
     for difference in uniform.differences:
-        assert (difference.mean, difference.error, difference.chance) == (0.0, 0.0, 1.0)
+        assert (difference.mean, difference.error, difference.p) == (0.0, 0.0, 1.0)
     assert (uniform.signal, uniform.noise, uniform.chosen) == (0.0, 0.0, 0.0)
 
 
@@ -203,7 +203,7 @@ def test_differences_are_tested_as_pairs(tracer):
     difference = summarise_audit(found).scorers[0].differences[0]
     uniform = [batch.with_reference / math.sqrt(batch.squared) for batch in found]
     test = ttest_rel(tilted_cosines("entropy", found, 1.5), uniform)
-    assert difference.chance == pytest.approx(test.pvalue)
+    assert difference.p == pytest.approx(test.pvalue)
     interval = test.confidence_interval(0.95)
     assert (difference.low, difference.high) == pytest.approx((interval.low, interval.high))
     assert difference.mean / difference.error == pytest.approx(test.statistic)

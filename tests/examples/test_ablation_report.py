@@ -44,7 +44,7 @@ def test_paired_differences_are_those_of_the_textbook():
     assert found.median == pytest.approx((0.05 + 0.1) / 2)
     assert (found.low, found.high) == pytest.approx((mean - reach, mean + reach))
     assert found.size == pytest.approx(mean / spread)
-    assert found.chance == pytest.approx(2 * student.sf(mean / spread * 2, 3))
+    assert found.p == pytest.approx(2 * student.sf(mean / spread * 2, 3))
 
 
 def test_the_table_shows_the_planted_differences():
@@ -191,7 +191,7 @@ def test_the_documents_say_what_the_records_say(document, task, arms):
         one = over[arm]
         assert shown(one.mean) in text
         assert f"{shown(one.low)} to {shown(one.high)}" in text
-    assert {arm for arm, found in over.items() if found.chance < 0.05} == SURE[task]
+    assert {arm for arm, found in over.items() if found.p < 0.05} == SURE[task]
 
 
 def test_the_page_says_of_gate_and_spread_what_the_records_say():

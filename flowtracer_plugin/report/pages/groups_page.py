@@ -146,7 +146,7 @@ class Line:
 
     @property
     def style(self) -> str:
-        """The CSS class of a difference that chance does not explain."""
+        """The CSS class of a difference with a low corrected p-value."""
         if not self.effect or self.p is None or self.p[1] >= RARE:
             return ""
         return "plus" if self.effect > 0 else "minus"
