@@ -13,6 +13,7 @@ from flowtracer_plugin.credit.weights import token_credit
 from flowtracer_plugin.report import CompletionView, group_page, write_group_page, write_index
 from flowtracer_plugin.report.display import number, percent, signed
 from flowtracer_plugin.report.pages.completion import LEVELS, credit_levels, draw_credit
+from flowtracer_plugin.report.pages.group_index import LONG_QUESTION, MOST_ASKED
 from flowtracer_plugin.text.visible import visible
 from tests.pages import HOSTILE, Page, assert_loads_nothing, assert_only_text
 
@@ -393,7 +394,7 @@ def rows(html):
     return [
         (
             *re.search(r'<a href="([^"]*)"[^>]*>([^<]*)</a>', row).groups(),
-            re.search(r'excerpt value">([^<]*)<', row)[1],
+            re.search(r'<(?:span class="asked value"|summary class="value")>([^<]*)<', row)[1],
             re.findall(r"<td(?: class=\"silent\")?>([^<]*)</td>", row),
         )
         for row in re.findall(r"<tr>\s*<th scope=\"row\">.*?</tr>", html, re.DOTALL)
@@ -424,6 +425,21 @@ def test_list_shows_the_pages_of_a_run_newest_first(group, hostile, tmp_path):
     assert {tag for tag, _ in Page(first).tags}.isdisjoint({"img", "script"})
     # the list does not list itself
     assert write_index(tmp_path, title=HOSTILE[0]).read_text("utf-8") == first
+
+
+def test_the_list_shows_questions_in_full_and_folds_long_ones(tmp_path):
+    asked = " ".join(f"word-{place}" for place in range(900))
+    for step, question in enumerate((asked[:LONG_QUESTION], asked)):
+        write_group_page(
+            tmp_path / f"{step}.html", "<|user|>" + question + "<|end|>", [make_view()],
+            title="a", step=step, question=question,
+        )  # fmt: skip
+    page = write_index(tmp_path).read_text("utf-8")
+    assert f'<span class="asked value">{asked[:LONG_QUESTION]}</span>' in page
+    cut = asked[: MOST_ASKED - 1] + "…"
+    assert f'<p class="value">{cut}</p></details>' in page
+    assert page.count("<details") == 1
+    assert "&lt;|user|&gt;" not in page
 
 
 def test_the_list_leaves_out_other_files(group, tmp_path):

@@ -3,12 +3,13 @@
 import csv
 import dataclasses
 import io
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from flowtracer_plugin.comparison.different import most_different
 from flowtracer_plugin.comparison.groups import (
@@ -22,7 +23,7 @@ from flowtracer_plugin.comparison.texts import contrast_words, word_table
 from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.report import render_group_comparison, write_group_comparison
 from flowtracer_plugin.report.display import points
-from flowtracer_plugin.report.pages.charts import histogram, paired_bars, round_step
+from flowtracer_plugin.report.pages.charts import histogram, paired_bars, round_bounds, round_step
 from flowtracer_plugin.report.pages.groups_page import measure_lines
 from tests.pages import HOSTILE, Page, assert_loads_nothing, assert_only_text
 
@@ -206,6 +207,23 @@ def test_a_histogram_by_hand():
 def test_outliers_of_many_are_in_the_outermost_bars():
     values = np.concatenate([np.linspace(0, 1, 400), [1e6]])
     assert [said for _, said in histogram(values, values).ticks] == [*("0", "0.5", "1")]
+
+
+@given(st.floats(-1e100, 1e100), st.floats(-1e100, 1e100) | st.floats(0, 1e-6))
+@example(0.0, 0.0)
+@example(0.3, 0.3)
+@example(1.0, 1.0 + 2**-52)
+def test_an_axis_has_a_few_round_numbers_around_its_values(one, other):
+    low, high = sorted((one, other))
+    lines = round_bounds(low, high)
+    assert 2 <= len(lines) <= 7
+    step = lines[1] - lines[0]
+    assert step > 0
+    rounding = 1e-8 * max(step, abs(low), abs(high))
+    assert lines[0] <= low + rounding
+    assert lines[-1] >= high - rounding
+    assert np.allclose(np.diff(lines), step, rtol=1e-6)
+    assert round(step / 10.0 ** math.floor(math.log10(step) + 1e-6), 4) in (1, 2, 5)
 
 
 def test_bars_side_by_side_share_their_scale():

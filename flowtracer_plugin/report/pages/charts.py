@@ -66,7 +66,7 @@ def _outline(heights: Float[np.ndarray, " bin"]) -> str:
 
 def round_step(least: float) -> float:
     """The lowest of 1, 2 and 5 times a power of ten that is at least `least`; 1 for zero."""
-    if least <= 0 or not math.isfinite(least):
+    if not 1e-300 < least < math.inf:
         return 1.0
     power = math.floor(math.log10(least))
     return next(
@@ -74,6 +74,15 @@ def round_step(least: float) -> float:
         for step in (factor * 10.0**power for factor in (1, 2, 5, 10, 20))
         if step >= least * (1 - 1e-9)
     )
+
+
+def round_bounds(low: float, high: float) -> tuple[float, ...]:
+    """Round numbers at equal distances, from at most `low` to at least `high`."""
+    size = max(abs(low), abs(high))
+    step = round_step((high - low) / _TICKS if high - low > 1e-9 * size else size)
+    first = math.floor(low / step + 1e-9)
+    last = max(math.ceil(high / step - 1e-9), first + 1)
+    return tuple(at * step for at in range(first, last + 1))
 
 
 def _ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
@@ -100,21 +109,20 @@ class PairedBars:
 def paired_bars(first: Float[np.ndarray, " bar"], second: Float[np.ndarray, " bar"]) -> PairedBars:
     """The bars of shares in two groups."""
     highest = float(max(first.max(), second.max()))
-    step = round_step(highest / _TICKS)
-    top = step * max(math.ceil(highest / step - 1e-9), 1)
+    lines = round_bounds(0.0, highest)
     slot = WIDTH / len(first)
     bars = tuple(
         (
             round((at + 0.12 + 0.38 * group) * slot, 2),
             round(0.36 * slot, 2),
-            round(HEIGHT * share / top, 2),
+            round(HEIGHT * share / lines[-1], 2),
             group,
         )
         for group, shares in enumerate((first, second))
         for at, share in enumerate(shares.tolist())
     )
     ticks = tuple(
-        (round(HEIGHT * (1 - at * step / top), 2), f"{number(100 * at * step)}\N{NO-BREAK SPACE}%")
-        for at in range(round(top / step) + 1)
+        (round(HEIGHT * (1 - line / lines[-1]), 2), f"{number(100 * line)}\N{NO-BREAK SPACE}%")
+        for line in lines
     )
     return PairedBars(bars=bars, ticks=ticks)

@@ -14,16 +14,23 @@ from urllib.parse import quote
 from flowtracer_plugin.files import parsed, typed
 from flowtracer_plugin.report.display import shorten
 from flowtracer_plugin.report.pages.assets import render, write_html
+from flowtracer_plugin.report.pages.charts import round_bounds
 from flowtracer_plugin.text.visible import visible
 
 logger = logging.getLogger(__name__)
 
 _SUMMARY = re.compile(rb'<script type="application/json" id="summary">(.*?)</script>')
-_HEAD = 16_384
+_HEAD = 65_536
 """The bytes of a page that are searched for its summary, which comes before the styles."""
 
 _LARGEST = 1e100
 """Numbers of a page stay below it, so that their sums and differences are finite."""
+
+MOST_ASKED = 4_000
+"""The most characters of a question that are kept; in a page's JSON each takes up to 12 bytes."""
+
+LONG_QUESTION = 400
+"""A question with more characters is folded in the list."""
 
 TREND_WIDTH, TREND_HEIGHT = 1000, 100
 
@@ -35,7 +42,7 @@ class GroupSummary:
     Attributes:
         step: The step of the training.
         title: The title of the page.
-        prompt: The end of the prompt, on one line.
+        prompt: The question, on one line.
         completions: The number of completions.
         answers: The number of completions with an answer.
         best: The highest reward; None if no completion has a reward.
@@ -75,6 +82,7 @@ def write_index(folder: str | Path, *, title: str = "Groups of this run") -> Pat
         styles=("group_index.css",),
         title=shorten(visible(title), 200),
         pages=pages,
+        long_question=LONG_QUESTION,
         trend=_trend(summaries),
         trend_width=TREND_WIDTH,
         trend_height=TREND_HEIGHT,
@@ -108,6 +116,7 @@ class Trend:
         steps: The first and the last step.
         low: The lowest reward.
         high: The highest reward.
+        lines: Round numbers on the axis of rewards, from its bottom to its top.
         band: The area between the worst and the best reward of each step.
         line: The mean reward of each step.
     """
@@ -115,6 +124,7 @@ class Trend:
     steps: tuple[int, int]
     low: float
     high: float
+    lines: tuple[float, ...]
     band: str = ""
     line: str = ""
 
@@ -123,9 +133,9 @@ class Trend:
         return round(TREND_WIDTH * (step - self.steps[0]) / (self.steps[1] - self.steps[0] or 1), 1)
 
     def y(self, reward: float) -> float:
-        """The position of a reward, from 0 for the highest to `TREND_HEIGHT`."""
-        span = self.high - self.low
-        return round(TREND_HEIGHT * ((self.high - reward) / span if span else 0.5), 1)
+        """The position of a reward, from 0 at the top of the axis to `TREND_HEIGHT`."""
+        bottom, *_, top = self.lines
+        return round(TREND_HEIGHT * (top - reward) / (top - bottom), 1)
 
 
 def _trend(summaries: Sequence[GroupSummary]) -> Trend | None:
@@ -140,10 +150,9 @@ def _trend(summaries: Sequence[GroupSummary]) -> Trend | None:
     for step in sorted(steps):
         worst, mean, best = zip(*steps[step], strict=True)
         points.append((step, min(worst), math.fsum(mean) / len(mean), max(best)))
+    low, high = min(worst for _, worst, _, _ in points), max(best for _, _, _, best in points)
     trend = Trend(
-        steps=(points[0][0], points[-1][0]),
-        low=min(worst for _, worst, _, _ in points),
-        high=max(best for _, _, _, best in points),
+        steps=(points[0][0], points[-1][0]), low=low, high=high, lines=round_bounds(low, high)
     )
     tops = [f"{trend.x(step)} {trend.y(best)}" for step, _, _, best in points]
     bottoms = [f"{trend.x(step)} {trend.y(worst)}" for step, worst, _, _ in points]

@@ -26,7 +26,7 @@ from flowtracer_plugin.report.pages.completion import (
     ends_of,
     level_class,
 )
-from flowtracer_plugin.report.pages.group_index import GroupSummary, write_index
+from flowtracer_plugin.report.pages.group_index import MOST_ASKED, GroupSummary, write_index
 from flowtracer_plugin.report.pages.two_sides import Differences, Reference, show_differences
 from flowtracer_plugin.text.visible import visible
 
@@ -45,6 +45,7 @@ def write_group_page(
     title: str,
     step: int,
     max_tokens: int = 4_000,
+    question: str | None = None,
 ) -> Path:
     """Write the page of `group_page` to `path`, whole or not at all, and return `path`.
 
@@ -52,7 +53,9 @@ def write_group_page(
         ValueError: As `group_page`.
         IsADirectoryError: `path` is a directory.
     """
-    page = group_page(prompt, completions, title=title, step=step, max_tokens=max_tokens)
+    page = group_page(
+        prompt, completions, title=title, step=step, max_tokens=max_tokens, question=question
+    )
     return write_html(path, page)
 
 
@@ -63,12 +66,13 @@ def group_page(
     title: str,
     step: int,
     max_tokens: int = 4_000,
+    question: str | None = None,
 ) -> str:
     """The page of a prompt's completions as HTML, the highest reward first.
 
     The background of a token is its advantage times its weight, in shades relative to the largest
     on the page. The text of a completion with more than `max_tokens` lacks its middle; its ribbon
-    is whole.
+    is whole. The list of a run's groups shows the `question`, by default the whole prompt.
 
     Raises:
         ValueError: There are no completions, or `max_tokens` is less than 1.
@@ -82,7 +86,7 @@ def group_page(
     columns = [
         _column(view, largest, longest, max_tokens) for view in sorted(completions, key=_best_first)
     ]
-    summary = _summary(prompt, completions, title, step)
+    summary = _summary(prompt if question is None else question, completions, title, step)
     return render(
         "group_page.html.j2",
         styles=("two_sides.css", "group_page.css"),
@@ -174,14 +178,14 @@ def _rounded(value: float) -> float | int:
 
 
 def _summary(
-    prompt: str, completions: Sequence[CompletionView], title: str, step: int
+    question: str, completions: Sequence[CompletionView], title: str, step: int
 ) -> GroupSummary:
     rewards = [view.reward for view in completions if view.reward is not None]
     advantages = [abs(float(view.advantage)) for view in completions]
     return GroupSummary(
         step=int(step),
         title=shorten(title, 200),
-        prompt=_end_of(" ".join(prompt.split())),
+        prompt=shorten(" ".join(question.split()), MOST_ASKED),
         completions=len(completions),
         answers=sum(bool(view.answer.any()) for view in completions),
         best=max(rewards, default=None),
@@ -225,8 +229,3 @@ def _prompt(text: str) -> dict[str, Any]:
         "length": len(text),
         "open": len(text) <= 1_500,
     }
-
-
-def _end_of(prompt: str, limit: int = 64) -> str:
-    """The end of a long prompt: prompts of a run begin alike and end with the question."""
-    return prompt if len(prompt) <= limit else f"…{prompt[1 - limit :]}"
