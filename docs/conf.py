@@ -55,9 +55,10 @@ pygments_dark_style = "a11y-high-contrast-dark"
 
 
 def setup(app: Any) -> None:
-    """Add formulas in MathML, the options of commands, and fixes of signatures and shapes."""
+    """Add formulas in MathML, the options of commands, the gallery, and fixes of signatures."""
     app.add_html_math_renderer("mathml", (_formula, None), (_formula, None))
     app.connect("source-read", _add_options)
+    app.connect("build-finished", _add_gallery)
     app.connect("autodoc-process-signature", _drop_empty_signature)
     app.connect("autodoc-process-docstring", _escape_shapes, priority=900)  # after napoleon
 
@@ -81,6 +82,13 @@ def _add_options(_: Any, page: str, source: list[str]) -> None:
     with typer.Context(command, info_name="flowtracer") as context:
         text = get_docs_for_click(obj=command, ctx=context, name="flowtracer", indent=2)
     source[0] += "\n\n".join(map(_as_code, text.split("\n\n")))
+
+
+def _add_gallery(app: Any, error: Exception | None) -> None:
+    if error is None and app.builder.format == "html":
+        from docs.gallery import write_gallery
+
+        write_gallery(Path(app.outdir) / "docs" / "gallery")
 
 
 def _as_code(paragraph: str) -> str:

@@ -17,7 +17,7 @@ from flowtracer_plugin.bulk.chosen_pages import different_rows, first_rows, writ
 from flowtracer_plugin.bulk.engines import Engine
 from flowtracer_plugin.bulk.examples import Columns
 from flowtracer_plugin.bulk.fingerprint import FORMAT, VERSION, check_claim
-from flowtracer_plugin.bulk.index import write_data_index
+from flowtracer_plugin.bulk.index import FreshIndex, write_data_index
 from flowtracer_plugin.bulk.rows import Survey, open_rows, survey
 from flowtracer_plugin.bulk.shards import PAGES, TRACES, MakeTracer, ShardDone, Work, run_shards
 from flowtracer_plugin.bulk.tables import ANSWERS, TOKENS, Results, read_results
@@ -237,6 +237,7 @@ def _run(
     total = sum(len(part) for _, part in shards)
     done = sum(len(part) for number, part in shards if work.file(ANSWERS, number).exists())
     began, fresh, left = time.monotonic(), 0, total - done
+    index = FreshIndex(Results(work.folder))
     with (
         tqdm(total=total, initial=done, desc="tracing", unit="row", disable=not progress) as bar,
         # Closed here, so that workers end before an error is shown.
@@ -244,6 +245,7 @@ def _run(
     ):
         for one in finished:
             fresh += one.rows
+            index.shard_done()
             if not engine.here:
                 bar.update(one.rows)
             if say is not None:

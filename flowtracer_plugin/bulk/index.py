@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 
-from flowtracer_plugin.bulk.fingerprint import SETTINGS
+from flowtracer_plugin.bulk.groups import read_settings
 from flowtracer_plugin.bulk.tables import ANSWERS, Results
 from flowtracer_plugin.report.pages.rollout_index import RolloutLine, write_rollout_index
 
@@ -21,21 +22,45 @@ _COLUMNS = (
     "error",
 )
 
+PAUSE = 20
+"""While shards get done, the list is written anew after so many times as long as writing takes."""
+
 
 def write_data_index(results: Results) -> Path:
-    """Write the list of all finished rollouts to `index.html`, and return its path."""
-    folder = results.folder
-    pages = {path.stem for path in (folder / "pages").glob("*.html")}
-    lines = [
-        RolloutLine(
-            **row, page=f"pages/{row['row']:08}.html" if f"{row['row']:08}" in pages else None
-        )
-        for row in results.read(ANSWERS, _COLUMNS).to_pylist()
-    ]
-    settings = json.loads((folder / SETTINGS).read_text("utf-8"))
+    """Write the list of the finished rollouts to `index.html`, and return its path.
+
+    The table is read piece by piece.
+    """
     return write_rollout_index(
-        folder / "index.html",
-        lines,
-        title=f"Rollouts of {folder.resolve().name}",
-        settings=settings,
+        results.folder / "index.html",
+        _lines(results),
+        title=f"Rollouts of {results.folder.resolve().name}",
+        settings=read_settings(results),
     )
+
+
+def _lines(results: Results) -> Iterator[RolloutLine]:
+    pages = {path.stem for path in (results.folder / "pages").glob("*.html")}
+    for batch in results.batches(ANSWERS, _COLUMNS):
+        for row in batch.to_pylist():
+            name = f"{row['row']:08}"
+            yield RolloutLine(**row, page=f"pages/{name}.html" if name in pages else None)
+
+
+class FreshIndex:
+    """Writes the list while the shards of a data set get done.
+
+    The more shards there are, the longer that takes, so it is done for at most a twentieth of the
+    time.
+    """
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+        self._due = 0.0
+
+    def shard_done(self) -> None:
+        """Write the list if it is due."""
+        began = monotonic()
+        if began >= self._due:
+            write_data_index(self._results)
+            self._due = monotonic() + PAUSE * (monotonic() - began)

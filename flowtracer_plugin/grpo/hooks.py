@@ -7,6 +7,7 @@ the pass that trains. If TRL first scores the rollouts in a pass of its own, it 
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -32,9 +33,12 @@ from flowtracer_plugin.grpo.checks import (
 from flowtracer_plugin.grpo.log import CreditLog
 from flowtracer_plugin.grpo.options import CreditOptions
 from flowtracer_plugin.grpo.scoring import RolloutScorer, Scored
+from flowtracer_plugin.grpo.settings import credit_settings, settings_line
 from flowtracer_plugin.model.causal_lm import evaluating, unwrapped
 from flowtracer_plugin.model.parallel import is_compiled, may_stop, tensor_parallel_group
 from flowtracer_plugin.trace.tracer import wrap
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, ROWS = "flow_weights", "flow_rows"
 """Keys that are added to TRL's rollouts: the weight of each token and the place of each row."""
@@ -61,7 +65,9 @@ class _Heard:
 
 
 class FlowCredit:
-    """The credit of one trainer's completions; it wraps three `GRPOTrainer` methods.
+    """The credit of one trainer's completions; it wraps four `GRPOTrainer` methods.
+
+    Its options stand in the log, and as `flow_credit` in the trainer's `args`.
 
     Raises:
         UnsupportedTrainerError: The trainer cannot use one advantage per token.
@@ -83,6 +89,8 @@ class FlowCredit:
         self._inputs: dict[str, Any] | None = (
             None  # the rollouts of the current loss, until their pass comes
         )
+        trainer.args.flow_credit = credit_settings(options)
+        logger.info("flow credit: %s", settings_line(trainer.args.flow_credit))
 
     def generation(self, generate: Callable[[Any], dict[str, Any]], inputs: Any) -> dict[str, Any]:
         """Wrap `_generate_and_score_completions`; weigh rollouts that are read before training."""
@@ -160,6 +168,11 @@ class FlowCredit:
         returned, heard = self._listen(partial(forward, *args, **kwargs), given)
         self._weigh(inputs, heard.result)
         return returned
+
+    def model_card(self, create: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Wrap `create_model_card`; add the options of the credit."""
+        create(*args, **kwargs)
+        self._log.write_card()
 
     def _begin(self) -> None:
         """Prepare everything for the next rollouts that does not depend on them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flowtracer_plugin.files import write_atomically
 from flowtracer_plugin.grpo.checks import find_tokenizer
 from flowtracer_plugin.grpo.options import CreditOptions
 from flowtracer_plugin.grpo.pages import GroupPages, rows_each
 from flowtracer_plugin.grpo.scoring import Scored
+from flowtracer_plugin.grpo.settings import credit_settings, with_credit
+from flowtracer_plugin.grpo.trackers import send_settings
 from flowtracer_plugin.text.spans import AnswerNotFoundError, decode_tokens
 from flowtracer_plugin.trace.troubles import Troubles
 
@@ -44,6 +48,7 @@ class CreditLog:
         self._pages = GroupPages(trainer, options, self._troubles)
         self._later = 0  # rows that TRL's table has after those of the last generation
         self._errors = 0.0
+        self._told = False  # whether the trackers, which begin with the training, have the options
 
     def blank(self, rows: int) -> None:
         """Fill the columns with None, since all columns of TRL's table need the same length."""
@@ -59,6 +64,18 @@ class CreditLog:
         self.blank(len(rollouts["advantages"]))
         self._later = 0
         self._pages.begin(rollouts)
+        if not self._told:
+            self._told = True
+            with self._troubles.caught("the trackers lack the options of the credit"):
+                send_settings(self._trainer, credit_settings(self._options))
+
+    def write_card(self) -> None:
+        """Add the options of the credit to the model card that the trainer has just written."""
+        path = Path(self._trainer.args.output_dir) / "README.md"
+        if self._trainer.is_world_process_zero():
+            with self._troubles.caught("the model card lacks the options of the credit"):
+                card = with_credit(path.read_text("utf-8"), credit_settings(self._options))
+                write_atomically(path, card.encode())
 
     def add(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor
 from flowtracer_plugin.grpo.checks import find_tokenizer
 from flowtracer_plugin.grpo.options import CreditOptions
 from flowtracer_plugin.grpo.scoring import Scored
+from flowtracer_plugin.grpo.trackers import send_page
 from flowtracer_plugin.report.pages.group_page import CompletionView, write_group_page, write_index
 from flowtracer_plugin.text.spans import decode_tokens
 from flowtracer_plugin.trace.troubles import Troubles
@@ -38,7 +39,7 @@ class GroupPages:
         self._step: int | None = None
         self._last: int | None = None
         self._views: dict[int, CompletionView] = {}
-        self._prompt = ""
+        self._prompt = self._question = ""
         self._rewards: list[dict[str, float | None]] = []
 
     @property
@@ -59,7 +60,10 @@ class GroupPages:
         with self._caught(step):
             self._rewards = _rewards(trainer)
             ids = rollouts["prompt_ids"][0][rollouts["prompt_mask"][0].bool()].tolist()
-            self._prompt = decode_tokens(find_tokenizer(trainer.processing_class), ids).text
+            tokenizer = find_tokenizer(trainer.processing_class)
+            self._prompt = decode_tokens(tokenizer, ids).text
+            given = list(trainer._logs["prompt"])[-trainer.args.generation_batch_size]
+            self._question = _question(given) or tokenizer.decode(ids, skip_special_tokens=True)
             self._step = step
 
     def add(
@@ -124,9 +128,13 @@ class GroupPages:
     def _write(self, step: int, views: list[CompletionView]) -> None:
         name = self._trainer.args.run_name or Path(self._trainer.args.output_dir).name
         page = self.folder / f"step_{step:06d}.html"
-        write_group_page(page, self._prompt, views, title=str(name), step=step)
+        write_group_page(
+            page, self._prompt, views, title=str(name), step=step, question=self._question
+        )
         self._drop_oldest(page)
         write_index(self.folder)
+        with self._troubles.caught(f"the page of step {step} could not be sent", kind="tracker"):
+            send_page(self._trainer, page, step)
 
     def _drop_oldest(self, newest: Path) -> None:
         named = (page for page in self.folder.iterdir() if _NAME.fullmatch(page.name))
@@ -148,6 +156,15 @@ def _rewards(trainer: Any) -> list[dict[str, float | None]]:
     count = trainer.args.generation_batch_size
     logged = {name: list(values)[-count:] for name, values in trainer._logs["rewards"].items()}
     return [{name: _known(values[row]) for name, values in logged.items()} for row in range(count)]
+
+
+def _question(prompt: Any) -> str:
+    """What the user says in a chat; nothing for a prompt that is text."""
+    if isinstance(prompt, str):
+        return ""
+    said = [message["content"] or "" for message in prompt if message["role"] == "user"]
+    turns = [[{"text": turn}] if isinstance(turn, str) else turn for turn in said]
+    return "\n\n".join(part["text"] for turn in turns for part in turn if part.get("text"))
 
 
 def _known(reward: float) -> float | None:

@@ -23,6 +23,7 @@ from flowtracer_plugin.files import check_folder
 from flowtracer_plugin.model.loading import load_model, load_tokenizer
 from flowtracer_plugin.grpo.trainer import FlowGRPOConfig, FlowGRPOTrainer
 from flowtracer_plugin.grpo.options import documented
+from flowtracer_plugin.grpo.settings import settings_line
 from flowtracer_plugin.rewards.flow_reward import FlowReward
 from flowtracer_plugin.rewards.named import imported_reward, named_reward
 from flowtracer_plugin.trace.tracer import FlowTracer, wrap
@@ -191,6 +192,7 @@ def train(trainer: FlowGRPOTrainer) -> None:
         ValueError: There is no such checkpoint.
     """
     args, say = trainer.args, trainer.accelerator.print
+    say(f"flow credit: {settings_line(args.flow_credit)}")
     trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
     trainer.save_model(args.output_dir)
     trainer.save_state()  # with the log of every step

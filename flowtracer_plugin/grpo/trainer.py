@@ -24,6 +24,7 @@ from trl.trainer.utils import get_config_model_id
 from flowtracer_plugin.grpo.checks import UnsupportedTrainerError, check_host, check_level
 from flowtracer_plugin.grpo.hooks import FlowCredit
 from flowtracer_plugin.grpo.options import CreditOptions, documented
+from flowtracer_plugin.grpo.settings import settings_line
 from flowtracer_plugin.rewards.flow_reward import FlowReward
 
 __all__ = [
@@ -183,6 +184,11 @@ class FlowCreditMixin:
             return compute(model, inputs)
         return self._flow_credit.loss(compute, model, inputs)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's model card, with the options of the credit."""
+        create = super().create_model_card  # type: ignore[misc]
+        self._flow_credit.model_card(create, *args, **kwargs)
+
 
 class FlowGRPOTrainer(FlowCreditMixin, GRPOTrainer):
     """Trainer for GRPO in which the tokens that carried the answer get more of the credit.
@@ -226,7 +232,7 @@ class FlowGRPOTrainer(FlowCreditMixin, GRPOTrainer):
 
 
 def attach_flow_credit(trainer: Any, options: CreditOptions | None = None) -> Any:
-    """The given `GRPOTrainer`, with flow credit added to it.
+    """The given `GRPOTrainer`, with flow credit added to it, which one printed line describes.
 
     The options are those of `FlowGRPOConfig` without `flow_`; `layers` may also be numbers, and
     `answer` and `oracle` functions. Call it in every process, before training.
@@ -243,8 +249,11 @@ def attach_flow_credit(trainer: Any, options: CreditOptions | None = None) -> An
         "_generate_and_score_completions": credit.generation,
         "_get_per_token_logps_and_entropies": credit.forward,
         "_compute_loss": credit.loss,
+        "create_model_card": credit.model_card,
     }
     for name, method in around.items():
         setattr(trainer, name, partial(method, getattr(trainer, name)))
     trainer._flow_credit = credit
+    trainer._tag_names = [*trainer._tag_names, "flowtracer"]  # of the model card
+    trainer.accelerator.print(f"flow credit attached: {settings_line(trainer.args.flow_credit)}")
     return trainer

@@ -11,7 +11,7 @@ import torch
 
 import flowtracer_plugin as ft
 from flowtracer_plugin import trace_dataset, wrap
-from flowtracer_plugin.bulk import chosen_pages, fingerprint as fingerprints, shards, tracing
+from flowtracer_plugin.bulk import chosen_pages, fingerprint as fingerprints, index, shards, tracing
 from flowtracer_plugin.bulk.chosen_pages import different_rows
 from flowtracer_plugin.bulk.examples import Columns
 from tests.bulk.stories import stories
@@ -241,6 +241,21 @@ def test_traces_pages_and_the_list_are_written(whole):
     assert listed.count('<th scope="row"') == 24
     assert 'href="pages/00000001.html"' in listed
     assert "pages/00000002.html" not in listed
+
+
+@pytest.mark.parametrize(("pause", "listed"), [(0, [3, 6, 7]), (10**9, [3, 3, 3])])
+def test_the_list_is_written_while_shards_get_done_but_not_all_the_time(
+    tiny, tmp_path, monkeypatch, pause, listed
+):
+    monkeypatch.setattr(index, "PAUSE", pause)
+    path, found = tmp_path / "out" / "index.html", []
+
+    def look(line):
+        found.append(path.read_text("utf-8").count('<th scope="row"'))
+
+    run(tiny, tmp_path / "out", count=7, say=look)
+    assert found == listed
+    assert path.read_text("utf-8").count('<th scope="row"') == 7
 
 
 def test_each_shard_says_how_far_it_is(tiny, tmp_path):

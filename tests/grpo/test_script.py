@@ -188,7 +188,9 @@ def test_the_error_names_data_that_the_hub_does_not_have():
 def test_it_trains_saves_and_names_its_folder(policy, data, tmp_path, capsys):
     names = ("math_answer", "flow", "concentration", "math_flow")
     main(arguments(policy, data, tmp_path, rewards=names))
-    assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'out'}\n")
+    said = capsys.readouterr().out
+    assert said.endswith(f"wrote {tmp_path / 'out'}\n")
+    assert "flow credit: scorer=flow, gamma=1.5, top_fraction=0.4; throughput" in said
     assert not same(state(tmp_path / "out"), state(policy))
     log = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
     assert max(step.get("flow/answer_found", 0) for step in log) > 0

@@ -116,6 +116,16 @@ def test_no_difference_is_shown_as_minus_zero():
     assert not re.search("[-−]0(\\.0+)?<", render_group_comparison(make_comparison()))
 
 
+def test_measures_that_are_zero_in_all_rollouts_have_no_row():
+    full = make_comparison()
+    values = full.values.copy()
+    values[:, MEASURES.index("in_prompt")] = 0.0
+    values[1:, MEASURES.index("tenth_3")] = 0.0
+    held = dataclasses.replace(full, values=values, measures=compare_measures(values, full.sides))
+    shown = [line.name for line in measure_lines(held)]
+    assert shown == [name for name in MEASURES if name != "in_prompt"]
+
+
 def test_hostile_text_becomes_text_and_nothing_else():
     harmless = Page(render_group_comparison(make_comparison(), Path()))
     for text in HOSTILE:

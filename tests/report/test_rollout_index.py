@@ -31,7 +31,7 @@ def test_totals_count_all_and_pages_come_first(tmp_path, monkeypatch):
         for row in range(6)
     ]
     lines[5] = RolloutLine(row=5, id="5", error="no answer", page="pages/00000005.html")
-    page = write(tmp_path / "index.html", lines)
+    page = write(tmp_path / "index.html", iter(lines))
     assert "<b>6 of 9</b>" in page
     assert "1 with an error" in page
     assert "2 of 4 answers" in page

@@ -93,6 +93,7 @@ def group_page(
         script=("tips.js", "two_sides.js", "tables.js", "group_page.js"),
         title=shorten(visible(title), 200),
         prompt=_prompt(prompt),
+        question=_question(question, prompt),
         summary=summary,
         summary_data=embed(asdict(summary)),
         columns=columns,
@@ -218,6 +219,13 @@ def _scale(largest: float) -> list[tuple[str, str]]:
     steps.insert(LEVELS, "0")
     levels = range(-LEVELS, LEVELS + 1)
     return [(level_class(level), text) for level, text in zip(levels, steps, strict=True)]
+
+
+def _question(question: str | None, prompt: str) -> str | None:
+    """The question, if it is another text than the prompt."""
+    if question is None or question.strip() == prompt.strip():
+        return None
+    return visible(shorten(question.strip(), MOST_ASKED))
 
 
 def _prompt(text: str) -> dict[str, Any]:

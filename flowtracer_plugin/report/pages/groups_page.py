@@ -33,7 +33,7 @@ from flowtracer_plugin.report.display import (
 )
 from flowtracer_plugin.report.pages.assets import render, write_html
 from flowtracer_plugin.report.pages.charts import Histogram, histogram, paired_bars
-from flowtracer_plugin.report.pages.two_sides import MOST_WORDS
+from flowtracer_plugin.report.pages.two_sides import MOST_WORDS, with_flow
 from flowtracer_plugin.text.visible import visible
 
 _ORIGINS = ("from_prompt", "from_early", "from_middle", "from_late")
@@ -153,7 +153,7 @@ class Line:
 
 
 def measure_lines(comparison: GroupComparison) -> list[Line]:
-    """The measures, as tables show them."""
+    """The measures, as tables show them, without those that are 0 in all rollouts."""
     numbers = zip(MEASURES, comparison.measures.columns(), comparison.effects.tolist(), strict=True)
     return [
         Line(
@@ -167,6 +167,7 @@ def measure_lines(comparison: GroupComparison) -> list[Line]:
             p=None if one["p"] is None else (one["p"], one["p_corrected"]),
         )
         for name, one, effect in numbers
+        if one["first"] or one["second"]
     ]
 
 
@@ -210,7 +211,7 @@ class ShownWords:
         sides: The groups.
         sizes: The number of rollouts in each.
         words: The words that are listed.
-        word_count: The number of words that are compared.
+        word_count: The number of words that are compared and have flow.
         least: The least number of rollouts in which each word occurs.
     """
 
@@ -228,8 +229,8 @@ class ShownWords:
             names=comparison.names,
             sides=comparison.sides,
             sizes=comparison.sizes,
-            words=comparison.words[:MOST_WORDS],
-            word_count=len(comparison.words),
+            words=with_flow(comparison.words)[:MOST_WORDS],
+            word_count=len(with_flow(comparison.words)),
             least=least_texts(sum(comparison.sizes)),
         )
 
@@ -259,7 +260,7 @@ def _examples(comparison: GroupComparison, folder: Path | None) -> list[dict[str
 def _texts(rollout: ShownRollout) -> dict[str, Any]:
     return {
         "row": rollout.row,
-        "prompt": shorten(visible(" ".join((rollout.prompt or "").split())), 110),
+        "prompt": shorten(visible(" ".join((rollout.prompt or "").split())), 200),
         "answer": _short(rollout.answer),
         "right_answer": _short(rollout.right_answer),
     }

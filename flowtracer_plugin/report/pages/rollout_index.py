@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowtracer_plugin.report.display import shorten
+from flowtracer_plugin.report.display import model_label, shorten
 from flowtracer_plugin.report.pages.assets import render, write_html
 from flowtracer_plugin.text.visible import visible
 
 LISTED = 5_000
 """The most rollouts in a list: a browser sorts so many at once."""
 
-_PROMPT, _SHORT = 110, 60
+_PROMPT, _SHORT = 200, 60
+
+_HEADS = (
+    *("row", "id", "prompt", "answer", "verdict", "tokens", "reasoning share", "concentration"),
+    "error",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +54,7 @@ class RolloutLine:
 
 def write_rollout_index(
     path: Path,
-    lines: Sequence[RolloutLine],
+    lines: Iterable[RolloutLine],
     *,
     title: str,
     settings: dict[str, Any],
@@ -56,7 +62,8 @@ def write_rollout_index(
 ) -> Path:
     """Write the list of rollouts to `path`, whole or not at all, and return `path`.
 
-    Totals count all lines. The list shows those with a page, and the first others, up to 5,000.
+    Totals count all lines. The list shows those with a page, and the first others, up to 5,000;
+    no more are kept in memory.
 
     Args:
         path: The file to write.
@@ -65,33 +72,43 @@ def write_rollout_index(
         settings: The `model`, and the number of `rows` of the data, if the rollouts are of one.
         brand: What the list is of.
     """
-    shown = sorted(lines, key=lambda line: (line.page is None, line.row))[:LISTED]
-    known = [line.correct for line in lines if line.correct is not None]
+    counts: Counter[str] = Counter()
+    paged, others = list[RolloutLine](), list[RolloutLine]()
+    for line in lines:
+        counts.update(_kinds(line))
+        kept = others if line.page is None else paged
+        if len(kept) < LISTED:
+            kept.append(line)
+    shown = [*paged, *others][:LISTED]
+    known = counts["right"] + counts["wrong"]
+    empty = {"verdict": not known, "error": not counts["error"]}
     html = render(
         "rollout_index.html.j2",
         styles=("rollout_index.css",),
         script=("tables.js", "rollout_index.js"),
         title=shorten(visible(title), 200),
+        heads=[head for head in _HEADS if not empty.get(head)],
         lines=[_shown(line) for line in sorted(shown, key=lambda line: line.row)],
-        count=len(lines),
+        count=counts["rollout"],
         rows=settings.get("rows"),
         brand=brand,
-        heads=_heads(lines),
-        model=shorten(visible(str(settings["model"]))),
-        errors=sum(line.error is not None for line in lines),
-        right=sum(known),
-        known=len(known),
-        pages=sum(line.page is not None for line in lines),
+        model=shorten(visible(model_label(str(settings["model"])))),
+        errors=counts["error"],
+        right=counts["right"],
+        known=known,
+        pages=counts["page"],
     )
     return write_html(path, html)
 
 
-def _heads(lines: Sequence[RolloutLine]) -> list[str]:
-    """The columns; those of verdicts and errors only if there are some."""
-    heads = ["row", "id", "prompt", "answer"]
-    heads += ["verdict"] if any(line.correct is not None for line in lines) else []
-    heads += ["tokens", "reasoning share", "concentration"]
-    return heads + (["error"] if any(line.error is not None for line in lines) else [])
+def _kinds(line: RolloutLine) -> list[str]:
+    """What a rollout is, by the names of the list's choices."""
+    found = ["rollout", _verdict(line), "error" if line.error else "", "page" if line.page else ""]
+    return [name for name in found if name]
+
+
+def _verdict(line: RolloutLine) -> str:
+    return {True: "right", False: "wrong", None: ""}[line.correct]
 
 
 def _shown(line: RolloutLine) -> dict[str, Any]:
@@ -100,7 +117,8 @@ def _shown(line: RolloutLine) -> dict[str, Any]:
         "id": _short(line.id),
         "prompt": shorten(visible(" ".join((line.prompt or "").split())), _PROMPT),
         "answer": _short(line.answer),
-        "verdict": {True: "right", False: "wrong", None: ""}[line.correct],
+        "is": " ".join(_kinds(line)),
+        "verdict": _verdict(line),
         "numbers": [line.response_tokens, line.reasoning_share, line.concentration],
         "error": shorten(visible(line.error or ""), _PROMPT),
         "page": line.page,

@@ -65,7 +65,7 @@ class Differences:
             out.
         scale: The CSS class and the range of each shade, from the lowest to the highest.
         words: The words that are listed.
-        word_count: The number of all words.
+        word_count: The number of all words with flow.
     """
 
     names: tuple[str, str]
@@ -147,9 +147,14 @@ def show_differences(
             if bounds[1] > bounds[0]
         },
         scale=difference_scale(largest, both=sides is not None),
-        words=words[:MOST_WORDS],
-        word_count=len(words),
+        words=with_flow(words)[:MOST_WORDS],
+        word_count=len(with_flow(words)),
     )
+
+
+def with_flow(words: tuple[Word, ...]) -> tuple[Word, ...]:
+    """The words through which flow passes on at least one side."""
+    return tuple(word for word in words if word.first or word.second)
 
 
 def difference_levels(

@@ -1,0 +1,138 @@
+"""The example pages of the documentation, made anew whenever it is built.
+
+    python docs/gallery.py FOLDER                  # writes the pages
+    python docs/gallery.py --chat MODEL            # traces the long chat again
+
+The repository's tiny reasoner makes three of the pages. The long chat takes a larger model, so its
+trace is kept in `long_chat.flow`: its numbers are those of that model, and its page is drawn anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+from transformers.utils import logging
+
+if not __package__:  # as a script, this file does not find its neighbours
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import flowtracer_plugin as ft
+from examples.demo import accuracy_reward
+from examples.reasoner.problems import is_correct, make_problems
+from examples.reasoner.train import MAX_NEW_TOKENS, MODEL_DIR
+from flowtracer_plugin.evaluation import token_drops
+from flowtracer_plugin.grpo import FlowGRPOConfig, FlowGRPOTrainer
+from flowtracer_plugin.report import write_comparison
+
+LONG_CHAT = Path(__file__).with_name("long_chat.flow")
+NAMES = ("short_maths", "long_chat", "right_against_wrong", "training_group")
+QUESTION = "Ann has 4 apples. Ann buys 1. Ann gets 3. Ann sees 6. Ann buys 6. How many apples?\n"
+CHAT = (
+    "I want to start running. I am 45 years old, I sit all day at work, and I have not done any "
+    "sport for ten years. What should I think of before I begin?",
+    "That helps. Please make me a plan for the first four weeks, with three short runs a week and "
+    "a rest day after each of them.",
+    "My knee hurts a little after the second week of your plan. What should I change?",
+)
+SAMPLES, STEPS = 8, 1
+
+
+def write_gallery(folder: Path) -> None:
+    """Write the pages of `NAMES` to `folder`."""
+    _quiet()
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, padding_side="left")
+    tracer = ft.wrap(model, tokenizer)
+    trace = tracer.generate(QUESTION, max_new_tokens=MAX_NEW_TOKENS)
+    trace.to_html(folder / "short_maths.html", drops=token_drops(model, trace))
+    ft.load(LONG_CHAT).to_html(folder / "long_chat.html")
+    write_right_against_wrong(tracer, folder / "right_against_wrong.html")
+    write_training_group(model, tokenizer, folder / "training_group.html")
+
+
+def write_right_against_wrong(tracer: ft.FlowTracer, path: Path) -> None:
+    """Write the comparison of sampled answers to the first problem with right and wrong ones."""
+    set_seed(0)
+    for problem in make_problems(20, seed=1, split="held_out"):
+        traces, right = [], []
+        while len(traces) < SAMPLES:
+            try:
+                traces.append(
+                    tracer.generate(problem.prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=True)
+                )
+            except ft.AnswerNotFoundError:
+                continue
+            right.append(is_correct(traces[-1].text, problem.answer))
+        if 3 <= sum(right) <= SAMPLES - 3:
+            write_comparison(traces, path, right=right)
+            return
+    raise RuntimeError("no problem has at least three right and three wrong answers")
+
+
+def write_training_group(model: Any, tokenizer: Any, path: Path) -> None:
+    """Write the first page of a training with flow credit."""
+    problems = make_problems(8 * STEPS, seed=2)
+    rows = [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems]
+    with TemporaryDirectory() as folder:
+        config = FlowGRPOConfig(
+            output_dir=str(Path(folder) / "reasoner"),
+            max_steps=STEPS,
+            per_device_train_batch_size=32,
+            num_generations=SAMPLES,
+            max_completion_length=MAX_NEW_TOKENS,
+            bf16=False,
+            use_cpu=True,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = FlowGRPOTrainer(
+            model=model,
+            processing_class=tokenizer,
+            reward_funcs=[accuracy_reward],
+            train_dataset=Dataset.from_list(rows),
+            args=config,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        page = Path(config.output_dir) / "flow" / "step_000000.html"
+        path.write_bytes(page.read_bytes())
+
+
+def trace_chat(name: str) -> None:
+    """Let a chat model answer the questions of `CHAT`, and keep the trace of its last answer."""
+    _quiet()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
+    tracer = ft.wrap(model, AutoTokenizer.from_pretrained(name))
+    messages: list[dict[str, str]] = []
+    for question in CHAT:
+        messages.append({"role": "user", "content": question})
+        trace = tracer.generate(messages, max_new_tokens=160)
+        messages.append({"role": "assistant", "content": trace.text})
+    trace.save(LONG_CHAT)
+
+
+def _quiet() -> None:
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)  # on a model this small, more threads only wait for each other
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", help="folder for the pages")
+    parser.add_argument("--chat", metavar="MODEL", help="trace the long chat with this model")
+    arguments = parser.parse_args()
+    if arguments.chat:
+        trace_chat(arguments.chat)
+    if arguments.folder:
+        write_gallery(arguments.folder)
