@@ -36,12 +36,29 @@ LONG_CHAT = Path(__file__).with_name("long_chat.flow")
 NAMES = ("short_maths", "long_chat", "right_against_wrong", "training_group")
 QUESTION = "Ann has 4 apples. Ann buys 1. Ann gets 3. Ann sees 6. Ann buys 6. How many apples?\n"
 CHAT = (
-    "I want to start running. I am 45 years old, I sit all day at work, and I have not done any "
-    "sport for ten years. What should I think of before I begin?",
-    "That helps. Please make me a plan for the first four weeks, with three short runs a week and "
-    "a rest day after each of them.",
-    "My knee hurts a little after the second week of your plan. What should I change?",
+    "We are four friends and want to spend three days in Lisbon in May. I have never planned a "
+    "trip before. What should we think of first?",
+    "Lisbon in May is warm and not too full. Three things decide what such a trip costs: how you "
+    "get there, where you sleep, and what you do there.\n\n"
+    "1. Flights are cheapest on a Tuesday or a Wednesday, about two months before.\n"
+    "2. For four people a flat is often cheaper than two hotel rooms, and you can make breakfast "
+    "there.\n"
+    "3. Many sights cost nothing: the viewpoints, the old town, and most churches.\n\n"
+    "Shall I make a list with prices?",
+    "Yes, please. We fly from Berlin, and we would like to see the castle and take a boat on the "
+    "river.",
+    "Here is a list for all four of you:\n\n"
+    "- Flights from Berlin and back: 480 euros.\n"
+    "- A flat near the river for two nights: 260 euros.\n"
+    "- Tickets for the castle: 60 euros.\n"
+    "- A boat on the river: 100 euros.\n"
+    "- Food for three days: 300 euros.\n\n"
+    "Trams and the metro are cheap, and most of the old town is best seen on foot.",
+    "The boat is too much for us. What does the flat near the river cost? Answer in one short "
+    "sentence.",
 )
+"""Questions and answers in turn, written by hand; the model answers the last question."""
+
 SAMPLES, STEPS = 8, 1
 
 
@@ -108,15 +125,13 @@ def write_training_group(model: Any, tokenizer: Any, path: Path) -> None:
 
 
 def trace_chat(name: str) -> None:
-    """Let a chat model answer the questions of `CHAT`, and keep the trace of its last answer."""
+    """Let a chat model answer the last question of `CHAT`, and keep the trace of its answer."""
     _quiet()
     model = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
     tracer = ft.wrap(model, AutoTokenizer.from_pretrained(name))
-    messages: list[dict[str, str]] = []
-    for question in CHAT:
-        messages.append({"role": "user", "content": question})
-        trace = tracer.generate(messages, max_new_tokens=160)
-        messages.append({"role": "assistant", "content": trace.text})
+    roles = ("user", "assistant") * len(CHAT)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, CHAT, strict=False)]
+    trace = tracer.generate(messages, max_new_tokens=60, answer="last_number")
     trace.save(LONG_CHAT)
 
 

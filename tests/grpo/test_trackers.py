@@ -30,7 +30,8 @@ def tracker(monkeypatch):
     """Puts a module in the place of a tracker: it has its functions, and keeps what they get."""
 
     # TRL logs times to the real ones, which are not installed.
-    monkeypatch.setattr("trl.extras.profiling.is_wandb_available", lambda: False)
+    for name in TRACKERS:
+        monkeypatch.setattr(f"trl.extras.profiling.is_{name}_available", lambda: False)
 
     def put(name, *, run=True, fails=False):
         module = ModuleType(name)
