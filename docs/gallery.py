@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +34,6 @@ from flowtracer_plugin.grpo import FlowGRPOConfig, FlowGRPOTrainer
 from flowtracer_plugin.report import write_comparison
 
 LONG_CHAT = Path(__file__).with_name("long_chat.flow")
-NAMES = ("short_maths", "long_chat", "right_against_wrong", "training_group")
 QUESTION = "Ann has 4 apples. Ann buys 1. Ann gets 3. Ann sees 6. Ann buys 6. How many apples?\n"
 CHAT = (
     "We are four friends and want to spend three days in Lisbon in May. I have never planned a "
@@ -63,7 +63,7 @@ SAMPLES, STEPS = 8, 1
 
 
 def write_gallery(folder: Path) -> None:
-    """Write the pages of `NAMES` to `folder`."""
+    """Write the four pages to `folder`."""
     _quiet()
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, padding_side="left")
@@ -132,7 +132,7 @@ def trace_chat(name: str) -> None:
     roles = ("user", "assistant") * len(CHAT)
     messages = [{"role": role, "content": text} for role, text in zip(roles, CHAT, strict=False)]
     trace = tracer.generate(messages, max_new_tokens=60, answer="last_number")
-    trace.save(LONG_CHAT)
+    replace(trace, model=Path(name).name).save(LONG_CHAT)
 
 
 def _quiet() -> None:

@@ -20,7 +20,7 @@ from flowtracer_plugin.grpo.options import CreditOptions
 from flowtracer_plugin.grpo.pages import GroupPages, rows_each
 from flowtracer_plugin.grpo.scoring import Scored
 from flowtracer_plugin.grpo.settings import credit_settings, with_credit
-from flowtracer_plugin.grpo.trackers import send_settings
+from flowtracer_plugin.grpo.trackers import WhenTrackersBegin, send_settings
 from flowtracer_plugin.text.spans import AnswerNotFoundError, decode_tokens
 from flowtracer_plugin.trace.troubles import Troubles
 
@@ -48,7 +48,7 @@ class CreditLog:
         self._pages = GroupPages(trainer, options, self._troubles)
         self._later = 0  # rows that TRL's table has after those of the last generation
         self._errors = 0.0
-        self._told = False  # whether the trackers, which begin with the training, have the options
+        trainer.add_callback(WhenTrackersBegin(self._send_settings))
 
     def blank(self, rows: int) -> None:
         """Fill the columns with None, since all columns of TRL's table need the same length."""
@@ -64,10 +64,10 @@ class CreditLog:
         self.blank(len(rollouts["advantages"]))
         self._later = 0
         self._pages.begin(rollouts)
-        if not self._told:
-            self._told = True
-            with self._troubles.caught("the trackers lack the options of the credit"):
-                send_settings(self._trainer, credit_settings(self._options))
+
+    def _send_settings(self) -> None:
+        with self._troubles.caught("the trackers lack the options of the credit"):
+            send_settings(self._trainer, credit_settings(self._options))
 
     def write_card(self) -> None:
         """Add the options of the credit to the model card that the trainer has just written."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback
 
 TRACKERS = ("wandb", "trackio")
 """The values of `report_to` whose trackers show HTML; both packages have the same functions."""
@@ -18,6 +20,21 @@ def trackers(trainer: Any) -> list[Any]:
     named = [name for name in TRACKERS if name in (trainer.args.report_to or ())]
     modules = [import_module(name) for name in named]
     return [one for one in modules if one.__name__ != "wandb" or one.run is not None]
+
+
+class WhenTrackersBegin(TrainerCallback):
+    """Calls a function when the runs of the trackers have begun and nothing is logged yet.
+
+    trackio keeps the configuration as it is at the first log, which comes before the first
+    rollouts.
+    """
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Call the function; the trackers' own callbacks were added before this one."""
+        self._call()
 
 
 def send_page(trainer: Any, page: Path, step: int) -> None:

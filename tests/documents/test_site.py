@@ -72,6 +72,16 @@ def test_every_document_is_a_page(pages, site):
     assert {path.relative_to(ROOT).with_suffix("") for path in written} <= found
 
 
+def test_the_gallery_has_the_pages_that_it_links(site):
+    linked = re.findall(r'href="gallery/(\w+)\.html"', (ROOT / "docs/gallery.md").read_text())
+    pages = {path.stem: path.read_text("utf-8") for path in (site / "docs/gallery").iterdir()}
+    assert sorted(pages) == sorted(linked)
+    assert len(pages) == 4
+    assert all("FlowTracer" in page for page in pages.values())
+    # The numbers of the long chat are those of a larger model.
+    assert "SmolLM2" in pages["long_chat"]
+
+
 def test_every_link_within_the_site_leads_somewhere(pages):
     dead, counted = [], 0
     for path, document in pages.items():

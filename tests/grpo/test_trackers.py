@@ -48,6 +48,7 @@ def tracker(monkeypatch):
 
         def update(values, allow_val_change=False):
             assert allow_val_change  # the settings of a run that is resumed
+            assert module.logged == []  # trackio keeps the configuration as it is at the first log
             module.held.update(values)
 
         module.log, module.Html = log, html
