@@ -154,7 +154,7 @@ def test_a_pattern_cannot_break_the_table_of_the_card():
 def test_the_list_of_a_run_shows_what_the_user_said_without_the_template(policy, tmp_path):
     asked = "3 plus 4 is " * 20
     chat = [
-        {"role": "system", "content": "so then"},
+        {"role": "system", "content": [{"type": "text", "text": "so then"}]},
         {"role": "user", "content": [{"type": "text", "text": asked}]},
     ]
     rollout = told(scripted(TEXTS), None)
