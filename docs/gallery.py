@@ -69,7 +69,7 @@ def write_gallery(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, padding_side="left")
     tracer = ft.wrap(model, tokenizer)
     trace = tracer.generate(QUESTION, max_new_tokens=MAX_NEW_TOKENS)
-    trace.to_html(folder / "short_maths.html", drops=token_drops(model, trace))
+    _named(trace).to_html(folder / "short_maths.html", drops=token_drops(model, trace))
     ft.load(LONG_CHAT).to_html(folder / "long_chat.html")
     write_right_against_wrong(tracer, folder / "right_against_wrong.html")
     write_training_group(model, tokenizer, folder / "training_group.html")
@@ -89,7 +89,7 @@ def write_right_against_wrong(tracer: ft.FlowTracer, path: Path) -> None:
                 continue
             right.append(is_correct(traces[-1].text, problem.answer))
         if 3 <= sum(right) <= SAMPLES - 3:
-            write_comparison(traces, path, right=right)
+            write_comparison([_named(trace) for trace in traces], path, right=right)
             return
     raise RuntimeError("no problem has at least three right and three wrong answers")
 
@@ -133,6 +133,11 @@ def trace_chat(name: str) -> None:
     messages = [{"role": role, "content": text} for role, text in zip(roles, CHAT, strict=False)]
     trace = tracer.generate(messages, max_new_tokens=60, answer="last_number")
     replace(trace, model=Path(name).name).save(LONG_CHAT)
+
+
+def _named(trace: ft.FlowTrace) -> ft.FlowTrace:
+    """The trace without the folder of this checkout."""
+    return replace(trace, model="embedded reasoner")
 
 
 def _quiet() -> None:
