@@ -7,6 +7,7 @@ Whatever is read is checked before it is used: its format, and the type of every
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -20,6 +21,8 @@ from pathlib import Path
 from secrets import token_hex
 from types import UnionType
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+
+logger = logging.getLogger(__name__)
 
 _LARGEST = 2**63
 """Whole numbers stay below it, so that arrays can hold them."""
@@ -59,6 +62,7 @@ def write_atomically(path: Path, content: bytes, *, sync: bool = False) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    logger.debug("wrote %d bytes to %s", len(content), path)
     if sync:
         _sync_names(path.parent)
 

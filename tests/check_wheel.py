@@ -29,6 +29,7 @@ WANTED = (
         )
     ),
     "flowtracer_plugin/reasoner/model.safetensors",
+    *(f"flowtracer_plugin/docs/{name}.md" for name in ("adapters", "credit", "quickstart")),
     "flowtracer_adapters/py.typed",
     "flowtracer_adapters/interface.py",
 )
@@ -87,6 +88,8 @@ def main() -> None:
         run(command, "demo", cwd=folder)
         if not (folder / "flowtracer-demo.html").stat().st_size:
             raise SystemExit("the installed demo wrote no page")
+        if "no GPU needed" not in run(command, "docs", "quickstart", cwd=folder):
+            raise SystemExit("the installed command shows no page of the documentation")
         model = ROOT / "examples/reasoner/model"
         page = folder / "page.html"
         output = run(

@@ -246,7 +246,7 @@ def _unsupported(
     reasons = "".join(f"Skipped {e.name} from {e.source}: {e.skipped}. " for e in skipped)
     return UnsupportedArchitectureError(
         f"no adapter knows where {type(model).__name__} attends; tried: {tried}. {reasons}"
-        "To add one, follow adapters/README.md and pass it as wrap(model, adapter=...)"
+        "To add one, follow 'flowtracer docs adapters', and pass it as wrap(model, adapter=...)"
     )
 
 

@@ -191,11 +191,13 @@ def audit(
         for number in range(0, options.batches, 2):
             if number in left:
                 yield policy.measure(number, batches[number], reference, total)
+                logger.info("batch %d of %d is measured", number, options.batches)
             else:
                 total += policy.gradient(batches[number])
         reference = _unit(total)
         for number in sorted(one for one in left if one % 2):
             yield policy.measure(number, batches[number], reference, total)
+            logger.info("batch %d of %d is measured", number, options.batches)
 
 
 def _unit(vector: Vector) -> Vector:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -22,8 +23,12 @@ from flowtracer_plugin.bulk.rows import Survey, open_rows, survey
 from flowtracer_plugin.bulk.shards import PAGES, TRACES, MakeTracer, ShardDone, Work, run_shards
 from flowtracer_plugin.bulk.tables import ANSWERS, TOKENS, Results, read_results
 from flowtracer_plugin.bulk.tracing import BATCH, RowOptions
+from flowtracer_plugin.credit.own_scorers import Measure, scorer_name
+from flowtracer_plugin.credit.token_scores import own_codes, token_score
 from flowtracer_plugin.files import remove_parts
 from flowtracer_plugin.trace.tracer import FlowTracer
+
+logger = logging.getLogger(__name__)
 
 PAGES_OF = ("first", "different")
 """Which rows can get pages."""
@@ -43,7 +48,7 @@ def trace_dataset(
     limit: int | None = None,
     shard: tuple[int, int] = (1, 1),
     shard_size: int = SHARD_SIZE,
-    scores: Sequence[str] = (),
+    scores: Sequence[str | Measure] = (),
     max_new_tokens: int = 256,
     batch_size: int = BATCH,
     save_traces: bool = False,
@@ -75,7 +80,8 @@ def trace_dataset(
         shard: Which part of the shards is traced, as `(3, 8)` for the third of eight. Several
             processes or machines may share the folder.
         shard_size: Rows that are written together.
-        scores: Scores of the tokens, as columns of `tokens/`.
+        scores: Scores of the tokens, as columns of `tokens/`: names, or functions of your own that
+            stand at the top of a module.
         max_new_tokens: The model answers rows without a response, with so many tokens at most.
         batch_size: Texts in one forward pass.
         save_traces: Whether `traces/` gets the trace of each row.
@@ -113,7 +119,7 @@ def trace_dataset(
     _check_pages(found, pages, pages_of)
     options = RowOptions(
         columns=found.columns,
-        scores=tuple(dict.fromkeys(scores)),
+        scores=tuple(dict.fromkeys(map(scorer_name, scores))),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
@@ -206,6 +212,7 @@ def _work(
             "shard_size": shard_size,
             "save_traces": save_traces,
             **asdict(options),
+            **own_codes({name: token_score(name) for name in options.scores}),
         },
     )
 
@@ -248,8 +255,10 @@ def _run(
             index.shard_done()
             if not engine.here:
                 bar.update(one.rows)
+            line = _line(one, fresh, left, time.monotonic() - began, len(shards))
+            logger.info(line)
             if say is not None:
-                say(_line(one, fresh, left, time.monotonic() - began, len(shards)))
+                say(line)
 
 
 def _line(one: ShardDone, fresh: int, left: int, seconds: float, shards: int) -> str:

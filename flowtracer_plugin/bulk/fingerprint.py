@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from dataclasses import asdict
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowtracer_plugin import __version__
+from flowtracer_plugin.credit.own_scorers import source_digest
 from flowtracer_plugin.files import (
     check_folder,
     check_settings,
@@ -63,11 +63,7 @@ def finder_digest(finder: AnswerFinder) -> str:
         return finder
     if isinstance(finder, re.Pattern):
         return f"{finder.pattern} {finder.flags}"
-    try:
-        source = inspect.getsource(cast(Any, finder))
-    except (OSError, TypeError):  # made by no source file, such as a partial function
-        source = repr(getattr(getattr(finder, "__code__", None), "co_code", finder_name(finder)))
-    return f"{finder_name(finder)} {_hash(source)}"
+    return f"{finder_name(finder)} {source_digest(finder, finder_name(finder))}"
 
 
 def _lasting(config: dict[str, Any]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def open_rows(
     elif isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise TypeError(
             f"wanted rows, such as a list of dicts or one split of a data set, got a "
-            f"{type(data).__name__}"
+            f"{type(data).__name__}; put a single row in a list"
         )
     else:
         if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a pandas DataFrame
@@ -101,7 +101,9 @@ def checked_row(row: Any, number: int) -> Row:
     """The row, or an error if it is no mapping."""
     if isinstance(row, Mapping | ValueError):
         return row
-    return ValueError(f"row {number} of the data is not an object: {row!r:.80}")
+    return ValueError(
+        f"row {number} of the data is not an object: {row!r:.80}; wanted such as {{'prompt': text}}"
+    )
 
 
 def chosen_columns(rows: Iterable[Row], columns: Columns) -> Columns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -17,6 +17,7 @@ from flowtracer_plugin.bulk.examples import Columns, Example
 from flowtracer_plugin.bulk.row_errors import EVERY_ROW, ONE_ROW, in_words
 from flowtracer_plugin.bulk.rows import Row, chosen_columns, open_rows, windows
 from flowtracer_plugin.bulk.traced_row import TracedRow
+from flowtracer_plugin.credit.own_scorers import Measure, scorer_name
 from flowtracer_plugin.credit.token_scores import score_text, token_score
 from flowtracer_plugin.model.generation import generate_many
 from flowtracer_plugin.text.answers import same_answer
@@ -70,7 +71,7 @@ def trace_many(
     rows: Any,
     *,
     columns: Columns | None = None,
-    scores: Sequence[str] = (),
+    scores: Sequence[str | Measure] = (),
     max_new_tokens: int = 256,
     batch_size: int = BATCH,
 ) -> Iterator[TracedRow]:
@@ -85,8 +86,8 @@ def trace_many(
             The columns are `prompt`, `question` or `messages`; `response`, or `prompt_ids` and
             `completion_ids`; and `answer`. All others are carried through.
         columns: Other names of these columns, and templates for the prompts.
-        scores: Scores of the tokens, such as `"flow:sharp"`; they take a trace that is not
-            streamed.
+        scores: Scores of the tokens, such as `"flow:sharp"`, or functions of your own that stand
+            at the top of a module; they take a trace that is not streamed.
         max_new_tokens: The model answers rows without a response, with so many tokens at most.
         batch_size: Texts in one forward pass.
 
@@ -95,14 +96,15 @@ def trace_many(
             score.
         NoAttentionError, UnsupportedArchitectureError: The tracer cannot read the model.
     """
-    rows = open_rows(rows) if isinstance(rows, str | Path) else rows
+    if isinstance(rows, str | Path | Mapping) or hasattr(rows, "columns"):  # of pandas
+        rows = open_rows(rows)
     parts = iter(windows(rows, WINDOW))
     first = next(parts, None)
     if first is None:
         raise ValueError("there are no rows to trace")
     options = RowOptions(
         columns=chosen_columns((row for _, row in first), columns or Columns()),
-        scores=tuple(dict.fromkeys(scores)),
+        scores=tuple(dict.fromkeys(map(scorer_name, scores))),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )

@@ -115,12 +115,13 @@ def audit(
         from flowtracer_plugin.audit.run import AuditOptions, audit as audited
         from flowtracer_plugin.audit.summary import summarise_audit
         from flowtracer_plugin.audit.verdict import document
+        from flowtracer_plugin.credit.own_scorers import own_sources
         from flowtracer_plugin.rewards.named import named_reward
 
     engine = chosen_engine(work)
     check_records(results.output, FORMAT, VERSION)
-    tokenizer = load_tokenizer(model, loading)
     scorers = _scorers(credit)
+    tokenizer = load_tokenizer(model, loading)
     options = AuditOptions(
         batches=credit.batches,
         top_fraction=credit.top_fraction,
@@ -142,15 +143,13 @@ def audit(
         "scorers": [scorer.name for scorer in scorers],
         "layers": list(tracer.layers),
         "answer": tracer.options.answer,
+        **own_sources({scorer.name: scorer for scorer in scorers}),
     }
     file = AuditFile(results.output, settings)
     make = partial(_sampler, model, loading, rollouts, None if not engine.here else tracer)
     groups = _groups(tokenizer, examples, make, engine, file)
-    running: dict[str, Any] = {
-        "oracle": credit.oracle,
-        "done": set(file.batches),
-        "progress": sys.stderr.isatty(),
-    }
+    running: dict[str, Any] = {"oracle": credit.oracle, "done": set(file.batches)}
+    running["progress"] = sys.stderr.isatty()
     for batch in audited(tracer, groups, scorers, parameters, options, **running):
         file.add(batch)
     batches = [file.batches[number] for number in sorted(file.batches)]

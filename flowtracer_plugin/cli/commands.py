@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -14,12 +14,16 @@ from flowtracer_plugin.cli.audit import audit
 from flowtracer_plugin.cli.compare import compare
 from flowtracer_plugin.cli.evaluate import evaluate
 from flowtracer_plugin.cli.mistakes import MISTAKES, sentence
+from flowtracer_plugin.cli.options import Traceback
+from flowtracer_plugin.cli.outputs import print_table, show
+from flowtracer_plugin.cli.parsing import wrong_usage
 from flowtracer_plugin.cli.report import report
 from flowtracer_plugin.cli.trace_data import trace_data
 from flowtracer_plugin.cli.tracing import demo, estimate, generate, trace
 
 app = typer.Typer(
-    help="Find out which tokens carried a language model's answer.",
+    help="Find out which tokens carried a language model's answer.\n\n"
+    "'flowtracer docs' lists the pages of the documentation; 'flowtracer docs TOPIC' shows one.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -81,6 +85,16 @@ def _model_first(args: list[str]) -> list[str]:
     return args
 
 
+def _log(level: str | None) -> str | None:
+    """Write what the package does to standard error, from this level on."""
+    if level is not None:
+        import logging
+
+        logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
+        logging.getLogger("flowtracer_plugin").setLevel(level.upper())
+    return level
+
+
 def _version(wanted: bool) -> bool:
     if not wanted:
         return False
@@ -95,6 +109,10 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    log: Annotated[
+        Literal["info", "debug"] | None,
+        typer.Option(callback=_log, help="Say on standard error what is done, with times."),
+    ] = None,
 ) -> None:
     pass
 
@@ -129,6 +147,30 @@ def _for_trl(arguments: list[str]) -> list[str]:
 _TRL_MODEL = "--model_name_or_path"
 
 
+def docs(
+    topic: Annotated[
+        str | None, typer.Argument(help="A page, such as quickstart; by default all are listed.")
+    ] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Show a page of the documentation, or list the pages.
+
+    For example:
+
+    flowtracer docs quickstart
+    """
+    from flowtracer_plugin.report.documentation import page, topics
+
+    if topic is None:
+        print_table(("topic", "title"), topics().items())
+        return
+    with wrong_usage("TOPIC"):
+        text = page(topic)
+    from rich.markdown import Markdown
+
+    show(Markdown(text, hyperlinks=False))
+
+
 app.command(cls=ModelFirst)(trace)
 app.command(cls=ModelFirst)(generate)
 app.command(cls=ModelFirst)(trace_data)
@@ -140,6 +182,7 @@ app.command(add_help_option=False, context_settings={"ignore_unknown_options": T
 app.add_typer(adapters_app)
 app.command(cls=ModelFirst)(estimate)
 app.command()(demo)
+app.command()(docs)
 
 
 if __name__ == "__main__":

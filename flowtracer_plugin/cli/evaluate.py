@@ -132,10 +132,10 @@ def evaluate(
 ) -> None:
     """Knock out each score's highest-ranked tokens, and see whether the answers change.
 
-    Scores are those of docs/credit.md and recency. By default they are flow, flow:decision,
-    flow:sharp, flow:derivation, reach, reach:decision, reach:sharp, attention, attention:decision,
-    attention:sharp, attention_power, rollout, fai, waad, grad_x_input, entropy, surprisal and
-    recency.
+    Scores are those of 'flowtracer docs credit' and recency. By default they are flow,
+    flow:decision, flow:sharp, flow:derivation, reach, reach:decision, reach:sharp, attention,
+    attention:decision, attention:sharp, attention_power, rollout, fai, waad, grad_x_input, entropy,
+    surprisal and recency.
 
     For example:
 
@@ -149,8 +149,8 @@ def evaluate(
         from flowtracer_plugin.evaluation.run import FORMAT, VERSION
 
     check_records(output, FORMAT, VERSION)
-    tokenizer = load_tokenizer(model, loading)
     _protocols(chosen.protocols), _scores(chosen, _options(chosen).matched)  # before the model
+    tokenizer = load_tokenizer(model, loading)
     every, begin = work.shard[1], work.shard[0] - 1
     examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)
     examples = examples[begin::every]

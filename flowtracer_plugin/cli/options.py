@@ -106,7 +106,10 @@ AnswerRule = Annotated[
 MaxNewTokens = Annotated[
     int, _generating(min=1, help="The most tokens that the model generates for one response.")
 ]
-SCORES = _scoring(help="Scores, such as flow,flow:sharp,entropy; docs/credit.md lists them all.")
+SCORES = _scoring(
+    help="Scores, such as flow,flow:sharp,entropy, or package.module:function of your own; "
+    "'flowtracer docs credit' lists them."
+)
 Oracle = Annotated[
     str | None,
     _scoring(
@@ -367,7 +370,10 @@ class NewTraceOptions(OutputOptions):
     ] = None
     scores: Annotated[
         str | None,
-        _output(help="More scores for the page, such as attention,flow:sharp; see docs/credit.md."),
+        _output(
+            help="More scores for the page, such as attention,flow:sharp; see 'flowtracer docs "
+            "credit'."
+        ),
     ] = None
     check: Annotated[
         bool,

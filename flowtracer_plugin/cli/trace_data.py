@@ -111,7 +111,8 @@ def trace_data(
 ) -> None:
     """Trace a data set into tables: a row for each answer, and a row for each token.
 
-    A run that was broken off goes on where it stopped. docs/data_sets.md describes the tables.
+    A run that was broken off goes on where it stopped. 'flowtracer docs data_sets' describes the
+    tables.
 
     For example:
 

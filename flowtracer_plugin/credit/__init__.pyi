@@ -1,5 +1,7 @@
+from .choosing import Scorer as Scorer
 from .measures import Rollouts as Rollouts
-from .scorers import SCORERS as SCORERS, Scorer as Scorer, find_scorer as find_scorer
+from .own_scorers import ScorerError as ScorerError, needs as needs
+from .scorers import SCORERS as SCORERS, find_scorer as find_scorer
 from .token_scores import (
     TOKEN_SCORES as TOKEN_SCORES,
     ScoredText as ScoredText,

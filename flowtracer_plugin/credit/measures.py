@@ -52,6 +52,7 @@ class Rollouts:
         removals: How early each token is chosen and hidden, see `choice.removal_order`.
         flow_removals: The same by the flow through the text with holes, see `choice.flow_order`.
         oracle: The completion tokens that matter, according to someone who knows the task.
+        tokens: The text of every token, empty on padding.
         seed: Seed of the scorers that draw.
     """
 
@@ -73,6 +74,7 @@ class Rollouts:
     removals: Float[Tensor, "batch token"] | None = None
     flow_removals: Float[Tensor, "batch token"] | None = None
     oracle: Bool[Tensor, "batch completion"] | None = None
+    tokens: Sequence[Sequence[str]] | None = None
     seed: int = 0
 
 

@@ -32,7 +32,7 @@ from flowtracer_plugin.reading.removal import (
     helpful_edges,
 )
 from flowtracer_plugin.text.matched_spans import SpanFinder, matched_mask
-from flowtracer_plugin.text.spans import target_mask
+from flowtracer_plugin.text.spans import decode_tokens, target_mask
 from flowtracer_plugin.trace.choice import Row, flow_order, removal_order
 from flowtracer_plugin.trace.rollouts import (
     RolloutMasks,
@@ -134,6 +134,8 @@ class ReadRollouts:
             found = self.with_order(found, part)
         if "oracle" in needs:
             found = replace(found, oracle=self.oracle_tokens)
+        if "tokens" in needs:
+            found = replace(found, tokens=self.tokens)
         if needs & LATE:
             entropies, surprisals = self.late_values
             found = replace(found, entropies=entropies, surprisals=surprisals)
@@ -195,6 +197,17 @@ class ReadRollouts:
         chosen = set(select_layers(layers, available))
         every = zip(available, self._all_calls, strict=True)
         return tuple(call for layer, call in every if layer in chosen)
+
+    @cached_property
+    def tokens(self) -> tuple[tuple[str, ...], ...]:
+        """The text of every token, empty on padding."""
+        tokenizer = self.tracer.require_tokenizer()
+        texts = []
+        for ids, seen in zip(self.ids.tolist(), self.visible.tolist(), strict=True):
+            shown = [token for token, one in zip(ids, seen, strict=True) if one]
+            pieces = iter(decode_tokens(tokenizer, shown).pieces)
+            texts.append(tuple(next(pieces) if one else "" for one in seen))
+        return tuple(texts)
 
     @cached_property
     def late_values(self) -> Late:

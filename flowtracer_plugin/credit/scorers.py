@@ -7,201 +7,62 @@ of the tokens' advantages, `1 + (gamma − 1) · boost`. `find_scorer` returns t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from types import MappingProxyType
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from flowtracer_plugin.credit import measures
-from flowtracer_plugin.credit.controls import permute_within, role_and_position
+from flowtracer_plugin.credit.choosing import (
+    LATE as LATE,
+    Boost as Boost,
+    Choose,
+    Scorer as Scorer,
+    bottom as bottom,
+    coupled as coupled,
+    every as every,
+    gated,
+    lowest as lowest,
+    shuffled as shuffled,
+    top,
+)
 from flowtracer_plugin.credit.measures import Features, Rollouts as Rollouts
-from flowtracer_plugin.credit.outcome_gate import outcome_gate
-from flowtracer_plugin.credit.rhythm import Rhythm, coupled_boost
-from flowtracer_plugin.credit.weights import credit_weights as credit_weights, top_tokens
+from flowtracer_plugin.credit.own_scorers import (
+    Measure,
+    function_scorer,
+    installed_names,
+    own_scorer,
+)
+from flowtracer_plugin.credit.weights import credit_weights as credit_weights
 from flowtracer_plugin.options import PRESETS
 from flowtracer_plugin.trace.choice import STEPS
 
-Boost = Float[Tensor, "batch completion"]
-Choose = Callable[[Features, Rollouts, float], Boost]
 
-LATE = frozenset({"entropy", "surprisal"})
-"""What is known only at the end of a forward pass."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scorer:
-    """A way to choose the tokens that get more credit, in two steps.
-
-    The first step needs what a forward pass computes, the second which tokens compete, which TRL
-    says only after that pass.
-
-    Attributes:
-        name: The name by which `find_scorer` finds it.
-        needs: The parts of `Rollouts` that it measures: "flow" (`throughput` and `reach`),
-            "attention", "heads" (`calls`), "entropy" (`entropies`), "surprisal" (`surprisals`),
-            "saliency", "swaps", "sensitivity", "removals", "flow_removals", "oracle".
-        layers: The selection of layers that it was published with.
-        measure: Maps rollouts to the features by which tokens are chosen, without a gradient. It
-            raises `ValueError` if something that it needs is missing.
-        choose: Maps features, rollouts and the share of competing tokens to choose to the boost of
-            each token, float32: from 0 to 1 (`coupled`: to 1.5; `gated`: from −1), and 0 for tokens
-            that do not compete. It chooses the `⌈share · n⌉` of a row's `n` competing tokens with
-            the highest scores, the earlier among equals, and never a token whose score is 0. It
-            raises `ValueError` if a score is negative or not finite.
-        formula: The score in words or symbols.
-        source: The publication of the score.
-        cost: What it costs in addition to the forward pass that trains.
-        preset: The preset of the graph that it reads, a key of `options.PRESETS`; None for the
-            options with which the graph was read.
-        factors: For a product, the scorers whose scores are multiplied.
-        steps: Steps of a scorer that hides the tokens that it has chosen; 0 for all others.
-    """
-
-    name: str
-    needs: frozenset[str]
-    layers: str
-    measure: Callable[[Rollouts], Features]
-    choose: Choose
-    formula: str
-    source: str
-    cost: str
-    preset: str | None = None
-    factors: tuple[Scorer, ...] = ()
-    steps: int = 0
-
-    def boost(self, rollouts: Rollouts, top_fraction: float) -> Boost:
-        """The boost of each token, by both steps."""
-        return self.choose(self.measure(rollouts), rollouts, top_fraction)
-
-    def choices(
-        self, features: Features, rollouts: Rollouts, top_fraction: float
-    ) -> tuple[Boost, Mapping[int, Exception]]:
-        """The boost of each token, and the error of each row whose scores are invalid.
-
-        Such a row has a boost of 0 everywhere.
-        """
-        try:
-            return self.choose(features, rollouts, top_fraction), {}
-        except ValueError as error:
-            wrong = (~features.isfinite() | (features < 0)) & rollouts.competing
-            rows = wrong.any(0).any(-1)
-            if not bool(rows.any()):
-                raise
-            errors = dict.fromkeys(rows.nonzero()[:, 0].tolist(), error)
-            sound = features.masked_fill(rows[:, None], 0.0)
-            return self.choose(sound, rollouts, top_fraction), errors
-
-    @property
-    def parts(self) -> tuple[Scorer, ...]:
-        """The factors of a product; otherwise the scorer alone."""
-        return self.factors or (self,)
-
-    @property
-    def graph(self) -> bool:
-        """Whether it reads the graph of the flow, which depends on the preset."""
-        return bool(self.needs & {"flow", "attention"})
-
-
-def find_scorer(name: str) -> Scorer:
-    """The scorer of a name such as `flow`, `flow:sharp` or `flow*entropy`.
+def find_scorer(name: str | Measure | Scorer) -> Scorer:
+    """The scorer of a name such as `flow`, `flow:sharp` or `flow*entropy`, or of your own function.
 
     The part before a colon is a key of `SCORERS`, the part after it a key of `options.PRESETS` that
     says how to make the graph; without it, the options of the tracer or the trainer do. `causal`
     and `flow:causal` take eight steps, `causal:3` and `flow:causal:3` three. Scores joined by `*`
-    are multiplied.
+    are multiplied. An own scorer is named by its entry point or by its path,
+    `package.module:function`; `docs/own_scorers.md` is the guide.
 
     Raises:
         ValueError: There is no such scorer or preset, the scorer reads no graph, or the scores
             cannot be multiplied.
+        ScorerError: An own scorer cannot be imported, or several have this name.
 
     Examples:
         >>> find_scorer("flow:sharp*entropy").preset
         'sharp'
     """
+    if isinstance(name, Scorer):
+        return name
+    if not isinstance(name, str):
+        return function_scorer(name)
     factors = tuple(_one(part.strip()) for part in name.split("*"))
     return factors[0] if len(factors) == 1 else _product(factors)
-
-
-def lowest(scorer: Scorer) -> Scorer:
-    """The scorer that chooses the tokens with the lowest scores instead of the highest.
-
-    Raises:
-        ValueError: The scorer chooses in another way than by the highest score.
-    """
-    if scorer.choose is not top:
-        raise ValueError(
-            f"the scorer {scorer.name!r} does not choose by the highest score, so it has no bottom"
-        )
-    return replace(scorer, choose=bottom)
-
-
-def top(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
-    """The boost of the tokens with the highest scores."""
-    return _top(features[0], rollouts, top_fraction).float()
-
-
-def bottom(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
-    """The boost of the tokens with the lowest scores, the earlier among equals.
-
-    Nothing is chosen in rollouts whose scores are all 0.
-
-    Raises:
-        ValueError: A score is negative or not finite.
-    """
-    _top(features[0], rollouts, top_fraction)  # refuses invalid scores
-    competing, size = rollouts.competing, rollouts.competing.shape[-1]
-    score = features[0].masked_fill(~competing, torch.inf)
-    turned = (size - score.argsort(dim=-1, stable=True).argsort(dim=-1)).float()
-    scored = (features[0].masked_fill(~competing, 0.0) > 0).any(-1, keepdim=True)
-    return _top(turned * scored, rollouts, top_fraction).float()
-
-
-def every(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
-    """The boost of all tokens with a score above 0, whatever the share."""
-    return ((features[0] > 0) & rollouts.competing).float()
-
-
-def coupled(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
-    """The boost by the third strategy of arXiv 2510.13554, up to 1.5; see `coupled_boost`."""
-    influence, distance, step = features
-    anchors = _top(influence, rollouts, top_fraction)
-    found = Rhythm(influence=influence, distance=distance, step=step)
-    return coupled_boost(found, anchors, rollouts.competing)
-
-
-def gated(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
-    """The boost with which `gamma=2` gives the weights of `outcome_gate`: from −1 upwards.
-
-    Tokens of the answer and behind it keep the weight 1.
-    """
-    _top(features[0], rollouts, top_fraction)  # refuses invalid scores
-    answer = rollouts.answer[:, rollouts.prompt_length :]
-    weighed = rollouts.competing & (answer.cumsum(-1) == 0) & answer.any(-1, keepdim=True)
-    return outcome_gate(features[0], weighed, top_fraction) - 1.0
-
-
-def shuffled(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
-    """The choice of `flow` or `reach`, permuted among tokens of the same role and position.
-
-    A bin holds either the answer's tokens or the other tokens in one tenth of a rollout. In each
-    bin as many tokens are chosen as by the score, but at random: if the score does no better than
-    this, it only knows where in a rollout to look. Completions of up to ten competing tokens have
-    at most one in each tenth, so that their choice is that of the score.
-    """
-    score, draws = features
-    chosen = _top(score, rollouts, top_fraction)
-    answer = rollouts.answer[:, rollouts.prompt_length :]
-    return permute_within(role_and_position(rollouts.competing, answer), chosen, draws).float()
-
-
-def _top(
-    score: Float[Tensor, "batch completion"], rollouts: Rollouts, top_fraction: float
-) -> Bool[Tensor, "batch completion"]:
-    competing = rollouts.competing
-    return top_tokens(score.masked_fill(~competing, 0.0), competing, top_fraction=top_fraction)
 
 
 FREE = "none"
@@ -292,9 +153,12 @@ SCORERS: Mapping[str, Scorer] = MappingProxyType({scorer.name: scorer for scorer
 
 def _one(name: str) -> Scorer:
     base, colon, preset = name.partition(":")
-    if base not in SCORERS:
-        raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {base!r}")
-    scorer = SCORERS[base]
+    scorer = SCORERS.get(base)
+    if scorer is None:
+        # What follows the path of a function may be a preset.
+        before, mark, last = name.rpartition(":")
+        base, colon, preset = (before, mark, last) if last in PRESETS else (name, "", "")
+        scorer = _own(base)
     if not colon:
         return scorer
     if scorer.steps:
@@ -311,6 +175,17 @@ def _one(name: str) -> Scorer:
         )
     layers = PRESETS[preset].get("layers", scorer.layers)
     return replace(scorer, name=name, preset=preset, layers=layers)
+
+
+def _own(name: str) -> Scorer:
+    scorer = own_scorer(name)
+    if scorer is None:
+        known = ", ".join([*SCORERS, *installed_names()])
+        raise ValueError(
+            f"scorer must be one of {known}, or the path package.module:function of your own "
+            f"function, got {name!r}"
+        )
+    return scorer
 
 
 def _flow_in_steps(scorer: Scorer, name: str) -> Scorer:
@@ -367,6 +242,7 @@ def _product(factors: tuple[Scorer, ...]) -> Scorer:
         cost="; ".join(dict.fromkeys(factor.cost for factor in factors)),
         preset=presets.pop(),
         factors=factors,
+        code=" ".join(factor.code for factor in factors if factor.code),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 
@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowtracer_plugin.credit.choosing import InvalidScoreError
 from flowtracer_plugin.credit.controls import permute_within, role_and_position
+from flowtracer_plugin.credit.own_scorers import Measure, own_sources, path_of
 from flowtracer_plugin.credit.read_rollouts import Graph, Late, ReadRollouts, oracle_mask
 from flowtracer_plugin.credit.scorers import Rollouts, Scorer, coupled, find_scorer, shuffled
 from flowtracer_plugin.model.causal_lm import first_output, input_device
@@ -107,8 +109,36 @@ def read_text(tracer: FlowTracer, trace: FlowTrace) -> ScoredText:
     return ScoredText(tracer, trace)
 
 
-def token_score(name: str, *, oracle: SpanFinder | None = None) -> TokenScore:
-    """The score of a scorer's name, or `recency`. Prompt tokens score 0: they do not compete.
+@dataclass(frozen=True, slots=True)
+class ScorerScore:
+    """The score of a text's tokens by a scorer.
+
+    Attributes:
+        scorer: Measures the tokens.
+        oracle: Finds the tokens that matter, for the scorer `oracle`.
+    """
+
+    scorer: Scorer
+    oracle: SpanFinder | None = None
+
+    def __call__(self, text: ScoredText) -> Scores:
+        """The scores, 0 for tokens of the prompt.
+
+        Raises:
+            InvalidScoreError: One is negative or not finite.
+        """
+        values = _values(self.scorer, text.rollouts(self.scorer, self.oracle))
+        invalid = values[~(np.isfinite(values) & (values >= 0))]
+        if invalid.size:
+            raise InvalidScoreError(
+                f"the scores of {self.scorer.name!r} must be finite and not negative, got "
+                f"{invalid[0]}"
+            )
+        return values
+
+
+def token_score(name: str | Measure, *, oracle: SpanFinder | None = None) -> TokenScore:
+    """The score of a scorer, or `recency`. Prompt tokens score 0: they do not compete.
 
     Args:
         name: As for `scorers.find_scorer`.
@@ -116,36 +146,47 @@ def token_score(name: str, *, oracle: SpanFinder | None = None) -> TokenScore:
 
     Raises:
         ValueError: There is no such scorer, or the scorer `oracle` is given no `oracle`.
+        ScorerError: An own scorer cannot be found.
     """
     if name == "recency":
         return recency
     scorer = find_scorer(name)
     if "oracle" not in scorer.needs:
-        return lambda text: _values(scorer, text.rollouts(scorer))
+        return ScorerScore(scorer)
     if oracle is None:
         raise ValueError(
             "the score 'oracle' needs oracle, a pattern or a function that finds the tokens that "
             "matter in a response"
         )
-
-    return lambda text: _values(scorer, text.rollouts(scorer, oracle))
+    return ScorerScore(scorer, oracle)
 
 
 def score_text(
     tracer: FlowTracer,
     trace: FlowTrace,
-    names: Iterable[str],
+    names: Iterable[str | Measure],
     *,
     oracle: SpanFinder | None = None,
 ) -> dict[str, Scores]:
     """Scores of a traced text by their names, such as for `FlowTrace.to_html(scores=)`.
 
+    The name of a function is its path, such as `package.module:function`.
+
     Raises:
         ValueError: As `token_score` and `read_text`.
     """
-    scores = {name: token_score(name, oracle=oracle) for name in names}
+    scores = {
+        name if isinstance(name, str) else path_of(name): token_score(name, oracle=oracle)
+        for name in names
+    }
     text = read_text(tracer, trace)
     return {name: score(text) for name, score in scores.items()}
+
+
+def own_codes(scores: Mapping[str, TokenScore]) -> dict[str, dict[str, str]]:
+    """A setting for files of results, as `own_scorers.own_sources`, of scores of any kind."""
+    made = {name: one.scorer for name, one in scores.items() if isinstance(one, ScorerScore)}
+    return own_sources(made)
 
 
 def recency(text: ScoredText) -> Scores:

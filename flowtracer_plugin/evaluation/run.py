@@ -6,6 +6,7 @@ run that was interrupted continues where it stopped.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,8 @@ from tqdm import tqdm
 
 from flowtracer_plugin.bulk.examples import Example
 from flowtracer_plugin.bulk.row_errors import EVERY_ROW, NUMBERS, ONE_ROW, in_words
-from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore
+from flowtracer_plugin.credit.choosing import InvalidScoreError
+from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore, own_codes
 from flowtracer_plugin.evaluation.outcomes import REASONS, Outcome
 from flowtracer_plugin.evaluation.protocols import (
     FIRST,
@@ -26,7 +28,7 @@ from flowtracer_plugin.evaluation.protocols import (
     measure_example,
 )
 from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions
-from flowtracer_plugin.evaluation.scored_example import InvalidScoreError, TooFewTokensError
+from flowtracer_plugin.evaluation.scored_example import TooFewTokensError
 from flowtracer_plugin.files import RecordFile, read_records, typed
 from flowtracer_plugin.text.answers import same_answer
 from flowtracer_plugin.text.result_cut import NotComputedError, cut_at_result
@@ -34,6 +36,8 @@ from flowtracer_plugin.text.spans import AnswerNotFoundError, FinderError
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.memory import TooLittleMemoryError
 from flowtracer_plugin.trace.tracer import FlowTracer
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "flowtracer.evaluation"
 VERSION = 2
@@ -155,6 +159,7 @@ def plain_settings(
 ) -> dict[str, Any]:
     """All that the results depend on, as plain values; `oracle` is the pattern of that score."""
     return {
+        **own_codes(settings.scores),
         "model": model,
         "data": data,
         "dtype": str(tracer.model.dtype),
@@ -219,6 +224,7 @@ def evaluate_to_file(
     ):
         file.add(asdict(outcome))
         done[outcome.row] = outcome
+        logger.info("row %d: %s", outcome.row, outcome.left_out or "measured")
     return tuple(done[example.row] for example in examples)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from flowtracer_plugin.credit.choosing import InvalidScoreError
 from flowtracer_plugin.credit.token_scores import TokenScore, read_text
 from flowtracer_plugin.evaluation.knockout import Baseline
 from flowtracer_plugin.evaluation.token_sets import Mask, Scores
@@ -23,10 +24,6 @@ FEWEST = 10
 
 class TooFewTokensError(ValueError):
     """A response has too few tokens before its answer that could be knocked out."""
-
-
-class InvalidScoreError(ValueError):
-    """A score of a text is not a finite number for each token."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flowtracer_plugin.credit.own_scorers import Measure, ScorerError
 from flowtracer_plugin.credit.scorers import Scorer, find_scorer, lowest
 from flowtracer_plugin.model.layers import select_layers
 from flowtracer_plugin.text.answers import AnswerFinder, find_answer
@@ -31,6 +32,7 @@ class CreditOptions:
 
     Raises:
         ValueError: A value is out of range or not among the choices.
+        ScorerError: An own scorer cannot be found.
     """
 
     top_fraction: float = 0.4
@@ -41,7 +43,7 @@ class CreditOptions:
     sign: str = "both"
     normalize: str = "none"
     no_answer: str = "uniform"
-    scorer: str = "flow"
+    scorer: str | Measure | Scorer = "flow"
     side: str = "top"
     oracle: SpanFinder | None = None
     pass_: str = "auto"
@@ -79,6 +81,8 @@ class CreditOptions:
     def _check_scorer(self) -> None:
         try:
             scorer = self.chosen_scorer
+        except ScorerError as error:
+            raise ScorerError(f"flow credit: {error}") from error
         except ValueError as error:
             raise ValueError(f"flow credit: {error}") from error
         told = self.oracle is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from flowtracer_plugin.credit.measures import Features, Rollouts
 from flowtracer_plugin.credit.read_rollouts import OWN_PASSES, Late, ReadRollouts
 from flowtracer_plugin.credit.saliency import check_whole
-from flowtracer_plugin.credit.scorers import Scorer, multiplied
+from flowtracer_plugin.credit.scorers import LATE, Scorer, multiplied
 from flowtracer_plugin.model.cutting import check_model
 from flowtracer_plugin.reading.one_pass import Reading
 from flowtracer_plugin.text.answers import (
@@ -27,8 +27,8 @@ from flowtracer_plugin.trace.tracer import FlowTracer
 
 _ATTENTIVE = {"flow", "attention", "heads"}
 """What a scorer needs of attention: it is measured as soon as the attention has been read, so that
-the map need not be kept. All else is measured when the forward pass has ended."""
-
+the map need not be kept. All else is measured when the forward pass has ended, also what needs
+entropies beside the flow."""
 
 _IN_STEPS = {"removals", "flow_removals"}
 
@@ -277,13 +277,15 @@ class RolloutScorer:
     def _measured(self, part: ReadRollouts) -> _Part:
         """The measures that need attention, of rows whose attention has been read."""
         started = perf_counter()
-        attentive = [one for one in self._parts if one.needs & _ATTENTIVE]
-        features = [one.measure(part.rollouts(one)) for one in attentive]
+        features = [one.measure(part.rollouts(one)) for one in self._parts if _is_early(one)]
+        if any("flow" in one.needs for one in self._parts):
+            part.graph()  # solved, also for what is measured later
         graph = part.graphs.get(None)
         reading = 0.0 if part.reading is None else part.reading.seconds
         return _Part(
             features=features,
             throughput=None if graph is None else graph.throughput,
+            reach=None if graph is None else graph.reach,
             jump=None if graph is None else graph.jump,
             errors=(len(part.ids), part.errors),
             seconds=perf_counter() - started + reading,
@@ -295,20 +297,23 @@ class RolloutScorer:
     ) -> Scored:
         """All rows with all measures. The attention maps have been freed before."""
         flows = [part.throughput for part in parts if part.throughput is not None]
+        reaches = [part.reach for part in parts if part.reach is not None]
         jumps = [part.jump for part in parts if part.jump is not None]
         unsolved = torch.full_like(batch.ids[:, 0], torch.nan, dtype=torch.float32)
         entropies, surprisals = late or Late()
         rollouts = replace(
             batch.plain,
             throughput=torch.cat(flows) if flows else None,
+            reach=torch.cat(reaches) if reaches else None,
             entropies=entropies,
             surprisals=surprisals,
             **{part: getattr(batch, part) for part in OWN_PASSES if part in self.scorer.needs},
             oracle=batch.oracle_tokens if "oracle" in self.scorer.needs else None,
+            tokens=batch.tokens if "tokens" in self.scorer.needs else None,
         )
         early = [torch.cat(rows, 1) for rows in zip(*(p.features for p in parts), strict=True)]
         features = [
-            early.pop(0) if one.needs & _ATTENTIVE else one.measure(batch.with_order(rollouts, one))
+            early.pop(0) if _is_early(one) else one.measure(batch.with_order(rollouts, one))
             for one in self._parts
         ]
         errors = {**batch.errors, **join_errors([part.errors for part in parts])}
@@ -331,9 +336,14 @@ class _Part(NamedTuple):
 
     features: list[Features]
     throughput: Float[Tensor, "batch token"] | None
+    reach: Float[Tensor, "batch token"] | None
     jump: Float[Tensor, " batch"] | None
     errors: tuple[int, RowErrors]
     seconds: float
+
+
+def _is_early(scorer: Scorer) -> bool:
+    return bool(scorer.needs & _ATTENTIVE) and not scorer.needs & LATE
 
 
 def last_character(text: str) -> Span | None:

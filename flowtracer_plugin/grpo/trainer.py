@@ -21,6 +21,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from flowtracer_plugin.credit.own_scorers import function_scorer
 from flowtracer_plugin.grpo.checks import UnsupportedTrainerError, check_host, check_level
 from flowtracer_plugin.grpo.hooks import FlowCredit
 from flowtracer_plugin.grpo.options import CreditOptions, documented
@@ -87,7 +88,8 @@ class FlowGRPOConfig(GRPOConfig):
             trains as well as `"flow"`, flow is not what helps; `"shuffled_reach"` does so with the
             choice of `"reach"`. `"uniform"` is plain GRPO.
             `"flow:decided"` and `"flow:sharp"` make the graph by another preset, and
-            `"flow*entropy"` multiplies two scores. `docs/credit.md` describes all scores.
+            `"flow*entropy"` multiplies two scores. `"package.module:function"` is your own, and so
+            is the name of one that a package has installed. `docs/credit.md` describes all scores.
         flow_side (`str`, *optional*, defaults to `"top"`):
             `"top"` chooses the tokens with the highest scores; `"bottom"`, a control, as many with
             the lowest scores.
@@ -147,7 +149,17 @@ class FlowGRPOConfig(GRPOConfig):
         check_level(self.importance_sampling_level)
 
     def credit_options(self) -> CreditOptions:
-        """The `flow_` parameters as `CreditOptions`."""
+        """The `flow_` parameters as `CreditOptions`.
+
+        Raises:
+            TypeError: `flow_scorer` is no name.
+        """
+        if not isinstance(self.flow_scorer, str):
+            raise TypeError(
+                "the arguments of a training run are saved, so flow_scorer must be a name, such as "
+                f"{function_scorer(self.flow_scorer).name!r}; or pass the function itself, as "
+                "attach_flow_credit(trainer, CreditOptions(scorer=function))"
+            )
         names = [option.name for option in fields(CreditOptions)]
         # A field cannot be called `pass`.
         return CreditOptions(**{name: getattr(self, f"flow_{name.rstrip('_')}") for name in names})
@@ -235,7 +247,7 @@ def attach_flow_credit(trainer: Any, options: CreditOptions | None = None) -> An
     """The given `GRPOTrainer`, with flow credit added to it, which one printed line describes.
 
     The options are those of `FlowGRPOConfig` without `flow_`; `layers` may also be numbers, and
-    `answer` and `oracle` functions. Call it in every process, before training.
+    `scorer`, `answer` and `oracle` functions. Call it in every process, before training.
 
     Raises:
         ValueError: The trainer has flow credit already, or as `FlowCredit`.

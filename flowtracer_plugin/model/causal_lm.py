@@ -217,7 +217,11 @@ def check_input(
     """
     for name, given in (("input_ids", input_ids), ("attention_mask", mask)):
         if not isinstance(given, Tensor | None if name == "attention_mask" else Tensor):
-            raise TypeError(f"{name} must be a torch tensor, got a {type(given).__name__}")
+            parts = isinstance(given, Mapping)
+            wish = "its parts, with ** before it" if parts else f"torch.as_tensor({name})"
+            raise TypeError(
+                f"{name} must be a torch tensor, got a {type(given).__name__}; pass {wish}"
+            )
         check_readable(name, given)
     if not dtype_name(input_ids).startswith(("int", "uint")):
         raise TypeError(f"input_ids must be whole numbers, got {input_ids.dtype}")

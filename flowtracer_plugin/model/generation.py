@@ -68,8 +68,14 @@ def generate_ids(
     The model's generation config may name stop strings, which also end it.
 
     Raises:
-        ValueError: The prompt fills the context.
+        ValueError: The prompt fills the context, or `temperature` or `top_p` come without
+            `do_sample`.
     """
+    if not do_sample and (temperature is not None or top_p is not None):
+        name = "top_p" if temperature is None else "temperature"
+        raise ValueError(
+            f"{name} is for sampling, and by default no token is sampled; pass do_sample=True too"
+        )
     check_length(model, len(prompt_ids) + 1)
     most = min(max_new_tokens, context_length(model) - len(prompt_ids))
     # Sampling follows the model's own generation config, which greedy decoding does not use.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import sys
@@ -9,6 +10,7 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -18,10 +20,12 @@ from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from flowtracer_plugin.attention.adapter import known_adapters
 from flowtracer_plugin.files import parsed
+
+logger = logging.getLogger(__name__)
 
 
 class UnknownDeviceError(ValueError):
@@ -37,13 +41,16 @@ def load_model(
         UnknownDeviceError: There is no such device.
         ValueError: The model cannot be loaded; the message says why.
     """
-    chosen = _device(device)
+    chosen, started = _device(device), perf_counter()
     # Importing an adapter may register its architecture with transformers.
     known_adapters()
     with _friendly(name, wanted):
         options |= {"local_files_only": _without_hub(name)}
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    return model.to(chosen).eval()
+    model = model.to(chosen).eval()
+    seconds = perf_counter() - started
+    logger.info("loaded %s as %s on %s in %.2f s", name, model.dtype, chosen, seconds)
+    return model
 
 
 def load_tokenizer(name: str, **options: Any) -> Any:
@@ -59,7 +66,7 @@ def load_tokenizer(name: str, **options: Any) -> Any:
 
 @contextmanager
 def _friendly(name: str, wanted: str) -> Iterator[None]:
-    talk: Any = logging
+    talk: Any = transformers_logging
     if not sys.stderr.isatty():
         talk.disable_progress_bar()
     here = Path(name).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from types import MappingProxyType
@@ -38,6 +39,8 @@ from flowtracer_plugin.reading.rows import AttentionRows, KeptCalls, check_causa
 from flowtracer_plugin.reading.runner import ModelRunner
 from flowtracer_plugin.reading.self_check import SiteReport, check_report, report_site, worst
 from flowtracer_plugin.reading.site_check import check_runs, counted_runs
+
+logger = logging.getLogger(__name__)
 
 More = Callable[[Int[Tensor, "1 token"]], Mapping[str, Any]]
 
@@ -399,6 +402,7 @@ class AttentionReader(ModelRunner):
             for report in self.inspect(more):
                 check_report(report, self.adapter.name)
             self.verified = True
+            logger.debug("adapter %r reads what the model computes", self.adapter.name)
 
     def inspect(self, more: More | None = None) -> tuple[SiteReport, ...]:
         """What the self-check finds at each site, on texts without and with padding.

@@ -47,7 +47,7 @@ def _check_layers(model: nn.Module, adapter: AttentionAdapter, found: set[int]) 
                     f"{type(model).__name__} attends in two ways: the adapter "
                     f"{adapter.name!r} reads layers {sorted(found)}, and only "
                     f"{other.name!r} finds {site.module}; write an adapter that lists both "
-                    "(adapters/README.md), and pass it as wrap(model, adapter=...)"
+                    "('flowtracer docs adapters'), and pass it as wrap(model, adapter=...)"
                 )
 
 

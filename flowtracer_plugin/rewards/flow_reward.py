@@ -113,7 +113,7 @@ class FlowReward:
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
-        made_later = callable(tracer) and not isinstance(tracer, nn.Module)
+        made_later = callable(tracer) and not isinstance(tracer, nn.Module | FlowTracer)
         self._make: Any = tracer if made_later else None
         if not made_later:
             self.tracer = _checked(tracer)

@@ -20,17 +20,27 @@ Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or chat messages whose `content` is a text or a list of text parts. A message that calls
 tools needs no content."""
 
-TokenIds = Sequence[int] | Sequence[Sequence[int]] | Int[Tensor, "..."] | Int[np.ndarray, "..."]
-"""The token ids of one text, also as a batch of one."""
+TokenIds = (
+    Mapping[str, Any]
+    | Sequence[int]
+    | Sequence[Sequence[int]]
+    | Int[Tensor, "..."]
+    | Int[np.ndarray, "..."]
+)
+"""The token ids of one text, also as a batch of one, or what a tokenizer returns for a text."""
 
 
 def token_ids(name: str, ids: TokenIds) -> list[int]:
-    """The token ids of one text as a list; a batch of one is unpacked.
+    """The token ids of one text as a list; a batch of one is unpacked, and padding left out.
 
     Raises:
         TypeError: They are no whole numbers, or in an array that cannot be read.
         ValueError: There are several texts.
     """
+    if isinstance(ids, Mapping) and "input_ids" in ids:  # a BatchEncoding
+        tokens = token_ids(name, ids["input_ids"])
+        mask = token_ids("attention_mask", ids.get("attention_mask", [1] * len(tokens)))
+        return [token for token, seen in zip(tokens, mask, strict=True) if seen]
     check_readable(name, ids)
     if isinstance(ids, Tensor):
         ids = ids.detach().cpu().numpy()

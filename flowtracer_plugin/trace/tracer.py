@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from time import perf_counter
 from types import MappingProxyType
-from typing import Any, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 from flowtracer_plugin.versions import check_versions
 
@@ -51,9 +53,18 @@ from flowtracer_plugin.text.encoding import (
 from flowtracer_plugin.text.spans import decode_tokens, find_spans, turns_mask
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.found_text import FoundText
+from flowtracer_plugin.trace.guesses import (
+    NOT_CALLED,
+    check_prompt,
+    check_response,
+    check_wrapped,
+    sampled_ids,
+)
 from flowtracer_plugin.trace.memory import MODES, MemoryEstimate
 from flowtracer_plugin.trace.rollouts import FlowBatch, check_rollouts, join_batches, rollout_masks
 from flowtracer_plugin.trace.solver import Solver
+
+logger = logging.getLogger(__name__)
 
 TokenMask = Bool[np.ndarray, " token"]
 
@@ -123,10 +134,11 @@ def wrap(
         NoAttentionError: The model has no attention.
         ValueError: An option or a layer does not exist, or the tokenizer does not belong to the
             model.
-        TypeError: `model` is no transformers model.
+        TypeError: `model` is no transformers model, or `tokenizer` no tokenizer.
         UnsupportedVersionError: A library is installed in an untested version.
     """
     check_versions()
+    check_wrapped(model, tokenizer)
     if question == "mask":
         raise ValueError("question='mask' needs the mask: pass it to trace(..., question=)")
     check_finder(answer)
@@ -160,12 +172,15 @@ def wrap(
     if preset is None and edges is None and _lacks_influence(reader):
         options = flow_options(EVERYWHERE, **chosen)
     by_default = preset is None and set(chosen) <= set(FREE)
-    return FlowTracer(reader, tokenizer, options, answer, mode, chosen, by_default=by_default)
+    tracer = FlowTracer(reader, tokenizer, options, answer, mode, chosen, by_default=by_default)
+    logger.info("wrapped %r: %s", tracer, options)
+    return tracer
 
 
 def _lacks_influence(reader: AttentionReader) -> bool:
     """Whether the model cannot be traced by the preset `BEST`; a warning says why."""
     reason = reader.why_no_influence()
+    logger.debug("preset %r: %s", BEST, reason or "possible")
     if reason is not None:
         warnings.warn(
             f"this model is traced by preset={EVERYWHERE!r}, since it cannot be by {BEST!r}: "
@@ -237,6 +252,14 @@ class FlowTracer:
             f"adapter {self.reader.adapter.name!r})"
         )
 
+    def __call__(self, *_given: object, **_named: object) -> NoReturn:
+        """Not the way to trace.
+
+        Raises:
+            TypeError: Always; the message names the methods that trace.
+        """
+        raise TypeError(NOT_CALLED)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # The lock and nnsight's handles cannot be pickled; unpickling makes new ones.
         reader = self.reader
@@ -289,7 +312,7 @@ class FlowTracer:
     def trace(
         self,
         prompt: Prompt,
-        response: str,
+        response: str | None = None,
         *,
         answer: AnswerFinder | None = None,
         question: str | Sequence[bool] | TokenMask | None = None,
@@ -303,7 +326,7 @@ class FlowTracer:
 
         Args:
             prompt: Text or chat messages.
-            response: The model's response.
+            response: The model's response, which must be given; `generate` lets the model answer.
             answer: An answer finder to use instead of the tracer's.
             question: A mask over the prompt's tokens, or a rule to use instead of the tracer's.
             template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`
@@ -313,9 +336,12 @@ class FlowTracer:
         Raises:
             AnswerNotFoundError: The response has no answer.
             TooLittleMemoryError: The trace would not fit in the free memory.
+            TypeError: The prompt is no text and no chat, or the response no text.
             ValueError: Prompt or response is empty or too long, or no question token reaches the
                 answer.
         """
+        check_prompt(prompt)
+        check_response(prompt, response)
         tokenizer = self.require_tokenizer()
         prompt_ids, text = encode_prompt(tokenizer, prompt, template_kwargs)
         ids = encode_response(tokenizer, text, response)
@@ -331,8 +357,8 @@ class FlowTracer:
 
     def trace_tokens(
         self,
-        prompt_ids: TokenIds,
-        response_ids: TokenIds,
+        prompt_ids: TokenIds | Any,
+        response_ids: TokenIds | None = None,
         *,
         answer: AnswerFinder | None = None,
         question: str | Sequence[bool] | TokenMask | None = None,
@@ -340,13 +366,16 @@ class FlowTracer:
     ) -> FlowTrace:
         """The trace of given token ids, such as sampled ones: lists, arrays or tensors.
 
-        A batch of one is unpacked; use `trace_ids` for more.
+        A batch of one is unpacked; use `trace_ids` for more. A `RequestOutput` of vLLM, which holds
+        both, may be passed alone.
 
         Raises:
-            TypeError: Ids are no whole numbers.
+            TypeError: Ids are no whole numbers, or those of the response are missing.
             ValueError: As for `trace`; an id is outside the model's vocabulary, there are several
                 texts, or `question="user"` or `"turns"`, which need the text.
         """
+        if response_ids is None:
+            prompt_ids, response_ids = sampled_ids(prompt_ids)
         asked, said = token_ids("prompt_ids", prompt_ids), token_ids("response_ids", response_ids)
         if asked or said:
             check_vocabulary(self.model, torch.tensor([*asked, *said]))
@@ -380,7 +409,8 @@ class FlowTracer:
 
         Raises:
             AnswerNotFoundError: The response has no answer; the message quotes it.
-            ValueError: As for `trace`.
+            TypeError: As for `trace`.
+            ValueError: As for `trace`, or `temperature` or `top_p` come without `do_sample`.
         """
         check_finder(self.answer if answer is None else answer)
         prompt_ids, ids = self.sample(
@@ -415,8 +445,12 @@ class FlowTracer:
         """The token ids of `prompt` and of the model's answer, as `generate` traces them.
 
         Raises:
-            ValueError: The prompt is empty or too long.
+            TypeError: The prompt is no text and no chat.
+            ValueError: The prompt is empty or too long, or `temperature` or `top_p` come without
+                `do_sample`.
         """
+        check_prompt(prompt)
+        started = perf_counter()
         tokenizer = self.require_tokenizer()
         prompt_ids, _ = encode_prompt(tokenizer, prompt, template_kwargs)
         with self.reader.exclusive():
@@ -430,6 +464,8 @@ class FlowTracer:
                 top_p=top_p,
                 progress=progress,
             )
+        seconds = perf_counter() - started
+        logger.info("generated %d tokens for %d in %.2f s", len(ids), len(prompt_ids), seconds)
         return prompt_ids, ids
 
     def trace_ids(
@@ -551,6 +587,10 @@ class FlowTracer:
             TooLittleMemoryError: A trace would not fit in the free memory.
             ValueError: A text is too long, or no question token reaches the answer.
         """
+        started = perf_counter()
+        solved = self._solver.texts(texts, progress=progress)
+        lengths = ", ".join(str(len(text.ids)) for text in texts)
+        logger.info("traced %s tokens in %.2f s", lengths, perf_counter() - started)
         return [
             FlowTrace(
                 token_ids=np.array(text.ids),
@@ -559,11 +599,9 @@ class FlowTracer:
                 model=model_name(self.model),
                 options=text.options,
                 layers=self.layers,
-                **solved,
+                **parts,
             )
-            for text, solved in zip(
-                texts, self._solver.texts(texts, progress=progress), strict=True
-            )
+            for text, parts in zip(texts, solved, strict=True)
         ]
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -664,7 +664,7 @@ def test_a_scorer_that_chooses_in_steps_may_say_in_how_many():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("flw", r"scorer must be one of flow, reach, .*uniform, got 'flw'"),
+        ("flw", r"scorer must be one of flow, reach, .*uniform, or .*, got 'flw'"),
         ("flow:blunt", r"preset must be one of paper, .*got 'blunt' in 'flow:blunt'"),
         ("entropy:sharp", r"'entropy' reads none; leave out ':sharp'"),
         ("flow*", r"got ''"),

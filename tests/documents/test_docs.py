@@ -40,6 +40,7 @@ WITH_CODE = {
     "train",
     "faithfulness",
     "audit",
+    "own_scorers",
     *CONTINUED,
 }
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
+from flowtracer_plugin.credit import ScorerError, needs
 from flowtracer_plugin.credit.scorers import SCORERS
-from flowtracer_plugin.grpo import FlowGRPOTrainer
+from flowtracer_plugin.grpo import CreditOptions, FlowGRPOConfig, FlowGRPOTrainer
 from flowtracer_plugin.grpo.hooks import WEIGHTS
 from tests.grpo.trained import TEXTS, logged, same_parameters, trained
 from tests.grpo.worker import build, scripted
@@ -58,3 +59,37 @@ def test_scorers_that_use_no_attention_read_none(policy, tmp_path, monkeypatch, 
     monkeypatch.setattr(trainer._flow_credit._scoring.tracer.reader, "verify", fail)
     trainer.train()
     assert len(logged(trainer, "weight_mean")) == 2
+
+
+@needs("flow", "entropy", "tokens")
+def unsure_flow(rollouts):
+    """The product `flow*entropy`, written as one function."""
+    start = rollouts.prompt_length
+    shown = torch.tensor([[bool(piece) for piece in row[start:]] for row in rollouts.tokens])
+    assert torch.equal(shown, rollouts.visible[:, start:])
+    assert rollouts.reach is not None
+    return rollouts.throughput[:, start:] * rollouts.entropies.clamp_min(0)
+
+
+OWN = f"{__name__}:unsure_flow"
+
+
+@pytest.mark.parametrize("options", [PASSES["training"], PASSES["extra"]], ids=["own", "extra"])
+def test_an_own_function_trains_as_the_built_in_product(policy, tmp_path, options):
+    own, product = (
+        trained(
+            policy, tmp_path, flow_scorer=name, rollout_func=scripted(LONG), max_steps=1, **options
+        )[1][0][WEIGHTS]
+        for name in (OWN, "flow*entropy")
+    )
+    assert own.max() > 1
+    assert torch.equal(own, product)
+
+
+def test_options_take_the_function_and_arguments_of_a_run_its_name(tmp_path, unchecked):
+    assert CreditOptions(scorer=unsure_flow).chosen_scorer.name == OWN
+    assert CreditOptions(scorer=unsure_flow, side="bottom").chosen_scorer.needs >= {"tokens"}
+    with pytest.raises(ScorerError, match="flow credit: cannot import the scorer 'none:such'"):
+        CreditOptions(scorer="none:such")
+    with pytest.raises(TypeError, match=f"flow_scorer must be a name, such as '{OWN}'; or pass"):
+        FlowGRPOConfig(str(tmp_path), flow_scorer=unsure_flow, use_cpu=True, bf16=False)
