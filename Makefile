@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 ZERO := .venv-deepspeed
 ZERO_PINS := hjson==3.1.0 ninja==1.13.2 py-cpuinfo==9.0.0 msgpack==1.2.4
 FLASHTRACE := .venv-flashtrace
+APP := .venv-app
 LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
 # What depends on the versions of torch, transformers and nnsight: the families of models, read.
@@ -15,7 +16,7 @@ LOWEST_TESTS := $(addprefix tests/,test_versions.py attention/test_adapter.py \
 # Whole files to a worker, since the tests of a file share models; a worker takes about 2 GB.
 WORKERS ?= --numprocesses logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-lowest deepspeed flashtrace bench ablation conformance docs lint types package \
+.PHONY: demo test test-lowest deepspeed flashtrace app bench ablation conformance docs lint types package \
 	reasoner clean
 
 demo: $(STAMP)
@@ -54,6 +55,13 @@ flashtrace: $(STAMP)
 		> "$$($(FLASHTRACE)/bin/python -c 'import site; print(site.getsitepackages()[0])')/flowtracer.pth"
 	$(FLASHTRACE)/bin/python -m pip install --quiet --no-deps --requirement constraints-flashtrace.txt
 
+# Gradio beside the environment, not in it: it takes older versions of Pillow and tomlkit.
+app: $(STAMP)
+	$(PYTHON) -m venv $(APP)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+		> "$$($(APP)/bin/python -c 'import site; print(site.getsitepackages()[0])')/flowtracer.pth"
+	$(APP)/bin/python -m pip install --quiet --no-deps --requirement constraints-app.txt
+
 docs: $(STAMP)
 	$(BIN)/sphinx-build --quiet --fresh-env -W --keep-going -c docs . build/docs
 
@@ -83,4 +91,4 @@ $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
 	touch $(LOWEST_STAMP)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(ZERO) $(FLASHTRACE) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(ZERO) $(FLASHTRACE) $(APP) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -29,6 +29,7 @@ MISSING = {
     "real_model": None if _folder("FLOWTRACER_MODELS") else "FLOWTRACER_MODELS names no folder",
     "compiler": None if shutil.which("g++") else "no g++, with which torch compiles",
     "deepspeed": None if _folder("FLOWTRACER_DEEPSPEED") else "no FLOWTRACER_DEEPSPEED",
+    "app": None if _folder("FLOWTRACER_APP") else "no FLOWTRACER_APP",
     "browser": None if _folder("FLOWTRACER_CHROMIUM") else "FLOWTRACER_CHROMIUM names no file",
 }
 """For each marker, why its tests cannot run here; None if they can."""

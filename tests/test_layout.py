@@ -34,6 +34,7 @@ ROOMS = [
     "grpo",
     "evaluation",
     "audit",
+    "app",
     "cli",
 ]
 
@@ -207,6 +208,8 @@ def test_nothing_else_is_imported_inside_functions():
             {f"report.figures.{part}" for part in ("figure", "panels", "ribbon", "river", "steps")},
         ),
         ("ray", {"bulk.ray_actors"}),
+        ("gradio", {"app.blocks"}),
+        ("starlette", {"app.blocks"}),  # which Gradio is built on
         ("datasets", {"grpo.script", "text.data_sets"}),
         ("latex2sympy2_extended", {"rewards.algebra"}),  # math-verify's parser
         ("sympy", {"rewards.algebra"}),

@@ -19,7 +19,7 @@ from flowtracer_plugin.cli.outputs import print_table, show
 from flowtracer_plugin.cli.parsing import wrong_usage
 from flowtracer_plugin.cli.report import report
 from flowtracer_plugin.cli.trace_data import trace_data
-from flowtracer_plugin.cli.tracing import demo, estimate, generate, trace
+from flowtracer_plugin.cli.tracing import app as serve_app, demo, estimate, generate, trace
 
 app = typer.Typer(
     help="Find out which tokens carried a language model's answer.\n\n"
@@ -181,6 +181,7 @@ app.command(cls=ModelFirst)(audit)
 app.command(add_help_option=False, context_settings={"ignore_unknown_options": True})(train)
 app.add_typer(adapters_app)
 app.command(cls=ModelFirst)(estimate)
+app.command(cls=ModelFirst)(serve_app)
 app.command()(demo)
 app.command()(docs)
 

@@ -8,6 +8,7 @@ MISTAKES = (ValueError, LookupError, TypeError, OSError, RuntimeError, ImportErr
 """Errors that a user can cause. Any other is a bug of this package, and shows its traceback."""
 
 EXTRAS = {
+    "gradio": "app",
     "trl": "trl",
     "peft": "trl",
     "datasets": "trl",

@@ -1,7 +1,8 @@
-"""`flowtracer trace`, `generate`, `demo` and `estimate`: which tokens carried an answer?"""
+"""`flowtracer trace`, `generate`, `demo`, `app` and `estimate`: which tokens carried an answer?"""
 
 from __future__ import annotations
 
+import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowtracer_plugin.cli.loading import load_model, load_tracer
+from flowtracer_plugin.cli.loading import load_model, load_tracer, waiting
 from flowtracer_plugin.cli.options import (
     AsJson,
     GenerationOptions,
@@ -125,6 +126,52 @@ def demo(
         "your own model: flowtracer generate FOLDER_OR_ID --prompt TEXT --html trace.html",
         err=True,
     )
+
+
+@flattened
+def app(
+    loading: ReadingOptions,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder of a model, or its id on the Hugging Face hub; by default the tiny model "
+            "of flowtracer demo.",
+        ),
+    ] = None,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of the app on this machine.")
+    ] = 7860,
+    traceback: Traceback = False,
+) -> None:
+    """Trace answers of a model in the browser, and hide lines from it; needs the extra app.
+
+    For example:
+
+    flowtracer app Qwen/Qwen3-0.6B
+    """
+    with waiting("importing Gradio, PyTorch and transformers"):
+        from flowtracer_plugin.app.blocks import HOST, build, serve
+    _check_port(HOST, port)  # and the model, before anything is served
+    tracer = load_tracer(str(model or demo_model()), loading, None)
+    serve(
+        build(tracer, prompt=DEMO_QUESTION if model is None else ""),
+        port,
+        lambda address: typer.echo(f"the app is at {address} on this machine; Ctrl-C ends it"),
+    )
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((host, port))
+        except OSError as error:
+            raise typer.BadParameter(
+                f"port {port} cannot be used ({error.strerror}); name another, such as "
+                f"{port + 1 if port < 65535 else port - 1}",
+                param_hint="--port",
+            ) from error
 
 
 @flattened

@@ -61,12 +61,12 @@ def leading_steps(shown: ShownTrace) -> tuple[StepRow, ...]:
         if row.region in _TOLD
         and row.step.inflow > 0
         and not ends[row.step.start : row.step.stop].any()
-        and not _is_template(shown, row)
+        and not is_template(shown, row)
     ]
     return tuple(sorted(told, key=lambda row: (-row.step.inflow, row.number))[:MOST_STEPS])
 
 
-def _is_template(shown: ShownTrace, row: StepRow) -> bool:
+def is_template(shown: ShownTrace, row: StepRow) -> bool:
     """Whether a step is a mark of the chat template and the name of a role."""
     units = shown.units[row.first : row.last + 1]
     return any(unit.region == "prompt" for unit in units) and sum(map(_is_told, units)) < 2

@@ -145,7 +145,7 @@ def test_the_extras_install_the_optional_packages():
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
     brought = {
         re.split(r"[<>=\[]", need)[0].replace("-", "_"): extra
-        for extra in ("trl", "math", "viz", "ray")
+        for extra in ("trl", "math", "viz", "ray", "app")
         for need in extras[extra]
     }
     assert brought.items() <= EXTRAS.items()

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from markupsafe import escape
 
 from flowtracer_plugin.report import render_notebook, render_page
 from flowtracer_plugin.report.display import show
@@ -594,3 +595,17 @@ def test_another_score_shades_the_text(visits, trace):
     assert shades(page) == before
     assert page.locator("#by-amount").is_enabled()
     assert page.locator("#shaded-by").inner_text() == "throughput"
+
+
+def test_the_page_works_in_a_frame_without_an_address(visits, html):
+    frame = f'<iframe sandbox="allow-scripts" srcdoc="{escape(html)}"></iframe>'
+    style = "<style>iframe { width: 1200px; height: 800px }</style>"
+    page = visits.open(f"<!doctype html><meta charset='utf-8'>{style}{frame}")
+    inside = page.frame_locator("iframe")
+    inside.locator("#pane .text > span").nth(30).click()
+    inside.locator("#facts").wait_for()
+    where = inside.locator("#where").inner_text()
+    inside.locator(".carried a").first.click()
+    assert inside.locator("#where").inner_text() != where
+    inside.get_by_role("link", name="About").click()
+    assert inside.locator("#about").evaluate("(one) => one.getBoundingClientRect().top < 800")

@@ -14,15 +14,23 @@
     button.setAttribute("aria-label", `Colours: ${said}`);
   });
 
-  function follow() {
-    const linked = /^#t(\d+)$/.exec(location.hash);
+  function follow(hash) {
+    const linked = /^#t(\d+)$/.exec(hash);
     if (linked && Number(linked[1]) < trace.tokenCount) text.goTo(trace.unitOf(Number(linked[1])));
   }
-  addEventListener("hashchange", follow);
+  addEventListener("hashchange", () => follow(location.hash));
   document.querySelector("nav").addEventListener("click", (event) => {
     if (!event.target.matches("a") || !root.classList.contains("selecting")) return;
     event.preventDefault(); // the address holds the selection
     document.querySelector(event.target.hash).scrollIntoView();
   });
-  follow();
+  // In the srcdoc of a frame, a link would load the page around the frame into it.
+  if (location.protocol === "about:") addEventListener("click", (event) => {
+    const hash = event.target.closest('a[href^="#"]')?.hash;
+    if (!hash || event.defaultPrevented) return;
+    event.preventDefault();
+    document.querySelector(hash)?.scrollIntoView();
+    follow(hash);
+  });
+  follow(location.hash);
 })();

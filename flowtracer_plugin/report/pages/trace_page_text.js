@@ -95,7 +95,8 @@ const text = (() => {
       const [above, below] = [kept.sources.length, kept.targets.length];
       byId("kept").textContent = ` · kept: ${above} before it and ${below} after it that at least 1\u00a0% of this flow passes`;
     }
-    history.replaceState(null, "", unit === null ? location.pathname + location.search : `#t${trace.firstToken(unit)}`);
+    // The srcdoc of a frame has no address that could be changed.
+    if (location.protocol !== "about:") history.replaceState(null, "", unit === null ? location.pathname + location.search : `#t${trace.firstToken(unit)}`);
     atSelection.forEach((listen) => listen(kept));
     show(unit);
   }

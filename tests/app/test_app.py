@@ -1,0 +1,103 @@
+"""The app in a real browser, from the server that `flowtracer app` starts."""
+
+import os
+import signal
+import socket
+import subprocess
+
+import pytest
+
+from tests.documents.snippets import ROOT
+from tests.tiny import PROMPT, RESPONSE
+
+pytestmark = [pytest.mark.app, pytest.mark.browser]
+
+HOSTILE = (
+    "<img src=x onerror=\"document.title='hacked'\"> ${document.title='hacked'} {{ 7 * 7 }}\n"
+    "<script>document.title='hacked'</script> The answer is 5"
+)
+
+
+@pytest.fixture(scope="module")
+def address(chat_model):
+    """The address of a running app, for a tiny model whose tokenizer knows every text."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [os.environ["FLOWTRACER_APP"], "-u", "-m", "flowtracer_plugin", "app", chat_model]
+    server = subprocess.Popen(
+        [*command, "--port", str(port)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'adapters'}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    said = server.stdout.readline()
+    assert said == f"the app is at http://127.0.0.1:{port}/ on this machine; Ctrl-C ends it\n"
+    yield said.split()[4]
+    server.send_signal(signal.SIGINT)
+    rest = server.communicate(timeout=20)[0]
+    assert "Traceback" not in rest, rest
+
+
+@pytest.fixture
+def page(address, chromium):
+    """The app's page; it must load nothing from elsewhere, and say nothing to the console."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    page, troubles = context.new_page(), []
+    page.set_default_timeout(10_000)
+    local = (address, "data:", "blob:", "about:srcdoc")
+    page.on("request", lambda one: one.url.startswith(local) or troubles.append(one.url))
+    page.on("console", lambda one: one.type == "error" and troubles.append(one.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.goto(address)
+    yield page
+    context.close()
+    assert troubles == []
+
+
+def trace(page, response):
+    """Trace a response in the app, and return the frame with its page."""
+    page.get_by_label("Prompt").fill(PROMPT)
+    page.get_by_label("Response").fill(response)
+    page.get_by_role("button", name="Trace this response").click()
+    return page.frame_locator("#page iframe")
+
+
+def test_a_response_is_traced_and_hidden_lines_move_its_answer(page):
+    frame = trace(page, RESPONSE)
+    assert "2" in frame.locator("h1").inner_text()
+    assert "The answer is 2, found by the rule “phrase”" in page.locator("#status").inner_text()
+    page.get_by_label(": 3 - 1 = 2.").check()
+    page.get_by_label(": He ate one.").check()
+    effect = page.locator("#effect").get_by_text("Without lines 2, 5, the probability of 2 is")
+    effect.wait_for()
+    # The page works inside its frame: tokens can be kept, and links lead to places in it.
+    frame.locator("#pane .text > span").nth(9).click()
+    frame.locator("#facts").wait_for()
+    frame.locator(".carried a").first.click()
+    frame.get_by_role("link", name="Tables").click()
+    assert "2" in frame.locator("h1").inner_text()
+
+
+def test_the_model_answers_by_the_chosen_options(page):
+    page.get_by_label("Prompt").fill(PROMPT)
+    page.get_by_text("Options").click()
+    page.get_by_label("number input for Most new tokens").fill("4")
+    page.get_by_label("Answer finder").click()
+    page.get_by_role("option", name="last_word").click()
+    page.get_by_role("button", name="Let the model answer").click()
+    page.locator("#status").get_by_text("found by the rule “last_word”").wait_for()
+    assert page.get_by_label("Response").input_value()
+
+
+def test_texts_stay_texts_and_mistakes_are_answered(page):
+    frame = trace(page, HOSTILE)
+    assert "5" in frame.locator("h1").inner_text()
+    assert page.get_by_label("<img src=x onerror=").count() == 1
+    assert page.get_by_label("{{ 7 * 7 }}").count() == 1
+    assert page.title() == "FlowTracer"
+    trace(page, "")
+    page.get_by_role("alert").filter(has_text="The response is empty").wait_for()
+    assert page.locator("#page iframe").count() == 0
