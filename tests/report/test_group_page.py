@@ -244,9 +244,17 @@ def test_page_says_what_was_found(group):
         "▼&nbsp;−1.2",
         "not found",
         '<p class="note">no answer found: plain credit</p>',
-        '<span class="said"><q class="value"> 7</q></span>',
+        '<span class="said"><q class="value">7</q></span>',
     ):
         assert said in html
+
+
+def test_the_question_stands_above_the_prompt_as_the_model_reads_it():
+    asked = "What is 3 + 4?"
+    html = show(make_view(), prompt=f"<|user|>{asked}<|end|>", question=asked)
+    assert f'<p class="question value" dir="auto">{asked}</p>' in html
+    assert '<details class="prompt">' in html
+    assert 'class="question' not in show(make_view(), prompt=f"{asked}\n", question=asked)
 
 
 def test_a_group_without_advantage_says_that_it_teaches_nothing():
