@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -112,7 +113,8 @@ def serve(blocks: gr.Blocks, port: int, ready: Callable[[str], None]) -> None:
         app_kwargs={"middleware": guards},
     )
     ready(address)
-    blocks.block_thread()
+    while True:
+        time.sleep(3600)
 
 
 class _SelfContained:
