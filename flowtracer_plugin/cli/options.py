@@ -106,10 +106,7 @@ AnswerRule = Annotated[
 MaxNewTokens = Annotated[
     int, _generating(min=1, help="The most tokens that the model generates for one response.")
 ]
-SCORES = _scoring(
-    help="Scores, such as flow,flow:sharp,entropy, or package.module:function of your own; "
-    "'flowtracer docs credit' lists them."
-)
+SCORES = _scoring(help="Scores, such as flow,entropy or your own; see 'flowtracer docs credit'.")
 Oracle = Annotated[
     str | None,
     _scoring(
@@ -370,10 +367,7 @@ class NewTraceOptions(OutputOptions):
     ] = None
     scores: Annotated[
         str | None,
-        _output(
-            help="More scores for the page, such as attention,flow:sharp; see 'flowtracer docs "
-            "credit'."
-        ),
+        _output(help="More scores for the page, such as attention; see 'flowtracer docs credit'."),
     ] = None
     check: Annotated[
         bool,

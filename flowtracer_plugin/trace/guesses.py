@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flowtracer_plugin.options import SAID
 from flowtracer_plugin.reading.reader import AttentionReader
 
 NOT_CALLED = (
@@ -85,6 +86,19 @@ def check_response(prompt: Any, response: Any) -> None:
         known = "a chat message", "pass its text, message['content']"
     known = known or (f"a {type(response).__name__}", "pass the text that the model wrote")
     raise TypeError(f"the response must be a text, got {known[0]}; {known[1]}")
+
+
+def check_rule(question: Any, wish: str) -> None:
+    """Refuse a rule that finds the question in what the user said, where only ids are known.
+
+    Raises:
+        ValueError: It is such a rule; `wish` says what to do instead.
+    """
+    if isinstance(question, str) and question in SAID:
+        raise ValueError(
+            f"question={question!r} needs to know what the user said, and token ids do not tell; "
+            f"{wish}"
+        )
 
 
 def sampled_ids(output: Any) -> tuple[Any, Any]:

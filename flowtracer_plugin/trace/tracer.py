@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -31,15 +30,7 @@ from flowtracer_plugin.model.causal_lm import (
 )
 from flowtracer_plugin.model.generation import generate_ids
 from flowtracer_plugin.model.layers import layer_numbers, select_layers
-from flowtracer_plugin.options import (
-    BEST,
-    EVERYWHERE,
-    FREE,
-    SAID,
-    FlowOptions,
-    flow_options,
-    head_pairs,
-)
+from flowtracer_plugin.options import BEST, EVERYWHERE, FREE, FlowOptions, flow_options, head_pairs
 from flowtracer_plugin.reading.reader import AttentionReader
 from flowtracer_plugin.text.answers import AnswerFinder, check_finder, finder_name
 from flowtracer_plugin.text.encoding import (
@@ -51,15 +42,10 @@ from flowtracer_plugin.text.encoding import (
     user_text,
 )
 from flowtracer_plugin.text.spans import decode_tokens, find_spans, turns_mask
+from flowtracer_plugin.trace import guesses
+from flowtracer_plugin.trace.default_preset import lacks_influence
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.found_text import FoundText
-from flowtracer_plugin.trace.guesses import (
-    NOT_CALLED,
-    check_prompt,
-    check_response,
-    check_wrapped,
-    sampled_ids,
-)
 from flowtracer_plugin.trace.memory import MODES, MemoryEstimate
 from flowtracer_plugin.trace.rollouts import FlowBatch, check_rollouts, join_batches, rollout_masks
 from flowtracer_plugin.trace.solver import Solver
@@ -138,7 +124,7 @@ def wrap(
         UnsupportedVersionError: A library is installed in an untested version.
     """
     check_versions()
-    check_wrapped(model, tokenizer)
+    guesses.check_wrapped(model, tokenizer)
     if question == "mask":
         raise ValueError("question='mask' needs the mask: pass it to trace(..., question=)")
     check_finder(answer)
@@ -169,25 +155,12 @@ def wrap(
     reader.verified = not verify
     if verify and tokenizer is not None:
         check_tokenizer(reader.model, tokenizer)
-    if preset is None and edges is None and _lacks_influence(reader):
+    if preset is None and edges is None and lacks_influence(reader):
         options = flow_options(EVERYWHERE, **chosen)
     by_default = preset is None and set(chosen) <= set(FREE)
     tracer = FlowTracer(reader, tokenizer, options, answer, mode, chosen, by_default=by_default)
     logger.info("wrapped %r: %s", tracer, options)
     return tracer
-
-
-def _lacks_influence(reader: AttentionReader) -> bool:
-    """Whether the model cannot be traced by the preset `BEST`; a warning says why."""
-    reason = reader.why_no_influence()
-    logger.debug("preset %r: %s", BEST, reason or "possible")
-    if reason is not None:
-        warnings.warn(
-            f"this model is traced by preset={EVERYWHERE!r}, since it cannot be by {BEST!r}: "
-            f"{reason}. Choose a preset to be without this warning",
-            stacklevel=3,
-        )
-    return reason is not None
 
 
 def _rebuilt(
@@ -258,7 +231,7 @@ class FlowTracer:
         Raises:
             TypeError: Always; the message names the methods that trace.
         """
-        raise TypeError(NOT_CALLED)
+        raise TypeError(guesses.NOT_CALLED)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The lock and nnsight's handles cannot be pickled; unpickling makes new ones.
@@ -340,8 +313,8 @@ class FlowTracer:
             ValueError: Prompt or response is empty or too long, or no question token reaches the
                 answer.
         """
-        check_prompt(prompt)
-        check_response(prompt, response)
+        guesses.check_prompt(prompt)
+        guesses.check_response(prompt, response)
         tokenizer = self.require_tokenizer()
         prompt_ids, text = encode_prompt(tokenizer, prompt, template_kwargs)
         ids = encode_response(tokenizer, text, response)
@@ -375,16 +348,12 @@ class FlowTracer:
                 texts, or `question="user"` or `"turns"`, which need the text.
         """
         if response_ids is None:
-            prompt_ids, response_ids = sampled_ids(prompt_ids)
+            prompt_ids, response_ids = guesses.sampled_ids(prompt_ids)
         asked, said = token_ids("prompt_ids", prompt_ids), token_ids("response_ids", response_ids)
         if asked or said:
             check_vocabulary(self.model, torch.tensor([*asked, *said]))
         rule = self.options.question if question is None else question
-        if isinstance(rule, str) and rule in SAID:
-            raise ValueError(
-                f"question={rule!r} needs to know what the user said, and token ids do not tell; "
-                "pass trace_tokens(..., question=mask)"
-            )
+        guesses.check_rule(rule, "pass trace_tokens(..., question=mask)")
         found = self.find(asked, said, answer=answer, question=question)
         return self.trace_found([found], progress=progress)[0]
 
@@ -449,7 +418,7 @@ class FlowTracer:
             ValueError: The prompt is empty or too long, or `temperature` or `top_p` come without
                 `do_sample`.
         """
-        check_prompt(prompt)
+        guesses.check_prompt(prompt)
         started = perf_counter()
         tokenizer = self.require_tokenizer()
         prompt_ids, _ = encode_prompt(tokenizer, prompt, template_kwargs)
@@ -502,12 +471,10 @@ class FlowTracer:
         check_rollouts(prompt_ids, completion_ids, prompt_mask, completion_mask)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
-        if self.options.question in SAID and question is None:
-            raise ValueError(
-                f"question={self.options.question!r} needs to know what the user said, and token "
-                "ids do not tell; wrap the model with question='prompt'"
-            )
-        if question is not None and question.shape != prompt_ids.shape:
+        if question is None:
+            rule = self.options.question
+            guesses.check_rule(rule, "wrap the model with question='prompt'")
+        elif question.shape != prompt_ids.shape:
             raise ValueError(
                 f"question must mark the tokens of prompt_ids, {tuple(prompt_ids.shape)}, got the "
                 f"shape {tuple(question.shape)}"
