@@ -25,7 +25,7 @@ from flowtracer_plugin.cli.options import (
     Traceback,
     flattened,
 )
-from flowtracer_plugin.cli.outputs import print_document, print_results
+from flowtracer_plugin.cli.outputs import print_document, print_results, saying_what_is_kept
 from flowtracer_plugin.cli.parsing import names, pattern, wrong_usage
 from flowtracer_plugin.cli.questions import DataOptions, load_prompts
 from flowtracer_plugin.cli.workers import WorkerOptions, chosen_engine
@@ -45,6 +45,9 @@ SCORERS = (
     "flow*entropy,attention:decision*entropy,fai,waad,coupled,rollout,entropy,random,shuffled"
 )
 """Scorers that are compared by default; they need no pass over the model but the audit's own."""
+
+_LATER = ("gamma", "answer", "layers")
+"""Options that the results do not depend on, or that only the model makes definite."""
 
 _rollouts = partial(typer.Option, rich_help_panel="Rollouts")
 _credit = partial(typer.Option, rich_help_panel="Credit")
@@ -119,8 +122,15 @@ def audit(
         from flowtracer_plugin.rewards.named import named_reward
 
     engine = chosen_engine(work)
-    check_records(results.output, FORMAT, VERSION)
     scorers = _scorers(credit)
+    chosen = {
+        "model": model,
+        "data": asdict(data),
+        **asdict(rollouts),
+        **{name: of for name, of in vars(credit).items() if name not in _LATER},
+        "scorers": [scorer.name for scorer in scorers],
+    }
+    check_records(results.output, FORMAT, VERSION, chosen)
     tokenizer = load_tokenizer(model, loading)
     options = AuditOptions(
         batches=credit.batches,
@@ -135,29 +145,36 @@ def audit(
     parameters = list(named_parameters(tracer.model, credit.parameters).values())
     check_memory(tracer.model, parameters, vectors=len(scorers) + 4)
     settings = {
-        "model": model,
-        "data": asdict(data),
+        **chosen,
         "dtype": str(tracer.model.dtype),
-        **asdict(rollouts),
-        **{name: value for name, value in vars(credit).items() if name not in ("gamma", "answer")},
-        "scorers": [scorer.name for scorer in scorers],
         "layers": list(tracer.layers),
         "answer": tracer.options.answer,
         **own_sources({scorer.name: scorer for scorer in scorers}),
     }
     file = AuditFile(results.output, settings)
     make = partial(_sampler, model, loading, rollouts, None if not engine.here else tracer)
-    groups = _groups(tokenizer, examples, make, engine, file)
-    running: dict[str, Any] = {"oracle": credit.oracle, "done": set(file.batches)}
-    running["progress"] = sys.stderr.isatty()
-    for batch in audited(tracer, groups, scorers, parameters, options, **running):
-        file.add(batch)
+    running: dict[str, Any] = {"oracle": credit.oracle, "done": set(file.batches), **_shown()}
+    with saying_what_is_kept(results.output, lambda: _kept(file, len(examples), credit.batches)):
+        groups = _groups(tokenizer, examples, make, engine, file)
+        for batch in audited(tracer, groups, scorers, parameters, options, **running):
+            file.add(batch)
     batches = [file.batches[number] for number in sorted(file.batches)]
     summary = summarise_audit(batches, gammas=tuple(dict.fromkeys((credit.gamma, 3.0, math.inf))))
     if results.json:
         print_document(document(summary, groups, settings))
     else:
         _print_verdict(summary, groups)
+
+
+def _shown() -> dict[str, Any]:
+    """How far the work is: bars in a terminal, lines elsewhere."""
+    return {"progress": sys.stderr.isatty(), "say": partial(typer.echo, err=True)}
+
+
+def _kept(file: AuditFile, prompts: int, batches: int) -> str:
+    return (
+        f"{len(file.groups)} of {prompts} prompts and {len(file.batches)} of {batches} batches are"
+    )
 
 
 def _print_verdict(summary: AuditSummary, groups: Sequence[Group]) -> None:
@@ -241,24 +258,18 @@ def _groups(
     file: AuditFile,
 ) -> list[Group]:
     """The rollouts of every prompt; those that the file lacks are sampled and added to it."""
-    from tqdm import tqdm
-
     from flowtracer_plugin.bulk.engines import Engine, open_pool
+    from flowtracer_plugin.evaluation.progress import Progress
     from flowtracer_plugin.text.encoding import encode_prompt
 
     prompts = [(one, tuple(encode_prompt(tokenizer, one.prompt)[0])) for one in examples]
     left = [(one, ids) for one, ids in prompts if not file.has_group(one.row, ids)]
+    known = len(prompts) - len(left)
     with (
-        tqdm(
-            total=len(prompts),
-            initial=len(prompts) - len(left),
-            desc="sampling",
-            unit="prompt",
-            disable=not sys.stderr.isatty(),
-        ) as bar,
+        Progress("prompt", len(prompts), done=known, **_shown()) as progress,
         open_pool(make, engine if left else Engine()) as pool,
     ):
         for group in pool.run(_sampled, left):
             file.add(group)
-            bar.update()
+            progress.step(f"row {group.row} sampled")
     return [file.groups[example.row] for example in examples]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,7 +25,12 @@ from flowtracer_plugin.cli.options import (
     Traceback,
     flattened,
 )
-from flowtracer_plugin.cli.outputs import print_document, print_results, write_file
+from flowtracer_plugin.cli.outputs import (
+    print_document,
+    print_results,
+    saying_what_is_kept,
+    write_file,
+)
 from flowtracer_plugin.cli.parsing import check_separate, names, part, writable, wrong_usage
 from flowtracer_plugin.cli.questions import DataOptions, load_prompts
 from flowtracer_plugin.cli.workers import WorkerOptions, chosen_engine
@@ -94,7 +99,7 @@ class ProtocolOptions:
         str,
         _cutting(help="Numbers of tokens to spare right before the answer; each is measured."),
     ] = "0,5"
-    draws: Annotated[int, _cutting(min=1, help="Random sets for each control and percentage.")] = 20
+    draws: Annotated[int, _cutting(min=1, help="Random sets for each control and percentage.")] = 3
     scores: Annotated[str | None, SCORES] = None
     oracle: Oracle = None
     seed: Annotated[int, _cutting(min=0, help="Random seed of the draws and of the intervals.")] = 0
@@ -146,15 +151,17 @@ def evaluate(
     with waiting("importing PyTorch and transformers"):
         from flowtracer_plugin.bulk.engines import open_pool
         from flowtracer_plugin.evaluation.outcomes import Evaluation
-        from flowtracer_plugin.evaluation.run import FORMAT, VERSION
+        from flowtracer_plugin.evaluation.run import FORMAT, VERSION, chosen_settings
 
-    check_records(output, FORMAT, VERSION)
-    _protocols(chosen.protocols), _scores(chosen, _options(chosen).matched)  # before the model
+    wanted = {"model": model, "data": data.data, "oracle": chosen.oracle}
+    known = chosen_settings(_settings(answers, chosen), **wanted)
+    check_records(output, FORMAT, VERSION, known)
     tokenizer = load_tokenizer(model, loading)
     every, begin = work.shard[1], work.shard[0] - 1
     examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)
     examples = examples[begin::every]
-    make = partial(_evaluator, model, data.data, loading, answers, chosen)
+    watched = engine.here and sys.stderr.isatty()
+    make = partial(_evaluator, model, data.data, loading, answers, chosen, watched)
     with open_pool(make, engine) as pool:
         # One for each worker, so that all load their models at once.
         (plain, without), *_ = list(pool.run(_described, [None] * engine.workers))
@@ -199,27 +206,39 @@ def _evaluator(
     loading: LoadingOptions,
     answers: AnswerOptions,
     chosen: ProtocolOptions,
+    watched: bool,
 ) -> _Evaluator:
-    """What this process needs to measure examples, here or in a worker."""
-    from flowtracer_plugin.evaluation.protocols import EvaluationSettings
+    """What this process needs to measure examples, here or in a worker.
+
+    With `watched` there are bars for the parts of an example.
+    """
     from flowtracer_plugin.evaluation.run import plain_settings
 
     how = {"layers": answers.layers, "answer": answers.answer, "mode": "dense", "preset": "paper"}
     tracer = load_tracer(model, loading, None, **how)
-    options = _options(chosen)
-    scores = _scores(chosen, options.matched)
+    settings = replace(_settings(answers, chosen), progress=watched)
     without = tracer.reader.why_no_influence() if chosen.scores is None else None
-    settings = EvaluationSettings(
+    if without is not None:
+        possible = {n: one for n, one in settings.scores.items() if n != "flow:derivation"}
+        settings = replace(settings, scores=possible)
+    plain = plain_settings(tracer, settings, model=model, data=data, oracle=chosen.oracle)
+    return _Evaluator(tracer=tracer, settings=settings, plain=plain, without=without)
+
+
+def _settings(answers: AnswerOptions, chosen: ProtocolOptions) -> EvaluationSettings:
+    """What is measured, as far as it can be checked before the model is loaded."""
+    from flowtracer_plugin.evaluation.protocols import EvaluationSettings
+
+    options = _options(chosen)
+    return EvaluationSettings(
         options=options,
-        scores={n: one for n, one in scores.items() if not (without and n == "flow:derivation")},
+        scores=_scores(chosen, options.matched),
         protocols=_protocols(chosen.protocols),
         setting=answers.setting,
         max_new_tokens=answers.max_new_tokens,
         predicted_only=answers.predicted_only,
         batch_size=chosen.batch_size,
     )
-    plain = plain_settings(tracer, settings, model=model, data=data, oracle=chosen.oracle)
-    return _Evaluator(tracer=tracer, settings=settings, plain=plain, without=without)
 
 
 def _described(evaluator: _Evaluator, _task: None) -> tuple[Mapping[str, Any], str | None]:
@@ -287,16 +306,21 @@ def _run(
     whole: bool,
 ) -> Sequence[Outcome]:
     """The outcomes of the examples, some of which the file or, as a `whole`, its parts may hold."""
-    from flowtracer_plugin.evaluation.run import evaluate_to_file, part_files
+    from flowtracer_plugin.evaluation.run import evaluate_to_file, kept_in, part_files
 
-    return evaluate_to_file(
-        partial(pool.run, _measured),
-        examples,
-        output,
-        plain,
-        parts=part_files(output) if whole and output is not None else (),
-        progress=sys.stderr.isatty(),
-    )
+    def kept() -> str:
+        return f"{kept_in(output, plain, examples)} of {len(examples)} examples are"
+
+    with saying_what_is_kept(output, kept):
+        return evaluate_to_file(
+            partial(pool.run, _measured),
+            examples,
+            output,
+            plain,
+            parts=part_files(output) if whole and output is not None else (),
+            progress=sys.stderr.isatty(),
+            say=partial(typer.echo, err=True),
+        )
 
 
 def _deliver(evaluation: Evaluation, html: Path | None, *, as_json: bool) -> None:

@@ -3,49 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from flowtracer_plugin.attention.rounding import difference, rounding
+from flowtracer_plugin.evaluation.cut_passes import (
+    MOST_EDGES,
+    PACKED_ROWS,
+    ReadText,
+    affordable_cuts,
+    can_pack,
+    log_probs,
+    pack_cuts,
+    packed_log_probs,
+)
+from flowtracer_plugin.evaluation.progress import Tick
 from flowtracer_plugin.flow.arrays import check_readable
 from flowtracer_plugin.model.causal_lm import (
-    accepted_inputs,
     check_input,
-    first_output,
     input_device,
-    language_model,
     unwrapped,
-    vocabulary_size,
 )
 from flowtracer_plugin.model.cutting import (
     Edges,
     check_model,
-    cutting,
     hidden_from_later,
     plainly,
-    prefix_copies,
     read_prefix,
 )
-from flowtracer_plugin.model.free_memory import free_memory
 from flowtracer_plugin.result.trace_data import TraceData
 
 ROWS = ("answer", "future")
 """From which queries a token is hidden: those that predict the answer, or all later ones."""
 
-MOST_TOKENS = 2**14
-"""Number of tokens in one forward pass; larger passes are no faster."""
-
-SPARE = 0.5
-"""Share of the free memory that a forward pass may take."""
-
 TokenSets = Bool[Tensor, "cut token"]
+
+
+def _ignore(_cuts: int) -> None:
+    pass
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -165,21 +166,15 @@ def deciding_rows(answer: Bool[Tensor, " token"]) -> Bool[Tensor, " token"]:
 
 
 @dataclass(frozen=True, eq=False)
-class Baseline:
+class Baseline(ReadText):
     """A text as the model reads it without a cut. It is read once, however many cuts follow.
 
     Attributes:
-        model: The model without wrappers.
-        ids: The token ids, on the model's device.
-        answer: The answer's tokens.
-        deciding: Numbers of the rows whose logits choose them.
+        answer: The answer's tokens, which the deciding rows choose.
         continues: Whether the model computes the same from a short cached text as from the whole.
     """
 
-    model: nn.Module
-    ids: Int[Tensor, "1 token"]
     answer: Bool[Tensor, " token"]
-    deciding: Int[Tensor, " answer"]
     continues: bool
 
     @classmethod
@@ -206,7 +201,7 @@ class Baseline:
         check_input(model, ids[None], None)
         device = input_device(model)
         deciding = deciding_rows(answer).nonzero()[:, 0].to(device)
-        return cls(model, ids[None].to(device), answer.to(device), deciding, check_model(model))
+        return cls(model, ids[None].to(device), deciding, answer.to(device), check_model(model))
 
     @property
     def log_prob(self) -> float:
@@ -227,7 +222,7 @@ class Baseline:
     def log_probs(self) -> Float[Tensor, "answer word"]:
         """Next-token log-probabilities where the answer is predicted."""
         with plainly(self.model):
-            return _log_probs(self, None, None, 0)[0]
+            return log_probs(self, None)[0]
 
     @cached_property
     def cache(self) -> DynamicCache | None:
@@ -242,14 +237,19 @@ class Baseline:
         none = torch.zeros(1, size, size, dtype=torch.bool, device=self.ids.device)
         with plainly(self.model):
             cache = read_prefix(self.model, self.ids)
-            again = _log_probs(self, none, cache, start)[0]
+            again = log_probs(self, none, cache, start)[0]
         allowed = rounding(next(self.model.parameters()))
         return cache if difference(again, self.log_probs) <= allowed else None
 
     def knock_out(
-        self, tokens: TokenSets, *, rows: str = "future", batch_size: int | None = None
+        self,
+        tokens: TokenSets,
+        *,
+        rows: str = "future",
+        batch_size: int | None = None,
+        tick: Tick = _ignore,
     ) -> KnockOut:
-        """`knock_out` for sets of this text's tokens."""
+        """`knock_out` for sets of this text's tokens; `tick` gets the number of cuts just made."""
         if rows not in ROWS:
             raise ValueError(f"rows must be one of {', '.join(ROWS)}, got {rows!r}")
         _check_tensors(tokens=tokens)
@@ -267,10 +267,13 @@ class Baseline:
         def removed(cuts: Int[Tensor, " cut"]) -> Edges:
             return hidden_edges(hidden[cuts], self.answer, rows=rows)
 
-        return _measure(self, removed, first, batch_size)
+        order = torch.from_numpy(np.lexsort((~tokens.cpu().numpy()).T[::-1])).to(first.device)
+        return _measure(self, removed, first, order, batch_size, tick)
 
-    def cut_edges(self, edges: Edges, *, batch_size: int | None = None) -> KnockOut:
-        """`cut_edges` for edges between this text's tokens."""
+    def cut_edges(
+        self, edges: Edges, *, batch_size: int | None = None, tick: Tick = _ignore
+    ) -> KnockOut:
+        """`cut_edges` for edges between this text's tokens, with `tick` as for `knock_out`."""
         _check_tensors(edges=edges)
         size = self.ids.shape[1]
         if edges.ndim != 3 or edges.shape[1:] != (size, size) or edges.dtype != torch.bool:
@@ -281,7 +284,8 @@ class Baseline:
         edges = edges.to(self.ids.device)
         cut = edges.any(-1)
         first = cut.int().argmax(-1).where(cut.any(-1), size - 1)
-        return _measure(self, lambda cuts: edges[cuts], first, batch_size)
+        order = first.argsort(stable=True)
+        return _measure(self, lambda cuts: edges[cuts], first, order, batch_size, tick)
 
 
 def _check_tensors(**given: object) -> None:
@@ -298,9 +302,15 @@ def _measure(
     text: Baseline,
     removed: Callable[[Int[Tensor, " cut"]], Edges],
     first: Int[Tensor, " cut"],
+    order: Int[Tensor, " cut"],
     batch_size: int | None,
+    tick: Tick,
 ) -> KnockOut:
-    """Run the text with each cut, from the first row on that a cut changes."""
+    """Run the text with each cut, from the first row on that a cut changes.
+
+    In the `order` of the cuts, those that are alike for longest are neighbours, and their first
+    rows ascend.
+    """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
     plain, cache = text.log_probs, text.cache
@@ -309,9 +319,9 @@ def _measure(
         first = torch.zeros_like(first)
     drop, flipped, divergence = torch.zeros(3, len(first), device=plain.device)
     with plainly(text.model):
-        for cuts, start in _batches(text, first, batch_size):
-            found = _log_probs(text, removed(cuts), cache, start)
+        for cuts, found in _passes(text, removed, first[order], order, batch_size):
             drop[cuts], flipped[cuts], divergence[cuts] = _compare(found, plain, text.wanted)
+            tick(len(cuts))
     return KnockOut(
         log_prob=text.log_prob,
         predicted=text.predicted,
@@ -334,52 +344,29 @@ def _compare(
     return fell.mean(-1), flipped, divergence
 
 
-def _batches(
-    text: Baseline, first: Int[Tensor, " cut"], batch_size: int | None
-) -> Iterator[tuple[Int[Tensor, " cut"], int]]:
-    """Numbers of cuts that run together, and the row at which the earliest of them begins."""
-    order = first.argsort(stable=True)
-    at = 0
+def _passes(
+    text: Baseline,
+    removed: Callable[[Int[Tensor, " cut"]], Edges],
+    first: Int[Tensor, " cut"],
+    order: Int[Tensor, " cut"],
+    batch_size: int | None,
+) -> Iterator[tuple[Int[Tensor, " cut"], Float[Tensor, "cut answer word"]]]:
+    """Numbers of cuts that run together, and their log-probabilities, in packs where possible."""
+    deciding, size = text.deciding.tolist(), text.ids.shape[1]
+    packing, checked, at = text.cache is not None and can_pack(text), False, 0
     while at < len(order):
-        start = int(first[order[at]])
-        size = batch_size or _affordable(text, start)
-        yield order[at : at + size], start
-        at += size
-
-
-def _affordable(text: Baseline, start: int) -> int:
-    """How many cuts fit in one forward pass over the rows from `start` on."""
-    config = language_model(text.model).config.get_text_config()
-    tokens = text.ids.shape[1]
-    rows, width = tokens - start, getattr(config, "hidden_size", None) or 1024
-    heads = getattr(config, "num_attention_heads", None) or 32
-    layers = getattr(config, "num_hidden_layers", None) or 32
-    kept = len(text.deciding) if "logits_to_keep" in accepted_inputs(text.model) else rows
-    # Scores in float32 with the mask beside them, some twenty activations, keys and values of all
-    # layers, and three copies of the logits.
-    scores = rows * tokens * (8 * heads + 8)
-    active = 4 * width * (20 * rows + 2 * layers * tokens)
-    logits = 12 * vocabulary_size(text.model) * kept
-    room = SPARE * free_memory(text.ids.device) / (scores + active + logits)
-    return max(1, min(int(room), MOST_TOKENS // rows))
-
-
-def _log_probs(
-    text: Baseline, removed: Edges | None, cache: DynamicCache | None, start: int
-) -> Float[Tensor, "cut answer word"]:
-    """Next-token log-probabilities where the answer is predicted, by the rows from `start` on."""
-    copies = 1 if removed is None else len(removed)
-    inputs: dict[str, Any] = {"input_ids": text.ids[:, start:].expand(copies, -1)}
-    accepted, rows = accepted_inputs(text.model), text.deciding - start
-    if cache is not None and start:
-        inputs |= {"past_key_values": prefix_copies(cache, start, copies), "use_cache": True}
-    elif "use_cache" in accepted:
-        inputs["use_cache"] = False
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = rows
-    with ExitStack() as stack:
-        if removed is not None:
-            stack.enter_context(cutting(removed))
-        logits = first_output(text.model(**inputs))
-    kept = logits if "logits_to_keep" in accepted else logits[:, rows]
-    return kept.float().log_softmax(-1)
+        start = int(first[at])
+        if packing and start and text.cache is not None:
+            count = min(batch_size or PACKED_ROWS, max(MOST_EDGES // size**2, 1))
+            edges = removed(order[at : at + count]).cpu().numpy()
+            pack, count = pack_cuts(edges, start, deciding, plain=not checked)
+            found = packed_log_probs(text, pack, text.cache, text.log_probs)
+            if found is None:
+                packing = False
+                continue
+            checked = True
+        else:
+            count = batch_size or affordable_cuts(text, start)
+            found = log_probs(text, removed(order[at : at + count]), text.cache, start)
+        yield order[at : at + count], found
+        at += count

@@ -1,4 +1,6 @@
 import threading
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import jaxtyping
 import numpy as np
@@ -8,8 +10,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from flowtracer_plugin.evaluation import knockout
-from flowtracer_plugin.evaluation.knockout import cut_edges, hidden_edges, knock_out
+from flowtracer_plugin.evaluation import cut_passes, knockout
+from flowtracer_plugin.evaluation.knockout import Baseline, cut_edges, hidden_edges, knock_out
 from flowtracer_plugin.model.cutting import KnockOutError, check_model, cutting
 from tests.evaluation import reference_knockout as slow
 from tests.families import FAMILIES, WINDOW, quiet_transformers, redrawn, tiny_model
@@ -60,8 +62,9 @@ def test_the_slow_model_is_the_model(small):
     seed=st.integers(0, 2**32 - 1),
     rows=st.sampled_from(knockout.ROWS),
     batch_size=st.sampled_from([None, 1, 3]),
+    pack=st.sampled_from([1, 6, 1000]),
 )
-def test_a_knock_out_is_that_of_the_slow_model(small, seed, rows, batch_size):
+def test_a_knock_out_is_that_of_the_slow_model(small, seed, rows, batch_size, pack):
     rng = np.random.default_rng(seed)
     ids, _ = text(seed=seed)
     early = int(rng.choice([1, 10]))  # a late answer leaves more to be read from the cache
@@ -69,7 +72,8 @@ def test_a_knock_out_is_that_of_the_slow_model(small, seed, rows, batch_size):
     answer[int(rng.integers(early, SIZE))] = True
     tokens = torch.from_numpy(rng.random((4, SIZE)) < rng.choice([0.1, 0.4, 0.9]))
     tokens[3] = False
-    found = knock_out(small, ids, answer, tokens, rows=rows, batch_size=batch_size)
+    with patch.object(cut_passes, "PACKED_ROWS", pack):
+        found = knock_out(small, ids, answer, tokens, rows=rows, batch_size=batch_size)
     wanted = [
         slow.effect(small, ids.tolist(), answer.tolist(), slow.removed_edges(cut, answer, rows))
         for cut in tokens.tolist()
@@ -92,6 +96,52 @@ def test_edges_are_cut_one_by_one(small):
     torch.testing.assert_close(
         as_edges.drop, knock_out(small, ids, answer, sets, rows="answer").drop
     )
+
+
+@contextmanager
+def counted_tokens(model):
+    """The number of tokens of each pass over the model."""
+    read = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, given: read.append(given[0].numel())
+    )
+    yield read
+    hook.remove()
+
+
+def test_what_cuts_have_in_common_is_read_once(small):
+    ids, answer = text(answers=(12,))
+    tokens = torch.from_numpy(np.random.default_rng(4).random((9, SIZE)) < 0.2)
+    tokens[:, 0] = False
+    tokens[:, 3] |= ~tokens.any(1)
+    baseline = Baseline.read(small, ids, answer)
+    assert baseline.cache is not None
+    with counted_tokens(small) as read:
+        baseline.knock_out(tokens)
+    start = int(tokens.int().argmax(1).min()) + 1
+    rows = {
+        (row, *cut[:row])
+        for cut in tokens.tolist()
+        for row in range(start, 12)
+        if row == 11 or not cut[row]  # nothing sees a token that is hidden
+    }
+    plain = 12 - start
+    assert read == [len(rows) + plain]
+    assert len(rows) < 0.7 * len(tokens) * (12 - start)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_model_that_counts_distances_is_not_packed(family):
+    model = tiny_model(family)
+    ids, answer = text(40, vocabulary=128, answers=(36,))
+    tokens = torch.from_numpy(np.random.default_rng(1).random((9, 40)) < 0.1)
+    baseline = Baseline.read(model, ids, answer)
+    assert baseline.cache is not None
+    with counted_tokens(model) as read:
+        baseline.knock_out(tokens)
+    start = int(tokens.int().argmax(1).min()) + 1
+    assert len(read) == (1 if family == "llama" else 2)
+    assert read[-1] == read[0] if family == "llama" else read[-1] == 9 * (40 - start)
 
 
 def test_log_probability_and_prediction_without_a_cut(small):
@@ -277,7 +327,9 @@ def test_a_text_that_continues_differently_from_a_cache_is_read_whole(small, mon
     tokens = torch.from_numpy(np.random.default_rng(1).random((5, SIZE)) < 0.3)
     wanted = knock_out(small, ids, answer, tokens).drop
     used = []
-    monkeypatch.setattr(knockout, "prefix_copies", lambda *given: used.append(0) or _scaled(*given))
+    monkeypatch.setattr(
+        cut_passes, "prefix_copies", lambda *given: used.append(0) or _scaled(*given)
+    )
     found = knock_out(small, ids, answer, tokens).drop
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert len(used) == 1
