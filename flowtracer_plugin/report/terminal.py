@@ -57,8 +57,8 @@ def render_trace(trace: TraceData, drops: Mapping[int, float] | None = None) -> 
     knock-outs, as for `render_page`.
     """
     shown = show(trace)
-    hubs = standouts(shown, trace.backbone.hubs, _MARKS)
-    checkpoints = standouts(shown, trace.backbone.checkpoints, _MARKS)
+    hubs = standouts(shown, "hubs", _MARKS)
+    checkpoints = standouts(shown, "checkpoints", _MARKS)
     view = Group(
         _title(shown),
         *_carried(shown, drops),
@@ -116,7 +116,7 @@ def _title(shown: ShownTrace) -> Text:
 def _carried(shown: ShownTrace, drops: Mapping[int, float] | None) -> Iterator[Text]:
     """The tokens and the steps with the most flow, in a sentence each."""
     tokens = [
-        f"⟨{one.unit.inline.strip()}⟩ {percent(one.unit.throughput)}"
+        f"⟨{one.unit.word}⟩ {percent(one.unit.throughput)}"
         + ("" if one.drop is None else f" ({nats(one.drop)} nats)")
         for one in carriers(shown, drops)
     ]
