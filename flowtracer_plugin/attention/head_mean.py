@@ -135,9 +135,9 @@ def heads_of_row(
     keys: int | None = None,
     sizes: Float[Tensor, "batch head query"] | None = None,
 ) -> tuple[Float[Tensor, "batch chosen seen"], Float[Tensor, " batch"]]:
-    """What `weighed_mean_of_rows`, or without `lengths` `mean_of_rows`, is the mean of, for one row.
+    """What each head adds to one row of `weighed_mean_of_rows`, or of `mean_of_rows`, as a sum.
 
-    Its sum without `lengths` follows.
+    Without `lengths`, it is the plain probability. The mean sum of these follows.
     """
     call, rows = _normalized(call), slice(row, row + 1)
     with torch.autocast(query_tensor(call).device.type, enabled=False):

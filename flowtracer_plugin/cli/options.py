@@ -384,10 +384,23 @@ class NewTraceOptions(OutputOptions):
         ),
     ] = False
 
+    by_head: Annotated[
+        Any,
+        _output(
+            parser=parsing.token_place,
+            metavar="TOKEN",
+            help="Show which layers and heads pay the edges into this token: its number, or answer "
+            "for the answer's first token; takes one more pass of the model.",
+        ),
+    ] = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.check and self.json and self.html is None:
-            raise typer.BadParameter("--check is not part of the JSON document: add --html FILE")
+        for name, asked in (("--check", self.check), ("--by-head", self.by_head is not None)):
+            if asked and self.json and self.html is None:
+                raise typer.BadParameter(
+                    f"{name} is not part of the JSON document: add --html FILE"
+                )
         if self.scores is None:
             return
         if self.html is None:

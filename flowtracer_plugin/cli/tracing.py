@@ -31,6 +31,7 @@ from flowtracer_plugin.cli.parsing import check_separate
 from flowtracer_plugin.cli.questions import Question, checked, read_question
 
 if TYPE_CHECKING:
+    from flowtracer_plugin.result.token_heads import TokenHeads
     from flowtracer_plugin.trace.flow_trace import FlowTrace
     from flowtracer_plugin.trace.tracer import FlowTracer
 
@@ -246,7 +247,21 @@ def _deliver(tracer: FlowTracer, trace: FlowTrace, outputs: NewTraceOptions) -> 
 
     names = outputs.score_names
     scores = score_text(tracer, trace, names) if names else None
-    deliver(trace, outputs, scores, _drops(tracer, trace) if outputs.check else None)
+    drops = _drops(tracer, trace) if outputs.check else None
+    heads = None if outputs.by_head is None else _heads(tracer, trace, outputs.by_head)
+    deliver(trace, outputs, scores, drops, heads)
+
+
+def _heads(tracer: FlowTracer, trace: FlowTrace, token: int | str) -> TokenHeads | None:
+    """What each head pays into a token; the trace itself must not be lost if that fails."""
+    from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
+
+    place = int(trace.spans.answer.argmax()) if isinstance(token, str) else token
+    try:
+        return tracer.heads(trace, place)
+    except (ValueError, MemoryError, UnsupportedArchitectureError) as error:
+        typer.echo(f"no heads are shown: {error}", err=True)
+        return None
 
 
 def _drops(tracer: FlowTracer, trace: FlowTrace) -> dict[int, float] | None:

@@ -26,7 +26,7 @@ _CHARACTER = regex.compile(r"\X")
 _BLANKS = {ord(" "): "␣", ord("\t"): "⇥"}
 
 _MOST_LINES, _LINE = 14, 90
-"""The lines of a text that a page shows without folding it, and about how many letters one holds."""
+"""The lines that a page shows without folding a text, and about how many letters a line holds."""
 
 HEAT_SHARES = (0.40, 0.25, 0.15, 0.08, 0.03)
 """A token's heat, from 0 to 5, is the number of these top shares that it belongs to. The widest is

@@ -17,7 +17,7 @@ and LaTeX, such as `**`, `##` and `\\[`."""
 
 AUTO = "auto"
 
-_MARK = re.compile(r"<[|｜][^|｜]*[|｜]>|</?\w+>|\[/?[A-Z_]+\]")
+_MARK = re.compile(r"<[|\uff5c][^|\uff5c]*[|\uff5c]>|</?\w+>|\[/?[A-Z_]+\]")
 _FORMAT = re.compile(r"[*_]{2,}|#+|`+|~{2,}|[-=]{3,}|:?-{2,}:?|\|+|\${2}|\\[\[\]()]")
 _ABOVE = 1 + 1e-9  # equal scores have a mean that rounding may put below them
 

@@ -26,7 +26,7 @@ def token_heads(reader: AttentionReader, trace: TraceData, token: int) -> TokenH
 
     Raises:
         TooLittleMemoryError: The queries and keys of the text do not fit in the free memory.
-        UnsupportedArchitectureError: The model is tensor parallel, so that no process has all heads.
+        UnsupportedArchitectureError: The model is tensor parallel: no process has all heads.
         ValueError: The trace has no such token, nothing leads into it, the trace's edges are
             `"causal"`, or another model made the trace.
     """
