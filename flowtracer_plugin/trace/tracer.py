@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -63,7 +62,7 @@ from flowtracer_plugin.trace.guesses import (
 )
 from flowtracer_plugin.trace.memory import MODES, MemoryEstimate
 from flowtracer_plugin.trace.rollouts import FlowBatch, check_rollouts, join_batches, rollout_masks
-from flowtracer_plugin.trace.solver import Solver
+from flowtracer_plugin.trace.solver import Solver, lacks_influence
 from flowtracer_plugin.trace.token_heads import token_heads
 
 logger = logging.getLogger(__name__)
@@ -171,25 +170,12 @@ def wrap(
     reader.verified = not verify
     if verify and tokenizer is not None:
         check_tokenizer(reader.model, tokenizer)
-    if preset is None and edges is None and _lacks_influence(reader):
+    if preset is None and edges is None and lacks_influence(reader):
         options = flow_options(EVERYWHERE, **chosen)
     by_default = preset is None and set(chosen) <= set(FREE)
     tracer = FlowTracer(reader, tokenizer, options, answer, mode, chosen, by_default=by_default)
     logger.info("wrapped %r: %s", tracer, options)
     return tracer
-
-
-def _lacks_influence(reader: AttentionReader) -> bool:
-    """Whether the model cannot be traced by the preset `BEST`; a warning says why."""
-    reason = reader.why_no_influence()
-    logger.debug("preset %r: %s", BEST, reason or "possible")
-    if reason is not None:
-        warnings.warn(
-            f"this model is traced by preset={EVERYWHERE!r}, since it cannot be by {BEST!r}: "
-            f"{reason}. Choose a preset to be without this warning",
-            stacklevel=3,
-        )
-    return reason is not None
 
 
 def _rebuilt(
