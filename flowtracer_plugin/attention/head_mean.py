@@ -122,12 +122,47 @@ def weighed_mean_of_rows(
         probabilities = row_probabilities(call, rows, heads, keys)
         sums = reduce(probabilities, "batch head query key -> batch query", "sum")
         sums /= probabilities.shape[1]
-        chosen = lengths if heads is None else lengths[:, heads]
-        weighed = probabilities * chosen[:, :, None, : probabilities.shape[-1]]
-        if sizes is not None:
-            factors = (sizes if heads is None else sizes[:, heads])[..., rows]
-            weighed *= factors[..., None].to(weighed.device)
-        return _to_tokens(call, weighed), sums
+        return _to_tokens(call, _weighed(probabilities, rows, lengths, heads, sizes)), sums
+
+
+@torch.no_grad()
+def heads_of_row(
+    call: AttentionCall | AttentionWeights,
+    row: int,
+    lengths: Float[Tensor, "batch head key"] | None = None,
+    *,
+    heads: Int[Tensor, " chosen"] | None = None,
+    keys: int | None = None,
+    sizes: Float[Tensor, "batch head query"] | None = None,
+) -> tuple[Float[Tensor, "batch chosen seen"], Float[Tensor, " batch"]]:
+    """What each head adds to one row of `weighed_mean_of_rows`, or of `mean_of_rows`, as a sum.
+
+    Without `lengths`, it is the plain probability. The mean sum of these follows.
+    """
+    call, rows = _normalized(call), slice(row, row + 1)
+    with torch.autocast(query_tensor(call).device.type, enabled=False):
+        found = row_probabilities(call, rows, heads, keys)
+        had = found.sum(-1).mean((1, 2))
+        if lengths is not None:
+            found = _weighed(found, rows, lengths, heads, sizes)
+        if isinstance(call, AttentionCall) and call.key_tokens is not None:
+            found = found @ call.key_tokens[:, None, : found.shape[-1]].float()
+        return found[:, :, 0], had
+
+
+def _weighed(
+    probabilities: Float[Tensor, "batch head rows key"],
+    rows: slice,
+    lengths: Float[Tensor, "batch _ _"],
+    heads: Int[Tensor, " chosen"] | None,
+    sizes: Float[Tensor, "batch _ _"] | None,
+) -> Float[Tensor, "batch head rows key"]:
+    chosen = lengths if heads is None else lengths[:, heads]
+    weighed = probabilities * chosen[:, :, None, : probabilities.shape[-1]]
+    if sizes is not None:
+        factors = (sizes if heads is None else sizes[:, heads])[..., rows]
+        weighed *= factors[..., None].to(weighed.device)
+    return weighed
 
 
 def _to_tokens(

@@ -359,46 +359,6 @@ class OutputOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NewTraceOptions(OutputOptions):
-    """The files that a new trace is written to."""
-
-    save: Annotated[
-        Path | None, _file(help="Save the trace itself; flowtracer report reads it.")
-    ] = None
-    scores: Annotated[
-        str | None,
-        _output(help="More scores for the page, such as attention; see 'flowtracer docs credit'."),
-    ] = None
-    check: Annotated[
-        bool,
-        _output(
-            "--check",
-            help="Knock out the tokens with the most flow, one after another, and show what the "
-            "answer loses; takes a forward pass for each.",
-        ),
-    ] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.check and self.json and self.html is None:
-            raise typer.BadParameter("--check is not part of the JSON document: add --html FILE")
-        if self.scores is None:
-            return
-        if self.html is None:
-            raise typer.BadParameter("--scores are for the page: name its file with --html too")
-        from flowtracer_plugin.credit.token_scores import token_score
-
-        with parsing.wrong_usage("--scores"):
-            for name in self.score_names:
-                token_score(name)
-
-    @property
-    def score_names(self) -> list[str]:
-        """The names in `scores`."""
-        return [name for name in parsing.names(self.scores or "") if name]
-
-
-@dataclass(frozen=True, kw_only=True)
 class ResultOptions:
     """Where the results go."""
 

@@ -18,6 +18,7 @@ from flowtracer_plugin.cli.options import OutputOptions
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from flowtracer_plugin.result.token_heads import TokenHeads
     from flowtracer_plugin.trace.flow_trace import FlowTrace
 
 
@@ -26,16 +27,18 @@ def deliver(
     outputs: OutputOptions,
     scores: Mapping[str, Any] | None = None,
     drops: Mapping[int, float] | None = None,
+    heads: TokenHeads | None = None,
 ) -> None:
     """Write the files of a trace, then show it.
 
-    `scores` are for the page, `drops` of knocked out tokens for the page and the terminal.
+    `scores` are for the page, `drops` of knocked out tokens and `heads` for the page and the
+    terminal.
     """
     # Files first, and the trace before all others: what was computed must not be lost to a full
     # disk, a missing extra, or a closed standard output.
     given: dict[str, dict[str, Any]] = {"figure": {"kind": outputs.figure_kind}}
-    if scores or drops:
-        given["html"] = {"scores": scores, "drops": drops}
+    if scores or drops or heads is not None:
+        given["html"] = {"scores": scores, "drops": drops, "heads": heads}
     for name in ("save", "html", "parquet", "graphml", "figure"):
         path = vars(outputs).get(name)  # nnsight adds an attribute "save" to every object
         if path is not None:
@@ -46,7 +49,7 @@ def deliver(
     else:
         from flowtracer_plugin.report.terminal import render_trace
 
-        show(render_trace(trace, drops))
+        show(render_trace(trace, drops, heads))
 
 
 def write_file(write: Callable[[Path], object], path: Path) -> None:

@@ -82,6 +82,13 @@ def head_selection(text: str) -> str | float | tuple[tuple[int, int], ...]:
         ) from None
 
 
+def token_place(text: str) -> int | str:
+    """The number of a token, or `answer`. Only a trace can tell whether it has it."""
+    if text == "answer" or text.isdecimal():
+        return text if text == "answer" else int(text)
+    raise typer.BadParameter(f"wanted the number of a token, or answer, found {text!r}")
+
+
 def key_and_value(text: str) -> tuple[str, Any]:
     """A name and its value, which is JSON or else a text."""
     key, equals, value = text.partition("=")

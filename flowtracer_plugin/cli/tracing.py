@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flowtracer_plugin.cli import parsing
 from flowtracer_plugin.cli.loading import load_model, load_tracer, waiting
 from flowtracer_plugin.cli.options import (
     AsJson,
@@ -17,7 +19,7 @@ from flowtracer_plugin.cli.options import (
     Layers,
     LoadingOptions,
     ModelArgument,
-    NewTraceOptions,
+    OutputOptions,
     PageFile,
     Preset,
     PromptOptions,
@@ -31,12 +33,72 @@ from flowtracer_plugin.cli.parsing import check_separate
 from flowtracer_plugin.cli.questions import Question, checked, read_question
 
 if TYPE_CHECKING:
+    from flowtracer_plugin.result.token_heads import TokenHeads
     from flowtracer_plugin.trace.flow_trace import FlowTrace
     from flowtracer_plugin.trace.tracer import FlowTracer
+
+_output = partial(typer.Option, rich_help_panel="Output")
+_file = partial(_output, dir_okay=False, callback=parsing.writable)
 
 DEMO_QUESTION = (
     "Ann has 4 apples. Ann buys 1. Ann gets 3. Ann sees 6. Ann buys 6. How many apples?\n"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewTraceOptions(OutputOptions):
+    """The files that a new trace is written to."""
+
+    save: Annotated[
+        Path | None, _file(help="Save the trace itself; flowtracer report reads it.")
+    ] = None
+    scores: Annotated[
+        str | None,
+        _output(
+            help="More scores for the page, such as attention,flow:sharp; see 'flowtracer docs "
+            "credit'."
+        ),
+    ] = None
+    check: Annotated[
+        bool,
+        _output(
+            "--check",
+            help="Knock out the tokens with the most flow, one after another, and show what the "
+            "answer loses; takes a forward pass for each.",
+        ),
+    ] = False
+
+    by_head: Annotated[
+        Any,
+        _output(
+            parser=parsing.token_place,
+            metavar="TOKEN",
+            help="Show which layers and heads pay the edges into this token: its number, or answer "
+            "for the answer's first token; takes one more pass of the model.",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, asked in (("--check", self.check), ("--by-head", self.by_head is not None)):
+            if asked and self.json and self.html is None:
+                raise typer.BadParameter(
+                    f"{name} is not part of the JSON document: add --html FILE"
+                )
+        if self.scores is None:
+            return
+        if self.html is None:
+            raise typer.BadParameter("--scores are for the page: name its file with --html too")
+        from flowtracer_plugin.credit.token_scores import token_score
+
+        with parsing.wrong_usage("--scores"):
+            for name in self.score_names:
+                token_score(name)
+
+    @property
+    def score_names(self) -> list[str]:
+        """The names in `scores`."""
+        return [name for name in parsing.names(self.scores or "") if name]
 
 
 @flattened
@@ -246,7 +308,21 @@ def _deliver(tracer: FlowTracer, trace: FlowTrace, outputs: NewTraceOptions) -> 
 
     names = outputs.score_names
     scores = score_text(tracer, trace, names) if names else None
-    deliver(trace, outputs, scores, _drops(tracer, trace) if outputs.check else None)
+    drops = _drops(tracer, trace) if outputs.check else None
+    heads = None if outputs.by_head is None else _heads(tracer, trace, outputs.by_head)
+    deliver(trace, outputs, scores, drops, heads)
+
+
+def _heads(tracer: FlowTracer, trace: FlowTrace, token: int | str) -> TokenHeads | None:
+    """What each head pays into a token; the trace itself must not be lost if that fails."""
+    from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
+
+    place = int(trace.spans.answer.argmax()) if isinstance(token, str) else token
+    try:
+        return tracer.heads(trace, place)
+    except (ValueError, MemoryError, UnsupportedArchitectureError) as error:
+        typer.echo(f"no heads are shown: {error}", err=True)
+        return None
 
 
 def _drops(tracer: FlowTracer, trace: FlowTrace) -> dict[int, float] | None:

@@ -22,6 +22,7 @@ from flowtracer_plugin.attention.adapter import (
 )
 from flowtracer_plugin.attention.head_choice import Chosen
 from flowtracer_plugin.attention.head_mean import (
+    heads_of_row,
     keep_sums,
     mean_of_rows,
     one_text,
@@ -133,6 +134,7 @@ class AttentionRows:
         nothing = (None,) * len(calls)
         parts = zip(calls, lengths or nothing, sizes or nothing, strict=True)
         every = tuple(_Part(call, None, length, size) for call, length, size in parts)
+        self._calls = every
         self._parts = [(slice(None), every)]
         if heads is not None:
             self._parts = [
@@ -154,6 +156,35 @@ class AttentionRows:
             total.masked_fill_(self._hidden[:, start:stop, None], 0)
             total.masked_fill_(self._hidden[:, None, :stop], 0)
         return total
+
+    @torch.no_grad()
+    def by_head(self, row: int) -> tuple[Float[Tensor, "head key"], ...]:
+        """What each head of each call pays in a row of the first text; their sum is that row.
+
+        Heads that are not averaged pay nothing. Columns end at the diagonal.
+        """
+        chosen = (None,) * len(self._calls) if self.heads is None else self.heads[0]
+        counts = [1 if heads is None else len(heads) for heads in chosen]
+        found, had = [], 0.0
+        for (call, _, lengths, sizes), heads, count in zip(
+            self._calls, chosen, counts, strict=True
+        ):
+            query = query_tensor(call)
+            paid = torch.zeros(query.shape[1], row + 1, device=self.device)
+            found.append(paid)
+            if not count:
+                continue
+            keys = row + 1 if getattr(call, "key_tokens", None) is None else None
+            here = None if heads is None else heads.to(query.device)
+            each, sums = heads_of_row(call, row, lengths, heads=here, keys=keys, sizes=sizes)
+            share = count / sum(counts)
+            each = each[0, :, : row + 1].to(self.device) * (share / each.shape[1])
+            paid[slice(None) if heads is None else heads.to(self.device), : each.shape[1]] = each
+            had += share * float(sums[0])
+        total = sum(float(paid.sum()) for paid in found)
+        if self._calls[0].lengths is not None and total > 0:
+            found = [paid * (had / total) for paid in found]
+        return tuple(found)
 
     def whole(self) -> Float[Tensor, "batch token token"]:
         """All rows at once."""

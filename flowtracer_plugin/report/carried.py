@@ -29,13 +29,20 @@ class Carrier:
 
 
 def carriers(shown: ShownTrace, drops: Mapping[int, float] | None = None) -> tuple[Carrier, ...]:
-    """The tokens with the most flow, without blanks, the chat template and where flow ends."""
+    """The tokens with the most flow, but for the chat template and those where flow ends.
+
+    Blanks and formatting are left out too, unless they have more flow than all other tokens.
+    """
     ends = shown.trace.spans.target
     told = [
         unit
         for unit in shown.units
-        if _is_told(unit) and unit.throughput > 0 and not ends[unit.first : unit.last + 1].any()
+        if unit.region in _TOLD
+        and unit.throughput > 0
+        and not ends[unit.first : unit.last + 1].any()
     ]
+    most = max((unit.throughput for unit in told if not shown.empty[unit.index]), default=0.0)
+    told = [unit for unit in told if not shown.empty[unit.index] or unit.throughput > most]
     best = sorted(told, key=lambda unit: (-unit.throughput, unit.index))[:MOST_TOKENS]
     return tuple(Carrier(unit=unit, drop=drop_of(unit, drops)) for unit in best)
 

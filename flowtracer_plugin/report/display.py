@@ -7,15 +7,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+import regex
+from jaxtyping import Bool, Float, Int
 
 from flowtracer_plugin.flow.backbone import StepGraph
 from flowtracer_plugin.flow.river import River
+from flowtracer_plugin.result.standouts import AUTO, of_kinds, standing_out, without_finding
 from flowtracer_plugin.result.trace_data import TraceData
 from flowtracer_plugin.text.spans import Region
 from flowtracer_plugin.text.visible import visible
+
+_CHARACTER = regex.compile(r"\X")
+"""A character as readers see it: an extended grapheme cluster of Unicode's Annex 29."""
+
+_BLANKS = {ord(" "): "␣", ord("\t"): "⇥"}
+
+_MOST_LINES, _LINE = 14, 90
+"""The lines that a page shows without folding a text, and about how many letters a line holds."""
 
 HEAT_SHARES = (0.40, 0.25, 0.15, 0.08, 0.03)
 """A token's heat, from 0 to 5, is the number of these top shares that it belongs to. The widest is
@@ -59,6 +70,11 @@ class Piece:
     def inline(self) -> str:
         """The text on one line."""
         return self.text.replace("\n", "⏎")
+
+    @property
+    def word(self) -> str:
+        """The text on one line without blanks around it, or the blanks alone as signs."""
+        return self.inline.strip() or self.inline.translate(_BLANKS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +177,27 @@ class ShownTrace:
         """The response's units."""
         return self.units[self.prompt_units :]
 
+    @cached_property
+    def empty(self) -> Bool[np.ndarray, " unit"]:
+        """Which units are only blanks, marks of a template, or formatting."""
+        kinds = of_kinds(self.trace.tokens, self.trace.spans)
+        return np.logical_or.reduceat(kinds, self.starts)
+
+    @cached_property
+    def plain(self) -> Bool[np.ndarray, " unit"]:
+        """Which of the `empty` units are no finding: a finding has more flow than all others.
+
+        The others are those of the prompt, or of the response before the answer.
+        """
+        ends = self.trace.spans.answer | self.trace.spans.target
+        inner = ~np.logical_or.reduceat(ends, self.starts)
+        prompt = np.arange(len(self.starts)) < self.prompt_units
+        plain = [
+            without_finding(self.empty & part, self.throughput, inner & part)
+            for part in (prompt, ~prompt)
+        ]
+        return plain[0] | plain[1]
+
     def unit_of(self, token: int) -> Unit:
         """The unit of a token."""
         return self.units[self.unit_numbers[token]]
@@ -206,29 +243,42 @@ def show(trace: TraceData) -> ShownTrace:
 def piece_starts(tokens: Sequence[str]) -> Int[np.ndarray, " piece"]:
     """The first token of each piece of a text.
 
-    A token without text joins the next token that has some; at the end it joins the last piece.
+    Tokens that together spell one character as readers see it, such as an emoji of several or a
+    letter with its accent, are one piece. A token without text joins the next token that has some;
+    at the end it joins the last piece.
     """
-    stops = np.flatnonzero([bool(text) for text in tokens]) + 1
+    text, ends = "".join(tokens), np.cumsum([len(token) for token in tokens], dtype=np.int64)
+    apart = np.diff(ends, prepend=0) > 0
+    if not text.isascii() or "\r" in text:
+        apart &= np.isin(ends, [one.end() for one in _CHARACTER.finditer(text)])
+    stops = np.flatnonzero(apart) + 1
     return np.concatenate([[0], stops[:-1]]).astype(np.int64)[: len(tokens)]
 
 
 def standouts(
-    shown: ShownTrace, scores: Float[np.ndarray, " token"], count: int
+    shown: ShownTrace, kind: Literal["hubs", "checkpoints"], count: int, skip: str = AUTO
 ) -> tuple[tuple[Unit, float], ...]:
-    """The `count` units of the reasoning with the highest scores, and their effective edges.
+    """The units of the strongest `count` hubs or checkpoints, and their effective edges.
 
-    `scores` are a backbone's `hubs` or `checkpoints`. Question and answer are left out: much
-    flow starts in the question and all ends in the answer, so they would top most lists.
+    `skip` is that of `TraceData.hubs`.
     """
-    best: dict[int, tuple[Unit, float]] = {}
-    for token in np.argsort(-scores, kind="stable").tolist():
+    trace, best = shown.trace, dict[int, tuple[Unit, float]]()
+    scores = getattr(trace.backbone, kind)
+    for token in standing_out(
+        scores, trace.throughput, trace.tokens, trace.spans, skip=skip
+    ).tolist():
         unit = shown.unit_of(token)
-        if scores[token] > 0 and unit.region == "response":
-            edges = float(scores[token] / shown.trace.throughput[token])
-            best.setdefault(unit.index, (unit, edges))
+        if unit.region == "response":
+            best.setdefault(unit.index, (unit, float(scores[token] / trace.throughput[token])))
         if len(best) == count:
             break
     return tuple(best.values())
+
+
+def is_long(pieces: Sequence[Piece]) -> bool:
+    """Whether a text takes so many lines on a page that it is folded."""
+    lines = "".join(piece.text for piece in pieces).split("\n")
+    return sum(1 + len(line) // _LINE for line in lines) > _MOST_LINES
 
 
 def shown_text(tokens: Sequence[str]) -> str:
@@ -241,12 +291,14 @@ def direction(pieces: Iterable[Piece]) -> str:
 
     Browsers do the same for `dir="auto"`, but repeat it for each element that the text gains.
     """
-    for piece in pieces:
-        for letter in piece.text:
-            kind = unicodedata.bidirectional(letter)
-            if kind in ("L", "R", "AL"):
-                return "ltr" if kind == "L" else "rtl"
-    return "ltr"
+    return written_direction("".join(piece.text for piece in pieces))
+
+
+def written_direction(text: str) -> str:
+    """`rtl` if the first letter of the text is written from right to left, otherwise `ltr`."""
+    kinds = map(unicodedata.bidirectional, text)
+    first = next((kind for kind in kinds if kind in ("L", "R", "AL")), "L")
+    return "ltr" if first == "L" else "rtl"
 
 
 def shorten(text: str, limit: int = 60) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -183,7 +182,6 @@ class RiverDrawing:
         waiting: The area of the flow that has not started.
         arrived: The area of the flow that has arrived.
         passing: The area of the flow that passes over the text beneath it, drawn from the middle.
-        flags: The position of each checkpoint, in per cent.
         deviation: The largest difference between 1 and the sum of the layers at a cut.
     """
 
@@ -192,11 +190,10 @@ class RiverDrawing:
     waiting: str
     arrived: str
     passing: str
-    flags: tuple[float, ...]
     deviation: float
 
 
-def draw_river(river: River, checkpoints: Sequence[Unit]) -> RiverDrawing:
+def draw_river(river: River) -> RiverDrawing:
     """The areas of a river: waiting flow, then each part of the text, then arrived flow."""
     layers = river_layers(river)
     length = int(river.cuts[-1])
@@ -219,7 +216,6 @@ def draw_river(river: River, checkpoints: Sequence[Unit]) -> RiverDrawing:
         waiting=areas[0],
         arrived=areas[-1],
         passing=_area(stretch, RIVER_HEIGHT / 2 - half, RIVER_HEIGHT / 2 + half),
-        flags=tuple(round(100 * (unit.last + 0.5) / length, 2) for unit in checkpoints),
         deviation=float(np.abs(layers.sum(1) - 1).max()),
     )
 

@@ -29,6 +29,8 @@ from flowtracer_plugin.report.display import (
     show,
     standouts,
 )
+from flowtracer_plugin.report.head_map import HeadMap, head_map
+from flowtracer_plugin.result.token_heads import TokenHeads
 from flowtracer_plugin.result.trace_data import TraceData
 from flowtracer_plugin.text.visible import encodable, visible
 
@@ -50,15 +52,19 @@ _PATHS = 5
 _WIDEST = 100
 
 
-def render_trace(trace: TraceData, drops: Mapping[int, float] | None = None) -> RenderableType:
+def render_trace(
+    trace: TraceData,
+    drops: Mapping[int, float] | None = None,
+    heads: TokenHeads | None = None,
+) -> RenderableType:
     """The view that `rich.print(trace)` shows, at any width, with or without colour.
 
     What the terminal's encoding cannot hold is shown by plain characters. `drops` are measured
-    knock-outs, as for `render_page`.
+    knock-outs and `heads` those that pay the edges into one token, as for `render_page`.
     """
     shown = show(trace)
-    hubs = standouts(shown, trace.backbone.hubs, _MARKS)
-    checkpoints = standouts(shown, trace.backbone.checkpoints, _MARKS)
+    hubs = standouts(shown, "hubs", _MARKS)
+    checkpoints = standouts(shown, "checkpoints", _MARKS)
     view = Group(
         _title(shown),
         *_carried(shown, drops),
@@ -73,6 +79,7 @@ def render_trace(trace: TraceData, drops: Mapping[int, float] | None = None) -> 
         _table(shown, "checkpoints", "much flow, gathered from many earlier tokens", checkpoints),
         "",
         _paths(shown),
+        *(() if heads is None else ("", _heads(head_map(shown, heads)))),
     )
     return Encodable(view=view)
 
@@ -116,7 +123,7 @@ def _title(shown: ShownTrace) -> Text:
 def _carried(shown: ShownTrace, drops: Mapping[int, float] | None) -> Iterator[Text]:
     """The tokens and the steps with the most flow, in a sentence each."""
     tokens = [
-        f"⟨{one.unit.inline.strip()}⟩ {percent(one.unit.throughput)}"
+        f"⟨{one.unit.word}⟩ {percent(one.unit.throughput)}"
         + ("" if one.drop is None else f" ({nats(one.drop)} nats)")
         for one in carriers(shown, drops)
     ]
@@ -220,4 +227,13 @@ def _paths(shown: ShownTrace) -> RenderableType:
     for path in shown.trace.paths(_PATHS):
         tokens = " → ".join(f"⟨{unit.inline}⟩" for unit in shown.units_of(path.tokens))
         lines.append(Text(f"{percent(path.probability):>9}  {tokens}"))
+    return Group(*lines)
+
+
+def _heads(found: HeadMap) -> RenderableType:
+    title = f"heads that pay the edges into ⟨{found.unit.inline}⟩, token {found.heads.token}"
+    lines = [Text(title, style="bold")]
+    for one, source in found.listed:
+        most = f"most from ⟨{source.inline}⟩ {percent(one.source_share)}"
+        lines.append(Text(f"{percent(one.share):>9}  layer {one.layer}, head {one.head}, {most}"))
     return Group(*lines)

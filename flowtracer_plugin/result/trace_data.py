@@ -14,6 +14,7 @@ from flowtracer_plugin.flow.river import River, river
 from flowtracer_plugin.flow.solve import Flow, solve_flow
 from flowtracer_plugin.flow.streamed import stream_stored
 from flowtracer_plugin.options import FlowOptions
+from flowtracer_plugin.result.standouts import AUTO, standing_out
 from flowtracer_plugin.text.spans import Region, Spans
 from flowtracer_plugin.text.visible import shown_on_stdout
 
@@ -130,21 +131,41 @@ class TraceData:
         found = self.backbone
         return float((found.prompt_inflow + found.source)[entered].sum())
 
-    def hubs(self, count: int = 10, *, within: str = "reasoning") -> tuple[RankedToken, ...]:
+    def hubs(
+        self, count: int = 10, *, within: str = "reasoning", skip: str = AUTO
+    ) -> tuple[RankedToken, ...]:
         """Tokens with much flow that many later tokens draw on, the strongest first.
 
-        The score is throughput × effective number of outgoing edges, in edges. Only tokens of the
-        response outside answer and target are ranked; `within="all"` ranks all tokens.
-        """
-        return self._ranked(self.backbone.hubs, count, within)
+        The score is throughput × effective number of outgoing edges, in edges. A hub has more than
+        its even share: its score is above the mean score of the tokens that are ranked, so there
+        may be fewer than `count`.
 
-    def checkpoints(self, count: int = 10, *, within: str = "reasoning") -> tuple[RankedToken, ...]:
+        Args:
+            count: The most hubs to return.
+            within: `"reasoning"` ranks the tokens of the response outside answer and target,
+                `"all"` all tokens.
+            skip: Tokens that are not ranked: `"blank"` (nothing but spaces and line breaks),
+                `"template"` (marks such as `<|im_end|>`, and prompt tokens outside the question),
+                `"format"` (marks such as `**` and `##`), or several with commas between. `""` ranks
+                them all; `"auto"` only those through which more flow passes than through any
+                other token, since they are what the trace has found.
+
+        Raises:
+            ValueError: `count` is below 1, or `within` or `skip` is not among the choices.
+        """
+        return self._ranked(self.backbone.hubs, count, within, skip)
+
+    def checkpoints(
+        self, count: int = 10, *, within: str = "reasoning", skip: str = AUTO
+    ) -> tuple[RankedToken, ...]:
         """Tokens with much flow that gather it from many earlier tokens, the strongest first.
 
-        The score is throughput × effective number of incoming edges, in edges. The same tokens are
-        ranked as in `hubs`.
+        The score is throughput × effective number of incoming edges, in edges. Otherwise as `hubs`.
+
+        Raises:
+            ValueError: As `hubs`.
         """
-        return self._ranked(self.backbone.checkpoints, count, within)
+        return self._ranked(self.backbone.checkpoints, count, within, skip)
 
     def paths(self, count: int = 5) -> tuple[FlowPath, ...]:
         """The most probable paths to the answer, the likeliest first.
@@ -166,15 +187,13 @@ class TraceData:
         return river(self.backbone, self.spans.prompt_length)
 
     def _ranked(
-        self, scores: Float[np.ndarray, " token"], count: int, within: str
+        self, scores: Float[np.ndarray, " token"], count: int, within: str, skip: str
     ) -> tuple[RankedToken, ...]:
         _check_count(count)
-        if within not in ("reasoning", "all"):
-            raise ValueError(f"within must be 'reasoning' or 'all', got {within!r}")
         regions = self.spans.regions
-        reasoning = (np.array(regions) == "response") & ~self.spans.target
-        eligible = (scores > 0) & ((within == "all") | reasoning)
-        order = np.argsort(-scores, kind="stable")
+        order = standing_out(
+            scores, self.throughput, self.tokens, self.spans, within=within, skip=skip
+        )
         return tuple(
             RankedToken(
                 index=index,
@@ -183,7 +202,7 @@ class TraceData:
                 throughput=float(self.throughput[index]),
                 score=float(scores[index]),
             )
-            for index in order[eligible[order]][:count].tolist()
+            for index in order[:count].tolist()
         )
 
     def __str__(self) -> str:

@@ -16,6 +16,7 @@ from flowtracer_plugin.report.pages.trace_page import render_notebook, write_pag
 from flowtracer_plugin.report.terminal import render_trace
 from flowtracer_plugin.result.document import document
 from flowtracer_plugin.result.storage import load_trace, save
+from flowtracer_plugin.result.token_heads import TokenHeads
 from flowtracer_plugin.result.trace_data import RankedToken, TraceData
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class FlowTrace(TraceData):  # noqa: D101
         *,
         drops: Mapping[int, float] | None = None,
         scores: Mapping[str, Float[np.ndarray, " _"]] | None = None,
+        heads: TokenHeads | None = None,
     ) -> Path:
         """Write one self-contained HTML page and return its path.
 
@@ -59,12 +61,14 @@ class FlowTrace(TraceData):  # noqa: D101
             scores: By name, other scores of at least 0 for every token, for example from
                 `credit.score_text(tracer, trace, ["attention", "entropy"])`; the page can shade the
                 text by them.
+            heads: What each head pays into one token, from `tracer.heads(trace, token)`; the page
+                shows it as a map of layers and heads.
 
         Raises:
-            ValueError: `drops` names a token that the trace does not have, or a score does not
-                have one finite number of at least 0 for each token.
+            ValueError: `drops` or `heads` name a token that the trace does not have, or a score
+                does not have one finite number of at least 0 for each token.
         """
-        return write_page(self, Path(path), drops, scores)
+        return write_page(self, Path(path), drops, scores, heads)
 
     def to_parquet(self, path: str | Path) -> Path:
         """Write a Parquet table with one row per token and return its path.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ from flowtracer_plugin.flow.streamed import stream_flow
 from flowtracer_plugin.flow.substitution import Rows
 from flowtracer_plugin.model.causal_lm import check_input, check_packing, input_device
 from flowtracer_plugin.model.padding import in_front
-from flowtracer_plugin.options import FlowOptions
+from flowtracer_plugin.options import BEST, EVERYWHERE, FlowOptions
 from flowtracer_plugin.reading.edges import (
     EdgeChoice,
     completions,
@@ -43,6 +45,8 @@ from flowtracer_plugin.trace.rollouts import (
     solve_rollouts,
     stream_rollouts,
 )
+
+logger = logging.getLogger(__name__)
 
 Ids = Int[Tensor, "batch token"]
 Mask = Bool[Tensor, "batch token"]
@@ -272,3 +276,16 @@ class Solver:
             for layer, chosen in zip(numbers, rows.heads[0], strict=True)
             for head in chosen.tolist()
         )
+
+
+def lacks_influence(reader: AttentionReader) -> bool:
+    """Whether the model cannot be traced by the preset `BEST`; a warning says why."""
+    reason = reader.why_no_influence()
+    logger.debug("preset %r: %s", BEST, reason or "possible")
+    if reason is not None:
+        warnings.warn(
+            f"this model is traced by preset={EVERYWHERE!r}, since it cannot be by {BEST!r}: "
+            f"{reason}. Choose a preset to be without this warning",
+            stacklevel=3,
+        )
+    return reason is not None

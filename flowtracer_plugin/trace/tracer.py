@@ -32,6 +32,7 @@ from flowtracer_plugin.model.generation import generate_ids
 from flowtracer_plugin.model.layers import layer_numbers, select_layers
 from flowtracer_plugin.options import BEST, EVERYWHERE, FREE, FlowOptions, flow_options, head_pairs
 from flowtracer_plugin.reading.reader import AttentionReader
+from flowtracer_plugin.result.token_heads import TokenHeads
 from flowtracer_plugin.text.answers import AnswerFinder, check_finder, finder_name
 from flowtracer_plugin.text.encoding import (
     Prompt,
@@ -48,7 +49,8 @@ from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.found_text import FoundText
 from flowtracer_plugin.trace.memory import MODES, MemoryEstimate
 from flowtracer_plugin.trace.rollouts import FlowBatch, check_rollouts, join_batches, rollout_masks
-from flowtracer_plugin.trace.solver import Solver
+from flowtracer_plugin.trace.solver import Solver, lacks_influence
+from flowtracer_plugin.trace.token_heads import token_heads
 
 logger = logging.getLogger(__name__)
 
@@ -570,6 +572,29 @@ class FlowTracer:
             )
             for text, parts in zip(texts, solved, strict=True)
         ]
+
+    def heads(self, trace: FlowTrace, token: int) -> TokenHeads:
+        """What each attention head pays into one token of a trace that this tracer made.
+
+        The edges of the trace are means over heads; this divides those into one token among the
+        heads again, at the cost of a forward pass, and with `edges="influence"` of a backward
+        pass. The trace's own options count, also where they are not those of this tracer.
+
+        Args:
+            trace: A trace of this model.
+            token: The number of the token.
+
+        Raises:
+            TooLittleMemoryError: The queries and keys of the text do not fit in the free memory.
+            UnsupportedArchitectureError: The model is tensor parallel: no process has all heads.
+            ValueError: No edges lead into the token, they are `"causal"`, which no single head has
+                a part of, or another model made the trace.
+
+        Examples:
+            >>> tracer.heads(trace, 43).strongest(1)[0].layer  # doctest: +SKIP
+            2
+        """
+        return token_heads(self.reader, trace, token)
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer.

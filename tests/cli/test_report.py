@@ -86,6 +86,21 @@ def test_a_check_says_what_the_answer_loses_without_the_tokens_with_the_most_flo
     assert "most flow passes through" in ran.out
 
 
+def test_the_heads_of_a_token_are_shown(flowtracer, plain_model, tmp_path, monkeypatch):
+    given = ["trace", plain_model, "--prompt", PROMPT, "--response", RESPONSE]
+    page = tmp_path / "page.html"
+    ran = flowtracer(*given, "--by-head", "answer", "--html", page, "--save", tmp_path / "a.flow")
+    place = int(ft.load(tmp_path / "a.flow").spans.answer.argmax())
+    assert f", token {place}\n" in ran.out
+    assert ran.out.count(", most from ⟨") == page.read_text("utf-8").count(", most from <") == 10
+    assert_failed(flowtracer(*given, "--by-head", "answer", "--json"), 2, "add --html FILE")
+    assert_failed(flowtracer(*given, "--by-head", "x"), 2, "the number of a token, or answer")
+    ran = flowtracer(*given, "--by-head", "3")
+    assert ran.code == 0
+    assert "no heads are shown: wanted a token that edges lead into" in ran.err
+    assert "likeliest paths" in ran.out
+
+
 def test_options_of_generation_reach_the_model(flowtracer, plain_model, monkeypatch):
     seen = []
 

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from dataclasses import replace
 from io import StringIO
 
 import numpy as np
@@ -10,9 +11,19 @@ from rich.console import Console
 
 from flowtracer_plugin.credit.weights import token_credit
 from flowtracer_plugin.report import render_notebook, render_page, write_page
-from flowtracer_plugin.report.display import HEAT_SHARES, Piece, direction, percent, ranges, show
+from flowtracer_plugin.report.display import (
+    HEAT_SHARES,
+    Piece,
+    direction,
+    is_long,
+    percent,
+    piece_starts,
+    ranges,
+    show,
+)
 from flowtracer_plugin.report.pages.trace_page_data import EDGES_PER_UNIT
 from flowtracer_plugin.report.terminal import render_trace
+from flowtracer_plugin.result.token_heads import TokenHeads
 from flowtracer_plugin.text.visible import visible
 from tests.made_traces import hostile_trace, make_trace
 from tests.pages import Page, assert_loads_nothing, assert_only_text
@@ -133,6 +144,37 @@ def test_tokens_without_text_join_the_character_they_spell():
     assert page.data["starts"] == [0, 1, 2, 6, 7]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "starts"),
+    [
+        (("👩", "\u200d", "🚀", "!"), [0, 3]),
+        (("👨", "\u200d👩", "", "\u200d👧", "x"), [0, 4]),
+        (("🇩", "🇪", "🇫", "🇷"), [0, 2]),
+        (("e", "\u0301", "e"), [0, 2]),
+        (("👍", "🏽", "a"), [0, 2]),
+        (("a", "\r", "\n", "b"), [0, 1, 3]),
+        (("ש", "ל", "מ", "ה"), [0, 1, 2, 3]),
+        (("a", "", "\u0301"), [0]),
+    ],
+)
+def test_tokens_that_split_what_readers_see_as_one_character_are_one_piece(tokens, starts):
+    assert piece_starts(tokens).tolist() == starts
+
+
+def test_a_long_text_folds():
+    def long(text):
+        return is_long([Piece(first=0, last=0, text=text)])
+
+    assert not long("word " * 200)
+    assert long("word " * 300)
+    assert long("\n" * 15)
+
+
+def test_blanks_are_named_by_signs():
+    words = [Piece(first=0, last=0, text=text).word for text in (" it", " ", "\n", "\t ")]
+    assert words == ["it", "␣", "⏎", "⇥␣"]
+
+
 def test_part_without_any_text_is_shown_as_empty():
     assert [unit.text for unit in show(make_trace(("", "", "", "7"), answer=(3,))).units] == [
         "∅",
@@ -186,7 +228,7 @@ def test_throughput_comes_back_from_the_data(trace, html):
     np.testing.assert_array_equal(np.frombuffer(packed, "<f4"), trace.throughput.astype("f4"))
 
 
-def test_short_texts_have_few_marks_and_long_ones_ten():
+def test_short_texts_have_few_marks_and_long_ones_at_most_ten():
     for lines, marks in ((1, 3), (4, 7), (12, 10)):
         page = Page(render_page(make_trace(("<s>", *WORDS * lines), prompt=5)))
         assert sum("data-hub" in attrs for _, attrs in page.tags) == marks + 1  # and the legend's
@@ -232,6 +274,64 @@ def test_percent_and_ranges():
     )
     assert ranges([1, 2, 3, 5, 7, 8]) == "1–3, 5, 7–8"
     assert ranges([]) == ""
+
+
+# Heads
+
+
+def heads_of(trace, token):
+    """Made-up heads that pay what flows into a token."""
+    flow = trace.flow.edge_flow()[token, :token]
+    parts = np.random.default_rng(0).random((2, 3, token))
+    paid = flow * parts / parts.sum((0, 1))
+    return TokenHeads(token=token, layers=(4, 6), edges=paid, flow=paid)
+
+
+def test_the_map_of_heads_says_what_each_pays(trace, hostile):
+    found = heads_of(trace, 40)
+    html = render_page(trace, heads=found)
+    for (row, head), share in np.ndenumerate(found.shares):
+        assert f"<title>layer {found.layers[row]}, head {head}: {percent(share)}</title>" in html
+    strengths = [
+        float(attrs["fill-opacity"]) for _, attrs in Page(html).tags if "fill-opacity" in attrs
+    ]
+    np.testing.assert_allclose(strengths, found.shares.ravel() / found.shares.max(), atol=6e-4)
+    assert_loads_nothing(html, "https://arxiv.org/abs/2606.10646")
+    assert '<section id="heads">' not in render_page(trace)
+    assert_only_text(Page(render_page(hostile, heads=heads_of(hostile, 20))), Page(html))
+    file = StringIO()
+    Console(file=file, width=100).print(render_trace(trace, heads=found))
+    best = found.strongest(1)[0]
+    assert f"{percent(best.share)}  layer {best.layer}, head {best.head}, most from" in (
+        file.getvalue()
+    )
+
+
+def test_heads_of_another_trace_are_refused(trace):
+    found = heads_of(trace, 40)
+    with pytest.raises(ValueError, match="found those of token 60 with 40 earlier ones"):
+        render_page(trace, heads=replace(found, token=60))
+    nothing = replace(found, flow=0 * found.flow)
+    assert "No flow enters this token" in render_page(trace, heads=nothing)
+
+
+# Blanks and formatting
+
+
+def test_rows_of_blanks_are_hidden_but_for_findings(trace):
+    shown = show(trace)
+    plain = {unit.index for unit in shown.units if shown.plain[unit.index]}
+    best = max(
+        unit.throughput
+        for unit in shown.response
+        if unit.text.strip() and unit.region == "response"
+    )
+    blank = [unit for unit in shown.response if unit.text == "\n"]
+    assert [unit.index in plain for unit in blank] == [unit.throughput <= best for unit in blank]
+    hidden = [
+        attrs for tag, attrs in Page(render_page(trace)).tags if tag == "tr" and "hidden" in attrs
+    ]
+    assert 0 < len(hidden) <= len(plain)
 
 
 # The notebook cell

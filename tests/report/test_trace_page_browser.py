@@ -65,8 +65,10 @@ def carried(trace, token):
 def test_pointing_at_a_token_shows_its_numbers(page, trace):
     tokens_of(page).nth(20).hover()
     where = page.locator("#where").inner_text()
-    order = np.argsort(-trace.throughput[13:], kind="stable").tolist()
-    assert where.startswith(f"token 20 · reasoning · rank {order.index(7) + 1} of 59 in the")
+    ranked = [at for at in range(13, len(TOKENS)) if not show(trace).plain[at]]
+    order = sorted(ranked, key=lambda at: -trace.throughput[at])
+    place = f"rank {order.index(20) + 1} of {len(ranked)}"
+    assert where.startswith(f"token 20 · reasoning · {place} in the")
     assert page.locator("#token").inner_text() == json.dumps(trace.tokens[20])
     assert page.locator("#amount").inner_text().startswith(f"{100 * trace.throughput[20]:.2f}"[:3])
     sources = page.locator("#sources button")
@@ -205,6 +207,92 @@ def test_blanks_can_be_shown_and_hidden(page):
     assert page.locator("#blanks").get_attribute("aria-pressed") == "true"
     page.locator("#blanks").click()
     assert text.text_content() == before
+
+
+def test_blanks_and_formatting_get_ranks_and_rows_on_request(visits):
+    trace = make_trace(("<s>", "What", "?", *[" is", "\n", " 3", "**"] * 6, "7", "."))
+    page, shown = visits.open(render_page(trace)), show(trace)
+    plain = {at for at in range(3, 27) if shown.plain[at]}
+    assert plain
+
+    def marked():
+        return set(numbers(page, "[data-hub]")) | set(numbers(page, "[data-checkpoint]"))
+
+    def rows():
+        found = page.locator("#tokentable tbody tr:visible td:first-child").all_inner_texts()
+        return {int(one) for one in found}
+
+    few = marked()
+    assert not plain & (few | rows())
+    tokens_of(page).nth(min(plain)).hover()
+    assert "blank or formatting, without a rank" in page.locator("#where").inner_text()
+    page.locator("#plain").click()
+    every = [token.index for token in trace.hubs(4, skip="")]
+    assert [int(tokens_of(page).nth(at).get_attribute("data-hub")) for at in every] == [1, 2, 3, 4]
+    assert plain & marked()
+    assert plain & rows()
+    ticks = page.locator("#marks").get_attribute("d").count("M")
+    assert ticks == len(numbers(page, "[data-hub]"))
+    assert page.locator(".flag").count() == len(numbers(page, "[data-checkpoint]"))
+    first = page.locator(f"#tokentable tr:has(button[data-unit='{every[0]}']) td.hub")
+    assert first.get_attribute("data-value") == "1"
+    page.locator("#plain").click()
+    assert marked() == few
+    assert not plain & rows()
+
+
+@pytest.mark.parametrize("asked", ["click", "key"])
+def test_to_the_answer(visits, asked):
+    page = visits.open(render_page(make_trace(TOKENS[:13] + tuple(LINES) * 12, prompt=13)))
+    assert page.evaluate("scrollY") == 0
+    page.keyboard.press("a") if asked == "key" else page.locator("#to-answer").click()
+    (answer,) = numbers(page, ".part .answer")
+    assert numbers(page, ":focus") == [answer]
+    assert page.locator("#where").inner_text().startswith(f"token {answer} · answer")
+    assert 100 < tokens_of(page).nth(answer).bounding_box()["y"] < 800
+    assert numbers(page, ".selected") == []
+
+
+def test_a_long_prompt_shows_its_end_until_it_is_unfolded(visits):
+    prompt = ("<s>", *[" word", " after"] * 240, "?")
+    trace = make_trace((*prompt, " It", " is", "7", "."), prompt=len(prompt))
+    page = visits.open(render_page(trace))
+    fold, button = page.locator("#fold"), page.locator("#unfold")
+    low, top = fold.evaluate("(fold) => fold.offsetHeight"), fold.bounding_box()["y"]
+    tops = {unit: tokens_of(page).nth(unit).bounding_box()["y"] for unit in (1, 480, 481)}
+    assert [unit for unit, y in tops.items() if y >= top] == [480, 481]
+    assert button.inner_text() == "Show all 482 tokens"
+    window, ribbon = (page.locator(one).bounding_box() for one in ("#window", "#ribbon"))
+    assert window["x"] - ribbon["x"] > ribbon["width"] / 3  # what is folded is not in view
+    button.click()
+    assert fold.evaluate("(fold) => fold.offsetHeight") > low
+    assert button.get_attribute("aria-expanded") == "true"
+    button.click()
+    assert fold.evaluate("(fold) => fold.offsetHeight") == low
+    page.evaluate("location.hash = '#t5'")
+    page.wait_for_function("!document.querySelector('.folded')")
+    assert numbers(page, ".selected") == [5]
+    page.emulate_media(media="print")
+    assert not button.is_visible()
+
+
+def test_on_a_phone_the_text_comes_before_the_legend(visits, html):
+    page = visits.open(html, width=375, height=667)
+    text, legend = (page.locator(one).bounding_box()["y"] for one in (".response .text", ".legend"))
+    assert text < legend
+    assert page.locator(".prompt .text").bounding_box()["y"] < 900
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_ranks_stand_above_the_text_and_take_no_room(page):
+    before, after = page.locator(".response [data-hub='1']").evaluate(
+        """(one) => {
+            const before = one.getBoundingClientRect().width;
+            delete one.dataset.hub;
+            return [before, one.getBoundingClientRect().width];
+        }"""
+    )
+    assert before == after
 
 
 def test_search_finds_across_tokens(page):
@@ -543,7 +631,8 @@ def test_all_writing_systems_are_shown_whole(visits):
         "\n",
         "שלום",
         " עולם",
-        "👩\u200d🚀",
+        "👩",
+        "\u200d🚀",
         "🇩🇪",
         "नमस्ते",
         " ٣",
@@ -554,6 +643,9 @@ def test_all_writing_systems_are_shown_whole(visits):
     assert tokens_of(page).all_text_contents() == [
         visible(unit.text).replace("\n", "⏎") for unit in show(trace).units
     ]
+    right = "(one) => one.getBoundingClientRect().right"
+    assert tokens_of(page).nth(1).evaluate(right) < 400  # each line in its own direction
+    assert tokens_of(page).nth(6).evaluate(right) > 600
     direction = "(text) => getComputedStyle(text).direction"
     assert page.locator(".prompt .text").evaluate(direction) == "ltr"
     assert page.locator(".response .text").evaluate(direction) == "rtl"

@@ -119,13 +119,12 @@ def test_solving_again_gives_the_stored_numbers(trace):
 @pytest.mark.parametrize("rank", ["hubs", "checkpoints"])
 def test_the_strongest_tokens_come_first(trace, rank, within):
     wanted = getattr(trace.backbone, rank)
-    eligible = [
-        token
-        for token in np.flatnonzero(trace.throughput).tolist()
-        if within == "all" or trace.spans.regions[token] == "response"
-    ]
+    regions = enumerate(trace.spans.regions)
+    ranked = [token for token, region in regions if within == "all" or region == "response"]
+    even = sum(wanted[token] for token in ranked) / len(ranked)
+    eligible = [token for token in ranked if wanted[token] > even]
     best = sorted(eligible, key=lambda token: (-wanted[token], token))
-    found = getattr(trace, rank)(99, within=within)
+    found = getattr(trace, rank)(99, within=within, skip="")
     assert [token.index for token in found] == best
     assert found[0] == RankedToken(
         index=best[0],
@@ -134,7 +133,8 @@ def test_the_strongest_tokens_come_first(trace, rank, within):
         throughput=float(trace.throughput[best[0]]),
         score=float(wanted[best[0]]),
     )
-    assert getattr(trace, rank)(5, within=within) == found[:5]
+    assert getattr(trace, rank)(2, within=within, skip="") == found[:2]
+    assert 0 < len(found) < len(ranked)
 
 
 @pytest.mark.parametrize("rank", ["hubs", "checkpoints"])

@@ -36,7 +36,7 @@ _TICKS = np.array([100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01]) /
 def ribbon_panels(shown: ShownTrace, width: float) -> list[Panel]:
     """The bars along the text, and a key to the numbers of the hubs."""
     count = 5 if width < 5 else 10
-    hubs = [unit for unit, _ in standouts(shown, shown.trace.backbone.hubs, count)]
+    hubs = [unit for unit, _ in standouts(shown, "hubs", count)]
 
     def draw(axes: Axes) -> None:
         bars = cut_into_bars(shown)

@@ -22,7 +22,7 @@ from flowtracer_plugin.report.figures.panels import (
 from flowtracer_plugin.report.figures.ribbon import along_the_text
 
 _HEIGHT, _ROW, _SWATCH = 1.15, 0.11, 0.21
-_WAITING = "#f1efe9"
+_WAITING, _ARRIVED = "#f1efe9", "#dedad0"
 _RESPONSE = LinearSegmentedColormap.from_list("response", ["#7fb2e2", "#2f74b8", "#163f6b"])
 
 
@@ -56,7 +56,7 @@ def _bands(river: River) -> list[tuple[str, str]]:
     shades = _RESPONSE(np.linspace(0, 1, len(response)))
     colours = {"prompt": FILLS["prompt"]} | dict(zip(response, map(to_hex, shades), strict=True))
     from_parts = [(f"from {name}", colours[name]) for name in river.bands]
-    return [("not yet started", _WAITING), *from_parts, ("arrived", INK)]
+    return [("not yet started", _WAITING), *from_parts, ("arrived", _ARRIVED)]
 
 
 def _columns(names: list[str], width: float) -> int:

@@ -20,6 +20,7 @@ from flowtracer_plugin.files import write_atomically
 from flowtracer_plugin.report.carried import nats
 from flowtracer_plugin.report.display import (
     direction,
+    is_long,
     model_label,
     number,
     p_value,
@@ -81,6 +82,7 @@ def _templates() -> Environment:
         "signed": signed,
         "visible": visible,
         "direction": direction,
+        "is_long": is_long,
         "digest": _digest,
         "shorten": shorten,
         "nats": nats,

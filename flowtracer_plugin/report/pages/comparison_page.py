@@ -188,7 +188,7 @@ def _column(length: int, parted: bool, shown: ShownTrace, rows: tuple[Row, ...])
         last = min(length, len(trace.tokens) - 1)
         start = next(begin for begin, end in bounds if begin <= last < end)
     units = tuple(unit for unit in shown.units if unit.last >= start)
-    hubs = standouts(shown, trace.backbone.hubs, _HUBS)
+    hubs = standouts(shown, "hubs", _HUBS)
     return Column(
         parts=ends_of(units, _MOST_TOKENS),
         stop=len(trace.tokens),

@@ -6,6 +6,7 @@
 
   /** The rows, except the one that says that there are none. */
   const rowsOf = (table) => [...table.tBodies[0].rows].filter((row) => row.cells.length > 1);
+  const isShown = (row) => !row.hidden;
 
   function sort(table, heading) {
     const column = heading.cellIndex;
@@ -32,7 +33,7 @@
 
   function csv(table) {
     const head = [...table.tHead.rows[0].cells].map((cell) => cell.dataset.kind);
-    const rows = rowsOf(table).map((row) => [...row.cells].map(written));
+    const rows = rowsOf(table).filter(isShown).map((row) => [...row.cells].map(written));
     const lines = [head, ...rows].map((row) => row.map(quoted).join(","));
     return `${lines.join("\r\n")}\r\n`;
   }

@@ -19,12 +19,13 @@ const tokens = (() => {
 
   /** Makes one token at a time reachable with Tab; keys move on from it, see `step`. */
   function rove(units) {
-    const marked = units.flatMap((unit, number) => (unit.dataset.hub || unit.dataset.checkpoint ? [number] : []));
+    const isMarked = ({ dataset }) => dataset.hub || dataset.checkpoint;
+    const after = (unit) => units.findIndex((one, number) => number > unit && isMarked(one));
     const moves = {
       ArrowLeft: (unit) => unit - 1,
       ArrowRight: (unit) => unit + 1,
-      j: (unit) => marked.find((mark) => mark > unit),
-      k: (unit) => marked.findLast((mark) => mark < unit),
+      j: after,
+      k: (unit) => units.slice(0, unit).findLastIndex(isMarked),
     };
     let current = 0;
 

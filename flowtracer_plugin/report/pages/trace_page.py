@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,18 @@ from flowtracer_plugin.report.display import (
     HEAT_SHARES,
     QUESTION,
     ShownTrace,
-    Unit,
     ranges,
     shorten,
     show,
-    standouts,
 )
+from flowtracer_plugin.report.head_map import head_map
 from flowtracer_plugin.report.pages.assets import embed, render, write_html
 from flowtracer_plugin.report.pages.trace_page_data import page_data
+from flowtracer_plugin.report.pages.trace_page_marks import Marks, marks_of
 from flowtracer_plugin.report.pages.trace_page_tables import step_rows, token_rows
+from flowtracer_plugin.result.token_heads import TokenHeads
 from flowtracer_plugin.result.trace_data import TraceData
 from flowtracer_plugin.text.visible import visible
-
-_MARKS, _LEAST_MARKS, _TOKENS_A_MARK = 10, 3, 6
-"""The limits of the number of marked hubs, and of marked checkpoints, in long and short texts."""
 
 _PATHS = 5
 _SCRIPTS = (
@@ -53,15 +52,17 @@ def write_page(
     path: Path,
     drops: Mapping[int, float] | None = None,
     scores: Scores | None = None,
+    heads: TokenHeads | None = None,
 ) -> Path:
     """Write the page of `render_page` to `path`, whole or not at all, and return `path`."""
-    return write_html(path, render_page(trace, drops, scores))
+    return write_html(path, render_page(trace, drops, scores, heads))
 
 
 def render_page(
     trace: TraceData,
     drops: Mapping[int, float] | None = None,
     scores: Scores | None = None,
+    heads: TokenHeads | None = None,
 ) -> str:
     """The page of `trace` as HTML; the same trace always gives the same page.
 
@@ -70,11 +71,12 @@ def render_page(
         drops: The fall of the answer's log-probability when a token is knocked out, in nats, by the
             token's number. The page shows it beside the token's throughput.
         scores: Other scores of the tokens by name. The page can shade the text by each of them.
+        heads: The heads that pay the edges into one token, which the page shows as a map.
 
     Raises:
         TypeError: A score is an array that cannot be read, such as a masked one.
-        ValueError: `drops` names a token that the trace does not have, or a score does not hold one
-            number of at least 0 for each token.
+        ValueError: `drops` or `heads` name a token that the trace does not have, or a score does
+            not hold one number of at least 0 for each token.
     """
     for name, values in (scores or {}).items():
         _check_scores(name, values, len(trace.tokens))
@@ -82,28 +84,29 @@ def render_page(
     if unknown:
         raise ValueError(f"wanted drops of tokens 0 to {len(trace.tokens) - 1}, found {unknown}")
     shown = show(trace)
-    hubs, checkpoints = (_marked(shown, name) for name in ("hubs", "checkpoints"))
+    marked, every = marks_of(shown), marks_of(shown, skip="")
     chosen = shown.units_of(trace.chosen)
-    steps, river = drawing.draw_steps(shown), drawing.draw_river(shown.river, checkpoints)
+    steps, river = drawing.draw_steps(shown), drawing.draw_river(shown.river)
+    listed = (unit for unit in chosen if unit.throughput)
+    rows = token_rows(shown, [*marked.units, *every.units, *listed], drops)
     return render(
         "trace_page.html.j2",
         styles=("trace_page.css",),
         script=_SCRIPTS,
-        **_shared(shown, hubs),
-        marks=_marks(hubs, checkpoints),
+        **_shared(shown, marked),
         carriers=carriers(shown, drops),
         leading=leading_steps(shown),
-        token_rows=token_rows(
-            shown, [*hubs, *checkpoints, *(unit for unit in chosen if unit.throughput)], drops
-        ),
+        token_rows=rows,
+        hides=any(row.plain for row in rows),
         chosen=chosen,
         step_rows=step_rows(shown),
+        heads=None if heads is None else head_map(shown, heads),
         measured=bool(drops),
         scores=list(scores or ()),
         paths=[(shown.units_of(path.tokens), path.probability) for path in trace.paths(_PATHS)],
         steps=steps,
         river=river,
-        data=embed(page_data(shown, steps, river, scores or {})),
+        data=embed(page_data(shown, steps, river, scores or {}, {"some": marked, "all": every})),
     )
 
 
@@ -124,13 +127,8 @@ def render_notebook(trace: TraceData) -> str:
     It lies in a frame of its own, so that its styles and those of the notebook never meet.
     """
     shown = show(trace)
-    hubs = _marked(shown, "hubs")
-    page = render(
-        "notebook.html.j2",
-        styles=("trace_page.css",),
-        **_shared(shown, hubs),
-        marks=_marks(hubs, ()),
-    )
+    hubs = replace(marks_of(shown), checkpoints=())
+    page = render("notebook.html.j2", styles=("trace_page.css",), **_shared(shown, hubs))
     # Below the header, a line holds about 110 characters and is 27 pixels high. Long texts scroll.
     lines = sum(1 + len(line) // 110 for line in trace.text.splitlines())
     return (
@@ -139,13 +137,14 @@ def render_notebook(trace: TraceData) -> str:
     )
 
 
-def _shared(shown: ShownTrace, hubs: tuple[Unit, ...]) -> dict[str, Any]:
+def _shared(shown: ShownTrace, marked: Marks) -> dict[str, Any]:
     """The context of both templates."""
     trace = shown.trace
     return {
         "trace": trace,
         "shown": shown,
         "drawing": drawing,
+        "marks": marked.ranks,
         "answer": shorten(visible(trace.spans.answer_text.replace("\n", "⏎"))),
         "answer_tokens": ranges(trace.spans.answer.nonzero()[0].tolist()),
         "layers": ranges(sorted(trace.layers)),
@@ -153,21 +152,5 @@ def _shared(shown: ShownTrace, hubs: tuple[Unit, ...]) -> dict[str, Any]:
         "question_count": int(trace.spans.question.sum()),
         "asked": QUESTION[trace.options.question],
         "heat_shares": HEAT_SHARES,
-        "ribbon": drawing.draw_ribbon(shown, hubs),
+        "ribbon": drawing.draw_ribbon(shown, marked.hubs),
     }
-
-
-def _marked(shown: ShownTrace, name: str) -> tuple[Unit, ...]:
-    """The units that the page marks as `hubs` or `checkpoints`, the strongest first."""
-    scores = getattr(shown.trace.backbone, name)
-    count = min(_MARKS, max(_LEAST_MARKS, len(shown.response) // _TOKENS_A_MARK))
-    return tuple(unit for unit, _ in standouts(shown, scores, count))
-
-
-def _marks(hubs: tuple[Unit, ...], checkpoints: tuple[Unit, ...]) -> dict[int, dict[str, int]]:
-    """The numbers of hubs and checkpoints, by unit."""
-    marks: dict[int, dict[str, int]] = {}
-    for name, ranked in (("hub", hubs), ("checkpoint", checkpoints)):
-        for number, unit in enumerate(ranked, start=1):
-            marks.setdefault(unit.index, {})[name] = number
-    return marks

@@ -47,22 +47,24 @@ const trace = (() => {
     return shares;
   }
 
-  /** Rank by throughput within the prompt or the response; the highest is 1. */
-  const ranks = (() => {
-    const found = new Uint32Array(count);
+  /** Ranks by throughput within the prompt or the response, from 1 on, as `rank of size`; units in `without` have none. */
+  function ranksOf(without) {
+    const found = Array(count);
     for (const [from, to] of [[0, data.promptUnits], [data.promptUnits, count]]) {
-      const order = Array.from({ length: to - from }, (_, place) => from + place);
+      const order = Array.from({ length: to - from }, (_, place) => from + place).filter((unit) => !without.has(unit));
       order.sort((one, other) => throughput[other] - throughput[one] || one - other);
-      order.forEach((unit, place) => (found[unit] = place + 1));
+      order.forEach((unit, place) => (found[unit] = `${place + 1} of ${order.length}`));
     }
     return found;
-  })();
+  }
 
   return {
     count,
     throughput,
     scores: data.scores,
-    ranks,
+    marks: data.marks,
+    ranks: { some: ranksOf(new Set(data.plain)), all: ranksOf(new Set()) },
+    answer: data.regions.indexOf("a"),
     steps: data.steps,
     river: data.river,
     tokenCount: data.tokens.length,
@@ -73,6 +75,7 @@ const trace = (() => {
     text: (unit) => data.tokens.slice(firstToken(unit), endToken(unit)).join(""),
     name: (unit) => tokens.range(firstToken(unit), endToken(unit) - 1),
     firstToken,
+    endToken,
     unitOf,
     edgesOf,
     carried,

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from flowtracer_plugin.flow.backbone import StrongEdges
 from flowtracer_plugin.report.display import ShownTrace
 from flowtracer_plugin.report.drawing import RiverDrawing, StepDrawing
+from flowtracer_plugin.report.pages.trace_page_marks import Marks
 
 EDGES_PER_UNIT = 5
 """Sources, and as many targets, that the page holds for each unit, so that the page grows with the
@@ -35,8 +36,11 @@ def page_data(
     steps: StepDrawing,
     river: RiverDrawing,
     scores: Mapping[str, Float[np.ndarray, " token"]],
+    marks: Mapping[str, Marks],
 ) -> dict[str, Any]:
     """The data that the page's script reads, by unit.
+
+    `marks` are those without `plain` units, and those among all units.
 
     `throughput` is float32. `scores` holds one string for each other score, with the heat of each
     unit as a digit. `sources` and `targets` hold `perUnit` edges for each unit, the strongest
@@ -50,6 +54,8 @@ def page_data(
         "starts": None if len(starts) == len(trace.tokens) else starts.tolist(),
         "promptUnits": shown.prompt_units,
         "regions": "".join(unit.region[0] for unit in units),
+        "marks": {name: one.places for name, one in marks.items()},
+        "plain": np.flatnonzero(shown.plain).tolist(),
         "throughput": _base64(shown.throughput.astype("<f4")),
         "scores": [
             "".join(map(str, shown.heats(np.asarray(values, np.float64)).tolist()))

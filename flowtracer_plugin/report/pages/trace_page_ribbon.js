@@ -4,12 +4,13 @@
   const view = document.getElementById("window");
   const { units } = text;
 
-  /** The first unit whose lower edge lies beneath `y`, by bisection. */
+  /** The first unit in view whose lower edge lies beneath `y`, by bisection. */
   function firstBelow(y) {
+    const fold = text.foldTop(); // the folded part of the prompt lies above it, but not in view
     let [low, high] = [0, units.length];
     while (low < high) {
       const middle = (low + high) >> 1;
-      if (units[middle].getBoundingClientRect().bottom > y) high = middle;
+      if (units[middle].getBoundingClientRect().bottom > (middle < trace.promptUnits ? Math.max(y, fold) : y)) high = middle;
       else low = middle + 1;
     }
     return low;
@@ -68,6 +69,11 @@
   text.onSelect((kept) => {
     document.getElementById("above").setAttribute("d", ticks(kept.sources, 88));
     document.getElementById("below").setAttribute("d", ticks(kept.targets, 88));
+  });
+
+  text.onMark(({ hub }) => {
+    const at = (unit) => (((unit + 0.5) * width) / units.length).toFixed(2);
+    document.getElementById("marks").setAttribute("d", hub.map((unit) => `M${at(unit)} 0v12`).join(""));
   });
 
   markWindow();

@@ -19,7 +19,19 @@
   };
   let current = 0;
 
-  for (const flag of stream.querySelectorAll(".flag")) flag.style.left = `${flag.dataset.at}%`;
+  /** A flag above each checkpoint. */
+  function flag({ checkpoint }) {
+    stream.querySelectorAll(".flag").forEach((one) => one.remove());
+    for (const unit of checkpoint) {
+      const one = document.createElement("span");
+      [one.className, one.textContent] = ["flag", "⚑"];
+      one.setAttribute("aria-hidden", true);
+      one.style.left = `${(100 * (trace.endToken(unit) - 0.5)) / trace.tokenCount}%`;
+      stream.append(one);
+    }
+  }
+  flag(trace.marks.some);
+  text.onMark(flag);
 
   function show(cut) {
     current = cut;

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from flowtracer_plugin.report.carried import drop_of
-from flowtracer_plugin.report.display import ShownTrace, Unit
+from flowtracer_plugin.report.display import ShownTrace, Unit, written_direction
 from flowtracer_plugin.report.drawing import StepRow, step_row
 
 MAX_TOKENS = 30
@@ -24,6 +24,8 @@ class TokenRow:
 
     Attributes:
         unit: The token, or the tokens that spell one character.
+        plain: Whether it is only a blank, a mark of the template, or formatting; the page hides
+            these rows at first.
         before: The text before it, on one line.
         after: The text after it, on one line.
         from_prompt: The share of its inflow that comes directly from the prompt.
@@ -36,6 +38,7 @@ class TokenRow:
     """
 
     unit: Unit
+    plain: bool
     before: str
     after: str
     from_prompt: float
@@ -44,14 +47,24 @@ class TokenRow:
     chosen: int | None
     drop: float | None
 
+    @property
+    def direction(self) -> str:
+        """`rtl` or `ltr`: how the token's line is written."""
+        line, rest = self.before.rpartition("⏎")[2], self.after.partition("⏎")[0]
+        return written_direction(line + self.unit.inline + rest)
+
 
 def token_rows(
     shown: ShownTrace, marked: Sequence[Unit], drops: Mapping[int, float] | None
 ) -> tuple[TokenRow, ...]:
-    """The tokens of the reasoning with the highest throughput and `marked` ones, by throughput."""
+    """The tokens of the reasoning with the highest throughput and `marked` ones, by throughput.
+
+    As many are listed that are not plain as if the plain ones were not there.
+    """
     reasoning = [unit for unit in shown.units if unit.region == "response" and unit.throughput]
-    best = sorted(reasoning, key=lambda unit: -unit.throughput)[:MAX_TOKENS]
-    listed = {unit.index: unit for unit in (*best, *marked)}.values()
+    by_flow = sorted(reasoning, key=lambda unit: -unit.throughput)
+    best = [unit for unit in by_flow if not shown.plain[unit.index]][:MAX_TOKENS]
+    listed = {unit.index: unit for unit in (*by_flow[:MAX_TOKENS], *best, *marked)}.values()
     by_throughput = sorted(listed, key=lambda unit: (-unit.throughput, unit.index))
     return tuple(_token_row(shown, unit, drops or {}) for unit in by_throughput)
 
@@ -66,6 +79,7 @@ def _token_row(shown: ShownTrace, unit: Unit, drops: Mapping[int, float]) -> Tok
     ]
     return TokenRow(
         unit=unit,
+        plain=bool(shown.plain[unit.index]),
         before=before,
         after=after,
         from_prompt=float(backbone.prompt_inflow[tokens].sum()) / unit.throughput,

@@ -7,8 +7,8 @@ const text = (() => {
   const numberOf = new Map(units.map((unit, number) => [unit, number]));
   const rover = tokens.rove(units);
   const [LEAST, STRONG] = [0.01, 0.1];
-  const atSelection = [];
-  let selected = null;
+  const [atSelection, atMark] = [[], []];
+  let [selected, ranked] = [null, "some"];
 
   const literal = (unit) => tokens.literal(trace.text(unit));
 
@@ -36,12 +36,12 @@ const text = (() => {
 
   function places(unit) {
     const inPrompt = unit < trace.promptUnits;
-    const population = inPrompt ? trace.promptUnits : trace.count - trace.promptUnits;
+    const rank = trace.ranks[ranked][unit];
     const { hub, checkpoint } = units[unit].dataset;
     return [
       `token ${trace.name(unit)}`,
       trace.region(unit),
-      `rank ${trace.ranks[unit]} of ${population} in the ${inPrompt ? "prompt" : "response"}`,
+      rank ? `rank ${rank} in the ${inPrompt ? "prompt" : "response"}` : "blank or formatting, without a rank",
       hub && `hub ${hub}`,
       checkpoint && `checkpoint ${checkpoint}`,
     ].filter(Boolean);
@@ -112,7 +112,25 @@ const text = (() => {
     return kept;
   }
 
+  // The fold of a long prompt
+
+  const prompt = pane.querySelector(".part.prompt");
+
+  /** Shows the whole prompt, or only its end. */
+  function fold(on) {
+    prompt.classList.toggle("folded", on);
+    byId("unfold").setAttribute("aria-expanded", !on);
+    byId("unfold").textContent = on ? unfoldName : "Fold the prompt";
+  }
+  const unfoldName = byId("unfold")?.textContent;
+  byId("unfold")?.addEventListener("click", () => fold(!prompt.classList.contains("folded")));
+
+  const isFolded = () => prompt?.classList.contains("folded");
+  const foldTop = () => (isFolded() ? byId("fold").getBoundingClientRect().top : -Infinity);
+  const reveal = (unit) => unit < trace.promptUnits && isFolded() && units[unit].getBoundingClientRect().top < foldTop() && fold(false);
+
   function scrollTo(unit, block = "center") {
+    reveal(unit);
     units[unit].scrollIntoView({ block, behavior: "instant" });
   }
 
@@ -139,6 +157,7 @@ const text = (() => {
   pane.addEventListener("focusin", (event) => {
     if (unitAt(event) === null) return;
     byId("detail").setAttribute("aria-live", "polite");
+    reveal(unitAt(event));
     show(unitAt(event));
   });
   pane.addEventListener("click", (event) => {
@@ -156,15 +175,43 @@ const text = (() => {
     if (target) goTo(Number(target.dataset.unit));
   });
 
+  /** To the answer, without a selection, so that the text stays as it is. */
+  function toAnswer() {
+    scrollTo(trace.answer);
+    rover.focus(trace.answer);
+    show(trace.answer);
+  }
+  byId("to-answer").addEventListener("click", toAnswer);
+
   document.addEventListener("keydown", (event) => {
     if (event.altKey || event.ctrlKey || event.metaKey || event.target === byId("query")) return;
     if (event.key === "Escape") return select(null);
+    if (event.key === "a" && event.target !== byId("score")) return toAnswer();
     if (unitAt(event) !== null && (event.key === "Enter" || event.key === " ")) {
       event.preventDefault();
       return select(rover.current() === selected ? null : rover.current());
     }
     rover.step(event);
   });
+
+  // Ranks
+
+  /** Marks and lists hubs and checkpoints, among all units or without blanks, template and formatting. */
+  function rank(all) {
+    ranked = all ? "all" : "some";
+    byId("plain").setAttribute("aria-pressed", all);
+    document.querySelectorAll("tr.plain").forEach((row) => (row.hidden = !all));
+    for (const [kind, marked] of Object.entries(trace.marks[ranked])) {
+      units.forEach((unit) => delete unit.dataset[kind]);
+      marked.forEach((unit, place) => (units[unit].dataset[kind] = place + 1));
+      for (const cell of document.querySelectorAll(`#tokentable td.${kind}`)) {
+        const place = marked.indexOf(Number(cell.parentElement.querySelector("button").dataset.unit));
+        cell.textContent = cell.dataset.value = place < 0 ? "" : place + 1;
+      }
+    }
+    atMark.forEach((listen) => listen(trace.marks[ranked]));
+  }
+  byId("plain")?.addEventListener("click", () => rank(ranked === "some"));
 
   // Shades and blanks
 
@@ -230,5 +277,15 @@ const text = (() => {
     });
   }
 
-  return { units, select, goTo, scrollTo, flash, focus: rover.focus, onSelect: (listen) => atSelection.push(listen) };
+  return {
+    units,
+    select,
+    goTo,
+    scrollTo,
+    foldTop,
+    flash,
+    focus: rover.focus,
+    onSelect: (listen) => atSelection.push(listen),
+    onMark: (listen) => atMark.push(listen),
+  };
 })();
