@@ -56,15 +56,19 @@ class LikelyPaths:
 
     def _within(self, start: int, stop: int, logs: Float[Tensor, "row row"]) -> None:
         """Find the paths of the block's tokens, from the last token to the first."""
-        sink = self._next.new_full((1,), -1)
-        columns = logs.mT.contiguous()
-        for token in reversed(range(start, stop)):
-            later = slice(token + 1, stop)
-            inner = columns[token - start, token + 1 - start :, None] + self._best[later]
-            values = torch.cat([self._best[token], self._ends[token], inner.flatten()])
-            numbers = torch.cat([self._next[token], sink, self._numbers[later].flatten()])
+        inside, sink = slice(start, stop), self._next.new_full((1,), -1)
+        columns, numbers = logs.mT.contiguous().unbind(), self._numbers[inside].flatten()
+        # Views of each token's row, made at once: indexing takes as long as the arithmetic.
+        best, following = self._best[inside].unbind(), self._next[inside].unbind()
+        ends = self._ends[inside].unbind()
+        for token in reversed(range(stop - start)):
+            later = token + 1
+            inner = columns[token][later:, None] + self._best[start + later : stop]
+            values = torch.cat([best[token], ends[token], inner.flatten()])
+            whose = torch.cat([following[token], sink, numbers[later * self._count :]])
             kept, place = values.topk(self._count)
-            self._best[token], self._next[token] = kept, numbers[place]
+            best[token].copy_(kept)
+            torch.index_select(whose, 0, place, out=following[token])
 
     def _push(self, start: int, stop: int, logs: Float[Tensor, "row key"]) -> None:
         """Offer the block's paths to all earlier tokens."""
@@ -73,7 +77,8 @@ class LikelyPaths:
         few = min(self._count, stop - start)
         row = (logs + best[:, :1]).topk(few, dim=0).indices
         offered = (logs.gather(0, row)[..., None] + best[row]).transpose(0, 1).flatten(1)
-        numbers = self._numbers[start:stop][row].transpose(0, 1).flatten(1)
+        ranks = torch.arange(self._count, device=row.device)
+        numbers = ((start + row.T)[..., None] * self._count + ranks).flatten(1)
         known, following = self._best[:start], self._next[:start]
         kept, place = torch.cat([known, offered], 1).topk(self._count)
         following.copy_(torch.cat([following, numbers], 1).gather(1, place))

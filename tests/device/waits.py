@@ -74,8 +74,9 @@ def tracing(preset: str, mode: str = "dense", tokens: int = LENGTHS[0]) -> Itera
 @contextmanager
 def looking(preset: str) -> Iterator[Work]:
     """The backbone of a trace that was made before, and of nothing else of it."""
-    with tracing(preset) as trace:
-        yield lambda trace=trace(): type(trace)._backbone(trace, 10)
+    with tracing(preset) as work:
+        trace = work()
+        yield lambda: trace._backbone(10)
 
 
 @contextmanager
@@ -96,22 +97,22 @@ WORK: Mapping[str, tuple[Callable[[], Any], int]] = {
     "GRPO step, training pass": (partial(training, flow_pass="training"), 3),
     "GRPO step, extra pass": (partial(training, flow_pass="extra"), 3),
     "GRPO generation, scoring pass": (partial(training, flow_pass="scoring", num_iterations=2), 4),
-    "GRPO step, `attention`": (partial(training, flow_scorer="attention"), 3),
+    "GRPO step, `attention`": (partial(training, flow_scorer="attention"), 2),
     "GRPO step, `flow:decided`": (partial(training, flow_scorer="flow:decided"), 3),
     "GRPO step, `flow:derivation`": (partial(training, flow_scorer="flow:derivation"), 3),
     "GRPO step, `flow:sharp`": (partial(training, flow_scorer="flow:sharp"), 5),
     "solve_flow": (solving, 1),
     "trace_ids, paper": (partial(batch, "paper"), 2),
-    "trace_ids, derivation": (partial(batch, "derivation"), 4),
-    "trace, paper": (partial(tracing, "paper"), 5),
-    "trace, sharp": (partial(tracing, "sharp"), 5),
-    "trace, decided": (partial(tracing, "decided"), 5),
-    "trace, derivation": (partial(tracing, "derivation"), 5),
-    "backbone of a trace": (partial(looking, "paper"), 11),
+    "trace_ids, derivation": (partial(batch, "derivation"), 3),
+    "trace, paper": (partial(tracing, "paper"), 2),
+    "trace, sharp": (partial(tracing, "sharp"), 4),
+    "trace, decided": (partial(tracing, "decided"), 2),
+    "trace, derivation": (partial(tracing, "derivation"), 3),
+    "backbone of a trace": (partial(looking, "paper"), 10),
     **{
         f"streamed trace, {preset}, {tokens} tokens": (
             partial(tracing, preset, "streamed", tokens),
-            13,
+            11,
         )
         for preset in ("paper", "derivation")
         for tokens in LENGTHS
