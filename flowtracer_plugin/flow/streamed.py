@@ -87,7 +87,7 @@ def stream_flow(
     sink = into_sink(target, nodes.reach, nodes.throughput)
     names = ("reach", "throughput", "source", "potential")
     by_token = {name: getattr(nodes, name) for name in names}
-    host = _on_host({**by_token, "sink": sink, **sums.by_token(nodes, sink)}, total)
+    host: dict[str, Any] = _on_host({**by_token, "sink": sink, **sums.by_token(nodes, sink)}, total)
     padded = {name: host.pop(name) for name in names}
     backbone = Backbone(
         question_reached=int(nodes.question_reached),
@@ -206,7 +206,7 @@ class _TwoPasses:
 
 def _on_host(
     values: Mapping[str, Float[Tensor, " token"]], length: int
-) -> dict[str, Float[np.ndarray, " token"]]:
+) -> dict[str, Float[np.ndarray, " longer"]]:
     """All values in one copy, with zeros for the tokens after the last target."""
     rows = torch.stack(list(values.values())).cpu().numpy()
     padded = np.pad(rows, ((0, 0), (0, length - rows.shape[1])))

@@ -161,7 +161,7 @@ class FlowCredit:
             returned, heard = self._listen(partial(forward, *args, **kwargs), given)
             self._hears.append(heard)
             return returned
-        inputs, ids, visible = self._inputs, given["input_ids"], given["attention_mask"]
+        inputs, ids, visible = self._inputs, given["input_ids"], given["attention_mask"].bool()
         assert inputs is not None
         if self._gamma is None or not _fits(ids, inputs):
             return forward(*args, **kwargs)
@@ -369,7 +369,7 @@ def _fits(ids: Tensor, rollouts: Mapping[str, Tensor]) -> bool:
 def _is_over(ids: Tensor, visible: Tensor, rollouts: Mapping[str, Tensor]) -> Bool[Tensor, ""]:
     """Whether a forward pass of fitting shape was over exactly these rollouts."""
     wanted = _whole(rollouts)
-    return (ids == wanted[0]).all() & (visible.bool() == wanted[1]).all()
+    return (ids == wanted[0]).all() & (visible == wanted[1]).all()
 
 
 def _competing(rollouts: Mapping[str, Tensor]) -> Bool[Tensor, "batch completion"]:

@@ -6,6 +6,7 @@ A path gets `place`, which moves tensors and models to the device, and returns n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import flowtracer_plugin as ft
+from flowtracer_plugin.credit.read_rollouts import Late, ReadRollouts
 from flowtracer_plugin.credit.scorers import SCORERS
 from flowtracer_plugin.evaluation.knockout import knock_out
 from flowtracer_plugin.grpo import CreditOptions
@@ -21,6 +23,7 @@ from flowtracer_plugin.grpo.other_trainers import rollout_credit
 from flowtracer_plugin.options import flow_options
 from flowtracer_plugin.reading.reader import AttentionReader
 from flowtracer_plugin.rewards.flow_reward import FlowReward
+from flowtracer_plugin.trace.rollouts import rollout_masks
 from tests.tiny import PROMPT, RESPONSE, tiny_llama, tiny_tokenizer
 
 Place = Callable[[Any], Any]
@@ -100,9 +103,8 @@ def traced(preset: str, place: Place, **options: Any) -> Any:
 
 
 def batch(preset: str, place: Place, **options: Any) -> Any:
-    size = options.pop("batch_size", None)
     made = tracer(place, preset, **options)
-    return values(made.trace_ids(*(place(one) for one in rollouts()), batch_size=size))
+    return values(made.trace_ids(*(place(one) for one in rollouts()), batch_size=2))
 
 
 def several(place: Place) -> Any:
@@ -113,12 +115,22 @@ def several(place: Place) -> Any:
     return [values(trace) for trace in made.trace_found(texts)]
 
 
-def scored(name: str, place: Place) -> Any:
-    """The weights of the tokens of rollouts by a scorer."""
-    oracle = r"\d" if name == "oracle" else None
-    options = CreditOptions(scorer=name, oracle=oracle)
-    made = tracer(place, layers="all")
-    return rollout_credit(made, *(place(one) for one in rollouts()), options=options)
+def credited(name: str, place: Place) -> Any:
+    """The weights of the tokens of rollouts, as a trainer gets them."""
+    options = CreditOptions(scorer=name)
+    return rollout_credit(tracer(place), *(place(one) for one in rollouts()), options=options)
+
+
+def scored(place: Place) -> Any:
+    """The boost of each token by every scorer, from one reading of the rollouts."""
+    made, (asked, said, *masks) = tracer(place, layers="all"), rollouts()
+    ids, visible = place(torch.cat([asked, said], 1)), place(torch.cat(masks, 1).bool())
+    start, surprisals = asked.shape[1], place(torch.linspace(0, 1, said.numel()).view(said.shape))
+    found = rollout_masks(made.tokenizer, ids, visible, start, made.options, made.answer)
+    late = partial(Late, surprisals, surprisals)
+    read = ReadRollouts(made, ids, visible, start, found, late=late, oracle=r"\d")
+    scorers = [replace(one, steps=min(one.steps, 1)) for one in SCORERS.values()]
+    return [scorer.boost(read.rollouts(scorer), 0.4) for scorer in scorers]
 
 
 def cut(rows: str, place: Place) -> Any:
@@ -130,7 +142,7 @@ def cut(rows: str, place: Place) -> Any:
     return [found.log_prob, found.drop, found.divergence]
 
 
-def credited(place: Place) -> Any:
+def weighed(place: Place) -> Any:
     throughput = torch.rand(3, 40, generator=torch.Generator().manual_seed(1))
     mask = torch.arange(40).expand(3, -1) < 30
     return ft.token_credit(place(throughput), place(mask), normalize="mean_one")
@@ -151,31 +163,30 @@ def attention(place: Place) -> Any:
     return tracer(place).attention(place(ids), place(mask))
 
 
-PRESETS = ("paper", "decision", "sharp", "decided", "derivation", "causal")
+PRESETS = ("paper", "sharp", "decided", "derivation", "causal")
 PATHS: Mapping[str, Path] = {
     **{f"solve {kind}": partial(solved, kind) for kind in ("dense", "batched", "sparse")},
     "solve sparse as dense": partial(solved, "sparse", backend="dense"),
     "solve dense as sparse": partial(solved, "dense", backend="sparse"),
     "solve origins": partial(solved, "batched", question_weights="origins"),
     "solve absorbing": partial(solved, "dense", boundary="absorbing", question_weights="reach"),
-    "token credit": credited,
-    **{f"trace {preset}": partial(traced, preset) for preset in PRESETS},
+    "token credit": weighed,
+    **{
+        f"trace {preset}": partial(traced, preset)
+        for preset in ("paper", "sharp", "decided", "derivation")
+    },
     "trace with nnsight": partial(traced, "paper", backend="nnsight"),
     "trace without the first token": partial(traced, "paper", first_token="drop"),
     "traces at once": several,
     **{
         f"streamed {preset}": partial(traced, preset, mode="streamed")
-        for preset in ("paper", "sharp", "derivation")
+        for preset in ("paper", "derivation")
     },
     **{f"rollouts {preset}": partial(batch, preset) for preset in PRESETS},
     "rollouts streamed": partial(batch, "paper", mode="streamed"),
-    "rollouts in parts": partial(batch, "paper", batch_size=2),
     "attention": attention,
-    **{f"scorer {name}": partial(scored, name) for name in SCORERS},
-    **{
-        f"scorer {name}": partial(scored, name)
-        for name in ("flow:sharp", "flow:derivation", "flow:causal:2", "flow*entropy")
-    },
+    "every scorer": scored,
+    **{f"credit by {name}": partial(credited, name) for name in ("flow", "flow:sharp*entropy")},
     "knock-out of future rows": partial(cut, "future"),
     "knock-out of the answer's rows": partial(cut, "answer"),
     "reward": rewarded,

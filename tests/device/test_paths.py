@@ -7,6 +7,11 @@ from tests.device.paths import PATHS, same
 from tests.device.simulated import DEVICE, on_host, placed, simulated
 from tests.device.training import Steps
 
+pytestmark = [
+    pytest.mark.usefixtures("unchecked"),  # what is checked in all other tests takes long here
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+]
+
 
 def unmoved(value):
     return value
@@ -25,7 +30,7 @@ def test_results_stay_on_the_device():
         found = PATHS["rollouts paper"](placed)
         assert {one.device for one in found} == {DEVICE}
         assert PATHS["solve dense"](placed)[0].device == DEVICE
-        assert PATHS["scorer flow"](placed).device == DEVICE
+        assert PATHS["credit by flow"](placed).device == DEVICE
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from flowtracer_plugin.attention import head_mean
 from flowtracer_plugin.credit import weights
 from flowtracer_plugin.flow import streamed, torch_arrays
 from flowtracer_plugin.model import padding
-from flowtracer_plugin.reading import edges, influence
 from flowtracer_plugin.trace import rollouts, solver
 from tests.device import paths
 from tests.device.simulated import DEVICE, NAME, on_host, placed, simulated
+
+pytestmark = pytest.mark.usefixtures("unchecked")  # as all other tests are checked, this takes long
 
 HERE = torch.arange(6.0).view(2, 3)
 
@@ -87,7 +88,7 @@ def test_numpy_does_not_read_the_device():
         ("bincount", lambda there: torch.bincount(there.long().flatten())),
         ("index of booleans", lambda there: there[there > 2]),
         ("index from the host", lambda there: there[:, torch.tensor([0, 2])]),
-        ("index from the host", lambda there: there[:, [0, 2]]),
+        ("copy to the device", lambda there: there[:, [0, 2]]),
         ("repeat_interleave", lambda there: there[0].repeat_interleave(there[0].long())),
         ("copy to the host", lambda there: there.cpu()),
         ("copy to the host", lambda there: torch.zeros(2, 3).copy_(there)),
@@ -126,7 +127,9 @@ def test_a_wait_has_the_line_that_asked_for_it():
     attention = placed(paths.graph("dense")[0])
     with simulated() as waits:
         torch_arrays.extremes(attention)[0].item()  # asked for by this test, not by the package
-        rollouts.to_host(placed(torch.ones(1, 3, dtype=torch.long)), placed(torch.ones(1, 3)))
+        rollouts.to_host(
+            placed(torch.ones(1, 3, dtype=torch.long)), placed(torch.ones(1, 3).bool())
+        )
     theirs, ours = waits
     assert theirs.place == ""
     assert re.fullmatch(r"trace/rollouts\.py:\d+", ours.place)
@@ -149,14 +152,8 @@ def on_the_host(real, *given, **more):
 
 FAULTS = [
     (head_mean, "_later", "trace paper"),
-    (edges, "reasoning_mask", "trace sharp"),
-    (edges, "completions", "rollouts decided"),
-    (influence, "_lengths", "trace derivation"),
-    (padding, "_places", "rollouts streamed"),
-    (padding, "_order", "rollouts streamed"),
     (rollouts, "moved_back", "rollouts streamed"),
     (rollouts, "sent", "rollouts paper"),
-    (solver, "sent", "trace paper"),
     (streamed, "_numbers", "streamed paper"),
     (streamed, "into_sink", "streamed paper"),
     (weights, "_beside", "token credit"),
@@ -171,15 +168,25 @@ def test_a_tensor_that_was_left_on_the_host_is_found(monkeypatch, module, name, 
         paths.PATHS[path](placed)
 
 
-def test_a_copy_that_waits_is_found(monkeypatch):
-    def blocking(values, device):
-        return torch.as_tensor(values).to(device)
+def blocking(_real, values, device):
+    """A copy to the device for which the host waits."""
+    return torch.as_tensor(values).to(device)
 
+
+@pytest.mark.parametrize(
+    ("module", "name", "fault", "path"),
+    [
+        (solver, "sent", blocking, "trace paper"),
+        (padding, "_places", on_the_host, "rollouts streamed"),  # CUDA takes such an index
+    ],
+)
+def test_a_fault_that_only_waits_is_found(monkeypatch, module, name, fault, path):
+    with simulated():
+        paths.PATHS[path](placed)  # the first run also checks the model
     found = []
-    for module in (None, solver):
-        if module is not None:
-            monkeypatch.setattr(module, "sent", blocking)
+    for changed in (getattr(module, name), partial(fault, getattr(module, name))):
+        monkeypatch.setattr(module, name, changed)
         with simulated() as waits:
-            paths.PATHS["trace paper"](placed)
-        found.append(sum(bool(wait.place) for wait in waits))
+            paths.PATHS[path](placed)
+        found.append(len(waits))
     assert found[1] > found[0]

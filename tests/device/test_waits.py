@@ -13,6 +13,11 @@ from tests.device.simulated import placed, simulated
 from tests.device.waits import WORK, count
 from tests.tiny import PROMPT, RESPONSE
 
+pytestmark = [
+    pytest.mark.usefixtures("unchecked"),  # what is checked in all other tests takes long here
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+]
+
 TESTED = [
     "GRPO step, training pass",
     "GRPO step, `flow:derivation`",
