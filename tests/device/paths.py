@@ -194,15 +194,14 @@ PATHS: Mapping[str, Path] = {
 }
 
 
-def same(found: Any, wanted: Any) -> None:
+def same(found: Any, wanted: Any, close: float = 1e-4) -> None:
     """Compare two results of a path, number by number."""
     if isinstance(wanted, list | tuple):
         assert len(found) == len(wanted)
         for one, other in zip(found, wanted, strict=True):
-            same(one, other)
+            same(one, other, close)
     elif isinstance(wanted, torch.Tensor | np.ndarray):
-        torch.testing.assert_close(
-            torch.as_tensor(found), torch.as_tensor(wanted), rtol=1e-4, atol=1e-5
-        )
+        numbers = torch.as_tensor(found), torch.as_tensor(wanted)
+        torch.testing.assert_close(*numbers, rtol=close, atol=close / 10)
     else:
-        assert found == (wanted if wanted is None else pytest.approx(wanted, rel=1e-4))
+        assert found == (wanted if wanted is None else pytest.approx(wanted, rel=close))

@@ -22,7 +22,8 @@ def test_a_path_gives_the_numbers_of_the_host(name):
     wanted = PATHS[name](unmoved)
     with simulated():
         found = PATHS[name](placed)
-    same(on_host(found), wanted)
+    # The noise of `oar` moves answers so little that rounding shows.
+    same(on_host(found), wanted, 1e-2 if name == "every scorer" else 1e-4)
 
 
 def test_results_stay_on_the_device():
