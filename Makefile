@@ -16,7 +16,7 @@ LOWEST_TESTS := $(addprefix tests/,test_versions.py attention/test_adapter.py \
 # Whole files to a worker, since the tests of a file share models; a worker takes about 2 GB.
 WORKERS ?= --numprocesses logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-lowest deepspeed flashtrace app bench ablation conformance docs lint types package \
+.PHONY: demo test test-lowest deepspeed flashtrace app bench gpu ablation conformance docs lint types package \
 	reasoner clean
 
 demo: $(STAMP)
@@ -31,6 +31,13 @@ conformance: $(STAMP)
 # Takes two hours of an idle machine; make bench ONLY="flow_stage" runs one of them.
 bench: flashtrace
 	$(BIN)/python -m benchmarks $(ONLY)
+
+# On a machine with a GPU: what has not run on one yet, in an hour. A CUDA build of torch that is
+# installed is used as it is.
+gpu:
+	$(PYTHON) -m venv --system-site-packages .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --editable ".[all,dev]"
+	.venv-gpu/bin/python -m benchmarks.first_gpu $(ARGS)
 
 # Takes a few hours of two cores; it goes on where it was broken off.
 ablation: $(STAMP)
@@ -91,4 +98,4 @@ $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
 	touch $(LOWEST_STAMP)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(ZERO) $(FLASHTRACE) $(APP) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(ZERO) $(FLASHTRACE) $(APP) .venv-gpu build dist .pytest_cache .mypy_cache .ruff_cache

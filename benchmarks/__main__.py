@@ -19,6 +19,7 @@ ALL = (
     "long_sequences",
     "flashtrace",
     "grpo_step",
+    "host_waits",
 )
 
 

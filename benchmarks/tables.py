@@ -109,7 +109,7 @@ def section(module: ModuleType, report: Report | None) -> str:
     return _paragraphs(
         [
             *parts,
-            table(report),
+            getattr(module, "table", table)(report),
             _list(verdict(target, report) for target in module.TARGETS),
             _list(remarks),
             _list(notes(report)),

@@ -43,6 +43,7 @@ LATE = {
     ("bulk.engines", "bulk.ray_actors"),
     ("bulk.engines", "torch"),
     ("bulk.ray_actors", "torch"),
+    ("credit.weights", "flow.torch_arrays"),
     ("credit.weights", "torch"),
     ("flow.dispatch", "flow.numpy_arrays"),
     ("flow.dispatch", "flow.scipy_arrays"),

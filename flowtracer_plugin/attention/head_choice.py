@@ -22,17 +22,20 @@ def attention_to(
     call: AttentionCall | AttentionWeights,
     target: Bool[Tensor, "batch token"],
     reasoning: Bool[Tensor, "batch token"],
+    asked: Sequence[bool],
 ) -> Float[Tensor, "batch head"]:
-    """The attention that each head pays from the target's rows to earlier reasoning tokens."""
+    """The attention that each head pays from the target's rows to earlier reasoning tokens.
+
+    `asked` says which tokens are targets in any of the texts.
+    """
     device = query_tensor(call).device
     target, reasoning = target.to(device), reasoning.to(device)
     batch, tokens = target.shape
     paid = torch.zeros(batch, query_tensor(call).shape[1], device=device)
-    wanted = target.any(0).tolist()
     with torch.autocast(device.type, enabled=False):
         for start in range(0, tokens, _BLOCK):
             rows = slice(start, min(start + _BLOCK, tokens))
-            if any(wanted[rows]):
+            if any(asked[rows]):
                 found = token_probabilities(call, rows, tokens).tril(start - 1)
                 keys = reasoning[:, None, None, : found.shape[-1]]
                 paid += found.mul(keys).sum(-1).mul(target[:, None, rows]).sum(-1)
@@ -45,7 +48,7 @@ def most_attentive(paid: Sequence[Float[Tensor, "batch _"]], share: float) -> Ch
     A text in which no head pays any attention keeps all its heads.
     """
     counts = [one.shape[1] for one in paid]
-    among = torch.cat([one.cpu() for one in paid], dim=1)
+    among = torch.cat([one.to(paid[0].device) for one in paid], dim=1).cpu()
     number = math.ceil(round(share * among.shape[1], 9))
     rank = among.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     chosen = (rank < number) | (among.sum(1, keepdim=True) <= 0)

@@ -285,7 +285,9 @@ class _Policy:
         rollouts = read.rollouts(scorer)
         features, share = scorer.measure(rollouts), self.options.top_fraction
         boost, wrong = scorer.choices(features, rollouts, share)
-        for row, error in {**wrong, **read.errors}.items():
+        rows = wrong.nonzero()[:, 0].tolist()
+        invalid = dict.fromkeys(rows, scorer.invalid(features, rollouts)) if rows else {}
+        for row, error in {**invalid, **read.errors}.items():
             boost[row] = 0.0
             self.troubles.add(f"{scorer.name} chooses nothing in a completion", error)
         return boost

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from flowtracer_plugin.credit.controls import permute_within, role_and_position
 from flowtracer_plugin.credit.measures import Features, Rollouts
 from flowtracer_plugin.credit.outcome_gate import outcome_gate
 from flowtracer_plugin.credit.rhythm import Rhythm, coupled_boost
-from flowtracer_plugin.credit.weights import top_tokens
+from flowtracer_plugin.credit.weights import highest
 
 Boost = Float[Tensor, "batch completion"]
 Choose = Callable[[Features, Rollouts, float], Boost]
@@ -45,7 +45,7 @@ class Scorer:
             each token, float32: from 0 to 1 (`coupled`: to 1.5; `gated`: from −1), and 0 for tokens
             that do not compete. It chooses the `⌈share · n⌉` of a row's `n` competing tokens with
             the highest scores, the earlier among equals, and never a token whose score is 0. It
-            raises `ValueError` if a score is negative or not finite.
+            does not check the scores, for which the host would wait for the device.
         formula: The score in words or symbols.
         source: The publication of the score.
         cost: What it costs in addition to the forward pass that trains.
@@ -70,31 +70,35 @@ class Scorer:
     code: str = ""
 
     def boost(self, rollouts: Rollouts, top_fraction: float) -> Boost:
-        """The boost of each token, by both steps."""
-        return self.choose(self.measure(rollouts), rollouts, top_fraction)
+        """The boost of each token, by both steps.
+
+        Raises:
+            InvalidScoreError: A score is negative or not finite.
+        """
+        features = self.measure(rollouts)
+        boost, wrong = self.choices(features, rollouts, top_fraction)
+        if bool(wrong.any()):
+            raise self.invalid(features, rollouts)
+        return boost
 
     def choices(
         self, features: Features, rollouts: Rollouts, top_fraction: float
-    ) -> tuple[Boost, Mapping[int, Exception]]:
-        """The boost of each token, and the error of each row whose scores are invalid.
+    ) -> tuple[Boost, Bool[Tensor, " batch"]]:
+        """The boost of each token, and True for each row with an invalid score.
 
-        Such a row has a boost of 0 everywhere.
+        Such a row has a boost of 0 everywhere, and `invalid` is its error.
         """
-        try:
-            return self.choose(features, rollouts, top_fraction), {}
-        except ValueError as error:
-            wrong = (~features.isfinite() | (features < 0)) & rollouts.competing
-            rows = wrong.any(0).any(-1)
-            if not bool(rows.any()):
-                raise
-            invalid = InvalidScoreError(
-                f"the scores of {self.name!r} must be finite and not negative, got "
-                f"{float(features[wrong][0])}"
-            )
-            invalid.__cause__ = error
-            errors = dict.fromkeys(rows.nonzero()[:, 0].tolist(), invalid)
-            sound = features.masked_fill(rows[:, None], 0.0)
-            return self.choose(sound, rollouts, top_fraction), errors
+        rows = _wrong(features, rollouts).any(0).any(-1)
+        sound = features.masked_fill(rows[:, None], 0.0)
+        boost = self.choose(sound, rollouts, top_fraction)
+        return boost.masked_fill(rows[:, None], 0.0), rows
+
+    def invalid(self, features: Features, rollouts: Rollouts) -> InvalidScoreError:
+        """The error of scores of which some are invalid."""
+        return InvalidScoreError(
+            f"the scores of {self.name!r} must be finite and not negative, got "
+            f"{float(features[_wrong(features, rollouts)][0])}"
+        )
 
     @property
     def parts(self) -> tuple[Scorer, ...]:
@@ -129,11 +133,7 @@ def bottom(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost
     """The boost of the tokens with the lowest scores, the earlier among equals.
 
     Nothing is chosen in rollouts whose scores are all 0.
-
-    Raises:
-        ValueError: A score is negative or not finite.
     """
-    _top(features[0], rollouts, top_fraction)  # refuses invalid scores
     competing, size = rollouts.competing, rollouts.competing.shape[-1]
     score = features[0].masked_fill(~competing, torch.inf)
     turned = (size - score.argsort(dim=-1, stable=True).argsort(dim=-1)).float()
@@ -159,7 +159,6 @@ def gated(features: Features, rollouts: Rollouts, top_fraction: float) -> Boost:
 
     Tokens of the answer and behind it keep the weight 1.
     """
-    _top(features[0], rollouts, top_fraction)  # refuses invalid scores
     answer = rollouts.answer[:, rollouts.prompt_length :]
     weighed = rollouts.competing & (answer.cumsum(-1) == 0) & answer.any(-1, keepdim=True)
     return outcome_gate(features[0], weighed, top_fraction) - 1.0
@@ -183,4 +182,9 @@ def _top(
     score: Float[Tensor, "batch completion"], rollouts: Rollouts, top_fraction: float
 ) -> Bool[Tensor, "batch completion"]:
     competing = rollouts.competing
-    return top_tokens(score.masked_fill(~competing, 0.0), competing, top_fraction=top_fraction)
+    return highest(score.masked_fill(~competing, 0.0), competing, top_fraction)
+
+
+def _wrong(features: Features, rollouts: Rollouts) -> Bool[Tensor, "feature batch completion"]:
+    """True for the scores of competing tokens by which nothing can be chosen."""
+    return (~features.isfinite() | (features < 0)) & rollouts.competing

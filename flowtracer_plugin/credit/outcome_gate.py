@@ -12,7 +12,7 @@ from flowtracer_plugin.credit.controls import row_generator
 from flowtracer_plugin.credit.saliency import check_whole
 from flowtracer_plugin.model.causal_lm import first_output, language_model, text_inputs
 from flowtracer_plugin.model.cutting import plainly
-from flowtracer_plugin.model.padding import in_front, text_first
+from flowtracer_plugin.model.padding import in_front, moved_back, text_first
 from flowtracer_plugin.reading.influence import own_graph
 
 NOISE = 1e-3
@@ -108,9 +108,7 @@ def _of_batch(
         (gradient,) = torch.autograd.grad(total, embedded)
     clean = embedded[0].detach().float() - noise
     sensitivity = (gradient.float() * clean).sum(-1).abs() * moved
-    found = torch.zeros(ids.shape, device=ids.device)
-    found[visible] = sensitivity[ordered].to(ids.device)
-    return found
+    return moved_back(sensitivity, visible).to(ids.device)
 
 
 def _noise(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
 from flowtracer_plugin.model.causal_lm import first_output, text_inputs
-from flowtracer_plugin.model.padding import in_front, text_first
+from flowtracer_plugin.model.padding import in_front, moved_back, text_first
 from flowtracer_plugin.model.parallel import may_stop, tensor_parallel_group
 from flowtracer_plugin.reading.influence import own_graph
 
@@ -66,6 +66,4 @@ def _of_batch(model: nn.Module, ids: Tensor, visible: Tensor, answer: Tensor) ->
         total = chances.gather(-1, ordered_ids[row, place + 1, None]).sum()
         (gradient,) = torch.autograd.grad(total, embedded)
     lengths = gradient.float().norm(dim=-1) * embedded[0].detach().float().norm(dim=-1)
-    found = torch.zeros(ids.shape, device=ids.device)
-    found[visible] = lengths[ordered].to(ids.device)
-    return found
+    return moved_back(lengths, visible).to(ids.device)

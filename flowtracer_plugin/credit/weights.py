@@ -108,6 +108,15 @@ def top_tokens(
         array([ True, False,  True, False])
     """
     _validate(throughput, mask, top_fraction)
+    return highest(throughput, mask, top_fraction)
+
+
+def highest(
+    throughput: Float[Any, "*batch token"],
+    mask: Bool[Any, "*batch token"] | Int[Any, "*batch token"],
+    top_fraction: float,
+) -> Bool[Any, "*batch token"]:
+    """`top_tokens` without its checks, for which the host would wait for the device."""
     xp, counted = _library(throughput), mask != 0
     competing = xp.where(counted, throughput, -1.0)
     rank = _descending(competing).argsort(-1)
@@ -129,7 +138,9 @@ def _beside(array: Any, values: list[int]) -> Any:
     """The values as an array of the same library and on the same device."""
     if isinstance(array, np.ndarray):
         return np.array(values)
-    return _library(array).tensor(values, device=array.device)
+    from flowtracer_plugin.flow.torch_arrays import sent
+
+    return sent(values, array.device)
 
 
 def _descending(values: Float[Any, "*batch token"]) -> Any:

@@ -8,7 +8,13 @@ from typing import Any
 from jaxtyping import Bool, Float
 
 from flowtracer_plugin.flow.dispatch import backend_of
-from flowtracer_plugin.flow.validation import check, read_mask, read_matrices
+from flowtracer_plugin.flow.validation import (
+    Check,
+    check_numbers,
+    read_checks,
+    read_mask,
+    read_matrices,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -64,6 +70,18 @@ class FlowGraph:
                [1., 0., 0.],
                [1., 1., 0.]])
         """
+        graph, check = cls.with_check(attention, question, answer)
+        read_checks([check])
+        return graph
+
+    @classmethod
+    def with_check(cls, attention: Any, question: Any, answer: Any) -> tuple[FlowGraph, Check]:
+        """What `from_attention` returns, and the check of its numbers, which is not read yet.
+
+        Raises:
+            TypeError: As `from_attention`.
+            ValueError: Shapes or devices are wrong.
+        """
         listed = isinstance(attention, list | tuple)
         matrices = read_matrices(attention)
         first, xp = matrices[0], backend_of(matrices[0]).xp
@@ -72,12 +90,12 @@ class FlowGraph:
             "question": read_mask("question", question, first, shape),
             "answer": read_mask("answer", answer, first, shape),
         }
-        check(matrices, masks, listed=listed)
+        check = check_numbers(matrices, masks, listed=listed)
         matrices = [_strictly_lower(matrix) for matrix in matrices]
         question, answer = (xp.asarray(mask, dtype=xp.bool, copy=True) for mask in masks.values())
         nothing = 0.0 if question.ndim == 1 else xp.zeros_like(question[:, 0], dtype=xp.float64)
         matrix = tuple(matrices) if listed else matrices[0]
-        return cls(matrix=matrix, question=question, answer=answer, dropped=nothing)
+        return cls(matrix=matrix, question=question, answer=answer, dropped=nothing), check
 
     def prune(self, *, top_k: int | None = None, mass: float | None = None) -> FlowGraph:
         """The graph with only the strongest edges into each token, by exactly one of two rules.

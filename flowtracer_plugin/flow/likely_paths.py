@@ -33,12 +33,15 @@ class LikelyPaths:
         dtype: torch.dtype,
     ) -> None:
         length, device = len(target), target.device
-        self._target, self._passing, self._count = target.cpu().numpy(), passing, count
-        # For each token the log probabilities of its paths, the best first. A path continues at the
-        # token `_next` with the path that has the rank `_rank` there.
+        self._passing, self._count = passing, count
+        # For each token the log probabilities of its paths, the best first. The path with the rank
+        # r at the token t has the number t * count + r; `_next` is the number of the path that
+        # remains after the first step, or -1 if that step leads to the sink.
         self._best = torch.full((length, count), -torch.inf, dtype=dtype, device=device)
         self._next = torch.full((length, count), -1, device=device)
-        self._rank = torch.zeros(length, count, dtype=torch.long, device=device)
+        self._numbers = torch.arange(length * count, device=device).view(length, count)
+        ends = torch.zeros(length, 1, dtype=dtype, device=device)
+        self._ends = ends.masked_fill_(~target[:, None], -torch.inf)
 
     def visit(
         self, start: int, stop: int, part: Float[Tensor, "row key"], _potential: Tensor
@@ -53,25 +56,19 @@ class LikelyPaths:
 
     def _within(self, start: int, stop: int, logs: Float[Tensor, "row row"]) -> None:
         """Find the paths of the block's tokens, from the last token to the first."""
-        inside = slice(start, stop)
-        state = self._best[inside], self._next[inside], self._rank[inside]
-        best, following, rank = (part.cpu().numpy() for part in state)
-        square, count = logs.cpu().numpy(), self._count
+        inside, sink = slice(start, stop), self._next.new_full((1,), -1)
+        columns, numbers = logs.mT.contiguous().unbind(), self._numbers[inside].flatten()
+        # Views of each token's row, made at once: indexing takes as long as the arithmetic.
+        best, following = self._best[inside].unbind(), self._next[inside].unbind()
+        ends = self._ends[inside].unbind()
         for token in reversed(range(stop - start)):
-            inner = (square[token + 1 :, token, None] + best[token + 1 :]).ravel()
-            sink = 0.0 if self._target[start + token] else -np.inf
-            values = np.concatenate([best[token], [sink], inner])
-            chosen = _largest(values, count)
-            row, place = np.divmod(chosen - count - 1, count)
-            new, beyond = chosen > count, chosen < count
-            old = np.where(beyond, chosen, 0)
-            following[token] = np.where(
-                new, start + token + 1 + row, np.where(beyond, following[token][old], -1)
-            )
-            rank[token] = np.where(new, place, np.where(beyond, rank[token][old], 0))
-            best[token] = values[chosen]
-        for kept, found in zip(state, (best, following, rank), strict=True):
-            kept.copy_(torch.from_numpy(found))
+            later = token + 1
+            inner = columns[token][later:, None] + self._best[start + later : stop]
+            values = torch.cat([best[token], ends[token], inner.flatten()])
+            whose = torch.cat([following[token], sink, numbers[later * self._count :]])
+            kept, place = values.topk(self._count)
+            best[token].copy_(kept)
+            torch.index_select(whose, 0, place, out=following[token])
 
     def _push(self, start: int, stop: int, logs: Float[Tensor, "row key"]) -> None:
         """Offer the block's paths to all earlier tokens."""
@@ -80,13 +77,12 @@ class LikelyPaths:
         few = min(self._count, stop - start)
         row = (logs + best[:, :1]).topk(few, dim=0).indices
         offered = (logs.gather(0, row)[..., None] + best[row]).transpose(0, 1).flatten(1)
-        known = self._best[:start], self._next[:start], self._rank[:start]
-        rank = torch.arange(self._count, device=row.device).repeat(few).expand_as(offered)
-        following = (start + row.T).repeat_interleave(self._count, 1)
-        kept, place = torch.cat([known[0], offered], 1).topk(self._count)
-        for old, new in ((known[1], following), (known[2], rank)):
-            old.copy_(torch.cat([old, new], 1).gather(1, place))
-        known[0].copy_(kept)
+        ranks = torch.arange(self._count, device=row.device)
+        numbers = ((start + row.T)[..., None] * self._count + ranks).flatten(1)
+        known, following = self._best[:start], self._next[:start]
+        kept, place = torch.cat([known, offered], 1).topk(self._count)
+        following.copy_(torch.cat([following, numbers], 1).gather(1, place))
+        known.copy_(kept)
 
     def likeliest(
         self, source: Float[Tensor, " token"], reach: Float[Tensor, " token"], unit: float
@@ -94,32 +90,19 @@ class LikelyPaths:
         """The likeliest paths from where flow is injected; `reach` is scaled by `unit`."""
         # Not reach / unit, which may be too small for the dtype.
         starts = source.log() - reach.where(reach > 0, 1).log() + math.log(unit)
-        totals = (starts[:, None] + self._best).flatten().cpu().numpy()
-        following, rank = self._next.cpu().numpy(), self._rank.cpu().numpy()
+        totals, first = (starts[:, None] + self._best).flatten().topk(self._count)
+        following = self._next.flatten().cpu().numpy()
+        likely = zip(totals.tolist(), first.tolist(), strict=True)
         return tuple(
-            FlowPath(
-                tokens=_follow(following, rank, *divmod(int(first), self._count)),
-                probability=float(np.exp(totals[first])),
-            )
-            for first in _largest(totals, self._count)
-            if np.isfinite(totals[first])
+            FlowPath(tokens=self._follow(following, path), probability=math.exp(total))
+            for total, path in likely
+            if math.isfinite(total)
         )
 
-
-def _largest(values: Float[np.ndarray, " candidate"], count: int) -> Int[np.ndarray, " chosen"]:
-    """Indices of the `count` largest values, in descending order."""
-    few = np.argpartition(-values, min(count, len(values)) - 1)[:count]
-    return few[np.argsort(-values[few], kind="stable")]
-
-
-def _follow(
-    following: Int[np.ndarray, "token place"],
-    rank: Int[np.ndarray, "token place"],
-    token: int,
-    place: int,
-) -> tuple[int, ...]:
-    tokens = []
-    while token >= 0:
-        tokens.append(token)
-        token, place = int(following[token, place]), int(rank[token, place])
-    return tuple(tokens)
+    def _follow(self, following: Int[np.ndarray, " path"], path: int) -> tuple[int, ...]:
+        """The tokens of a path, given what remains of each path after its first step."""
+        tokens = []
+        while path >= 0:
+            tokens.append(path // self._count)
+            path = int(following[path])
+        return tuple(tokens)

@@ -10,10 +10,10 @@ built. The same algebra runs on numpy and torch, dense and sparse.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -22,7 +22,7 @@ from flowtracer_plugin.flow.arrays import dtype_name
 from flowtracer_plugin.flow.dispatch import backend_of, scale
 from flowtracer_plugin.flow.graph import FlowGraph
 from flowtracer_plugin.flow.substitution import product, solve
-from flowtracer_plugin.flow.validation import read_mask, rows_without
+from flowtracer_plugin.flow.validation import Check, read_checks, read_mask, rows_without
 
 QUESTION_WEIGHTS = ("uniform", "reach", "origins")
 BOUNDARIES = ("literal", "absorbing")
@@ -160,14 +160,8 @@ def solve_flow(
     >>> flow.reach
     array([4., 2., 1., 1.])
     """
-    graph = FlowGraph.from_attention(attention, question, answer)
-    return solve_graph(
-        graph,
-        question_weights=question_weights,
-        boundary=boundary,
-        unreached=unreached,
-        backend=backend,
-    )
+    graph, check = FlowGraph.with_check(attention, question, answer)
+    return _solved(graph, [check], question_weights, boundary, unreached, backend)
 
 
 def solve_graph(
@@ -184,6 +178,18 @@ def solve_graph(
     >>> solve_graph(graph.prune(top_k=1)).throughput
     array([1., 0., 0., 1.])
     """
+    return _solved(graph, [], question_weights, boundary, unreached, backend)
+
+
+def _solved(
+    graph: FlowGraph,
+    checks: Sequence[Check],
+    question_weights: str,
+    boundary: str,
+    unreached: str,
+    backend: str,
+) -> Flow:
+    """The flow of a graph some of whose checks have not been read yet."""
     _check_option("question_weights", question_weights, QUESTION_WEIGHTS)
     _check_option("boundary", boundary, BOUNDARIES)
     _check_option("unreached", unreached, UNREACHED)
@@ -205,6 +211,7 @@ def solve_graph(
         dtype=dtype,
         question_weights=question_weights,
         zero=unreached == "zero",
+        checks=checks,
     )
     return Flow(graph=graph, boundary=boundary, **nodes._asdict())
 
@@ -245,16 +252,18 @@ def solve_nodes(
     dtype: Any,
     question_weights: str,
     zero: bool,
+    checks: Sequence[Check] = (),
 ) -> Nodes:
     """Reach, solved from the end of the text, then potential, solved from its beginning.
 
     `solve` is called like `substitution.solve`, without the matrix; `row_sums`, after the first
     call, says how much leads into each token. If no token at which flow would be injected reaches
-    the answer, the graph carries no flow if `zero` is set; otherwise an error is raised.
+    the answer, the graph carries no flow if `zero` is set; otherwise an error is raised. `checks`
+    of the graph are read together with those of the flow, at the end.
     """
     xp = backend_of(answer).xp
     unit = unit_of(xp.finfo(dtype))
-    with np.errstate(all="ignore"):  # _check_flow finds numbers that do not fit
+    with np.errstate(all="ignore"):  # _flow_check finds numbers that do not fit
         scaled = _reach(solve, xp.asarray(answer, dtype=dtype) * unit, passing)
         reached = question & (scaled > 0)
         share = _injected(scaled, reached, answer, row_sums, question_weights)
@@ -263,13 +272,15 @@ def solve_nodes(
         potential = _potential(solve, scaled, source, passing)
         reach, throughput = scaled / unit, scaled * potential
         sunk = into_sink(answer, reach, throughput)
-        _check_flow(share, reach, sunk, question_weights, zero=zero)
+        check = _flow_check(share, reach, sunk, question_weights, zero=zero)
+        found = reached.sum(-1)
+        numbers = read_checks([*checks, check], *([] if found.ndim else [found]))
     return Nodes(
         reach=reach,
         throughput=throughput,
         source=source,
         potential=potential,
-        question_reached=reached.sum(-1) if reached.ndim > 1 else int(reached.sum()),
+        question_reached=numbers[0] if numbers else found,
     )
 
 
@@ -335,17 +346,19 @@ def into_sink(
     return answer * throughput / backend_of(reach).xp.where(answer, reach, 1)
 
 
-def _check_flow(share: Any, reach: Any, sunk: Any, weights: str, *, zero: bool) -> None:
-    """Raise if the unit did not arrive because numbers overflowed, or if a row has no source.
+def _flow_check(share: Any, reach: Any, sunk: Any, weights: str, *, zero: bool) -> Check:
+    """The check that the unit has arrived in each row that has a source, and that each has one.
 
     With `zero`, a row may have no source.
     """
     connected = (share > 0).any(-1) | ~backend_of(reach).xp.isfinite(reach).all(-1)
     # nan or infinity at any token makes the sum nan, which fails the comparison
     sound = (abs(sunk.sum(-1) - 1) < 1e-3) | (~connected & zero)
-    if bool(sound.all()):
-        return
-    name = dtype_name(reach)
+    explain = partial(_explain_flow, connected, sound, dtype_name(reach), weights, zero=zero)
+    return Check(sound.all(), explain)
+
+
+def _explain_flow(connected: Any, sound: Any, name: str, weights: str, *, zero: bool) -> NoReturn:
     if not zero and not bool(connected.all()):
         token = "token outside the answer" if weights == "origins" else "question token"
         raise ValueError(

@@ -8,7 +8,7 @@ of all pairs of tokens exists unless the blocks are cut from one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from flowtracer_plugin.flow.backbone import (
 from flowtracer_plugin.flow.likely_paths import LikelyPaths
 from flowtracer_plugin.flow.solve import Nodes, into_sink, passing_tokens, solve_nodes, unit_of
 from flowtracer_plugin.flow.substitution import BLOCK, Rows, Visit, stored, substitute
+from flowtracer_plugin.flow.torch_arrays import sent
 
 
 def stream_flow(
@@ -61,7 +62,7 @@ def stream_flow(
         FloatingPointError: As for `solve_flow`.
     """
     # No flow passes the last target, so these rows are never read.
-    length = int(target.nonzero().max()) + 1
+    length = int(target.cumsum(0).argmax()) + 1
     total, question, target = len(target), question[:length], target[:length]
     passing = passing_tokens(target, boundary)
     likely = LikelyPaths(target, passing, paths, dtype)
@@ -84,22 +85,22 @@ def stream_flow(
         zero=False,
     )
     sink = into_sink(target, nodes.reach, nodes.throughput)
-    padded = {
-        name: _padded(getattr(nodes, name), total)
-        for name in ("reach", "throughput", "source", "potential")
-    }
+    names = ("reach", "throughput", "source", "potential")
+    by_token = {name: getattr(nodes, name) for name in names}
+    host: dict[str, Any] = _on_host({**by_token, "sink": sink, **sums.by_token(nodes, sink)}, total)
+    padded = {name: host.pop(name) for name in names}
     backbone = Backbone(
         question_reached=int(nodes.question_reached),
         source=padded["source"],
-        sink=_padded(sink, total),
         paths=likely.likeliest(nodes.source, sums.reach, unit_of(torch.finfo(dtype))),
-        **sums.found(nodes, sink),
+        **host,
+        **sums.by_edge(),
     )
     return nodes._replace(**padded), backbone
 
 
 def stream_stored(
-    attention: Float[np.ndarray, "query key"],
+    attention: Float[np.ndarray, "query key"] | Float[Tensor, "query key"],
     question: Bool[np.ndarray, " token"],
     target: Bool[np.ndarray, " token"],
     outline: Outline,
@@ -108,7 +109,8 @@ def stream_stored(
     """The backbone of attention that is in memory; `options` are those of `stream_flow`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # only read
-        matrix, inject, end = map(torch.from_numpy, (attention, question, target))
+        matrix, *masks = map(torch.as_tensor, (attention, question, target))
+    inject, end = (sent(mask, matrix.device) for mask in masks)
     return stream_flow(stored(matrix), inject, end, outline, dtype=matrix.dtype, **options)[1]
 
 
@@ -202,9 +204,13 @@ class _TwoPasses:
             self._backwards(start, stop, part, solution)
 
 
-def _padded(values: Tensor, length: int) -> Float[np.ndarray, " token"]:
-    """The values as a numpy array, with zeros for the tokens after the last target."""
-    return np.pad(values.cpu().numpy(), (0, length - len(values)))
+def _on_host(
+    values: Mapping[str, Float[Tensor, " token"]], length: int
+) -> dict[str, Float[np.ndarray, " longer"]]:
+    """All values in one copy, with zeros for the tokens after the last target."""
+    rows = torch.stack(list(values.values())).cpu().numpy()
+    padded = np.pad(rows, ((0, 0), (0, length - rows.shape[1])))
+    return dict(zip(values, padded, strict=True))
 
 
 class _EdgeSums:
@@ -232,7 +238,7 @@ class _EdgeSums:
         # Summing over tokens takes long: sum once between all starts of steps and of bins.
         cuts = sorted({*self._steps.starts, *self._bins.starts})
         self._part = _numbers(cuts, total, like.device)
-        self._parts = torch.tensor(cuts, device=like.device)
+        self._parts = sent(cuts, like.device)
 
     def visit(
         self, start: int, stop: int, part: Float[Tensor, "row key"], potential: Tensor
@@ -275,23 +281,30 @@ class _EdgeSums:
         edges[0][where, : flow.shape[1]] = flow
         edges[1][where, : flow.shape[1]] = token.where(flow > 0, own)
 
-    def found(self, nodes: Nodes, sink: Float[Tensor, " token"]) -> dict[str, Any]:
-        """The sums, by the names of a backbone's fields."""
+    def by_token(
+        self, nodes: Nodes, sink: Float[Tensor, " token"]
+    ) -> dict[str, Float[Tensor, " token"]]:
+        """The sums for each token, by the names of a backbone's fields."""
         through = nodes.throughput
         leaving = self._leaving + _entropy(sink[None], through, 0)
         entering = self._entering + _entropy(nodes.source[None], through, 0)
         return {
-            "hubs": _padded(through * leaving.exp(), self._total),
-            "checkpoints": _padded(through * entering.exp(), self._total),
-            "prompt_inflow": _padded(self._from_prompt, self._total),
-            "sources": self._strong(self._sources),
-            "targets": self._strong(self._targets),
-            "steps": self._steps.between(),
-            "bins": self._bins.between(),
+            "hubs": through * leaving.exp(),
+            "checkpoints": through * entering.exp(),
+            "prompt_inflow": self._from_prompt,
         }
 
-    def _strong(self, edges: tuple[Tensor, Tensor]) -> StrongEdges:
-        flow, token = (part.cpu().numpy() for part in edges)
+    def by_edge(self) -> dict[str, Any]:
+        """The strongest edges and the sums over edges, on the host, by the same names."""
+        kept = self._sources, self._targets
+        flows, tokens = (torch.stack(both).cpu().numpy() for both in zip(*kept, strict=True))
+        sources, targets = map(self._strong, flows, tokens)
+        steps, bins = self._steps.between(), self._bins.between()
+        return {"sources": sources, "targets": targets, "steps": steps, "bins": bins}
+
+    def _strong(
+        self, flow: Float[np.ndarray, "token kept"], token: Int[np.ndarray, "token kept"]
+    ) -> StrongEdges:
         rest = np.arange(len(flow), self._total)[:, None].repeat(self._kept, 1)
         return StrongEdges(
             token=np.concatenate([token, rest]),
@@ -326,8 +339,8 @@ class _PartSums:
 
 def _numbers(starts: list[int], total: int, device: torch.device) -> Int[Tensor, " token"]:
     """The number of the part in which each token lies; the parts begin at `starts`."""
-    sizes = torch.tensor([*starts, total], device=device).diff()
-    return torch.arange(len(starts), device=device).repeat_interleave(sizes)
+    sizes = np.diff([*starts, total])
+    return sent(np.arange(len(starts)).repeat(sizes), device)
 
 
 def _entropy(flow: Tensor, whole: Tensor, over: int) -> Tensor:

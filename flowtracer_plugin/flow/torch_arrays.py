@@ -32,9 +32,16 @@ def mask(values: Any, like: Tensor) -> Tensor:
     if isinstance(values, Tensor):
         return values
     # torch cannot compare unsigned numbers of more than one byte
-    return torch.tensor(
-        values if values.dtype.kind == "b" else values.astype(int), device=like.device
-    )
+    return sent(values if values.dtype.kind == "b" else values.astype(int), like.device)
+
+
+def sent(values: Any, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on the device, which the host does not wait for.
+
+    `torch.tensor(values, device="cuda")` would wait until the device has done all that was asked of
+    it before. CUDA takes a copy of the numbers at once, so that they may change afterwards.
+    """
+    return torch.as_tensor(values).to(device, non_blocking=torch.device(device).type != "cpu")
 
 
 def solve(

@@ -1,14 +1,15 @@
 """The checks of attention and masks, and the messages of their errors.
 
-Every number is checked on its own device, and the host waits for that device once. Only if a check
-fails does a second search find the number that is wrong.
+Every number is checked on its own device, and the host waits for that device once, for all checks
+together. Only if one fails does a second search find the number that is wrong.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -75,19 +76,54 @@ def read_mask(name: str, mask: Any, beside: Any, shape: tuple[int, ...]) -> Any:
     return backend_of(beside).mask(mask, beside)
 
 
-def check(matrices: Sequence[Any], masks: Mapping[str, Any], *, listed: bool) -> None:
-    """Raise ValueError for the first wrong number; `listed` if the matrices are a sparse batch."""
+class Check(NamedTuple):
+    """A check that has been made on the device, and that the host has not read yet.
+
+    Attributes:
+        sound: Whether all is well: one boolean, in an array of the device.
+        explain: Raises the error that says what is wrong.
+    """
+
+    sound: Any
+    explain: Callable[[], NoReturn]
+
+
+def read_checks(checks: Sequence[Check], *numbers: Any) -> list[int]:
+    """The values of some whole numbers, copied to the host together with all checks.
+
+    Raises:
+        Exception: The error of the first check that has failed.
+    """
+    wanted = [check.sound for check in checks] + list(numbers)
+    xp = np if isinstance(wanted[0], np.generic) else backend_of(wanted[0]).xp
+    read = xp.stack([xp.asarray(one, dtype=xp.int64) for one in wanted]).tolist()
+    for check, sound in zip(checks, read, strict=False):
+        if not sound:
+            check.explain()
+    return list(read[len(checks) :])
+
+
+def check_numbers(matrices: Sequence[Any], masks: Mapping[str, Any], *, listed: bool) -> Check:
+    """The check of all numbers, whose error is a ValueError about the first wrong one.
+
+    `listed` says that the matrices are a sparse batch.
+    """
     xp = backend_of(matrices[0]).xp
     with np.errstate(all="ignore"):  # opposite infinities add up to nan, which is found
         sound = [_is_sound(one) for one in matrices] + [_is_mask(mask) for mask in masks.values()]
-        if bool(xp.stack(sound).all()):
-            return
+        every = xp.stack(sound).all()
+    return Check(every, partial(_explain_first, matrices, masks, listed=listed))
+
+
+def _explain_first(matrices: Sequence[Any], masks: Mapping[str, Any], *, listed: bool) -> NoReturn:
+    with np.errstate(all="ignore"):
         for row, matrix in enumerate(matrices):
             if not _is_sound(matrix):
                 _explain(matrix, f"batch row {row}, " if listed else "")
     for name, mask in masks.items():
         if not _is_mask(mask):
             _explain_mask(name, mask)
+    raise AssertionError("unreachable: all numbers are sound")
 
 
 def _is_sound(matrix: Any) -> Any:

@@ -36,6 +36,7 @@ from flowtracer_plugin.grpo.scoring import RolloutScorer, Scored
 from flowtracer_plugin.grpo.settings import credit_settings, settings_line
 from flowtracer_plugin.model.causal_lm import evaluating, unwrapped
 from flowtracer_plugin.model.parallel import is_compiled, may_stop, tensor_parallel_group
+from flowtracer_plugin.trace.rollouts import OnHost, to_host
 from flowtracer_plugin.trace.tracer import wrap
 
 logger = logging.getLogger(__name__)
@@ -160,12 +161,15 @@ class FlowCredit:
             returned, heard = self._listen(partial(forward, *args, **kwargs), given)
             self._hears.append(heard)
             return returned
-        inputs = self._inputs
+        inputs, ids, visible = self._inputs, given["input_ids"], given["attention_mask"].bool()
         assert inputs is not None
-        if self._gamma is None or not _is_over(given["input_ids"], given["attention_mask"], inputs):
+        if self._gamma is None or not _fits(ids, inputs):
+            return forward(*args, **kwargs)
+        host, over = to_host(ids, visible, _is_over(ids, visible, inputs))
+        if not over[0]:
             return forward(*args, **kwargs)
         self._inputs = None
-        returned, heard = self._listen(partial(forward, *args, **kwargs), given)
+        returned, heard = self._listen(partial(forward, *args, **kwargs), given, host)
         self._weigh(inputs, heard.result)
         return returned
 
@@ -197,9 +201,12 @@ class FlowCredit:
         return bare[0] is bare[1] and _adapters(trainer.model) == self._policy
 
     def _listen(
-        self, forward: Callable[[], Passed], given: Mapping[str, Any]
+        self, forward: Callable[[], Passed], given: Mapping[str, Any], host: OnHost | None = None
     ) -> tuple[Passed, _Heard]:
-        """What TRL's method returns, and the scores of the attention in its pass."""
+        """What TRL's method returns, and the scores of the attention in its pass.
+
+        `host` is a copy of the ids and the mask, if there is one.
+        """
         began: list[bool] = []
         returned: list[Passed] = []
 
@@ -215,7 +222,9 @@ class FlowCredit:
         # A compiled graph does not show the attention's outputs.
         graph = torch.is_grad_enabled() and not is_compiled(given["model"])
         chances = (lambda: returned[0][0]) if graph else None
-        listen = partial(self._scoring.listen, call, ids, visible, prompt_length, size, chances)
+        listen = partial(
+            self._scoring.listen, call, ids, visible, prompt_length, size, chances, host
+        )
         result = self._attempted(listen, excused=lambda: bool(returned) or not began)
         if not returned:
             call()
@@ -254,7 +263,14 @@ class FlowCredit:
     def _heard(self, rollouts: Mapping[str, Any]) -> _Heard | None:
         """The pass over exactly these rollouts, or None."""
         passes = self._hears or ()
-        return next((h for h in passes if _is_over(h.ids, h.visible, rollouts)), None)
+        return next(
+            (
+                heard
+                for heard in passes
+                if _fits(heard.ids, rollouts) and bool(_is_over(heard.ids, heard.visible, rollouts))
+            ),
+            None,
+        )
 
     def _attempted(
         self, work: Callable[[], Scored], excused: Callable[[], bool] = lambda: True
@@ -274,13 +290,6 @@ class FlowCredit:
         competing = _competing(rollouts)
         if isinstance(found, Scored):
             found = self._attempted(partial(self._chosen, found, competing))
-        if isinstance(found, Scored) and self.options.on_error == "raise":
-            for row, error in found.errors.items():
-                error.add_note(
-                    f"This happened in completion {row} of {len(plain)}; flow_on_error='uniform' "
-                    "gives such a completion plain credit, and the training goes on."
-                )
-                raise error
         boost = torch.zeros_like(competing, dtype=torch.float32)
         if isinstance(found, Scored) and found.boost is not None:
             boost = found.boost
@@ -289,9 +298,17 @@ class FlowCredit:
             boost, competing, gamma=self._gamma, normalize=self.options.normalize
         )
         weights = torch.where(competing & self._signed(per_token), weights, 1.0)
+        total, found = self._log.read(rollouts, found, competing, weights, boost)
+        if isinstance(found, Scored) and self.options.on_error == "raise":
+            for row, error in found.errors.items():
+                error.add_note(
+                    f"This happened in completion {row} of {len(plain)}; flow_on_error='uniform' "
+                    "gives such a completion plain credit, and the training goes on."
+                )
+                raise error
         rollouts["advantages"] = per_token * weights
         rollouts[WEIGHTS] = weights
-        self._log.add(rollouts, found, plain, competing, boost)
+        self._log.add(rollouts, found, plain, competing, total)
 
     def _chosen(self, found: Scored, competing: Bool[Tensor, "batch completion"]) -> Scored:
         """The scores with the scorer's choice, which ignores the sign of the advantage."""
@@ -343,10 +360,16 @@ def _whole(
     return ids, mask.bool()
 
 
-def _is_over(ids: Tensor, visible: Tensor, rollouts: Mapping[str, Tensor]) -> bool:
-    """Whether a forward pass was over exactly these rollouts."""
+def _fits(ids: Tensor, rollouts: Mapping[str, Tensor]) -> bool:
+    """Whether a forward pass was over as many tokens as these rollouts have."""
+    prompts, completions = rollouts["prompt_ids"].shape, rollouts["completion_ids"].shape
+    return ids.shape == (prompts[0], prompts[1] + completions[1])
+
+
+def _is_over(ids: Tensor, visible: Tensor, rollouts: Mapping[str, Tensor]) -> Bool[Tensor, ""]:
+    """Whether a forward pass of fitting shape was over exactly these rollouts."""
     wanted = _whole(rollouts)
-    return torch.equal(ids, wanted[0]) and torch.equal(visible.bool(), wanted[1])
+    return (ids == wanted[0]).all() & (visible == wanted[1]).all()
 
 
 def _competing(rollouts: Mapping[str, Tensor]) -> Bool[Tensor, "batch completion"]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flowtracer_plugin.files import write_atomically
+from flowtracer_plugin.flow.torch_arrays import sent
 from flowtracer_plugin.grpo.checks import find_tokenizer
 from flowtracer_plugin.grpo.options import CreditOptions
 from flowtracer_plugin.grpo.pages import GroupPages, rows_each
@@ -77,15 +78,39 @@ class CreditLog:
                 card = with_credit(path.read_text("utf-8"), credit_settings(self._options))
                 write_atomically(path, card.encode())
 
+    def read(
+        self,
+        rollouts: Mapping[str, Any],
+        heard: Scored | Exception,
+        competing: Bool[Tensor, "batch completion"],
+        weights: Float[Tensor, "batch completion"],
+        boost: Float[Tensor, "batch completion"],
+    ) -> tuple[dict[str, float], Scored | Exception]:
+        """The sums over all processes for the metrics, and what was heard with all its errors.
+
+        The host waits for the device here, once. Every process calls this equally often.
+        """
+        local = self._local(rollouts, heard, competing, weights, boost)
+        accelerator = self._trainer.accelerator
+        sums = _stacked(list(local.values()), accelerator.device)
+        parts = [accelerator.reduce(sums, reduction="sum")]
+        if isinstance(heard, Scored) and heard.wrong is not None:
+            parts.append(heard.wrong.to(sums))
+        read = torch.cat(parts).tolist()
+        total, wrong = read[: len(local)], read[len(local) :]
+        if isinstance(heard, Scored):
+            heard = heard.read([bool(one) for one in wrong])
+        return dict(zip(local, total, strict=True)), heard
+
     def add(
         self,
         rollouts: Mapping[str, Any],
         heard: Scored | Exception,
         plain: Tensor,
         competing: Bool[Tensor, "batch completion"],
-        boost: Float[Tensor, "batch completion"],
+        total: Mapping[str, float],
     ) -> None:
-        """Log the credit of some rollouts; every process calls this equally often.
+        """Log the credit of some rollouts, given what `read` returns; every process calls this.
 
         Raises:
             AnswerNotFoundError: A completion has no answer, and `no_answer` is "raise".
@@ -94,7 +119,6 @@ class CreditLog:
         which = "these completions" if isinstance(heard, Exception) else "a completion"
         for error in errors.values():
             self._troubles.add(f"flow credit failed, and {which} got plain credit", error)
-        total = self._reduced(self._local(rollouts, heard, competing, boost))
         if self._options.no_answer == "raise":
             self._require_answers(total)
         self._errors += total["errors"]
@@ -115,6 +139,7 @@ class CreditLog:
         rollouts: Mapping[str, Any],
         heard: Scored | Exception,
         competing: Bool[Tensor, "batch completion"],
+        weights: Float[Tensor, "batch completion"],
         boost: Float[Tensor, "batch completion"],
     ) -> dict[str, Any]:
         """The sums of this process; all processes have the same ones, whatever happens here."""
@@ -122,9 +147,9 @@ class CreditLog:
         sums = {
             "visible": visible.sum(),
             "tokens": competing.sum(),
-            "weight": (rollouts["flow_weights"] * competing).sum(),
+            "weight": (weights * competing).sum(),
             "processes": 1,
-            "errors": isinstance(heard, Exception) or bool(heard.errors),
+            "errors": isinstance(heard, Exception) or bool(heard.errors) or _any_wrong(heard),
             "failed": _failed(heard, visible),
             **_NOTHING,
         }
@@ -132,11 +157,6 @@ class CreditLog:
             if isinstance(heard, Scored):
                 sums |= _sums(heard, competing, boost)
         return sums
-
-    def _reduced(self, local: Mapping[str, Any]) -> dict[str, float]:
-        accelerator = self._trainer.accelerator
-        sums = torch.tensor([float(value) for value in local.values()], device=accelerator.device)
-        return dict(zip(local, accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
 
     def _require_answers(self, total: Mapping[str, float]) -> None:
         missing = total["visible"] - total["answers"] - total["failed"]
@@ -186,12 +206,26 @@ class CreditLog:
         return [*zip(places, answers, means, jumps, strict=True)]
 
 
-def _failed(heard: Scored | Exception, visible: Bool[Tensor, " batch"]) -> int:
+def _failed(heard: Scored | Exception, visible: Bool[Tensor, " batch"]) -> Int[Tensor, ""]:
     """The number of completions in which no answer was found because something failed."""
-    shown = visible.tolist()
     if isinstance(heard, Exception):
-        return sum(shown)
-    return sum(shown[row] and heard.answers[row] is None for row in heard.errors)
+        return visible.sum()
+    failed = torch.zeros_like(visible) if heard.wrong is None else heard.wrong.clone()
+    for row in heard.errors:
+        failed[row] = True
+    return (failed & visible & ~heard.rollouts.answer.any(-1)).sum()
+
+
+def _any_wrong(heard: Scored) -> Bool[Tensor, ""] | bool:
+    return False if heard.wrong is None else heard.wrong.any()
+
+
+def _stacked(values: Sequence[Any], device: torch.device) -> Float[Tensor, " value"]:
+    """Numbers of the host and of the device, in one tensor that the host does not wait for."""
+    known = sent([0.0 if isinstance(one, Tensor) else float(one) for one in values], device)
+    nothing = known.new_zeros(())
+    found = [one.to(known) if isinstance(one, Tensor) else nothing for one in values]
+    return known + torch.stack(found)
 
 
 def _answer_texts(heard: Scored, tokenizer: PreTrainedTokenizerBase) -> list[str | None]:

@@ -11,11 +11,12 @@ from torch import Tensor
 from flowtracer_plugin.credit.read_rollouts import Late
 from flowtracer_plugin.credit.scorers import LATE
 from flowtracer_plugin.credit.weights import credit_weights
+from flowtracer_plugin.flow.validation import read_checks
 from flowtracer_plugin.grpo.options import CreditOptions
 from flowtracer_plugin.grpo.scoring import RolloutScorer
 from flowtracer_plugin.model.causal_lm import first_output, text_inputs
 from flowtracer_plugin.model.cutting import plainly
-from flowtracer_plugin.model.padding import text_first
+from flowtracer_plugin.model.padding import moved_back, text_first
 from flowtracer_plugin.options import preset_over
 from flowtracer_plugin.text.spans import AnswerNotFoundError
 from flowtracer_plugin.trace.rollouts import check_rollouts
@@ -60,7 +61,7 @@ def rollout_credit(
         UnsupportedArchitectureError: The scorer needs a pass that the model cannot make.
     """
     options = options or CreditOptions()
-    check_rollouts(prompt_ids, completion_ids, prompt_mask, completion_mask)
+    read_checks(check_rollouts(prompt_ids, completion_ids, prompt_mask, completion_mask))
     if options.sign != "both" and advantages is None:
         raise ValueError(
             f"sign={options.sign!r} needs the sign of each rollout's advantage; pass advantages="
@@ -82,6 +83,8 @@ def rollout_credit(
         late = _late(tracer, ids, visible, start) if scorer.needs & LATE else None
         found = scoring.read(ids, visible, start, batch_size or len(ids), late)
     found = found.chosen(scorer, competing, options.top_fraction)
+    assert found.wrong is not None
+    found = found.read(found.wrong.tolist())
     missing = [row for row, answer in enumerate(found.answers) if answer is None]
     if options.on_error == "raise":
         for row, error in found.errors.items():
@@ -131,6 +134,4 @@ def _late(tracer: FlowTracer, ids: Tensor, visible: Tensor, start: int) -> Late:
     told = torch.zeros(2, *ordered.shape, device=chances.device)
     told[0, :, 1:] = torch.special.entr(chances.exp()).sum(-1)
     told[1, :, 1:] = -chances.gather(-1, ordered_ids[:, 1:, None])[..., 0]
-    placed = torch.zeros(2, *ids.shape, device=chances.device)
-    placed[:, visible] = told[:, ordered]
-    return Late(*placed[:, :, start:])
+    return Late(*(moved_back(one, visible)[:, start:] for one in told))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -22,7 +23,13 @@ from flowtracer_plugin.text.answers import (
 )
 from flowtracer_plugin.text.matched_spans import SpanFinder
 from flowtracer_plugin.text.values import Span
-from flowtracer_plugin.trace.rollouts import RowErrors, join_errors, rollout_masks
+from flowtracer_plugin.trace.rollouts import (
+    OnHost,
+    RowErrors,
+    join_errors,
+    rollout_masks,
+    to_host,
+)
 from flowtracer_plugin.trace.tracer import FlowTracer
 
 _ATTENTIVE = {"flow", "attention", "heads"}
@@ -47,6 +54,9 @@ class Scored:
         seconds: Time this took beside the forward passes that were made anyway.
         errors: The error of each row that has failed, by its number; such a row gets no boost.
         boost: The boost that the scorer chose; None before its choice.
+        wrong: After its choice, True for rows whose scores cannot be used; their boost is 0. The
+            host has not read it yet.
+        invalid: Makes the error of such a row.
     """
 
     rollouts: Rollouts
@@ -57,6 +67,8 @@ class Scored:
     seconds: float
     errors: RowErrors
     boost: Float[Tensor, "batch completion"] | None = None
+    wrong: Bool[Tensor, " batch"] | None = None
+    invalid: Callable[[], Exception] | None = None
 
     def chosen(
         self, scorer: Scorer, competing: Bool[Tensor, "batch completion"], top_fraction: float
@@ -64,10 +76,18 @@ class Scored:
         """The same with the scorer's choice among the competing tokens."""
         rollouts = replace(self.rollouts, competing=competing)
         boost, wrong = scorer.choices(self.features, rollouts, top_fraction)
-        errors = {**wrong, **self.errors}
-        for row in errors:
+        for row in self.errors:
             boost[row] = 0.0
-        return replace(self, boost=boost, errors=errors)
+        invalid = partial(scorer.invalid, self.features, rollouts)
+        return replace(self, boost=boost, wrong=wrong, invalid=invalid)
+
+    def read(self, wrong: Sequence[bool]) -> Scored:
+        """The same with the errors of the rows that are `wrong`, which the host has now read."""
+        rows = [row for row, one in enumerate(wrong) if one]
+        if rows and self.invalid is not None:
+            errors = {**dict.fromkeys(rows, self.invalid()), **self.errors}
+            return replace(self, errors=errors, wrong=None)
+        return replace(self, wrong=None)
 
 
 class RolloutScorer:
@@ -109,17 +129,19 @@ class RolloutScorer:
         prompt_length: int,
         batch_size: int,
         chances: Callable[[], Tensor] | None = None,
+        host: OnHost | None = None,
     ) -> Scored:
         """Let `call` run the model on every `batch_size` rows, and score the rollouts from that.
 
         An error in the scores is raised when `call` has returned. If `chances` then gives the
         log-probabilities of the completions with their autograd graph, influence is taken from that
-        graph, where it can be, and else from a pass before.
+        graph, where it can be, and else from a pass before. `host` holds a copy of the rollouts, if
+        there is one.
         """
         if self.tracer.options.edges == "influence" and chances is not None and self._keeps_graph:
-            return self._graphed(call, ids, visible, prompt_length, batch_size, chances)
+            return self._graphed(call, ids, visible, prompt_length, batch_size, chances, host)
         started = perf_counter()
-        batch, replaced = self._batch(ids, visible, prompt_length, batch_size)
+        batch, replaced = self._batch(ids, visible, prompt_length, batch_size, host=host)
         before = perf_counter() - started
         parts: list[_Part] = []
 
@@ -139,10 +161,13 @@ class RolloutScorer:
         prompt_length: int,
         batch_size: int,
         chances: Callable[[], Tensor],
+        host: OnHost | None,
     ) -> Scored:
         """What `listen` returns, with influence from the graph of the pass that `call` makes."""
         started = perf_counter()
-        batch, replaced = self._batch(ids, visible, prompt_length, batch_size, later=True)
+        batch, replaced = self._batch(
+            ids, visible, prompt_length, batch_size, host=host, later=True
+        )
         readings: list[tuple[slice, Reading]] = []
         outputs = self.tracer.reader.outputs(self.tracer.layers)
         before = perf_counter() - started
@@ -237,6 +262,7 @@ class RolloutScorer:
         prompt_length: int,
         batch_size: int,
         *,
+        host: OnHost | None = None,
         later: bool = False,
     ) -> tuple[ReadRollouts, int]:
         """The rollouts before the pass, and the number of rows whose last token is the answer.
@@ -246,12 +272,12 @@ class RolloutScorer:
         tracer = self.tracer
         masks = rollout_masks(
             tracer.require_tokenizer(),
-            ids,
-            visible,
+            *(host or to_host(ids, visible)[0]),
             prompt_length,
             tracer.options,
             tracer.answer,
             fallback=last_character if self._last else None,
+            device=ids.device,
         )
         batch = ReadRollouts(
             tracer,

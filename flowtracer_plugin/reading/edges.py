@@ -151,7 +151,8 @@ def chosen_rows(
         counts = [query_tensor(call).shape[1] for call in calls]
         heads = named_heads(choice.heads, layers, counts, len(visible))
     elif not isinstance(choice.heads, str):
-        paid = [attention_to(call, choice.target, choice.reasoning) for call in calls]
+        asked = choice.target.any(0).tolist()  # copied to the host once for all layers
+        paid = [attention_to(call, choice.target, choice.reasoning, asked) for call in calls]
         heads = most_attentive(paid, choice.heads)
     return AttentionRows(
         model, calls, visible, block=block, heads=heads, lengths=lengths, sizes=sizes

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
+from flowtracer_plugin.flow.torch_arrays import sent
 from flowtracer_plugin.model.causal_lm import (
     embeddings_as_leaves,
     evaluating,
     later_logits,
     text_inputs,
 )
-from flowtracer_plugin.model.padding import in_front, text_first
+from flowtracer_plugin.model.padding import in_front, moved_back, text_first
 from flowtracer_plugin.model.parallel import may_stop, tensor_parallel_group, uncompiled
 
 Influence = Float[Tensor, "batch head token"]
@@ -56,16 +57,15 @@ def influences(
     """
     check_backward(model)
     ordered_ids, ordered = text_first(ids, visible)
+    ordered = sent(ordered, ids.device)
     asked = in_front(decided, visible, ordered)
     with _own_pass(model, projections) as outputs:
         total = _total_log_odds(model, ordered_ids, ordered, asked)
         gradients = torch.autograd.grad(total, _reached(model, outputs))
-    found = []
-    for gradient, count in zip(gradients, heads, strict=True):
-        placed = torch.zeros(*ids.shape, count, device=gradient.device)
-        placed[visible] = _lengths(gradient, count, ordered)[ordered]
-        found.append(placed.transpose(1, 2))
-    return tuple(found)
+    return tuple(
+        moved_back(_lengths(gradient, count, ordered), visible).transpose(1, 2)
+        for gradient, count in zip(gradients, heads, strict=True)
+    )
 
 
 class Outputs:
@@ -230,11 +230,12 @@ def _total_log_odds(
     visible: Bool[Tensor, "batch token"],
     asked: Bool[Tensor, "batch token"],
 ) -> Float[Tensor, ""]:
-    row, place = asked[:, 1:].nonzero(as_tuple=True)
+    row, place = asked[:, 1:].cpu().nonzero(as_tuple=True)
     tokens = ids.shape[1]
     first = int(place.min()) if len(place) else tokens - 1
     logits = later_logits(model, text_inputs(model, ids, visible), first, tokens)
-    chosen, row, place = (one.to(logits.device) for one in (ids[row, place + 1], row, place))
+    row, place = (sent(one, logits.device) for one in (row, place))
+    chosen = ids.to(logits.device)[row, place + 1]
     return log_odds(logits[row, place - first].float(), chosen).sum()
 
 

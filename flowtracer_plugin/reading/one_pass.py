@@ -19,6 +19,7 @@ from flowtracer_plugin.attention.adapter import (
 )
 from flowtracer_plugin.attention.head_mean import add_head_mean, add_weighed_mean, keep_sums
 from flowtracer_plugin.attention.value_lengths import Projections, value_lengths
+from flowtracer_plugin.flow.torch_arrays import sent
 from flowtracer_plugin.model.parallel import average_heads
 
 
@@ -160,7 +161,7 @@ class ReadingSum:
         if total is not None:
             if self._wanted.projections is not None:
                 keep_sums(total, self._sums)
-            seen = seen.to(total.device)
+            seen = sent(seen, total.device)
             rows = ~seen[:, -total.shape[1] :]  # filled, not multiplied: 0 times NaN is NaN
             total.masked_fill_(rows[:, :, None], 0).masked_fill_(~seen[:, None, :], 0)
         return Reading(

@@ -22,8 +22,9 @@ from flowtracer_plugin.attention.adapter import (
 from flowtracer_plugin.attention.head_mean import query_tensor
 from flowtracer_plugin.attention.rounding import difference, rounding
 from flowtracer_plugin.attention.value_lengths import Projections, find_projections
+from flowtracer_plugin.flow.torch_arrays import sent
 from flowtracer_plugin.model.causal_lm import first_output
-from flowtracer_plugin.model.padding import put_back, text_first
+from flowtracer_plugin.model.padding import is_in_front, put_back, text_first
 from flowtracer_plugin.model.parallel import tensor_parallel_group
 from flowtracer_plugin.reading.backend import Receive, Result, Sites
 from flowtracer_plugin.reading.edges import EdgeChoice, chosen_rows
@@ -75,13 +76,14 @@ class AttentionReader(ModelRunner):
             UnsupportedArchitectureError: The edges of `choice` cannot be weighed.
         """
         seen = attention_mask
-        if not model_inputs:  # other inputs of the model would have to move with the tokens
+        # Other inputs of the model would have to move with the tokens.
+        same = bool(model_inputs) or is_in_front(seen)
+        if not same:
             input_ids, attention_mask = text_first(input_ids, attention_mask)
         sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
         if choice is not None and choice.edges == "influence":
-            visible = attention_mask.to(input_ids.device)
-            said = choice.behind(seen, visible).response
-            sizes = self.influences(input_ids, visible, said, layers)
+            said = choice.behind(seen, sent(attention_mask, input_ids.device)).response
+            sizes = self.influences(input_ids, attention_mask, said, layers)
         found = self.read_in_place(
             input_ids,
             attention_mask,
@@ -91,7 +93,7 @@ class AttentionReader(ModelRunner):
             sizes=sizes,
             progress=progress,
         ).mean
-        return found if torch.equal(attention_mask, seen) else put_back(found, seen)
+        return found if same else put_back(found, seen)
 
     def read_in_place(
         self,
@@ -147,11 +149,11 @@ class AttentionReader(ModelRunner):
         seen = attention_mask
         input_ids, attention_mask = text_first(input_ids, attention_mask)
         edges = "attention" if choice is None else choice.edges
-        visible = attention_mask.to(input_ids.device)
+        visible = sent(attention_mask, input_ids.device)
         choice = None if choice is None else choice.behind(seen, visible)
         sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
         if choice is not None and choice.edges == "influence":  # while no calls are kept
-            sizes = self.influences(input_ids, visible, choice.response, layers)
+            sizes = self.influences(input_ids, attention_mask, choice.response, layers)
         kept = KeptCalls(
             self.model, self.adapter, maps=maps, projections=self._projections_for(edges)
         )
@@ -176,11 +178,11 @@ class AttentionReader(ModelRunner):
             UnsupportedArchitectureError: As `read_rows`.
             ValueError: As `read_rows`.
         """
-        rows, ordered = self.read_rows(
+        rows, _ = self.read_rows(
             input_ids, attention_mask, layers, choice=choice, maps=True, progress=progress
         )
         found = rows.whole()
-        same = torch.equal(ordered, attention_mask.to(ordered.device))
+        same = is_in_front(attention_mask)
         return (found if same else put_back(found, attention_mask)), rows
 
     def rows_of(

@@ -102,7 +102,7 @@ def asked_texts(
     )  # fmt: skip
     texts = replace(texts, answer=texts.moved(answer))
     prompt = int(visible[0, :start].sum())
-    if len(ids) > 1 or not prompt or not check_model(model):
+    if len(ids) > 1 or not prompt or not bool(answer.any()) or not check_model(model):
         return texts
     deciding = texts.answer[0, 1:].nonzero()[:, 0]
     with plainly(model):
@@ -140,6 +140,8 @@ def edge_losses(
         UnsupportedArchitectureError: Attention's output has no gradient, or no linear layer takes
             it unchanged.
     """
+    if not bool(texts.answer.any()):  # nothing is lost without an answer
+        return torch.zeros(*texts.visible.shape, texts.visible.shape[1], device=texts.ids.device)
     unseen = None
     if hidden is not None and bool(hidden.any()):
         check_model(reader.model)

@@ -30,6 +30,7 @@ from flowtracer_plugin.attention.head_mean import (
     weighed_mean_of_rows,
 )
 from flowtracer_plugin.attention.value_lengths import Projections, value_lengths
+from flowtracer_plugin.flow.torch_arrays import sent
 from flowtracer_plugin.model.parallel import average_heads
 
 ROWS_CHECKED = 1024
@@ -129,7 +130,9 @@ class AttentionRows:
         sizes: Sequence[Float[Tensor, "batch _ _"]] = (),
     ) -> None:
         self._model, self._block, self.heads = model, block, heads
-        self._hidden = None if bool(visible.all()) else ~visible
+        # On an accelerator, the host would have to wait to know that there is no padding.
+        plain = visible.device.type == "cpu" and bool(visible.all())
+        self._hidden = None if plain else ~visible
         self.shape, self.device = visible.shape, visible.device
         nothing = (None,) * len(calls)
         parts = zip(calls, lengths or nothing, sizes or nothing, strict=True)
@@ -235,7 +238,7 @@ def _of_text(
     return tuple(
         _Part(
             one_text(part.call, text),
-            heads.to(query_tensor(part.call).device),
+            sent(heads, query_tensor(part.call).device),
             None if part.lengths is None else part.lengths[text : text + 1],
             None if part.sizes is None else part.sizes[text : text + 1],
         )
@@ -252,19 +255,19 @@ def check_causal(calls: Sequence[AttentionCall | AttentionWeights]) -> None:
     """
     by_token = [c for c in calls if isinstance(c, AttentionCall) and c.key_tokens is None]
     # Layers share masks, and each is checked once.
-    for call in {(id(call.mask), call.causal): call for call in by_token}.values():
-        ahead = not call.causal if call.mask is None else _looks_ahead(call.mask)
-        if ahead:
-            raise UnsupportedArchitectureError(
-                "attention looks at later tokens, so no flow from earlier to later ones is defined"
-            )
+    masks = {id(call.mask): call.mask for call in by_token if call.mask is not None}
+    ahead = [_looks_ahead(mask) for mask in masks.values()]
+    unmasked = any(call.mask is None and not call.causal for call in by_token)
+    if unmasked or (ahead and bool(torch.stack([one.to(ahead[0].device) for one in ahead]).any())):
+        raise UnsupportedArchitectureError(
+            "attention looks at later tokens, so no flow from earlier to later ones is defined"
+        )
 
 
-def _looks_ahead(mask: Tensor) -> bool:
-    length = mask.shape[2]
-    for start in range(0, length, ROWS_CHECKED):
+def _looks_ahead(mask: Tensor) -> Bool[Tensor, ""]:
+    found = torch.zeros((), dtype=torch.bool, device=mask.device)
+    for start in range(0, mask.shape[2], ROWS_CHECKED):
         rows = mask[:, :, start : start + ROWS_CHECKED, start:]
         open_ = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
-        if bool(open_.triu(1).any()):
-            return True
-    return False
+        found |= open_.triu(1).any()
+    return found

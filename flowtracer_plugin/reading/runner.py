@@ -22,6 +22,7 @@ from flowtracer_plugin.attention.adapter import (
     NoAttentionError,
     find_adapter,
 )
+from flowtracer_plugin.flow.torch_arrays import sent
 from flowtracer_plugin.model.causal_lm import (
     accepted_inputs,
     check_positions,
@@ -108,7 +109,7 @@ class ModelRunner:
         model_inputs: Mapping[str, Any],
     ) -> dict[str, Any]:
         device = input_device(self.model)
-        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+        input_ids, attention_mask = sent(input_ids, device), sent(attention_mask, device)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), **model_inputs}
         if "attention_mask" not in self._accepted:
             if not bool(attention_mask.all()):

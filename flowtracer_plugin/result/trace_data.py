@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -14,6 +15,7 @@ from flowtracer_plugin.flow.river import River, river
 from flowtracer_plugin.flow.solve import Flow, solve_flow
 from flowtracer_plugin.flow.streamed import stream_stored
 from flowtracer_plugin.options import FlowOptions
+from flowtracer_plugin.result.attention_map import AttentionMap, OnDemand, where_it_is
 from flowtracer_plugin.result.standouts import AUTO, standing_out
 from flowtracer_plugin.text.spans import Region, Spans
 from flowtracer_plugin.text.visible import shown_on_stdout
@@ -48,7 +50,9 @@ class TraceData:
             the middle of a character that several tokens spell.
         spans: Question, response and answer.
         attention: The mean over the heads of the selected layers, as `options` say; rows are
-            queries. None for a streamed trace, which has no matrix of all pairs of tokens.
+            queries. None for a streamed trace, which has no matrix of all pairs of tokens. If the
+            trace was made on an accelerator, it is copied from there when it is first read, or when
+            the next trace is made.
         reach: The influence of each token on the answer, `h`.
         throughput: The share `f` of the unit of flow that passes through each token.
         model: The name of the model.
@@ -63,7 +67,10 @@ class TraceData:
     token_ids: Int[np.ndarray, " token"]
     tokens: tuple[str, ...]
     spans: Spans
-    attention: Float[np.ndarray, "query key"] | None
+    if TYPE_CHECKING:
+        attention: Float[np.ndarray, "query key"] | None
+    else:
+        attention: Float[np.ndarray, "query key"] | AttentionMap | None = OnDemand()
     reach: Float[np.ndarray, " token"]
     throughput: Float[np.ndarray, " token"]
     model: str
@@ -98,8 +105,9 @@ class TraceData:
         return self.streamed or self._backbone(KEPT_PATHS)
 
     def _backbone(self, paths: int) -> Backbone:
+        stored = where_it_is(self)
         return stream_stored(
-            self._matrix(f"more than {KEPT_PATHS} paths"),
+            self._matrix(f"more than {KEPT_PATHS} paths") if stored is None else stored,
             self.spans.question,
             self.spans.target,
             self.outline,

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from flowtracer_plugin.flow.torch_arrays import sent
 from flowtracer_plugin.model.causal_lm import check_length, check_vocabulary
 from flowtracer_plugin.text.encoding import content_text, encode_prompt, encode_response, is_text
 from flowtracer_plugin.text.spans import known_ids, question_mask, turns_mask
@@ -234,11 +235,11 @@ class FlowReward:
     def _padded(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
         """Token ids and their mask."""
         device = next(self.tracer.model.parameters()).device
-        ids = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+        ids = [torch.tensor(row, dtype=torch.long) for row in rows]
         kept = [torch.ones_like(row) for row in ids]
         return (
-            pad_sequence(ids, batch_first=True, padding_side=side),
-            pad_sequence(kept, batch_first=True, padding_side=side),
+            sent(pad_sequence(ids, batch_first=True, padding_side=side), device),
+            sent(pad_sequence(kept, batch_first=True, padding_side=side), device),
         )
 
 

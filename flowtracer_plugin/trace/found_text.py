@@ -34,11 +34,11 @@ Masks = Mapping[str, Bool[Tensor, "batch token"]]
 
 
 def padded_texts(
-    texts: Sequence[FoundText], device: torch.device
+    texts: Sequence[FoundText],
 ) -> tuple[Int[Tensor, "batch token"], Bool[Tensor, "batch token"], Masks]:
     """The ids of texts with padding behind the shorter ones, where they are visible, and masks.
 
-    The masks are those of target, response and answer.
+    The masks are those of target, response and answer. All are on the host.
     """
     most = max(len(text.ids) for text in texts)
     ids = torch.zeros(len(texts), most, dtype=torch.long)
@@ -50,5 +50,4 @@ def padded_texts(
         visible[row, :length] = True
         for name, mask in masks.items():
             mask[row, :length] = torch.from_numpy(getattr(text.spans, name))
-    moved = {name: mask.to(device) for name, mask in masks.items()}
-    return ids.to(device), visible.to(device), moved
+    return ids, visible, masks

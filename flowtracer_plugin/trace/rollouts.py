@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from flowtracer_plugin.flow.arrays import check_readable
 from flowtracer_plugin.flow.solve import solve_flow
 from flowtracer_plugin.flow.streamed import stream_batch
 from flowtracer_plugin.flow.substitution import Rows
+from flowtracer_plugin.flow.torch_arrays import sent
+from flowtracer_plugin.flow.validation import Check
+from flowtracer_plugin.model.padding import in_front, moved_back
 from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.reading.edges import deciding_rows
 from flowtracer_plugin.text.answers import AnswerFinder, FoundAnswer, check_finder
@@ -83,6 +87,7 @@ class RolloutMasks:
         answer: True on the tokens of the answer.
         answers: The answer that was found in each row, or None.
         errors: The error of each row in which the search has failed, by its number.
+        targeted: Whether each row has a target, if the host knows that; else the device is asked.
     """
 
     question: Bool[Tensor, "batch token"]
@@ -90,6 +95,12 @@ class RolloutMasks:
     answer: Bool[Tensor, "batch token"]
     answers: tuple[FoundAnswer | None, ...]
     errors: RowErrors = field(default_factory=dict)
+    targeted: tuple[bool, ...] | None = None
+
+    def with_target(self) -> list[int]:
+        """The rows that have a target."""
+        marked = self.target.any(-1).tolist() if self.targeted is None else self.targeted
+        return [row for row, has_target in enumerate(marked) if has_target]
 
     def rows(self, rows: slice) -> RolloutMasks:
         """The masks of some rows."""
@@ -103,6 +114,7 @@ class RolloutMasks:
                 for new, old in enumerate(range(len(self.answers))[rows])
                 if old in self.errors
             },
+            targeted=None if self.targeted is None else self.targeted[rows],
         )
 
     def each(self) -> Iterator[tuple[slice, RolloutMasks]]:
@@ -112,15 +124,41 @@ class RolloutMasks:
             yield alone, self.rows(alone)
 
 
+class OnHost(NamedTuple):
+    """Rollouts on the host, where answers are found and inputs are checked.
+
+    Attributes:
+        ids: Prompts and completions.
+        visible: False on padding.
+    """
+
+    ids: Int[Tensor, "batch token"]
+    visible: Bool[Tensor, "batch token"]
+
+
+def to_host(
+    ids: Int[Tensor, "batch token"], visible: Bool[Tensor, "batch token"], *flags: Bool[Tensor, ""]
+) -> tuple[OnHost, list[bool]]:
+    """Rollouts and some flags, copied from the device at once."""
+    parts = [ids.long().flatten(), visible.to(ids.device).long().flatten()]
+    parts += [flag.to(ids.device).long().reshape(1) for flag in flags]
+    sizes = [part.numel() for part in parts]
+    said, shown, *read = torch.cat(parts).cpu().split(sizes)
+    host = OnHost(said.view(ids.shape).to(ids.dtype), shown.view(ids.shape).bool())
+    return host, [bool(flag) for flag in read]
+
+
 def check_rollouts(
     prompt_ids: Tensor, completion_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor
-) -> None:
-    """Refuse ids and masks that do not belong to one batch.
+) -> list[Check]:
+    """Checks of the masks of rollouts, which are not read yet.
+
+    Their errors are ValueErrors: prompts are padded on the right, or masks hold other numbers than
+    0 and 1.
 
     Raises:
         TypeError: Ids or masks are no tensors, or of a kind that cannot be read.
-        ValueError: Shapes differ, there are no rows, prompts are padded on the right, or masks hold
-            other numbers than 0 and 1.
+        ValueError: Shapes differ, or there are no rows.
     """
     for name, ids, mask in (
         ("prompt", prompt_ids, prompt_mask),
@@ -141,15 +179,26 @@ def check_rollouts(
             )
     if not len(prompt_ids):
         raise ValueError("wanted at least one rollout, found none")
-    for name, mask in (("prompt", prompt_mask), ("completion", completion_mask)):
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError(f"{name}_mask must be 1 on tokens and 0 on padding, got other numbers")
-    seen = prompt_mask.bool()
-    if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
-        raise ValueError(
-            "prompts must be padded on the left, as for generation, and some have padding after "
-            "their tokens; encode them with padding_side='left'"
+    checks = [
+        Check(
+            ((mask == 0) | (mask == 1)).all(),
+            _refuse(f"{name}_mask must be 1 on tokens and 0 on padding, got other numbers"),
         )
+        for name, mask in (("prompt", prompt_mask), ("completion", completion_mask))
+    ]
+    seen = prompt_mask.bool()
+    padded = _refuse(
+        "prompts must be padded on the left, as for generation, and some have padding after "
+        "their tokens; encode them with padding_side='left'"
+    )
+    return [*checks, Check(~(seen[:, :-1] & ~seen[:, 1:]).any(), padded)]
+
+
+def _refuse(message: str) -> Callable[[], NoReturn]:
+    def refuse() -> NoReturn:
+        raise ValueError(message)
+
+    return refuse
 
 
 def rollout_masks(
@@ -162,11 +211,13 @@ def rollout_masks(
     fallback: AnswerFinder | None = None,
     *,
     question: Bool[Tensor, "batch prompt"] | None = None,
+    device: torch.device | None = None,
 ) -> RolloutMasks:
-    """The masks of rollouts, whose answers are found; only ids and masks are copied to the host.
+    """The masks of rollouts, whose answers are found on the host; only ids and masks are copied.
 
     Where `finder` finds no answer, `fallback` is tried. `question` are the prompt tokens that are
-    the question; without it the options say which they are.
+    the question; without it the options say which they are. With `device`, the masks are made
+    there, for ids and a mask that are on the host already.
 
     Raises:
         ValueError: There is no such finder.
@@ -194,12 +245,14 @@ def rollout_masks(
         except (ValueError, TypeError) as error:
             errors[row] = error
     target = target_mask(answer, options.target)
+    masks = sent(np.stack([asked_tokens, target, answer]), device or ids.device)
     return RolloutMasks(
-        question=torch.tensor(asked_tokens, device=ids.device),
-        target=torch.tensor(target, device=ids.device),
-        answer=torch.tensor(answer, device=ids.device),
+        question=masks[0],
+        target=masks[1],
+        answer=masks[2],
         answers=tuple(answers),
         errors=errors,
+        targeted=tuple(target.any(-1).tolist()),
     )
 
 
@@ -229,12 +282,13 @@ def _solved(
 ) -> FlowBatch:
     throughput, reach = attention.new_zeros(2, *attention.shape[:2])
     share = attention.new_zeros(len(attention))
-    rows = masks.target.any(-1).nonzero().squeeze(-1)
-    if len(rows):
+    solved = masks.with_target()
+    if solved:
+        # Not a copy if all rows are solved.
+        rows = ... if len(solved) == len(attention) else sent(solved, attention.device)
         target = masks.target[rows]
         flow = solve_flow(
-            # Not a copy if all rows are solved.
-            attention if len(rows) == len(attention) else attention[rows],
+            attention[rows],
             masks.question[rows],
             target,
             **options.solving,
@@ -285,15 +339,11 @@ def stream_rollouts(
     `ordered` marks the text in these rows, `visible` in the original ones.
     """
 
-    def moved(values: Tensor) -> Tensor:
-        found = torch.zeros_like(ordered, dtype=values.dtype)
-        found[ordered] = values[visible]
-        return found
+    def moved(values: Bool[Tensor, "batch token"]) -> Bool[Tensor, "batch most"]:
+        return in_front(values, visible, ordered)
 
-    def back(values: Tensor) -> Tensor:
-        found = torch.zeros_like(visible, dtype=values.dtype)
-        found[visible] = values[ordered]
-        return found
+    def back(values: Float[Tensor, "batch most"]) -> Float[Tensor, "batch token"]:
+        return moved_back(values, visible)
 
     prompt = torch.arange(visible.shape[1], device=visible.device) < prompt_length
     try:

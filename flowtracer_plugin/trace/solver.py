@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +14,10 @@ from flowtracer_plugin.flow.backbone import outline
 from flowtracer_plugin.flow.solve import solve_flow
 from flowtracer_plugin.flow.streamed import stream_flow
 from flowtracer_plugin.flow.substitution import Rows
+from flowtracer_plugin.flow.torch_arrays import sent
 from flowtracer_plugin.model.causal_lm import check_input, check_packing, input_device
 from flowtracer_plugin.model.padding import in_front
-from flowtracer_plugin.options import BEST, EVERYWHERE, FlowOptions
+from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.reading.edges import (
     EdgeChoice,
     completions,
@@ -33,20 +32,20 @@ from flowtracer_plugin.reading.removal import (
     helpful_edges,
 )
 from flowtracer_plugin.reading.rows import AttentionRows
+from flowtracer_plugin.result.attention_map import LastMaps
 from flowtracer_plugin.text.spans import Spans
 from flowtracer_plugin.trace.choice import first_chosen, flow_order
 from flowtracer_plugin.trace.found_text import FoundText, padded_texts
 from flowtracer_plugin.trace.memory import Budget
 from flowtracer_plugin.trace.rollouts import (
     FlowBatch,
+    OnHost,
     RolloutMasks,
     asked_edges,
     drop_first_token,
     solve_rollouts,
     stream_rollouts,
 )
-
-logger = logging.getLogger(__name__)
 
 Ids = Int[Tensor, "batch token"]
 Mask = Bool[Tensor, "batch token"]
@@ -84,6 +83,7 @@ class Solver:
             gradients=options.edges == "influence",
         )
         plain = Budget(reader, layers, copies=0)
+        self._kept = LastMaps()
         self._plain_budget = plain if options.edges == "influence" else self.budget
 
     def attention(
@@ -120,9 +120,10 @@ class Solver:
         apart = self.options.heads != "all" or self.options.edges == CAUSAL
         if len(texts) == 1 or apart or self.mode == "streamed":
             return [self._text(text, progress=progress) for text in texts]
-        ids, mask, masks = padded_texts(texts, input_device(self.reader.model))
-        if self._ready(ids, mask) != "dense":
+        host = padded_texts(texts)
+        if self._ready(host[0], host[1]) != "dense":
             return [self._text(text, progress=progress) for text in texts]
+        ids, mask, masks = self._sent(*host)
         choice = edge_choice(self.options, masks["target"], masks["response"], masks["answer"])
         edges, _ = self._edges(
             ids, mask, masks["response"], choice, masks["answer"], progress=progress
@@ -135,24 +136,39 @@ class Solver:
             found.append(self._solved(own, text, ()))
         return found
 
+    def _sent(
+        self, ids: Ids, mask: Mask, masks: Mapping[str, Mask]
+    ) -> tuple[Ids, Mask, dict[str, Mask]]:
+        """Ids and masks on the model's device; the mask of padding also serves on the host."""
+        device = input_device(self.reader.model)
+        return sent(ids, device), mask, {name: sent(one, device) for name, one in masks.items()}
+
     def _solved(
         self, edges: Float[Tensor, "query key"], text: FoundText, heads: HeadPairs
     ) -> dict[str, Any]:
-        attention, spans = edges.cpu().numpy(), text.spans
+        # On the host, numpy's arrays are solved faster than torch's.
+        attention = edges.numpy() if edges.device.type == "cpu" else edges
+        spans = text.spans
         flow = solve_flow(attention, spans.question, spans.target, **self.options.solving)
+        reach, throughput = flow.reach, flow.throughput
+        if isinstance(attention, Tensor):
+            reach, throughput = torch.stack([reach, throughput]).cpu().numpy()
+            attention = self._kept.keep(attention)
         return {
             "attention": attention,
             "heads": heads,
-            "reach": flow.reach,
-            "throughput": flow.throughput,
+            "reach": reach,
+            "throughput": throughput,
         }
 
     def _text(self, text: FoundText, *, progress: bool) -> dict[str, Any]:
         spans = text.spans
-        ids, mask, masks = padded_texts([text], input_device(self.reader.model))
+        host = padded_texts([text])
+        mode = self._ready(host[0], host[1])
+        ids, mask, masks = self._sent(*host)
         target, response, answer = masks["target"], masks["response"], masks["answer"]
         choice = edge_choice(self.options, target, response, answer)
-        if self._ready(ids, mask) == "dense":
+        if mode == "dense":
             edges, heads = self._edges(ids, mask, response, choice, answer, progress=progress)
             found = self._solved(edges[0], text, heads)
             if self.options.edges == CAUSAL:
@@ -169,7 +185,7 @@ class Solver:
 
             nodes, backbone = stream_flow(
                 one,
-                torch.from_numpy(spans.question).to(ids.device),
+                sent(spans.question, ids.device),
                 target[0],
                 outline(text.tokens, spans.prompt_length),
                 **self.options.solving,
@@ -177,19 +193,26 @@ class Solver:
         found = {"reach": nodes.reach, "throughput": nodes.throughput}
         return {"attention": None, "heads": heads, "streamed": backbone, **found}
 
-    def rollouts(self, ids: Ids, mask: Mask, masks: RolloutMasks, prompt_length: int) -> FlowBatch:
-        """The flow of padded rollouts in one forward pass."""
-        response = completions(mask.to(masks.answer.device), prompt_length)
+    def rollouts(
+        self, ids: Ids, host: OnHost, masks: RolloutMasks, prompt_length: int
+    ) -> FlowBatch:
+        """The flow of padded rollouts, which are on the host, too, in one forward pass."""
+        mask = host.visible
+        response = completions(sent(mask, masks.answer.device), prompt_length)
         choice = edge_choice(self.options, masks.target, response, masks.answer)
-        if self._ready(ids, mask) == "dense":
+        if self._ready(*host) == "dense":
             attention, _ = self._edges(ids, mask, response, choice, masks.answer)
             return solve_rollouts(attention, masks, prompt_length, self.options)
         rows, ordered, _ = self._rows(ids, mask, response, choice)
-        visible = mask.to(ordered.device)
+        visible = sent(mask, ordered.device)
         return stream_rollouts(rows, ordered, visible, masks, prompt_length, self.options)
 
     def _ready(self, ids: Ids, mask: Mask) -> str:
-        """The mode, after all checks of the input, the adapter and the memory."""
+        """The mode, after all checks of the input, the adapter and the memory.
+
+        Ids and mask are on the host, so that no check waits for the device.
+        """
+        self._kept.release()
         check_input(self.reader.model, ids, mask)
         self.reader.verify()
         self.budget.prepare()
@@ -214,7 +237,7 @@ class Solver:
         if self.options.edges == CAUSAL:
             start = int(response.any(0).int().argmax())
             with self.reader.exclusive():
-                texts = asked_texts(self.reader, ids, mask.to(ids.device), answer, start)
+                texts = asked_texts(self.reader, ids, sent(mask, ids.device), answer, start)
                 attention = helpful_edges(edge_losses(self.reader, texts, self.layers))
         elif choice is None or choice.heads == "all":
             attention = self.reader.read(ids, mask, self.layers, choice=choice, progress=progress)
@@ -223,18 +246,23 @@ class Solver:
                 ids, mask, self.layers, choice, progress=progress
             )
             heads = self._pairs(rows)
-        return asked_edges(attention, mask, response, self.options), heads
+        visible = sent(mask, attention.device)
+        return asked_edges(attention, visible, response, self.options), heads
 
     def _chosen(self, ids: Ids, mask: Mask, spans: Spans) -> tuple[int, ...]:
         """The tokens through which most flow passes, chosen and hidden one after another."""
         question, target, answer = (
-            torch.from_numpy(part)[None].to(ids.device)
-            for part in (spans.question, spans.target, spans.answer)
+            sent(part, ids.device)[None] for part in (spans.question, spans.target, spans.answer)
         )
         masks = RolloutMasks(question=question, target=target, answer=answer, answers=(None,))
         with self.reader.exclusive():
             order, errors = flow_order(
-                self.reader, ids, mask, masks, spans.prompt_length, self.options
+                self.reader,
+                ids,
+                sent(mask, ids.device),
+                masks,
+                spans.prompt_length,
+                self.options,
             )
         for error in errors.values():
             raise error
@@ -276,16 +304,3 @@ class Solver:
             for layer, chosen in zip(numbers, rows.heads[0], strict=True)
             for head in chosen.tolist()
         )
-
-
-def lacks_influence(reader: AttentionReader) -> bool:
-    """Whether the model cannot be traced by the preset `BEST`; a warning says why."""
-    reason = reader.why_no_influence()
-    logger.debug("preset %r: %s", BEST, reason or "possible")
-    if reason is not None:
-        warnings.warn(
-            f"this model is traced by preset={EVERYWHERE!r}, since it cannot be by {BEST!r}: "
-            f"{reason}. Choose a preset to be without this warning",
-            stacklevel=3,
-        )
-    return reason is not None

@@ -48,8 +48,15 @@ from flowtracer_plugin.trace.default_preset import lacks_influence
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.found_text import FoundText
 from flowtracer_plugin.trace.memory import MODES, MemoryEstimate
-from flowtracer_plugin.trace.rollouts import FlowBatch, check_rollouts, join_batches, rollout_masks
-from flowtracer_plugin.trace.solver import Solver, lacks_influence
+from flowtracer_plugin.trace.rollouts import (
+    FlowBatch,
+    OnHost,
+    check_rollouts,
+    join_batches,
+    rollout_masks,
+    to_host,
+)
+from flowtracer_plugin.trace.solver import Solver
 from flowtracer_plugin.trace.token_heads import token_heads
 
 logger = logging.getLogger(__name__)
@@ -470,7 +477,7 @@ class FlowTracer:
             ValueError: Ids and masks differ in shape, prompts are padded on the right, there are no
                 rows, `batch_size` is below 1, there is no such finder, or as for `attention`.
         """
-        check_rollouts(prompt_ids, completion_ids, prompt_mask, completion_mask)
+        checks = check_rollouts(prompt_ids, completion_ids, prompt_mask, completion_mask)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
         if question is None:
@@ -483,18 +490,29 @@ class FlowTracer:
             )
         ids = torch.cat([prompt_ids, completion_ids], dim=1)
         mask = torch.cat([prompt_mask, completion_mask], dim=1).bool()
+        host, sound = to_host(ids, mask, *(check.sound for check in checks))
+        for check, passed in zip(checks, sound, strict=True):
+            if not passed:
+                check.explain()
         tokenizer, finder = self.require_tokenizer(), self.answer if answer is None else answer
         length = prompt_ids.shape[1]
         parts = []
         for start in range(0, len(ids), size := batch_size or len(ids)):
             rows = slice(start, start + size)
+            part = OnHost(host.ids[rows], host.visible[rows])
             # Rows without an answer run through the model, too: all processes of a distributed run
             # must make the same forward passes.
             asked = None if question is None else question[rows]
             masks = rollout_masks(
-                tokenizer, ids[rows], mask[rows], length, self.options, finder, question=asked
+                tokenizer,
+                *part,
+                length,
+                self.options,
+                finder,
+                question=asked,
+                device=ids.device,
             )
-            parts.append(self._solver.rollouts(ids[rows], mask[rows], masks, length))
+            parts.append(self._solver.rollouts(ids[rows], part, masks, length))
         return join_batches(parts)
 
     def find(

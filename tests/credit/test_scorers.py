@@ -705,9 +705,11 @@ def test_cuda_chooses_the_same_tokens(name):
         reach=numbers,
         saliency=numbers,
         swaps=numbers,
+        sensitivity=numbers,
         removals=numbers,
         oracle=numbers[:, 4:] > 0.5,
         target=torch.arange(74)[None] == 70,
+        answer=torch.arange(74)[None] == 70,
     )
     tensors = {
         field.name: value.cuda()
@@ -718,7 +720,7 @@ def test_cuda_chooses_the_same_tokens(name):
     moved = replace(batch, **tensors, calls=[AttentionWeights(weights=weights)])
     found = SCORERS[name].boost(moved, 0.4)
     assert found.device.type == "cuda"
-    assert torch.equal(found.cpu(), SCORERS[name].boost(batch, 0.4))
+    torch.testing.assert_close(found.cpu(), SCORERS[name].boost(batch, 0.4))
 
 
 def test_docstring_examples():

@@ -183,7 +183,7 @@ def test_a_gpu_streams_what_the_host_reads(dtype):
     close = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.02}
     wanted = both(model)[0]
     dense, streamed = both(model.cuda())
-    assert_same(dense, streamed)
+    assert_same(dense, streamed, rtol=1e-4, atol=1e-5)  # products of other shapes round otherwise
     np.testing.assert_allclose(streamed.throughput, wanted.throughput, **close)
 
 

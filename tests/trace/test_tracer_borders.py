@@ -371,4 +371,5 @@ def test_a_batch_copies_ids_and_masks_to_the_host_and_no_map(tokenizer, monkeypa
     assert batch.throughput.device.type == device
     assert copied
     assert max(len(shape) for shape in copied) <= 2
-    assert max(shape.numel() for shape in copied) <= batch.throughput.numel()
+    flags = 3  # whether the masks are sound, which come in the same copy
+    assert max(shape.numel() for shape in copied) <= 2 * batch.throughput.numel() + flags
