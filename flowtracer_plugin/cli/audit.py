@@ -132,12 +132,8 @@ def audit(
     }
     check_records(results.output, FORMAT, VERSION, chosen)
     tokenizer = load_tokenizer(model, loading)
-    options = AuditOptions(
-        batches=credit.batches,
-        top_fraction=credit.top_fraction,
-        temperature=rollouts.temperature,
-        seed=rollouts.seed,
-    )
+    sampled = {"temperature": rollouts.temperature, "seed": rollouts.seed}
+    options = AuditOptions(batches=credit.batches, top_fraction=credit.top_fraction, **sampled)
     named_reward(rollouts.reward)  # before the model is loaded
     examples = load_prompts(data, tokenizer, rollouts.prompts)
     how = {"layers": credit.layers, "answer": credit.answer, "preset": "paper"}
@@ -154,7 +150,8 @@ def audit(
     file = AuditFile(results.output, settings)
     make = partial(_sampler, model, loading, rollouts, None if not engine.here else tracer)
     running: dict[str, Any] = {"oracle": credit.oracle, "done": set(file.batches), **_shown()}
-    with saying_what_is_kept(results.output, lambda: _kept(file, len(examples), credit.batches)):
+    kept = partial(_kept, file, len(examples), credit.batches)
+    with saying_what_is_kept(results.output, kept):
         groups = _groups(tokenizer, examples, make, engine, file)
         for batch in audited(tracer, groups, scorers, parameters, options, **running):
             file.add(batch)

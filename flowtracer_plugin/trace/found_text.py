@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from flowtracer_plugin.options import FlowOptions
-from flowtracer_plugin.text.spans import Spans
+from flowtracer_plugin.text.answers import AnswerFinder
+from flowtracer_plugin.text.spans import Spans, decode_tokens, find_spans
+
+TokenMask = Bool[np.ndarray, " token"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -28,6 +33,47 @@ class FoundText:
     tokens: tuple[str, ...]
     spans: Spans
     options: FlowOptions
+
+
+def find_text(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    response: list[int],
+    options: FlowOptions,
+    *,
+    finder: AnswerFinder,
+    question: str | Sequence[bool] | TokenMask,
+    user_text: str | None,
+    turns: TokenMask | None,
+) -> FoundText:
+    """The text with its spans; its options name the rule by which the question was found.
+
+    Raises:
+        AnswerNotFoundError: The response has no answer.
+        ValueError: Prompt or response is empty, or the rule needs more than is known.
+    """
+    if isinstance(question, str) and question == "auto":
+        question = "prompt" if turns is None else "turns"
+    named = question if isinstance(question, str) else "mask"
+    if named == "turns":
+        if turns is None:
+            raise ValueError(
+                "question='turns' needs chat messages in which the user says something, and a "
+                "template that shows it as it is; pass question='prompt', or a mask"
+            )
+        question = turns
+    spans = find_spans(
+        tokenizer,
+        prompt,
+        response,
+        finder=finder,
+        question=question,
+        user_text=user_text,
+        target=options.target,
+    )
+    ids = prompt + response
+    tokens = decode_tokens(tokenizer, ids).pieces
+    return FoundText(ids=ids, tokens=tokens, spans=spans, options=replace(options, question=named))
 
 
 Masks = Mapping[str, Bool[Tensor, "batch token"]]

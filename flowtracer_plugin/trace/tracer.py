@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any, NoReturn, SupportsIndex
@@ -42,11 +41,11 @@ from flowtracer_plugin.text.encoding import (
     token_ids,
     user_text,
 )
-from flowtracer_plugin.text.spans import decode_tokens, find_spans, turns_mask
+from flowtracer_plugin.text.spans import turns_mask
 from flowtracer_plugin.trace import guesses
 from flowtracer_plugin.trace.default_preset import lacks_influence
 from flowtracer_plugin.trace.flow_trace import FlowTrace
-from flowtracer_plugin.trace.found_text import FoundText
+from flowtracer_plugin.trace.found_text import FoundText, TokenMask, find_text
 from flowtracer_plugin.trace.memory import MODES, MemoryEstimate
 from flowtracer_plugin.trace.rollouts import (
     FlowBatch,
@@ -60,8 +59,6 @@ from flowtracer_plugin.trace.solver import Solver
 from flowtracer_plugin.trace.token_heads import token_heads
 
 logger = logging.getLogger(__name__)
-
-TokenMask = Bool[np.ndarray, " token"]
 
 
 def wrap(
@@ -539,30 +536,16 @@ class FlowTracer:
             AnswerNotFoundError: The response has no answer.
             ValueError: Prompt or response is empty, or the user's text is missing.
         """
-        tokenizer, options = self.require_tokenizer(), self.options
-        prompt, response = list(prompt_ids), list(response_ids)
-        asked: str | Sequence[bool] | TokenMask = options.question if question is None else question
-        if isinstance(asked, str) and asked == "auto":
-            asked = "prompt" if turns is None else "turns"
-        if isinstance(asked, str) and asked == "turns" and turns is None:
-            raise ValueError(
-                "question='turns' needs chat messages in which the user says something, and a "
-                "template that shows it as it is; pass question='prompt', or a mask"
-            )
-        named = asked if isinstance(asked, str) else "mask"
-        spans = find_spans(
-            tokenizer,
-            prompt,
-            response,
+        return find_text(
+            self.require_tokenizer(),
+            list(prompt_ids),
+            list(response_ids),
+            self.options,
             finder=self.answer if answer is None else answer,
-            question=turns if named == "turns" and turns is not None else asked,
+            question=self.options.question if question is None else question,
             user_text=user_text,
-            target=options.target,
+            turns=turns,
         )
-        options = replace(options, question=named)
-        ids = prompt + response
-        tokens = decode_tokens(tokenizer, ids).pieces
-        return FoundText(ids=ids, tokens=tokens, spans=spans, options=options)
 
     def trace_found(self, texts: Sequence[FoundText], *, progress: bool = False) -> list[FlowTrace]:
         """The traces of texts from `find`, in their order.
