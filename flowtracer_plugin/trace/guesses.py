@@ -101,6 +101,21 @@ def check_rule(question: Any, wish: str) -> None:
         )
 
 
+def check_marked(question: Tensor | None, prompt_ids: Tensor, rule: str) -> None:
+    """Check the mask of the question in padded prompts, or the rule where there is no mask.
+
+    Raises:
+        ValueError: The shapes differ, or the rule needs what the user said.
+    """
+    if question is None:
+        check_rule(rule, "wrap the model with question='prompt'")
+    elif question.shape != prompt_ids.shape:
+        raise ValueError(
+            f"question must mark the tokens of prompt_ids, {tuple(prompt_ids.shape)}, got the "
+            f"shape {tuple(question.shape)}"
+        )
+
+
 def sampled_ids(output: Any) -> tuple[Any, Any]:
     """The token ids of the prompt and of the response in an output of vLLM, a `RequestOutput`.
 

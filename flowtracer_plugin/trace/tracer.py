@@ -477,14 +477,7 @@ class FlowTracer:
         checks = check_rollouts(prompt_ids, completion_ids, prompt_mask, completion_mask)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
-        if question is None:
-            rule = self.options.question
-            guesses.check_rule(rule, "wrap the model with question='prompt'")
-        elif question.shape != prompt_ids.shape:
-            raise ValueError(
-                f"question must mark the tokens of prompt_ids, {tuple(prompt_ids.shape)}, got the "
-                f"shape {tuple(question.shape)}"
-            )
+        guesses.check_marked(question, prompt_ids, self.options.question)
         ids = torch.cat([prompt_ids, completion_ids], dim=1)
         mask = torch.cat([prompt_mask, completion_mask], dim=1).bool()
         host, sound = to_host(ids, mask, *(check.sound for check in checks))
