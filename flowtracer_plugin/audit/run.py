@@ -12,7 +12,7 @@ so one backward pass per scorer and batch serves every gamma and also the chosen
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from flowtracer_plugin.audit.policy_gradient import (
     TokenProbabilities,
@@ -33,6 +32,7 @@ from flowtracer_plugin.audit.policy_gradient import (
 from flowtracer_plugin.audit.sampling import Group, padded
 from flowtracer_plugin.credit.read_rollouts import Late, ReadRollouts
 from flowtracer_plugin.credit.scorers import SCORERS, Scorer
+from flowtracer_plugin.evaluation.progress import Progress, Say
 from flowtracer_plugin.evaluation.token_sets import CLASS_NAMES, token_classes
 from flowtracer_plugin.model.causal_lm import input_device
 from flowtracer_plugin.text.matched_spans import SpanFinder
@@ -153,6 +153,7 @@ def audit(
     oracle: SpanFinder | None = None,
     done: Iterable[int] = (),
     progress: bool = False,
+    say: Say | None = None,
 ) -> Iterator[BatchAudit]:
     """The findings of each batch, first of those with even numbers, then of those with odd ones.
 
@@ -167,6 +168,7 @@ def audit(
         oracle: Finder of the tokens that the scorer `oracle` chooses.
         done: Numbers of batches that need not be measured again.
         progress: Show a progress bar.
+        say: Without a bar, gets a line for each prompt.
 
     Raises:
         NoSignalError: As `split_into_batches`.
@@ -181,11 +183,9 @@ def audit(
     passes = [*batches[0::2], *batches[1::2], *(batches[n] for n in left if n % 2)]
     with (
         gradients_for(tracer.model, parameters),
-        tqdm(
-            total=sum(map(len, passes)), desc="auditing", unit="prompt", disable=not progress
-        ) as bar,
+        Progress("gradient", sum(map(len, passes)), progress=progress, say=say) as shown,
     ):
-        policy = _Policy(tracer, scorers, parameters, options, oracle, bar.update)
+        policy = _Policy(tracer, scorers, parameters, options, oracle, shown)
         reference = _unit(policy.gradient(chain.from_iterable(batches[1::2])))
         total = policy.zeros()
         for number in range(0, options.batches, 2):
@@ -216,14 +216,14 @@ class _GroupPass(NamedTuple):
 
 @dataclass(frozen=True)
 class _Policy:
-    """A policy with the parameters and scorers of an audit; `finished` is called per group."""
+    """A policy with the parameters and scorers of an audit; `shown` gets a step per group."""
 
     tracer: FlowTracer
     scorers: Sequence[Scorer]
     parameters: Sequence[nn.Parameter]
     options: AuditOptions
     oracle: SpanFinder | None
-    finished: Callable[[], object]
+    shown: Progress
     troubles: Troubles = field(default_factory=lambda: Troubles(logger))
 
     def gradient(self, groups: Iterable[Group]) -> Vector:
@@ -232,7 +232,7 @@ class _Policy:
         for group in groups:
             run = self._run(group)
             total += self._weighted(run, run.advantages)
-            self.finished()
+            self.shown.step(f"row {group.row} in a reference")
         return total
 
     def measure(
@@ -250,12 +250,14 @@ class _Policy:
             uniform = read.rollouts(_UNIFORM)
             tokens = _Tokens(self.tracer, run, uniform.answer)
             everything += tokens.sums(uniform.competing.float())
-            for scorer in self.scorers:
-                boost = self._boost(scorer, read)
-                sums[scorer.name] += tokens.sums(boost)
-                if bool(boost.any()):
-                    tilted[scorer.name] += self._weighted(run, run.advantages * boost)
-            self.finished()
+            with self.shown.inner("scorer", len(self.scorers)) as tick:
+                for scorer in self.scorers:
+                    boost = self._boost(scorer, read)
+                    sums[scorer.name] += tokens.sums(boost)
+                    if bool(boost.any()):
+                        tilted[scorer.name] += self._weighted(run, run.advantages * boost)
+                    tick(1)
+            self.shown.step(f"row {group.row} with every scorer")
         total += plain
         return BatchAudit(
             number=number,

@@ -25,7 +25,7 @@ from flowtracer_plugin.cli.options import (
     Traceback,
     flattened,
 )
-from flowtracer_plugin.cli.outputs import print_document, print_results
+from flowtracer_plugin.cli.outputs import print_document, print_results, saying_what_is_kept
 from flowtracer_plugin.cli.parsing import names, pattern, wrong_usage
 from flowtracer_plugin.cli.questions import DataOptions, load_prompts
 from flowtracer_plugin.cli.workers import WorkerOptions, chosen_engine
@@ -147,17 +147,28 @@ def audit(
     }
     file = AuditFile(results.output, settings)
     make = partial(_sampler, model, loading, rollouts, None if not engine.here else tracer)
-    groups = _groups(tokenizer, examples, make, engine, file)
-    running: dict[str, Any] = {"oracle": credit.oracle, "done": set(file.batches)}
-    running["progress"] = sys.stderr.isatty()
-    for batch in audited(tracer, groups, scorers, parameters, options, **running):
-        file.add(batch)
+    running: dict[str, Any] = {"oracle": credit.oracle, "done": set(file.batches), **_shown()}
+    with saying_what_is_kept(results.output, lambda: _kept(file, len(examples), credit.batches)):
+        groups = _groups(tokenizer, examples, make, engine, file)
+        for batch in audited(tracer, groups, scorers, parameters, options, **running):
+            file.add(batch)
     batches = [file.batches[number] for number in sorted(file.batches)]
     summary = summarise_audit(batches, gammas=tuple(dict.fromkeys((credit.gamma, 3.0, math.inf))))
     if results.json:
         print_document(document(summary, groups, settings))
     else:
         _print_verdict(summary, groups)
+
+
+def _shown() -> dict[str, Any]:
+    """How far the work is: bars in a terminal, lines elsewhere."""
+    return {"progress": sys.stderr.isatty(), "say": partial(typer.echo, err=True)}
+
+
+def _kept(file: AuditFile, prompts: int, batches: int) -> str:
+    return (
+        f"{len(file.groups)} of {prompts} prompts and {len(file.batches)} of {batches} batches are"
+    )
 
 
 def _print_verdict(summary: AuditSummary, groups: Sequence[Group]) -> None:
@@ -241,24 +252,18 @@ def _groups(
     file: AuditFile,
 ) -> list[Group]:
     """The rollouts of every prompt; those that the file lacks are sampled and added to it."""
-    from tqdm import tqdm
-
     from flowtracer_plugin.bulk.engines import Engine, open_pool
+    from flowtracer_plugin.evaluation.progress import Progress
     from flowtracer_plugin.text.encoding import encode_prompt
 
     prompts = [(one, tuple(encode_prompt(tokenizer, one.prompt)[0])) for one in examples]
     left = [(one, ids) for one, ids in prompts if not file.has_group(one.row, ids)]
+    known = len(prompts) - len(left)
     with (
-        tqdm(
-            total=len(prompts),
-            initial=len(prompts) - len(left),
-            desc="sampling",
-            unit="prompt",
-            disable=not sys.stderr.isatty(),
-        ) as bar,
+        Progress("prompt", len(prompts), done=known, **_shown()) as progress,
         open_pool(make, engine if left else Engine()) as pool,
     ):
         for group in pool.run(_sampled, left):
             file.add(group)
-            bar.update()
+            progress.step(f"row {group.row} sampled")
     return [file.groups[example.row] for example in examples]

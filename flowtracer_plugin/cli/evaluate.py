@@ -25,7 +25,12 @@ from flowtracer_plugin.cli.options import (
     Traceback,
     flattened,
 )
-from flowtracer_plugin.cli.outputs import print_document, print_results, write_file
+from flowtracer_plugin.cli.outputs import (
+    print_document,
+    print_results,
+    saying_what_is_kept,
+    write_file,
+)
 from flowtracer_plugin.cli.parsing import check_separate, names, part, writable, wrong_usage
 from flowtracer_plugin.cli.questions import DataOptions, load_prompts
 from flowtracer_plugin.cli.workers import WorkerOptions, chosen_engine
@@ -154,7 +159,8 @@ def evaluate(
     every, begin = work.shard[1], work.shard[0] - 1
     examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)
     examples = examples[begin::every]
-    make = partial(_evaluator, model, data.data, loading, answers, chosen)
+    watched = engine.here and sys.stderr.isatty()
+    make = partial(_evaluator, model, data.data, loading, answers, chosen, watched)
     with open_pool(make, engine) as pool:
         # One for each worker, so that all load their models at once.
         (plain, without), *_ = list(pool.run(_described, [None] * engine.workers))
@@ -199,8 +205,12 @@ def _evaluator(
     loading: LoadingOptions,
     answers: AnswerOptions,
     chosen: ProtocolOptions,
+    watched: bool,
 ) -> _Evaluator:
-    """What this process needs to measure examples, here or in a worker."""
+    """What this process needs to measure examples, here or in a worker.
+
+    With `watched` there are bars for the parts of an example.
+    """
     from flowtracer_plugin.evaluation.protocols import EvaluationSettings
     from flowtracer_plugin.evaluation.run import plain_settings
 
@@ -217,6 +227,7 @@ def _evaluator(
         max_new_tokens=answers.max_new_tokens,
         predicted_only=answers.predicted_only,
         batch_size=chosen.batch_size,
+        progress=watched,
     )
     plain = plain_settings(tracer, settings, model=model, data=data, oracle=chosen.oracle)
     return _Evaluator(tracer=tracer, settings=settings, plain=plain, without=without)
@@ -287,16 +298,21 @@ def _run(
     whole: bool,
 ) -> Sequence[Outcome]:
     """The outcomes of the examples, some of which the file or, as a `whole`, its parts may hold."""
-    from flowtracer_plugin.evaluation.run import evaluate_to_file, part_files
+    from flowtracer_plugin.evaluation.run import evaluate_to_file, kept_in, part_files
 
-    return evaluate_to_file(
-        partial(pool.run, _measured),
-        examples,
-        output,
-        plain,
-        parts=part_files(output) if whole and output is not None else (),
-        progress=sys.stderr.isatty(),
-    )
+    def kept() -> str:
+        return f"{kept_in(output, plain, examples)} of {len(examples)} examples are"
+
+    with saying_what_is_kept(output, kept):
+        return evaluate_to_file(
+            partial(pool.run, _measured),
+            examples,
+            output,
+            plain,
+            parts=part_files(output) if whole and output is not None else (),
+            progress=sys.stderr.isatty(),
+            say=partial(typer.echo, err=True),
+        )
 
 
 def _deliver(evaluation: Evaluation, html: Path | None, *, as_json: bool) -> None:

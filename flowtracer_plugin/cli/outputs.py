@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -63,6 +64,20 @@ def write_file(write: Callable[[Path], object], path: Path) -> None:
             "you may write to, with room left on its disk"
         ) from error
     typer.echo(f"wrote {path}", err=True)
+
+
+@contextmanager
+def saying_what_is_kept(output: Path | None, kept: Callable[[], str]) -> Iterator[None]:
+    """On Ctrl-C, say on stderr what is `kept` in the file, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if output is None:
+            said = "nothing is kept; with --output, the same command goes on where it stopped"
+        else:
+            said = f"{kept()} kept in {output}; the same command goes on from there"
+        typer.echo(f"\nstopped: {said}", err=True)
+        raise
 
 
 def print_document(document: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from flowtracer_plugin.attention.rounding import difference, rounding
+from flowtracer_plugin.evaluation.progress import Tick
 from flowtracer_plugin.flow.arrays import check_readable
 from flowtracer_plugin.model.causal_lm import (
     accepted_inputs,
@@ -46,6 +47,10 @@ SPARE = 0.5
 """Share of the free memory that a forward pass may take."""
 
 TokenSets = Bool[Tensor, "cut token"]
+
+
+def _ignore(_cuts: int) -> None:
+    pass
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -247,9 +252,14 @@ class Baseline:
         return cache if difference(again, self.log_probs) <= allowed else None
 
     def knock_out(
-        self, tokens: TokenSets, *, rows: str = "future", batch_size: int | None = None
+        self,
+        tokens: TokenSets,
+        *,
+        rows: str = "future",
+        batch_size: int | None = None,
+        tick: Tick = _ignore,
     ) -> KnockOut:
-        """`knock_out` for sets of this text's tokens."""
+        """`knock_out` for sets of this text's tokens; `tick` gets the number of cuts just made."""
         if rows not in ROWS:
             raise ValueError(f"rows must be one of {', '.join(ROWS)}, got {rows!r}")
         _check_tensors(tokens=tokens)
@@ -267,10 +277,12 @@ class Baseline:
         def removed(cuts: Int[Tensor, " cut"]) -> Edges:
             return hidden_edges(hidden[cuts], self.answer, rows=rows)
 
-        return _measure(self, removed, first, batch_size)
+        return _measure(self, removed, first, batch_size, tick)
 
-    def cut_edges(self, edges: Edges, *, batch_size: int | None = None) -> KnockOut:
-        """`cut_edges` for edges between this text's tokens."""
+    def cut_edges(
+        self, edges: Edges, *, batch_size: int | None = None, tick: Tick = _ignore
+    ) -> KnockOut:
+        """`cut_edges` for edges between this text's tokens, with `tick` as for `knock_out`."""
         _check_tensors(edges=edges)
         size = self.ids.shape[1]
         if edges.ndim != 3 or edges.shape[1:] != (size, size) or edges.dtype != torch.bool:
@@ -281,7 +293,7 @@ class Baseline:
         edges = edges.to(self.ids.device)
         cut = edges.any(-1)
         first = cut.int().argmax(-1).where(cut.any(-1), size - 1)
-        return _measure(self, lambda cuts: edges[cuts], first, batch_size)
+        return _measure(self, lambda cuts: edges[cuts], first, batch_size, tick)
 
 
 def _check_tensors(**given: object) -> None:
@@ -299,6 +311,7 @@ def _measure(
     removed: Callable[[Int[Tensor, " cut"]], Edges],
     first: Int[Tensor, " cut"],
     batch_size: int | None,
+    tick: Tick,
 ) -> KnockOut:
     """Run the text with each cut, from the first row on that a cut changes."""
     if batch_size is not None and batch_size < 1:
@@ -312,6 +325,7 @@ def _measure(
         for cuts, start in _batches(text, first, batch_size):
             found = _log_probs(text, removed(cuts), cache, start)
             drop[cuts], flipped[cuts], divergence[cuts] = _compare(found, plain, text.wanted)
+            tick(len(cuts))
     return KnockOut(
         log_prob=text.log_prob,
         predicted=text.predicted,

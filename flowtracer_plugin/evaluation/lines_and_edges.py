@@ -145,7 +145,8 @@ def example_edges(example: ScoredExample, options: KnockOutOptions) -> tuple[Edg
     cut = torch.zeros(len(chosen), *flow.shape, dtype=torch.bool)
     for one, edges in zip(cut, chosen, strict=True):
         one[queries[edges] - _shift(trace), keys[edges]] = True
-    found = example.baseline.cut_edges(cut, batch_size=example.batch_size)
+    with example.bar("set", len(cut)) as tick:
+        found = example.baseline.cut_edges(cut, batch_size=example.batch_size, tick=tick)
     drops = found.drop.double().numpy().reshape(len(options.percents), options.draws + 1)
     sizes = np.array([len(edges) for edges in chosen]).reshape(drops.shape)
     masses = np.array([paid[edges].sum() for edges in chosen]).reshape(drops.shape)

@@ -44,6 +44,7 @@ class EvaluationSettings:
     batch_size: int | None
     setting: str = "given"
     predicted_only: bool = True
+    progress: bool = False
 
     def __post_init__(self) -> None:
         """Check the names.
@@ -63,6 +64,7 @@ class EvaluationSettings:
             scores=self.scores,
             right=right,
             batch_size=self.batch_size,
+            progress=self.progress,
         )
 
 

@@ -106,17 +106,19 @@ def example_regeneration(
     some = np.flatnonzero(among)[:count]
     draws = [matched_draw(some, group, rng) for _ in range(options.draws)]
     sets.append(ChosenSets("random", "top", draws))
-    known: dict[bytes, str | None] = {}  # scores often agree
-
-    def answer(hidden: Mask) -> str | None:
-        key = hidden.tobytes()
-        if key not in known:
-            known[key] = _answer_without(example, stop, hidden, max_new_tokens)
-        return known[key]
-
-    usual = answer(np.zeros_like(among))
+    nothing = np.zeros_like(among)
+    every = [nothing, *(mask for one in sets for mask in one.masks)]
+    different = {mask.tobytes(): mask for mask in every}  # scores often agree
+    answers: dict[bytes, str | None] = {}
+    with example.bar("answer", len(different)) as tick:
+        for key, mask in different.items():
+            answers[key] = _answer_without(example, stop, mask, max_new_tokens)
+            tick(1)
+    usual = answers[nothing.tobytes()]
     return tuple(
-        _compared(name, side, tuple(map(answer, masks)), usual, example.right)
+        _compared(
+            name, side, tuple(answers[mask.tobytes()] for mask in masks), usual, example.right
+        )
         for name, side, masks in sets
     )
 

@@ -14,13 +14,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from flowtracer_plugin.bulk.examples import Example
 from flowtracer_plugin.bulk.row_errors import EVERY_ROW, NUMBERS, ONE_ROW, in_words
 from flowtracer_plugin.credit.choosing import InvalidScoreError
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore, own_codes
 from flowtracer_plugin.evaluation.outcomes import REASONS, Outcome
+from flowtracer_plugin.evaluation.progress import Progress, Say
 from flowtracer_plugin.evaluation.protocols import (
     FIRST,
     EvaluationSettings,
@@ -140,7 +139,11 @@ def _traced(tracer: FlowTracer, example: Example, settings: EvaluationSettings) 
     if example.response is not None:
         trace = tracer.trace(example.prompt, example.response)
     else:
-        trace = tracer.generate(example.prompt, max_new_tokens=settings.max_new_tokens)
+        trace = tracer.generate(
+            example.prompt,
+            max_new_tokens=settings.max_new_tokens,
+            progress=settings.progress,
+        )
     if settings.setting == "given":
         return trace
     response = example.response
@@ -183,6 +186,7 @@ def evaluate_to_file(
     *,
     parts: Sequence[Path] = (),
     progress: bool = False,
+    say: Say | None = None,
 ) -> tuple[Outcome, ...]:
     """The outcomes of all examples, in their order; each is written as soon as it is measured.
 
@@ -199,6 +203,7 @@ def evaluate_to_file(
         parts: Files of other runs with the same settings, which may still be written to. What
             they hold of the examples is taken over.
         progress: Show a bar.
+        say: Without a bar, gets a line for each example.
 
     Raises:
         ValueError: The file has another format, holds other settings, is damaged, or holds an
@@ -214,18 +219,26 @@ def evaluate_to_file(
                 file.add(asdict(outcome))
                 done[row] = outcome
     left = [example for example in examples if example.row not in done]
-    for outcome in tqdm(
-        evaluate(left),
-        total=len(examples),
-        initial=len(examples) - len(left),
-        desc="evaluating",
-        unit="example",
-        disable=not progress,
-    ):
-        file.add(asdict(outcome))
-        done[outcome.row] = outcome
-        logger.info("row %d: %s", outcome.row, outcome.left_out or "measured")
+    known = len(examples) - len(left)
+    with Progress("example", len(examples), done=known, progress=progress, say=say) as shown:
+        for outcome in evaluate(left):
+            file.add(asdict(outcome))
+            done[outcome.row] = outcome
+            logger.info("row %d: %s", outcome.row, outcome.left_out or "measured")
+            shown.step(f"row {outcome.row} {_in_words(outcome)}")
     return tuple(done[example.row] for example in examples)
+
+
+def _in_words(outcome: Outcome) -> str:
+    return "measured" if outcome.left_out is None else f"left out, {REASONS[outcome.left_out]}"
+
+
+def kept_in(path: Path | None, settings: Mapping[str, Any], examples: Sequence[Example]) -> int:
+    """How many of the examples a file of `evaluate_to_file` holds; none without a file."""
+    if path is None:
+        return 0
+    found = read_records(path, FORMAT, VERSION, settings, _outcome)
+    return len(_of_these(examples, found, path))
 
 
 def _of_these(

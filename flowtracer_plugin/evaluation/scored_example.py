@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from flowtracer_plugin.credit.choosing import InvalidScoreError
 from flowtracer_plugin.credit.token_scores import TokenScore, read_text
 from flowtracer_plugin.evaluation.knockout import Baseline
+from flowtracer_plugin.evaluation.progress import Tick, inner_bar
 from flowtracer_plugin.evaluation.token_sets import Mask, Scores
 from flowtracer_plugin.text.spans import special_ids
 from flowtracer_plugin.trace.flow_trace import FlowTrace
@@ -36,6 +38,7 @@ class ScoredExample:
         scores: The scores by name. A score maps a `ScoredText` to one number for each token.
         right: The right answer, if it is known.
         batch_size: Cuts in one forward pass; as many as memory allows by default.
+        progress: Show a bar for each part that takes long.
     """
 
     tracer: FlowTracer
@@ -43,6 +46,7 @@ class ScoredExample:
     scores: Mapping[str, TokenScore]
     right: str | None = None
     batch_size: int | None = None
+    progress: bool = False
 
     @cached_property
     def values(self) -> Mapping[str, Scores]:
@@ -53,7 +57,11 @@ class ScoredExample:
             ValueError: The trace was streamed.
         """
         text = read_text(self.tracer, self.trace)
-        values = {name: score(text) for name, score in self.scores.items()}
+        values = {}
+        with self.bar("score", len(self.scores)) as tick:
+            for name, score in self.scores.items():
+                values[name] = score(text)
+                tick(1)
         for name, score in values.items():
             if not np.isfinite(score).all():
                 raise InvalidScoreError(f"the score {name!r} is not finite at some tokens")
@@ -81,10 +89,15 @@ class ScoredExample:
         masks = np.stack([mask for group in groups for mask in group])
         unique, place = np.unique(masks, axis=0, return_inverse=True)
         sets, size = torch.from_numpy(unique), self.batch_size
-        found = self.baseline.knock_out(sets, rows=rows, batch_size=size)
+        with self.bar("set", len(sets)) as tick:
+            found = self.baseline.knock_out(sets, rows=rows, batch_size=size, tick=tick)
         parts = [found.drop, found.flipped, found.divergence]
         numbers = np.stack([part.double().numpy()[place.reshape(-1)] for part in parts])
         return np.split(numbers, np.cumsum([len(group) for group in groups])[:-1], axis=1)
+
+    def bar(self, unit: str, total: int) -> AbstractContextManager[Tick]:
+        """A bar for one part of the work, as by `inner_bar`, if `progress` asks for it."""
+        return inner_bar(unit, total, shown=self.progress)
 
     def rng(self, *seed: int) -> np.random.Generator:
         """Random numbers that depend on the seed and on the text alone."""

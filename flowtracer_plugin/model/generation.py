@@ -162,7 +162,12 @@ class GenerationProgress:
     """A transformers streamer: it is called once for the prompt, then once for each token."""
 
     def __init__(self, total: int) -> None:
-        self._bar: tqdm[Any] = tqdm(total=total, desc="generating", unit="token")
+        self._bar: tqdm[Any] = tqdm(
+            total=total,
+            desc="generating",
+            unit="token",
+            leave=None,  # stays if it is the only one
+        )
         self._started = False
 
     def put(self, value: Tensor) -> None:

@@ -128,7 +128,14 @@ class ModelRunner:
 
     def _run(self, inputs: Inputs, sites: Sites, receive: Receive, progress: bool) -> None:
         """Run the model to the last of the sites; a progress bar appears after one second."""
-        bar = tqdm(total=len(sites), desc="reading", unit="layer", delay=1, disable=not progress)
+        bar = tqdm(
+            total=len(sites),
+            desc="reading",
+            unit="layer",
+            delay=1,
+            leave=None,
+            disable=not progress,
+        )
 
         def counted(*call: Any) -> None:
             receive(*call)
