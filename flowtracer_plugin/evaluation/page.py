@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from flowtracer_plugin.bulk.examples import Example
 from flowtracer_plugin.evaluation.outcomes import Evaluation
 from flowtracer_plugin.evaluation.summary import BASELINES, Interval, ScoreSummary
-from flowtracer_plugin.evaluation.tables import bottom_of, cell, counts, ranked, tables
-from flowtracer_plugin.report.display import shorten
+from flowtracer_plugin.evaluation.tables import (
+    bottom_of,
+    cell,
+    counts,
+    fixed,
+    ranked,
+    spread,
+    tables,
+)
+from flowtracer_plugin.report.display import number, shorten
 from flowtracer_plugin.report.pages.assets import render, write_html
+from flowtracer_plugin.report.pages.charts import round_step
 from flowtracer_plugin.text.visible import visible
 
 CHART_WIDTH = 1000
@@ -18,6 +28,9 @@ CHART_WIDTH = 1000
 
 SHARES_SIZE = (720, 300)
 """Width and height of the chart of drops over shares, in its own units."""
+
+TICKS = 4
+"""The most steps on its upward axis, which are round numbers."""
 
 LINED = {"flow": "flow", BASELINES["one_hop"]: "hop", BASELINES["chance"]: "chance"}
 """Scores with a color and a label of their own."""
@@ -52,6 +65,8 @@ def render_evaluation(evaluation: Evaluation) -> str:
         shares=_shares(evaluation, fairest),
         tables=tables(evaluation),
         cell=cell,
+        fixed=fixed,
+        spread=spread,
         rows=_rows(evaluation, fairest),
     )
 
@@ -62,7 +77,7 @@ def _bars(evaluation: Evaluation, gap: int) -> list[dict[str, Any]]:
     if not found:
         return []
     bottoms = [bottom_of(evaluation, one) for one in found]
-    most = max(_high(one.aopc) for one in [*found, *filter(None, bottoms)]) or 1.0
+    most = max(0.0, *(_high(one.aopc) for one in [*found, *filter(None, bottoms)])) or 1.0
     chance = next(one.aopc for one in found if one.score == BASELINES["chance"])
 
     def at(value: float) -> float:
@@ -98,11 +113,13 @@ def _shares(evaluation: Evaluation, gap: int) -> dict[str, Any] | None:
     if len(percents) < 2 or not found:
         return None
     width, height = SHARES_SIZE
-    most = max(interval.mean for one in found for interval in one.drop) or 1.0
+    most = max(interval.mean for one in found for interval in one.drop)
+    step = round_step(most / TICKS)
+    steps = max(math.ceil(most / step - 1e-9), 1)
     across = [round(width * place / (len(percents) - 1), 1) for place in range(len(percents))]
 
     def up(value: float) -> float:
-        return round(height * (1 - max(0.0, value) / most), 1)
+        return round(height * (1 - max(0.0, value) / (steps * step)), 1)
 
     def line(one: ScoreSummary) -> dict[str, Any]:
         points = [f"{x} {up(interval.mean)}" for x, interval in zip(across, one.drop, strict=True)]
@@ -115,7 +132,7 @@ def _shares(evaluation: Evaluation, gap: int) -> dict[str, Any] | None:
 
     # Lines with a label are drawn last, above the others.
     lines = sorted(map(line, found), key=lambda one: one["kind"] != "other")
-    upward = [(up(most * part / 4), f"{most * part / 4:.2f}") for part in range(5)]
+    upward = [(up(at * step), number(at * step)) for at in range(steps + 1)]
     return {"lines": lines, "across": list(zip(across, percents, strict=True)), "upward": upward}
 
 

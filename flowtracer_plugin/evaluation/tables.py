@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 
 from flowtracer_plugin.evaluation.outcomes import Evaluation
 from flowtracer_plugin.evaluation.summary import EvaluationSummary, Interval, ScoreSummary
@@ -33,7 +34,16 @@ def tables(evaluation: Evaluation) -> tuple[EvaluationTable, ...]:
     found = [_knock_outs(evaluation, gap) for gap in evaluation.settings["options"]["gaps"]]
     summary = evaluation.summary
     every = [*found, _curves(summary), _lines(summary), _edges(summary), _regeneration(summary)]
-    return tuple(table for table in every if table.rows)
+    return tuple(_without_empty_columns(table) for table in every if table.rows)
+
+
+def _without_empty_columns(table: EvaluationTable) -> EvaluationTable:
+    full = [any(cell is not None for cell in column) for column in zip(*table.rows, strict=True)]
+    return replace(
+        table,
+        heads=tuple(compress(table.heads, full)),
+        rows=tuple(tuple(compress(row, full)) for row in table.rows),
+    )
 
 
 def ranked(evaluation: Evaluation, gap: int) -> list[ScoreSummary]:
@@ -66,7 +76,7 @@ def _knock_outs(evaluation: Evaluation, gap: int) -> EvaluationTable:
         name=f"knock-outs-{gap}",
         title="Answer log-probability lost, in nats per token: top of each score hidden from "
         f"{whom}{spared}",
-        heads=("score", *shares, "mean", "bottom", "flipped", "− chance", "− one hop"),
+        heads=("score", *shares, "mean", "bottom", "flipped", "− random", "− one hop"),
         rows=tuple(row(one) for one in ranked(evaluation, gap)),
     )
 
@@ -78,7 +88,7 @@ def _curves(summary: EvaluationSummary) -> EvaluationTable:
         title="Curves: mean height as the top is deleted (lower is better), as it is inserted "
         "(higher is better), and the gap between both; the tokens right before the answer are "
         "spared",
-        heads=("score", "deletion", "insertion", "gap", "− chance", "− one hop"),
+        heads=("score", "deletion", "insertion", "gap", "− random", "− one hop"),
         rows=tuple(
             (one.score, one.deletion, one.insertion, one.gap, one.over_chance, one.over_one_hop)
             for one in ordered
@@ -114,7 +124,7 @@ def _regeneration(summary: EvaluationSummary) -> EvaluationTable:
         name="regeneration",
         title="The second half written again without these tokens: share of the answers that "
         "changed, and of those that changed from right to wrong or back",
-        heads=("score", "side", "changed", "reversed", "− chance"),
+        heads=("score", "side", "changed", "reversed", "− random"),
         rows=tuple(
             (one.score, one.side, one.changed, one.reversed, one.over_chance) for one in ordered
         ),
@@ -127,9 +137,19 @@ def cell(value: Cell) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if value.low is None:
-        return f"{value.mean:z.2f}"
-    return f"{value.mean:z.2f} ({value.low:z.2f}…{value.high:z.2f})"
+    return f"{fixed(value.mean)} {spread(value)}".rstrip()
+
+
+def fixed(value: float) -> str:
+    """A number with two decimals; zero has no sign."""
+    return f"{value:z.2f}"
+
+
+def spread(value: Interval) -> str:
+    """The 95 % interval in brackets; nothing if there is none."""
+    if value.low is None or value.high is None:
+        return ""
+    return f"({fixed(value.low)}…{fixed(value.high)})"
 
 
 def counts(evaluation: Evaluation) -> Iterator[str]:

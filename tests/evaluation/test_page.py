@@ -28,33 +28,33 @@ SETTINGS = {
 }
 
 
-def effects(rng):
+def effects(rng, shares=2):
     made = []
     for gap in (0, 5):
         for place, score in enumerate(SCORES):
             for side in ("top", "bottom") if score != "random" else ("top",):
-                drop = (rng.random(2) * (4 - place) * (side == "top")).tolist()
+                drop = (rng.random(shares) * (4 - place) * (side == "top")).tolist()
                 made.append({
                     "gap": gap, "score": score, "side": side, "drop": drop,
-                    "flipped": [0.5, 1.0], "divergence": [0.1, 0.2],
+                    "flipped": [0.5] * shares, "divergence": [0.1] * shares,
                 })  # fmt: skip
     return made
 
 
-def outcome(row, rng, **changes):
+def outcome(row, rng, shares=2, **changes):
     measured = {
         "knock_out": {
             "answer_tokens": 2, "log_prob": -0.25, "predicted": True, "candidates": [40, 35],
-            "effects": effects(rng),
+            "effects": effects(rng, shares),
         },
         "edges": [{"percent": 5, "backbone": float(rng.random()), "others": 0.1}],
     }  # fmt: skip
     return Outcome(row=row, digest=str(row), measured=measured, correct=row % 2 == 0, **changes)
 
 
-def evaluation(prompt="How many apples?", detail="none", count=6, **changes):
+def evaluation(prompt="How many apples?", detail="none", count=6, shares=2, **changes):
     rng = np.random.default_rng(7)
-    outcomes = [outcome(row, rng) for row in range(count)]
+    outcomes = [outcome(row, rng, shares) for row in range(count)]
     outcomes.append(
         Outcome(row=count, digest="x", left_out="no_answer", detail=detail, measured=None)
     )
@@ -99,7 +99,7 @@ def test_every_number_of_the_tables_is_there():
     assert [table.name for table in tables(made)] == ["knock-outs-0", "knock-outs-5", "edges"]
     for table in tables(made):
         block = re.search(rf'<table id="{table.name}">.*?</table>', html, re.DOTALL)[0]
-        found = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", block)
+        found = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", re.sub("</?small>", "", block))
         assert found == [cell(value) for row in table.rows for value in row]
 
 
@@ -138,13 +138,46 @@ def test_an_evaluation_of_nothing_has_a_page_too():
 
 def test_one_share_has_no_lines_over_shares():
     options = {**SETTINGS["options"], "percents": [5]}
-    made = evaluation(options=options)
-    for one in made.outcomes[:-1]:
-        for effect in one.measured["knock_out"]["effects"]:
-            for name in ("drop", "flipped", "divergence"):
-                effect[name] = effect[name][:1]
+    made = evaluation(shares=1, options=options)
     assert 'id="shares"' not in render_evaluation(made)
     assert 'id="shares"' in render_evaluation(evaluation())
+
+
+def test_the_heights_of_the_shares_are_round_numbers():
+    html = render_evaluation(made := evaluation())
+    labels = [float(one) for one in re.findall(r'text-anchor="end">(.*?)</text>', html)]
+    tops = [one for one in made.summary.knock_out if (one.gap, one.side) == (5, "top")]
+    most = max(interval.mean for one in tops for interval in one.drop)
+    assert labels == [0, 1, 2, 3]
+    assert labels[-2] < most <= labels[-1]
+    (lowest,) = re.findall(r'd="M0 (\S+)H720"/><text [^>]*>0</text>', html)
+    assert float(lowest) == 300
+
+
+def test_zero_has_no_sign():
+    made = evaluation()
+    for one in made.outcomes[:-1]:
+        one.measured["knock_out"]["log_prob"] = -0.0004
+        for effect in one.measured["knock_out"]["effects"]:
+            effect["drop"] = [-0.0004, -0.0003]
+    html = render_evaluation(made)
+    assert "0.00" in html
+    assert not re.search(r"[-−]0\.0+\b", html.partition("<body>")[2])
+
+
+def test_columns_of_nothing_are_left_out():
+    again = {"score": "flow", "side": "top", "answers": [], "changed": 0.5, "reversed": None}
+    made = evaluation(protocols=["regeneration"])
+    for one in made.outcomes[:-1]:
+        one.measured["regeneration"] = [dict(again), dict(again, score="random")]
+    heads = {table.name: table.heads for table in tables(made)}
+    assert heads["regeneration"] == ("score", "side", "changed", "− random")
+    for one in made.outcomes[:-1]:
+        one.measured["regeneration"][0]["reversed"] = 0.25
+        one.measured["regeneration"][1]["reversed"] = 0.0
+    known = Evaluation(settings=made.settings, examples=made.examples, outcomes=made.outcomes)
+    heads = {table.name: table.heads for table in tables(known)}
+    assert heads["regeneration"] == ("score", "side", "changed", "reversed", "− random")
 
 
 def test_cells_say_means_and_intervals():
@@ -154,14 +187,23 @@ def test_cells_say_means_and_intervals():
     assert cell(Interval(mean=-0.001, low=-1.0, high=2.0)) == "0.00 (-1.00…2.00)"
 
 
+WIDER = """[...document.querySelectorAll(".scroller, .chart span")]
+    .filter((one) => one.scrollWidth > one.clientWidth && one.clientWidth)
+    .map((one) => one.textContent)"""
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [375, 1280, 2560])
 def test_the_page_in_a_browser(visits, scheme, width):
     from tests.browsing import violations
 
-    page = visits.open(render_evaluation(evaluation()), width=width, color_scheme=scheme)
+    options = {**SETTINGS["options"], "percents": [1, 2, 5, 10, 20]}
+    html = render_evaluation(evaluation(shares=5, options=options))
+    page = visits.open(html, width=width, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if width >= 1280:  # no part of it is cut off either
+        assert page.evaluate(WIDER) == []
     assert violations(page) == []
     assert visits.said == []
     assert visits.requested == []
