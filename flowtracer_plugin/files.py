@@ -275,11 +275,15 @@ def _records(path: Path, lines: list[bytes], read: Callable[[Any], Any]) -> list
     return [_record(path, number, line, read) for number, line in numbered if line.strip()]
 
 
-def check_records(path: Path | None, kind: str, version: int) -> None:
-    """Check that `RecordFile` can be made of `path`, apart from its settings and records.
+def check_records(
+    path: Path | None, kind: str, version: int, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Check that `RecordFile` can be made of `path`, apart from its records.
+
+    `settings` are those that are known already: more may be added until the file is made.
 
     Raises:
-        ValueError: The file has another format or version.
+        ValueError: The file has another format or version, or holds other settings.
         OSError: The file cannot be read or written.
     """
     if path is None:
@@ -287,7 +291,8 @@ def check_records(path: Path | None, kind: str, version: int) -> None:
     check_file(path)
     if path.is_file() and path.stat().st_size:
         with path.open("rb") as file:
-            _header(path, file.readline(_LONGEST_HEADER), kind, version)
+            held = _header(path, file.readline(_LONGEST_HEADER), kind, version)
+        check_settings(path, held, settings or {})
 
 
 def _header(path: Path, first: bytes, kind: str, version: int) -> dict[str, Any]:

@@ -46,6 +46,9 @@ SCORERS = (
 )
 """Scorers that are compared by default; they need no pass over the model but the audit's own."""
 
+_LATER = ("gamma", "answer", "layers")
+"""Options that the results do not depend on, or that only the model makes definite."""
+
 _rollouts = partial(typer.Option, rich_help_panel="Rollouts")
 _credit = partial(typer.Option, rich_help_panel="Credit")
 
@@ -119,8 +122,15 @@ def audit(
         from flowtracer_plugin.rewards.named import named_reward
 
     engine = chosen_engine(work)
-    check_records(results.output, FORMAT, VERSION)
     scorers = _scorers(credit)
+    chosen = {
+        "model": model,
+        "data": asdict(data),
+        **asdict(rollouts),
+        **{name: of for name, of in vars(credit).items() if name not in _LATER},
+        "scorers": [scorer.name for scorer in scorers],
+    }
+    check_records(results.output, FORMAT, VERSION, chosen)
     tokenizer = load_tokenizer(model, loading)
     options = AuditOptions(
         batches=credit.batches,
@@ -135,12 +145,8 @@ def audit(
     parameters = list(named_parameters(tracer.model, credit.parameters).values())
     check_memory(tracer.model, parameters, vectors=len(scorers) + 4)
     settings = {
-        "model": model,
-        "data": asdict(data),
+        **chosen,
         "dtype": str(tracer.model.dtype),
-        **asdict(rollouts),
-        **{name: value for name, value in vars(credit).items() if name not in ("gamma", "answer")},
-        "scorers": [scorer.name for scorer in scorers],
         "layers": list(tracer.layers),
         "answer": tracer.options.answer,
         **own_sources({scorer.name: scorer for scorer in scorers}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -151,10 +151,11 @@ def evaluate(
     with waiting("importing PyTorch and transformers"):
         from flowtracer_plugin.bulk.engines import open_pool
         from flowtracer_plugin.evaluation.outcomes import Evaluation
-        from flowtracer_plugin.evaluation.run import FORMAT, VERSION
+        from flowtracer_plugin.evaluation.run import FORMAT, VERSION, chosen_settings
 
-    check_records(output, FORMAT, VERSION)
-    _protocols(chosen.protocols), _scores(chosen, _options(chosen).matched)  # before the model
+    wanted = {"model": model, "data": data.data, "oracle": chosen.oracle}
+    known = chosen_settings(_settings(answers, chosen), **wanted)
+    check_records(output, FORMAT, VERSION, known)
     tokenizer = load_tokenizer(model, loading)
     every, begin = work.shard[1], work.shard[0] - 1
     examples = load_prompts(data, tokenizer, answers.limit, response_column=answers.response_column)
@@ -211,26 +212,33 @@ def _evaluator(
 
     With `watched` there are bars for the parts of an example.
     """
-    from flowtracer_plugin.evaluation.protocols import EvaluationSettings
     from flowtracer_plugin.evaluation.run import plain_settings
 
     how = {"layers": answers.layers, "answer": answers.answer, "mode": "dense", "preset": "paper"}
     tracer = load_tracer(model, loading, None, **how)
-    options = _options(chosen)
-    scores = _scores(chosen, options.matched)
+    settings = replace(_settings(answers, chosen), progress=watched)
     without = tracer.reader.why_no_influence() if chosen.scores is None else None
-    settings = EvaluationSettings(
+    if without is not None:
+        possible = {n: one for n, one in settings.scores.items() if n != "flow:derivation"}
+        settings = replace(settings, scores=possible)
+    plain = plain_settings(tracer, settings, model=model, data=data, oracle=chosen.oracle)
+    return _Evaluator(tracer=tracer, settings=settings, plain=plain, without=without)
+
+
+def _settings(answers: AnswerOptions, chosen: ProtocolOptions) -> EvaluationSettings:
+    """What is measured, as far as it can be checked before the model is loaded."""
+    from flowtracer_plugin.evaluation.protocols import EvaluationSettings
+
+    options = _options(chosen)
+    return EvaluationSettings(
         options=options,
-        scores={n: one for n, one in scores.items() if not (without and n == "flow:derivation")},
+        scores=_scores(chosen, options.matched),
         protocols=_protocols(chosen.protocols),
         setting=answers.setting,
         max_new_tokens=answers.max_new_tokens,
         predicted_only=answers.predicted_only,
         batch_size=chosen.batch_size,
-        progress=watched,
     )
-    plain = plain_settings(tracer, settings, model=model, data=data, oracle=chosen.oracle)
-    return _Evaluator(tracer=tracer, settings=settings, plain=plain, without=without)
 
 
 def _described(evaluator: _Evaluator, _task: None) -> tuple[Mapping[str, Any], str | None]:

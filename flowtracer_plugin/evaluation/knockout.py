@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,37 +12,30 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from flowtracer_plugin.attention.rounding import difference, rounding
+from flowtracer_plugin.evaluation.cut_passes import (
+    ReadText,
+    affordable_cuts,
+    shared_log_probs,
+    whole_log_probs,
+)
 from flowtracer_plugin.evaluation.progress import Tick
 from flowtracer_plugin.flow.arrays import check_readable
 from flowtracer_plugin.model.causal_lm import (
-    accepted_inputs,
     check_input,
-    first_output,
     input_device,
-    language_model,
     unwrapped,
-    vocabulary_size,
 )
 from flowtracer_plugin.model.cutting import (
     Edges,
     check_model,
-    cutting,
     hidden_from_later,
     plainly,
-    prefix_copies,
     read_prefix,
 )
-from flowtracer_plugin.model.free_memory import free_memory
 from flowtracer_plugin.result.trace_data import TraceData
 
 ROWS = ("answer", "future")
 """From which queries a token is hidden: those that predict the answer, or all later ones."""
-
-MOST_TOKENS = 2**14
-"""Number of tokens in one forward pass; larger passes are no faster."""
-
-SPARE = 0.5
-"""Share of the free memory that a forward pass may take."""
 
 TokenSets = Bool[Tensor, "cut token"]
 
@@ -170,21 +161,15 @@ def deciding_rows(answer: Bool[Tensor, " token"]) -> Bool[Tensor, " token"]:
 
 
 @dataclass(frozen=True, eq=False)
-class Baseline:
+class Baseline(ReadText):
     """A text as the model reads it without a cut. It is read once, however many cuts follow.
 
     Attributes:
-        model: The model without wrappers.
-        ids: The token ids, on the model's device.
-        answer: The answer's tokens.
-        deciding: Numbers of the rows whose logits choose them.
+        answer: The answer's tokens, which the deciding rows choose.
         continues: Whether the model computes the same from a short cached text as from the whole.
     """
 
-    model: nn.Module
-    ids: Int[Tensor, "1 token"]
     answer: Bool[Tensor, " token"]
-    deciding: Int[Tensor, " answer"]
     continues: bool
 
     @classmethod
@@ -211,7 +196,7 @@ class Baseline:
         check_input(model, ids[None], None)
         device = input_device(model)
         deciding = deciding_rows(answer).nonzero()[:, 0].to(device)
-        return cls(model, ids[None].to(device), answer.to(device), deciding, check_model(model))
+        return cls(model, ids[None].to(device), deciding, answer.to(device), check_model(model))
 
     @property
     def log_prob(self) -> float:
@@ -232,22 +217,23 @@ class Baseline:
     def log_probs(self) -> Float[Tensor, "answer word"]:
         """Next-token log-probabilities where the answer is predicted."""
         with plainly(self.model):
-            return _log_probs(self, None, None, 0)[0]
+            return whole_log_probs(self, None)[0]
 
     @cached_property
     def cache(self) -> DynamicCache | None:
         """Keys and values of the text; None if a text of this length does not continue from them.
 
-        For example, positions may be scaled by the number of tokens that are read at once.
+        For example, positions may be scaled by the number of tokens that are read so far. So the
+        text is read once more from its second token on, in eight passes.
         """
-        start = int(self.deciding[0])
-        if not self.continues or not start:
+        if not self.continues or not int(self.deciding[0]):
             return None
+        least = max(int(self.deciding[0]) // 8, 1)
         size = self.ids.shape[1]
         none = torch.zeros(1, size, size, dtype=torch.bool, device=self.ids.device)
         with plainly(self.model):
             cache = read_prefix(self.model, self.ids)
-            again = _log_probs(self, none, cache, start)[0]
+            again = shared_log_probs(self, none, cache, 1, least=least)[0]
         allowed = rounding(next(self.model.parameters()))
         return cache if difference(again, self.log_probs) <= allowed else None
 
@@ -323,7 +309,12 @@ def _measure(
     drop, flipped, divergence = torch.zeros(3, len(first), device=plain.device)
     with plainly(text.model):
         for cuts, start in _batches(text, first, batch_size):
-            found = _log_probs(text, removed(cuts), cache, start)
+            edges = removed(cuts)
+            found = (
+                whole_log_probs(text, edges)
+                if cache is None or not start
+                else shared_log_probs(text, edges, cache, start)
+            )
             drop[cuts], flipped[cuts], divergence[cuts] = _compare(found, plain, text.wanted)
             tick(len(cuts))
     return KnockOut(
@@ -356,44 +347,6 @@ def _batches(
     at = 0
     while at < len(order):
         start = int(first[order[at]])
-        size = batch_size or _affordable(text, start)
+        size = batch_size or affordable_cuts(text, start)
         yield order[at : at + size], start
         at += size
-
-
-def _affordable(text: Baseline, start: int) -> int:
-    """How many cuts fit in one forward pass over the rows from `start` on."""
-    config = language_model(text.model).config.get_text_config()
-    tokens = text.ids.shape[1]
-    rows, width = tokens - start, getattr(config, "hidden_size", None) or 1024
-    heads = getattr(config, "num_attention_heads", None) or 32
-    layers = getattr(config, "num_hidden_layers", None) or 32
-    kept = len(text.deciding) if "logits_to_keep" in accepted_inputs(text.model) else rows
-    # Scores in float32 with the mask beside them, some twenty activations, keys and values of all
-    # layers, and three copies of the logits.
-    scores = rows * tokens * (8 * heads + 8)
-    active = 4 * width * (20 * rows + 2 * layers * tokens)
-    logits = 12 * vocabulary_size(text.model) * kept
-    room = SPARE * free_memory(text.ids.device) / (scores + active + logits)
-    return max(1, min(int(room), MOST_TOKENS // rows))
-
-
-def _log_probs(
-    text: Baseline, removed: Edges | None, cache: DynamicCache | None, start: int
-) -> Float[Tensor, "cut answer word"]:
-    """Next-token log-probabilities where the answer is predicted, by the rows from `start` on."""
-    copies = 1 if removed is None else len(removed)
-    inputs: dict[str, Any] = {"input_ids": text.ids[:, start:].expand(copies, -1)}
-    accepted, rows = accepted_inputs(text.model), text.deciding - start
-    if cache is not None and start:
-        inputs |= {"past_key_values": prefix_copies(cache, start, copies), "use_cache": True}
-    elif "use_cache" in accepted:
-        inputs["use_cache"] = False
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = rows
-    with ExitStack() as stack:
-        if removed is not None:
-            stack.enter_context(cutting(removed))
-        logits = first_output(text.model(**inputs))
-    kept = logits if "logits_to_keep" in accepted else logits[:, rows]
-    return kept.float().log_softmax(-1)

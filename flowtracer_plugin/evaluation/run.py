@@ -163,14 +163,23 @@ def plain_settings(
     """All that the results depend on, as plain values; `oracle` is the pattern of that score."""
     return {
         **own_codes(settings.scores),
-        "model": model,
-        "data": data,
+        **chosen_settings(settings, model=model, data=data, oracle=oracle),
         "dtype": str(tracer.model.dtype),
         "layers": list(tracer.layers),
         "answer": tracer.options.answer,
+        "scores": list(settings.scores),
+    }
+
+
+def chosen_settings(
+    settings: EvaluationSettings, *, model: str, data: str, oracle: str | None
+) -> dict[str, Any]:
+    """Those of `plain_settings` that are known before the model is loaded."""
+    return {
+        "model": model,
+        "data": data,
         "setting": settings.setting,
         "protocols": list(settings.protocols),
-        "scores": list(settings.scores),
         "oracle": oracle,
         "max_new_tokens": settings.max_new_tokens,
         "predicted_only": settings.predicted_only,

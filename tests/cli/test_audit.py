@@ -73,9 +73,43 @@ def test_an_audit_continues_where_it_stopped(audit, kept):
     again = audit("--json")
     assert json.loads(again.out) == json.loads(first.out)
     assert sorted(kept.read_text().splitlines()) == sorted(lines)
-    other = audit("--seed", "3")
-    assert other.code == 1
-    assert "holds results with other settings: seed is 0 there and 3 now" in other.said
+
+
+def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(flowtracer, tmp_path, monkeypatch):
+    from flowtracer_plugin.audit import sampling
+
+    real, path, calls = sampling.sample, tmp_path / "results.jsonl", []
+
+    def stopped(*arguments, **options):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*arguments, **options)
+
+    command = ("audit", REASONER, STORIES, *QUICK, "--scorers", "random", "--output", path)
+    with monkeypatch.context() as patched:
+        patched.setattr(sampling, "sample", stopped)
+        ran = flowtracer(*command)
+    assert (ran.code, ran.out) == (130, "")
+    kept = f"stopped: 2 of 8 prompts and 0 of 4 batches are kept in {path}; the same command"
+    assert kept in ran.said
+    again = flowtracer(*command)
+    assert again.code == 0
+    assert again.err.startswith("prompt 3 of 8: row 2 sampled; 0:00:")
+    times = r"\d:\d\d:\d\d so far, about 0:00:00 left"
+    assert re.search(rf"gradient (\d+) of \1: row \d with every scorer; {times}", again.err)
+
+
+def test_outputs_are_checked_before_the_model_is_loaded(audit, flowtracer, kept, monkeypatch):
+    assert audit("--json").code == 0
+    for name in ("load_model", "load_tokenizer"):
+        monkeypatch.setattr(f"flowtracer_plugin.model.loading.{name}", None)
+    ran = audit("--seed", "3")
+    assert ran.code == 1
+    assert "holds results with other settings: seed is 0 there and 3 now" in ran.said
+    ran = flowtracer("audit", REASONER, STORIES, *QUICK, "--output", "/dev/null/results")
+    assert ran.code == 2
+    assert "cannot write" in ran.said
 
 
 def test_changed_prompts_are_refused(flowtracer, tmp_path):

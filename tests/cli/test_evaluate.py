@@ -106,9 +106,67 @@ def test_results_are_kept_and_continued(flowtracer, model, data, tmp_path):
     assert len(path.read_text().splitlines()) == 5
     again = flowtracer("evaluate", model, data, *QUICK, "--output", path, "--json")
     assert again.out == more.out
-    other = flowtracer("evaluate", model, data, *QUICK, "--output", path, "--rows", "answer")
-    assert other.code == 1
-    assert "holds results with other settings" in other.said
+
+
+def test_without_a_terminal_there_is_a_line_for_each_example(flowtracer, model, data, tmp_path):
+    call = ("evaluate", model, data, *FEW, "--output", tmp_path / "results.jsonl")
+    flowtracer(*call, "--limit", "1")
+    lines = flowtracer(*call).err.splitlines()
+    times = r"\d:\d\d:\d\d so far, about \d:\d\d:\d\d left"
+    assert re.fullmatch(f"example 2 of 4: row 1 measured; {times}", lines[0])
+    assert re.fullmatch(
+        f"example 4 of 4: row 3 left out, no answer was found in the response; {times}", lines[2]
+    )
+    assert len(lines) == 3
+
+
+def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(
+    flowtracer, model, data, tmp_path, monkeypatch
+):
+    from flowtracer_plugin.evaluation import run
+
+    real, path = run.evaluate_example, tmp_path / "results.jsonl"
+
+    def stopped(tracer, example, settings):
+        if example.row == 2:
+            raise KeyboardInterrupt
+        return real(tracer, example, settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "evaluate_example", stopped)
+        ran = flowtracer("evaluate", model, data, *FEW, "--output", path)
+        nowhere = flowtracer("evaluate", model, data, *FEW)
+    assert (ran.code, ran.out) == (130, "")
+    assert f"stopped: 2 of 4 examples are kept in {path}; the same command goes on" in ran.said
+    assert "stopped: nothing is kept; with --output, the same command goes on" in nowhere.said
+    again = flowtracer("evaluate", model, data, *FEW, "--output", path)
+    assert again.code == 0
+    assert "example 3 of 4: row 2 measured" in again.err
+    assert len(path.read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "option", "code", "said"),
+    [
+        ("hello\n", "--output", 1, "wanted results of the format flowtracer.evaluation"),
+        (None, "--output", 2, "cannot write"),
+        (None, "--html", 2, "cannot write"),
+        ("other", "--output", 1, "holds results with other settings: options.draws is 2 there"),
+    ],
+)
+def test_outputs_are_checked_before_the_model_is_loaded(
+    flowtracer, model, data, tmp_path, monkeypatch, content, option, code, said
+):
+    path = tmp_path / "results.jsonl" if content else "/dev/null/results"
+    if content == "other":
+        flowtracer("evaluate", model, data, *FEW, "--limit", "1", option, path)
+    elif content:
+        path.write_text(content)
+    for name in ("load_model", "load_tokenizer"):
+        monkeypatch.setattr(f"flowtracer_plugin.model.loading.{name}", None)
+    ran = flowtracer("evaluate", model, data, *FEW, "--draws", "3", option, path)
+    assert ran.code == code
+    assert said in ran.said
 
 
 FEW = (*QUICK, "--scores", "recency", "--json")

@@ -1,4 +1,5 @@
 import threading
+from unittest.mock import patch
 
 import jaxtyping
 import numpy as np
@@ -8,8 +9,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from flowtracer_plugin.evaluation import knockout
-from flowtracer_plugin.evaluation.knockout import cut_edges, hidden_edges, knock_out
+from flowtracer_plugin.evaluation import cut_passes, knockout
+from flowtracer_plugin.evaluation.knockout import Baseline, cut_edges, hidden_edges, knock_out
 from flowtracer_plugin.model.cutting import KnockOutError, check_model, cutting
 from tests.evaluation import reference_knockout as slow
 from tests.families import FAMILIES, WINDOW, quiet_transformers, redrawn, tiny_model
@@ -53,6 +54,10 @@ def test_the_slow_model_is_the_model(small):
     close(logits, slow.llama_logits(small, ids.tolist(), nothing))
 
 
+def in_passes_of(tokens):
+    return patch.dict(cut_passes.SIZES, cpu=cut_passes.Sizes(2**12, tokens))
+
+
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -60,8 +65,9 @@ def test_the_slow_model_is_the_model(small):
     seed=st.integers(0, 2**32 - 1),
     rows=st.sampled_from(knockout.ROWS),
     batch_size=st.sampled_from([None, 1, 3]),
+    one_pass=st.sampled_from([1, 6, 1000]),
 )
-def test_a_knock_out_is_that_of_the_slow_model(small, seed, rows, batch_size):
+def test_a_knock_out_is_that_of_the_slow_model(small, seed, rows, batch_size, one_pass):
     rng = np.random.default_rng(seed)
     ids, _ = text(seed=seed)
     early = int(rng.choice([1, 10]))  # a late answer leaves more to be read from the cache
@@ -69,7 +75,8 @@ def test_a_knock_out_is_that_of_the_slow_model(small, seed, rows, batch_size):
     answer[int(rng.integers(early, SIZE))] = True
     tokens = torch.from_numpy(rng.random((4, SIZE)) < rng.choice([0.1, 0.4, 0.9]))
     tokens[3] = False
-    found = knock_out(small, ids, answer, tokens, rows=rows, batch_size=batch_size)
+    with in_passes_of(one_pass):
+        found = knock_out(small, ids, answer, tokens, rows=rows, batch_size=batch_size)
     wanted = [
         slow.effect(small, ids.tolist(), answer.tolist(), slow.removed_edges(cut, answer, rows))
         for cut in tokens.tolist()
@@ -92,6 +99,31 @@ def test_edges_are_cut_one_by_one(small):
     torch.testing.assert_close(
         as_edges.drop, knock_out(small, ids, answer, sets, rows="answer").drop
     )
+
+
+@pytest.mark.parametrize("one_pass", [1, 5, 1000])
+def test_what_cuts_have_in_common_is_read_once(small, one_pass):
+    ids, answer = text(answers=(12,))
+    tokens = torch.from_numpy(np.random.default_rng(4).random((9, SIZE)) < 0.2)
+    tokens[:, 0] = False
+    tokens[:, 3] |= ~tokens.any(1)
+    baseline, read = Baseline.read(small, ids, answer), []
+    assert baseline.cache is not None
+    embedding = small.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda _, given: read.append(given[0].shape))
+    with in_passes_of(one_pass):
+        baseline.knock_out(tokens)
+    hook.remove()
+    start = int(tokens.int().argmax(1).min()) + 1
+    different = [len({tuple(cut[:row]) for cut in tokens.tolist()}) for row in range(12)]
+    rows = [rows for _, rows in read]
+    assert sum(rows) == 12 - start
+    ends = [start + sum(rows[: place + 1]) for place in range(len(rows))]
+    assert [cuts for cuts, _ in read] == [different[end - 1] for end in ends]
+    assert all(cuts * rows >= one_pass for cuts, rows in read[:-1])
+    if one_pass == 1:
+        assert sum(cuts * rows for cuts, rows in read) == sum(different[start:])
+        assert sum(different[start:]) < 0.8 * len(tokens) * (12 - start)
 
 
 def test_log_probability_and_prediction_without_a_cut(small):
@@ -277,7 +309,9 @@ def test_a_text_that_continues_differently_from_a_cache_is_read_whole(small, mon
     tokens = torch.from_numpy(np.random.default_rng(1).random((5, SIZE)) < 0.3)
     wanted = knock_out(small, ids, answer, tokens).drop
     used = []
-    monkeypatch.setattr(knockout, "prefix_copies", lambda *given: used.append(0) or _scaled(*given))
+    monkeypatch.setattr(
+        cut_passes, "prefix_copies", lambda *given: used.append(0) or _scaled(*given)
+    )
     found = knock_out(small, ids, answer, tokens).drop
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert len(used) == 1
