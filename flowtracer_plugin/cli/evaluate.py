@@ -99,7 +99,7 @@ class ProtocolOptions:
         str,
         _cutting(help="Numbers of tokens to spare right before the answer; each is measured."),
     ] = "0,5"
-    draws: Annotated[int, _cutting(min=1, help="Random sets for each control and percentage.")] = 20
+    draws: Annotated[int, _cutting(min=1, help="Random sets for each control and percentage.")] = 3
     scores: Annotated[str | None, SCORES] = None
     oracle: Oracle = None
     seed: Annotated[int, _cutting(min=0, help="Random seed of the draws and of the intervals.")] = 0

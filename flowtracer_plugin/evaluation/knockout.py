@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -13,10 +14,14 @@ from transformers import DynamicCache
 
 from flowtracer_plugin.attention.rounding import difference, rounding
 from flowtracer_plugin.evaluation.cut_passes import (
+    MOST_EDGES,
+    PACKED_ROWS,
     ReadText,
     affordable_cuts,
-    shared_log_probs,
-    whole_log_probs,
+    can_pack,
+    log_probs,
+    pack_cuts,
+    packed_log_probs,
 )
 from flowtracer_plugin.evaluation.progress import Tick
 from flowtracer_plugin.flow.arrays import check_readable
@@ -217,23 +222,22 @@ class Baseline(ReadText):
     def log_probs(self) -> Float[Tensor, "answer word"]:
         """Next-token log-probabilities where the answer is predicted."""
         with plainly(self.model):
-            return whole_log_probs(self, None)[0]
+            return log_probs(self, None)[0]
 
     @cached_property
     def cache(self) -> DynamicCache | None:
         """Keys and values of the text; None if a text of this length does not continue from them.
 
-        For example, positions may be scaled by the number of tokens that are read so far. So the
-        text is read once more from its second token on, in eight passes.
+        For example, positions may be scaled by the number of tokens that are read at once.
         """
-        if not self.continues or not int(self.deciding[0]):
+        start = int(self.deciding[0])
+        if not self.continues or not start:
             return None
-        least = max(int(self.deciding[0]) // 8, 1)
         size = self.ids.shape[1]
         none = torch.zeros(1, size, size, dtype=torch.bool, device=self.ids.device)
         with plainly(self.model):
             cache = read_prefix(self.model, self.ids)
-            again = shared_log_probs(self, none, cache, 1, least=least)[0]
+            again = log_probs(self, none, cache, start)[0]
         allowed = rounding(next(self.model.parameters()))
         return cache if difference(again, self.log_probs) <= allowed else None
 
@@ -263,7 +267,8 @@ class Baseline(ReadText):
         def removed(cuts: Int[Tensor, " cut"]) -> Edges:
             return hidden_edges(hidden[cuts], self.answer, rows=rows)
 
-        return _measure(self, removed, first, batch_size, tick)
+        order = torch.from_numpy(np.lexsort((~tokens.cpu().numpy()).T[::-1])).to(first.device)
+        return _measure(self, removed, first, order, batch_size, tick)
 
     def cut_edges(
         self, edges: Edges, *, batch_size: int | None = None, tick: Tick = _ignore
@@ -279,7 +284,8 @@ class Baseline(ReadText):
         edges = edges.to(self.ids.device)
         cut = edges.any(-1)
         first = cut.int().argmax(-1).where(cut.any(-1), size - 1)
-        return _measure(self, lambda cuts: edges[cuts], first, batch_size, tick)
+        order = first.argsort(stable=True)
+        return _measure(self, lambda cuts: edges[cuts], first, order, batch_size, tick)
 
 
 def _check_tensors(**given: object) -> None:
@@ -296,10 +302,15 @@ def _measure(
     text: Baseline,
     removed: Callable[[Int[Tensor, " cut"]], Edges],
     first: Int[Tensor, " cut"],
+    order: Int[Tensor, " cut"],
     batch_size: int | None,
     tick: Tick,
 ) -> KnockOut:
-    """Run the text with each cut, from the first row on that a cut changes."""
+    """Run the text with each cut, from the first row on that a cut changes.
+
+    In the `order` of the cuts, those that are alike for longest are neighbours, and their first
+    rows ascend.
+    """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
     plain, cache = text.log_probs, text.cache
@@ -308,13 +319,7 @@ def _measure(
         first = torch.zeros_like(first)
     drop, flipped, divergence = torch.zeros(3, len(first), device=plain.device)
     with plainly(text.model):
-        for cuts, start in _batches(text, first, batch_size):
-            edges = removed(cuts)
-            found = (
-                whole_log_probs(text, edges)
-                if cache is None or not start
-                else shared_log_probs(text, edges, cache, start)
-            )
+        for cuts, found in _passes(text, removed, first[order], order, batch_size):
             drop[cuts], flipped[cuts], divergence[cuts] = _compare(found, plain, text.wanted)
             tick(len(cuts))
     return KnockOut(
@@ -339,14 +344,29 @@ def _compare(
     return fell.mean(-1), flipped, divergence
 
 
-def _batches(
-    text: Baseline, first: Int[Tensor, " cut"], batch_size: int | None
-) -> Iterator[tuple[Int[Tensor, " cut"], int]]:
-    """Numbers of cuts that run together, and the row at which the earliest of them begins."""
-    order = first.argsort(stable=True)
-    at = 0
+def _passes(
+    text: Baseline,
+    removed: Callable[[Int[Tensor, " cut"]], Edges],
+    first: Int[Tensor, " cut"],
+    order: Int[Tensor, " cut"],
+    batch_size: int | None,
+) -> Iterator[tuple[Int[Tensor, " cut"], Float[Tensor, "cut answer word"]]]:
+    """Numbers of cuts that run together, and their log-probabilities, in packs where possible."""
+    deciding, size = text.deciding.tolist(), text.ids.shape[1]
+    packing, checked, at = text.cache is not None and can_pack(text), False, 0
     while at < len(order):
-        start = int(first[order[at]])
-        size = batch_size or affordable_cuts(text, start)
-        yield order[at : at + size], start
-        at += size
+        start = int(first[at])
+        if packing and start and text.cache is not None:
+            count = min(batch_size or PACKED_ROWS, max(MOST_EDGES // size**2, 1))
+            edges = removed(order[at : at + count]).cpu().numpy()
+            pack, count = pack_cuts(edges, start, deciding, plain=not checked)
+            found = packed_log_probs(text, pack, text.cache, text.log_probs)
+            if found is None:
+                packing = False
+                continue
+            checked = True
+        else:
+            count = batch_size or affordable_cuts(text, start)
+            found = log_probs(text, removed(order[at : at + count]), text.cache, start)
+        yield order[at : at + count], found
+        at += count

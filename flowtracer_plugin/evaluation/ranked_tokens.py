@@ -43,7 +43,7 @@ class KnockOutOptions:
         percents: Shares of the candidates that are knocked out, rounded up to whole tokens.
         gaps: How many tokens right before the answer are not candidates: they often are a template
             such as "The answer is", whose loss hurts any answer. Each gap is measured.
-        draws: Number of random sets for each control.
+        draws: Number of random sets for each control and share.
         matched: The score whose sets the controls `random_position` and `random_class` match.
         seed: Seed of the draws.
     """
@@ -51,7 +51,7 @@ class KnockOutOptions:
     rows: str = "future"
     percents: tuple[int, ...] = PERCENTS
     gaps: tuple[int, ...] = (0, 5)
-    draws: int = 20
+    draws: int = 3
     matched: str = "flow"
     seed: int = 0
 

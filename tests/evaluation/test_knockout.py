@@ -1,4 +1,5 @@
 import threading
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import jaxtyping
@@ -54,10 +55,6 @@ def test_the_slow_model_is_the_model(small):
     close(logits, slow.llama_logits(small, ids.tolist(), nothing))
 
 
-def in_passes_of(tokens):
-    return patch.dict(cut_passes.SIZES, cpu=cut_passes.Sizes(2**12, tokens))
-
-
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -65,9 +62,9 @@ def in_passes_of(tokens):
     seed=st.integers(0, 2**32 - 1),
     rows=st.sampled_from(knockout.ROWS),
     batch_size=st.sampled_from([None, 1, 3]),
-    one_pass=st.sampled_from([1, 6, 1000]),
+    pack=st.sampled_from([1, 6, 1000]),
 )
-def test_a_knock_out_is_that_of_the_slow_model(small, seed, rows, batch_size, one_pass):
+def test_a_knock_out_is_that_of_the_slow_model(small, seed, rows, batch_size, pack):
     rng = np.random.default_rng(seed)
     ids, _ = text(seed=seed)
     early = int(rng.choice([1, 10]))  # a late answer leaves more to be read from the cache
@@ -75,7 +72,7 @@ def test_a_knock_out_is_that_of_the_slow_model(small, seed, rows, batch_size, on
     answer[int(rng.integers(early, SIZE))] = True
     tokens = torch.from_numpy(rng.random((4, SIZE)) < rng.choice([0.1, 0.4, 0.9]))
     tokens[3] = False
-    with in_passes_of(one_pass):
+    with patch.object(cut_passes, "PACKED_ROWS", pack):
         found = knock_out(small, ids, answer, tokens, rows=rows, batch_size=batch_size)
     wanted = [
         slow.effect(small, ids.tolist(), answer.tolist(), slow.removed_edges(cut, answer, rows))
@@ -101,29 +98,50 @@ def test_edges_are_cut_one_by_one(small):
     )
 
 
-@pytest.mark.parametrize("one_pass", [1, 5, 1000])
-def test_what_cuts_have_in_common_is_read_once(small, one_pass):
+@contextmanager
+def counted_tokens(model):
+    """The number of tokens of each pass over the model."""
+    read = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, given: read.append(given[0].numel())
+    )
+    yield read
+    hook.remove()
+
+
+def test_what_cuts_have_in_common_is_read_once(small):
     ids, answer = text(answers=(12,))
     tokens = torch.from_numpy(np.random.default_rng(4).random((9, SIZE)) < 0.2)
     tokens[:, 0] = False
     tokens[:, 3] |= ~tokens.any(1)
-    baseline, read = Baseline.read(small, ids, answer), []
+    baseline = Baseline.read(small, ids, answer)
     assert baseline.cache is not None
-    embedding = small.get_input_embeddings()
-    hook = embedding.register_forward_pre_hook(lambda _, given: read.append(given[0].shape))
-    with in_passes_of(one_pass):
+    with counted_tokens(small) as read:
         baseline.knock_out(tokens)
-    hook.remove()
     start = int(tokens.int().argmax(1).min()) + 1
-    different = [len({tuple(cut[:row]) for cut in tokens.tolist()}) for row in range(12)]
-    rows = [rows for _, rows in read]
-    assert sum(rows) == 12 - start
-    ends = [start + sum(rows[: place + 1]) for place in range(len(rows))]
-    assert [cuts for cuts, _ in read] == [different[end - 1] for end in ends]
-    assert all(cuts * rows >= one_pass for cuts, rows in read[:-1])
-    if one_pass == 1:
-        assert sum(cuts * rows for cuts, rows in read) == sum(different[start:])
-        assert sum(different[start:]) < 0.8 * len(tokens) * (12 - start)
+    rows = {
+        (row, *cut[:row])
+        for cut in tokens.tolist()
+        for row in range(start, 12)
+        if row == 11 or not cut[row]  # nothing sees a token that is hidden
+    }
+    plain = 12 - start
+    assert read == [len(rows) + plain]
+    assert len(rows) < 0.7 * len(tokens) * (12 - start)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_model_that_counts_distances_is_not_packed(family):
+    model = tiny_model(family)
+    ids, answer = text(40, vocabulary=128, answers=(36,))
+    tokens = torch.from_numpy(np.random.default_rng(1).random((9, 40)) < 0.1)
+    baseline = Baseline.read(model, ids, answer)
+    assert baseline.cache is not None
+    with counted_tokens(model) as read:
+        baseline.knock_out(tokens)
+    start = int(tokens.int().argmax(1).min()) + 1
+    assert len(read) == (1 if family == "llama" else 2)
+    assert read[-1] == read[0] if family == "llama" else read[-1] == 9 * (40 - start)
 
 
 def test_log_probability_and_prediction_without_a_cut(small):
