@@ -252,7 +252,7 @@ def rollout_masks(
         answer=masks[2],
         answers=tuple(answers),
         errors=errors,
-        targeted=tuple(target.any(-1).tolist()),
+        targeted=tuple(bool(row.any()) for row in target),
     )
 
 

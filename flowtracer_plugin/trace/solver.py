@@ -150,16 +150,12 @@ class Solver:
         attention = edges.numpy() if edges.device.type == "cpu" else edges
         spans = text.spans
         flow = solve_flow(attention, spans.question, spans.target, **self.options.solving)
-        reach, throughput = flow.reach, flow.throughput
+        found: dict[str, Any] = {"attention": attention, "heads": heads}
         if isinstance(attention, Tensor):
-            reach, throughput = torch.stack([reach, throughput]).cpu().numpy()
-            attention = self._kept.keep(attention)
-        return {
-            "attention": attention,
-            "heads": heads,
-            "reach": reach,
-            "throughput": throughput,
-        }
+            reach, throughput = torch.stack([flow.reach, flow.throughput]).cpu().numpy()
+            found["attention"] = self._kept.keep(attention)
+            return {**found, "reach": reach, "throughput": throughput}
+        return {**found, "reach": flow.reach, "throughput": flow.throughput}
 
     def _text(self, text: FoundText, *, progress: bool) -> dict[str, Any]:
         spans = text.spans
