@@ -132,7 +132,7 @@ def audit(
     }
     check_records(results.output, FORMAT, VERSION, chosen)
     tokenizer = load_tokenizer(model, loading)
-    sampled = {"temperature": rollouts.temperature, "seed": rollouts.seed}
+    sampled: dict[str, Any] = {"temperature": rollouts.temperature, "seed": rollouts.seed}
     options = AuditOptions(batches=credit.batches, top_fraction=credit.top_fraction, **sampled)
     named_reward(rollouts.reward)  # before the model is loaded
     examples = load_prompts(data, tokenizer, rollouts.prompts)

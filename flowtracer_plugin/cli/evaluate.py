@@ -153,8 +153,8 @@ def evaluate(
         from flowtracer_plugin.evaluation.outcomes import Evaluation
         from flowtracer_plugin.evaluation.run import FORMAT, VERSION, chosen_settings
 
-    wanted = {"model": model, "data": data.data, "oracle": chosen.oracle}
-    known = chosen_settings(_settings(answers, chosen), **wanted)
+    settings = _settings(answers, chosen)
+    known = chosen_settings(settings, model=model, data=data.data, oracle=chosen.oracle)
     check_records(output, FORMAT, VERSION, known)
     tokenizer = load_tokenizer(model, loading)
     every, begin = work.shard[1], work.shard[0] - 1

@@ -110,7 +110,8 @@ def packed_log_probs(
     }
     leaves = torch.from_numpy(pack.leaves).to(device)
     removed = torch.from_numpy(pack.hidden)[None].to(device)
-    found = _run(text, inputs, removed, leaves.flatten())[0].unflatten(0, leaves.shape)
+    found = _run(text, inputs, removed, leaves.flatten())[0]
+    found = found.view(*leaves.shape, *found.shape[1:])
     if not pack.plain:
         return found
     allowed = rounding(next(text.model.parameters()))

@@ -62,8 +62,8 @@ class ScoredExample:
             for name, score in self.scores.items():
                 values[name] = score(text)
                 tick(1)
-        for name, score in values.items():
-            if not np.isfinite(score).all():
+        for name, value in values.items():
+            if not np.isfinite(value).all():
                 raise InvalidScoreError(f"the score {name!r} is not finite at some tokens")
         return values
 

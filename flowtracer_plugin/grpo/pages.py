@@ -63,7 +63,8 @@ class GroupPages:
             tokenizer = find_tokenizer(trainer.processing_class)
             self._prompt = decode_tokens(tokenizer, ids).text
             given = list(trainer._logs["prompt"])[-trainer.args.generation_batch_size]
-            self._question = _question(given) or tokenizer.decode(ids, skip_special_tokens=True)
+            said = str(tokenizer.decode(ids, skip_special_tokens=True))
+            self._question = _question(given) or said
             self._step = step
 
     def add(

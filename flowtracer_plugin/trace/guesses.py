@@ -64,14 +64,14 @@ def check_prompt(prompt: Any) -> None:
     )
 
 
-def check_response(prompt: Any, response: Any) -> None:
-    """Refuse what is no text.
+def checked_response(prompt: Any, response: Any) -> str:
+    """The response, which must be a text.
 
     Raises:
         TypeError: The response is something else; the message says what takes it.
     """
     if isinstance(response, str):
-        return
+        return response
     if response is None:
         chat = isinstance(prompt, Sequence) and prompt and isinstance(prompt[-1], Mapping)
         if chat and prompt[-1].get("role") == "assistant":

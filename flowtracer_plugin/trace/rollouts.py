@@ -143,7 +143,7 @@ def to_host(
     parts = [ids.long().flatten(), visible.to(ids.device).long().flatten()]
     parts += [flag.to(ids.device).long().reshape(1) for flag in flags]
     sizes = [part.numel() for part in parts]
-    said, shown, *read = torch.cat(parts).cpu().split(sizes)
+    said, shown, *read = torch.split(torch.cat(parts).cpu(), sizes)
     host = OnHost(said.view(ids.shape).to(ids.dtype), shown.view(ids.shape).bool())
     return host, [bool(flag) for flag in read]
 

@@ -320,10 +320,10 @@ class FlowTracer:
                 answer.
         """
         guesses.check_prompt(prompt)
-        guesses.check_response(prompt, response)
+        said = guesses.checked_response(prompt, response)
         tokenizer = self.require_tokenizer()
         prompt_ids, text = encode_prompt(tokenizer, prompt, template_kwargs)
-        ids = encode_response(tokenizer, text, response)
+        ids = encode_response(tokenizer, text, said)
         found = self.find(
             prompt_ids,
             ids,
