@@ -175,7 +175,8 @@ def test_the_method_says_what_the_knock_outs_with_causal_say():
 
 
 def test_every_benchmark_has_a_smallest_case():
-    assert set(SMALLEST) == set(ALL) - NEED_MODELS
+    counted = {"host_waits"}  # tests/device holds its budget
+    assert set(SMALLEST) == set(ALL) - NEED_MODELS - counted
 
 
 def test_without_models_those_that_need_them_are_left_out(monkeypatch, capsys):

@@ -187,7 +187,8 @@ def test_concentration_and_top_tokens_by_definition(tiny):
     ]
     flow = trace.throughput[counted] / trace.throughput[counted].sum()
     spread = np.exp(-(flow[flow > 0] * np.log(flow[flow > 0])).sum())
-    assert found.concentration == pytest.approx(1 - spread / len(counted))
+    # The difference from 1 has the rounding of float32 numbers near 1.
+    assert found.concentration == pytest.approx(1 - spread / len(counted), abs=1e-6)
     top = sorted(
         (t for t in counted if not spans.answer[t] and trace.throughput[t] > 0),
         key=lambda t: -trace.throughput[t],

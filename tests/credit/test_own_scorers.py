@@ -169,9 +169,12 @@ def test_what_is_no_score_is_one_sentence(packages, text, name, kind, message):
 def test_a_rollout_with_an_invalid_score_has_no_choice(packages, text):
     scorer = find_scorer("mine:below")
     rollouts = text.rollouts(scorer)
-    boost, errors = scorer.choices(scorer.measure(rollouts), rollouts, 0.4)
+    features = scorer.measure(rollouts)
+    boost, wrong = scorer.choices(features, rollouts, 0.4)
     assert not boost.any()
-    assert str(errors[0]) == "the scores of 'mine:below' must be finite and not negative, got -1.0"
+    assert wrong.tolist() == [True]
+    error = scorer.invalid(features, rollouts)
+    assert str(error) == "the scores of 'mine:below' must be finite and not negative, got -1.0"
 
 
 def test_needs_are_checked_where_they_are_written():

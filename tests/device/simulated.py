@@ -83,6 +83,13 @@ class _Module(_DummyBackendModule):
     def manual_seed(self, _seed: int) -> None:
         pass
 
+    # torch.random.fork_rng, which transformers calls, asks every registered device for its state.
+    def get_rng_state(self, _device: Any = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, _state: Tensor, _device: Any = None) -> None:
+        pass
+
 
 class _Hook(_DummyPrivateUse1Hook):
     def is_available(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from trl import GRPOTrainer
 
-from flowtracer_plugin.credit import read_rollouts, scorers
+from flowtracer_plugin.credit import choosing, read_rollouts
 from flowtracer_plugin.grpo import FlowGRPOTrainer, attach_flow_credit, scoring
 from flowtracer_plugin.grpo.hooks import ROWS, WEIGHTS
 from flowtracer_plugin.reading import one_pass as reading
@@ -269,7 +269,7 @@ def test_a_failure_can_cost_one_batch_only(policy, tmp_path, monkeypatch, where,
         "finding": (scoring, "rollout_masks"),
         "reading": (reading, "add_head_mean"),
         "solving": (read_rollouts, "solve_rollouts"),
-        "choosing": (scorers, "top_tokens"),
+        "choosing": (choosing, "highest"),
     }[where]
     real, calls = getattr(*place), []
 

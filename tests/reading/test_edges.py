@@ -222,7 +222,7 @@ def test_chosen_heads_are_kept_in_files_and_documents(tmp_path):
     again = ft.load(trace.save(tmp_path / "a.flow"))
     assert again.heads == trace.heads
     assert len(trace.heads) == 3  # 30 % of 2 layers with 4 heads, rounded up
-    assert again.options == trace.options == flow_options("sharp", answer="auto")
+    assert again.options == trace.options == flow_options("sharp", question="prompt")
     assert trace.to_dict()["heads"] == [list(pair) for pair in trace.heads]
 
 

@@ -176,7 +176,10 @@ def test_the_river_shows_where_flow_comes_from(trace):
     legend = [patch.get_facecolor() for patch in axes.get_legend().get_patches()]
     assert [band.get_facecolor()[0].tolist() for band in bands] == [list(c) for c in legend[::-1]]
     lightness = [np.dot(colour[:3], (0.2126, 0.7152, 0.0722)) for colour in legend]
-    assert all(later < earlier - 0.03 for earlier, later in pairwise(lightness))
+    # Each is darker than the one before it, but what has arrived, which grows large, is light.
+    *under_way, arrived = lightness
+    assert all(later < earlier - 0.03 for earlier, later in pairwise(under_way))
+    assert arrived > under_way[1] + 0.03
 
 
 @pytest.mark.parametrize("width", [3.3, 7.0])

@@ -67,7 +67,7 @@ UNITS = (
 def package_patterns():
     found = {}
     for module in pkgutil.walk_packages(flowtracer_plugin.__path__, "flowtracer_plugin."):
-        if module.name.endswith("__main__"):
+        if module.name.endswith(("__main__", "app.blocks")):  # Gradio may be missing
             continue
         for name, value in vars(importlib.import_module(module.name)).items():
             members = value if isinstance(value, tuple | list) else (value,)

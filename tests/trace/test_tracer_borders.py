@@ -228,8 +228,6 @@ def test_tokens_may_come_as_a_batch_of_one_and_several_texts_are_refused(tracer,
         ([said, said[1:]], ValueError, "rows of different lengths; trace_ids"),
         (torch.tensor(3), ValueError, r"got the shape \(\)"),
         (RESPONSE, TypeError, r"got a str; pass tokenizer\(text\)"),
-        (tokenizer(RESPONSE), TypeError, "got a BatchEncoding; pass tokenizer"),
-        (None, TypeError, "got a NoneType"),
         ([3, None], TypeError, "must be whole numbers, got"),
         ([3.0, 4.5], TypeError, r"must be whole numbers, got .*3\.0"),
         (np.ma.array(said), TypeError, "must not be a masked array"),
@@ -337,7 +335,7 @@ def test_a_message_has_a_role_and_content(message):
 def test_a_reward_renders_the_prompt_with_the_trainers_template_options():
     chat = tiny_tokenizer(chat=True)
     chat.chat_template += "{% if long %}He ate one.{% endif %}"
-    tracer = ft.wrap(tiny_llama(), chat, preset="paper")
+    tracer = ft.wrap(tiny_llama(), chat, preset="paper", question="prompt")
     ids = chat(RESPONSE, add_special_tokens=False)["input_ids"]
     scores = [
         FlowReward(tracer, chat_template_kwargs=options)([MESSAGES], [RESPONSE], [ids])
