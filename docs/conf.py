@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from pathlib import Path
@@ -39,7 +40,12 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 
 default_role = "py:obj"  # `name` in a docstring links to the object of that name, if there is one
-nitpick_ignore_regex = [("py:obj", ".*"), ("py:.*", r"(?!flowtracer_plugin).*")]  # others' names
+_INNER = r"flowtracer_plugin\..*\.(AttentionMap|Check|Decorated)"  # types that no page describes
+nitpick_ignore_regex = [
+    ("py:obj", ".*"),
+    ("py:.*", r"(?!flowtracer_plugin).*"),  # others' names
+    ("py:class", _INNER),
+]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 80
@@ -88,6 +94,8 @@ def _add_gallery(app: Any, error: Exception | None) -> None:
     if error is None and app.builder.format == "html":
         from docs.gallery import write_gallery
 
+        # A style of Pygments shows all records of the level INFO on standard error.
+        logging.getLogger("flowtracer_plugin").setLevel(logging.WARNING)
         write_gallery(Path(app.outdir) / "docs" / "gallery")
 
 

@@ -9,7 +9,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from flowtracer_plugin.cli.commands import app
+from flowtracer_plugin.cli.commands import _for_trl, app
 from flowtracer_plugin.credit.scorers import SCORERS
 from flowtracer_plugin.grpo import FlowGRPOConfig
 from flowtracer_plugin.grpo.script import parse
@@ -102,7 +102,7 @@ def test_the_commands_of_a_document_run_in_their_order(document, clone, trl):
     (clone / "run.yaml").write_text("output_dir: out")
     for words in commands(document):
         if words[0] == "train":  # would take hours and data of the hub: only parse its options
-            parse(words[1:])
+            parse(_for_trl(words[1:]))
             continue
         if words[0] == "app":  # would serve until Ctrl-C: only parse its options
             words = [*words, "--help"]

@@ -95,7 +95,9 @@ def test_every_link_within_the_site_leads_somewhere(pages):
                 dead.append((path.name, link))
             elif target.suffix == ".html" and path.name != "search.html":
                 anchors = pages[target.resolve()].anchors
-                if unquote(parts.fragment) not in anchors:
+                # The script of a trace's page goes to tokens; tests of that page follow them.
+                token = path.parent.name == "gallery" and re.fullmatch(r"t\d+", parts.fragment)
+                if not token and unquote(parts.fragment) not in anchors:
                     dead.append((path.name, link))
     assert dead == []
     assert counted > 500

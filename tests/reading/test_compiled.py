@@ -134,6 +134,23 @@ def test_a_compiled_training_step_is_heard_through_the_interface():
 def test_compiled_flex_attention():
     (ids, mask), model = prompt("left"), tiny_model("mistral", **FEW)
     model.set_attn_implementation("flex_attention")
-    wanted = eager_head_mean(eager_twin("mistral", **FEW), ids, mask, READ)
-    for backend in BACKENDS:
-        assert_close(AttentionReader(model, backend=backend).read(ids, mask, READ), wanted)
+    twin = eager_twin("mistral", **FEW)
+    wanted = eager_head_mean(twin, ids, mask, READ)
+    try:
+        for backend in BACKENDS:
+            assert_close(AttentionReader(model, backend=backend).read(ids, mask, READ), wanted)
+    except AssertionError:
+        # On one of two processors, with the same libraries, compiled flex attention is wrong and
+        # differs from run to run; the model alone shows it there.
+        if all(same_logits(model, twin, ids, mask) for _ in range(8)):
+            raise
+        pytest.xfail("what torch compiles for flex attention on this processor is wrong")
+
+
+def same_logits(model, other, ids, mask):
+    """Whether two models agree, without anything of ours."""
+    with torch.no_grad():
+        here, there = (
+            one(input_ids=ids, attention_mask=mask.long()).logits[mask] for one in (model, other)
+        )
+    return torch.allclose(here, there, atol=1e-3)
