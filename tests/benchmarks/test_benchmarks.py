@@ -153,8 +153,9 @@ def test_the_method_says_what_the_knock_outs_with_causal_say():
     """The second table of `docs/method.md`, and README's range over one hop."""
     root = Path(harness.__file__).parents[1]
     text = (root / "docs/method.md").read_text(encoding="utf-8")
-    found = json.loads((harness.RESULTS / "knock_outs_held_out.json").read_text())["with_causal"]
-    settings = list(found["settings"].values())
+    record = json.loads((harness.RESULTS / "knock_outs_held_out.json").read_text())
+    named = record["with_causal"]["settings"]
+    settings = list(named.values())
 
     def cell(one, score):
         drop, over = one["scores"][score]["drop"], one["scores"][score].get("over_flow")
@@ -166,7 +167,14 @@ def test_the_method_says_what_the_knock_outs_with_causal_say():
     assert [one["measured"] for one in settings] == [
         int(count) for count in re.findall(r"\((\d+)\)", text.partition("has `causal`")[2][:300])
     ]
-    ahead = [one["scores"]["causal"]["over_one_hop"]["mean"] for one in settings]
+    later = record["with_causal_more"]["settings"]["smol-cut"]["scores"]["causal"]
+    pooled = later["over_one_hop_pooled"]
+    for one in (later["over_one_hop"], pooled):
+        assert f"{one['mean']:+.2f} ± {one['error']:.2f}" in text
+    ahead = [
+        pooled["mean"] if name == "smol-cut" else one["scores"]["causal"]["over_one_hop"]["mean"]
+        for name, one in named.items()
+    ]
     said = f"is {min(ahead):.1f} to {max(ahead):.1f} nats ahead"
     assert said in (root / "README.md").read_text(encoding="utf-8")
 
