@@ -25,6 +25,11 @@ LATE = frozenset({"entropy", "surprisal"})
 class InvalidScoreError(ValueError):
     """A score is negative or not a finite number at some tokens."""
 
+    @classmethod
+    def of(cls, name: str, value: float) -> InvalidScoreError:
+        """The error of the scorer of this name, with one of its invalid scores."""
+        return cls(f"the scores of {name!r} must be finite and not negative, got {value}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scorer:
@@ -95,10 +100,8 @@ class Scorer:
 
     def invalid(self, features: Features, rollouts: Rollouts) -> InvalidScoreError:
         """The error of scores of which some are invalid."""
-        return InvalidScoreError(
-            f"the scores of {self.name!r} must be finite and not negative, got "
-            f"{float(features[_wrong(features, rollouts)][0])}"
-        )
+        value = float(features[_wrong(features, rollouts)][0])
+        return InvalidScoreError.of(self.name, value)
 
     @property
     def parts(self) -> tuple[Scorer, ...]:

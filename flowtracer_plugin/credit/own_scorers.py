@@ -176,13 +176,22 @@ def source_digest(function: object, name: str) -> str:
     return blake2b(source.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
-def _imported(path: str) -> Any:
-    """What a path names; its module may lie in the current folder."""
-    module, _, name = path.partition(":")
+def import_named(module: str, name: str) -> Any:
+    """What a module has under a name; the module may lie in the current folder.
+
+    Raises:
+        Exception: Whatever the import raises.
+    """
     if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.insert(0, here)  # as TRL's own script does
+    return attrgetter(name)(importlib.import_module(module))
+
+
+def _imported(path: str) -> Any:
+    """What a path names."""
+    module, _, name = path.partition(":")
     try:
-        return attrgetter(name)(importlib.import_module(module))
+        return import_named(module, name)
     except Exception as error:  # a foreign import can fail in any way
         raise ScorerError(
             f"cannot import the scorer {path!r}: {_in_words(error)}; wanted the path "

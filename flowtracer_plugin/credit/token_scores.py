@@ -130,10 +130,7 @@ class ScorerScore:
         values = _values(self.scorer, text.rollouts(self.scorer, self.oracle))
         invalid = values[~(np.isfinite(values) & (values >= 0))]
         if invalid.size:
-            raise InvalidScoreError(
-                f"the scores of {self.scorer.name!r} must be finite and not negative, got "
-                f"{invalid[0]}"
-            )
+            raise InvalidScoreError.of(self.scorer.name, float(invalid[0]))
         return values
 
 

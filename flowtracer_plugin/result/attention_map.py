@@ -26,9 +26,10 @@ class AttentionMap:
 
     def on_host(self) -> Float[np.ndarray, "query key"]:
         """The map as a numpy array; the device's memory is free after the first call."""
-        if isinstance(self.matrix, Tensor):
-            self.matrix = self.matrix.cpu().numpy()
-        return self.matrix
+        held = self.matrix  # once, since another thread may copy it at the same time
+        if isinstance(held, Tensor):
+            held = self.matrix = held.cpu().numpy()
+        return held
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled trace holds an array, as one that was made on the host does.

@@ -14,16 +14,14 @@ names its device, by default the GPU if there is one. For other options, put a
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from flowtracer_plugin.credit.own_scorers import import_named
 from flowtracer_plugin.model.loading import load_model, load_tokenizer
 from flowtracer_plugin.rewards.flow_reward import FlowReward, completion_text
 from flowtracer_plugin.trace.tracer import FlowTracer, wrap
@@ -123,10 +121,8 @@ def imported_reward(path: str, known: Sequence[str]) -> Callable[..., Any]:
             f"there is no reward {path!r}; wanted one of {', '.join(known)}, or a dotted path "
             "such as my_rewards.short"
         )
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # as TRL's own script does
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = import_named(module, name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot import the reward {path!r}: {error}") from error
     if not callable(found) or isinstance(found, type):
