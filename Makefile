@@ -14,7 +14,7 @@ LOWEST_TESTS := $(addprefix tests/,test_versions.py attention/test_adapter.py \
 	attention/test_head_mean.py reading/test_model_unchanged.py reading/test_reader.py \
 	reading/test_self_check.py trace/test_tracer.py)
 # Whole files to a worker, since the tests of a file share models; a worker takes about 2 GB.
-WORKERS ?= --numprocesses logical --maxprocesses 4 --dist loadfile
+WORKERS ?= --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-lowest deepspeed flashtrace app bench gpu ablation conformance docs lint types package \
 	reasoner clean

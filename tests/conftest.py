@@ -35,6 +35,12 @@ MISSING = {
 """For each marker, why its tests cannot run here; None if they can."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that hold the longest tests, so that no worker ends long after all."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 def pytest_collection_finish() -> None:
     """Take what is imported out of garbage collection, which every training run asks for."""
     gc.collect()

@@ -22,15 +22,27 @@ from tests.bulk.test_data_set import assert_same, make_tracer
 ROWS = {"shard_size": 3, "save_traces": True}
 
 
+def listening():
+    """All that this process and its children listen at: the process, its address, and the port."""
+    return {
+        (process.pid, one.laddr.ip.removeprefix("::ffff:"), one.laddr.port)
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]
+        if process.is_running()
+        for one in process.net_connections(kind="inet")
+        if one.status == psutil.CONN_LISTEN
+    }
+
+
 @pytest.fixture(scope="module")
 def on_ray(tmp_path_factory):
-    """A Ray as the engine starts it, with all processes that it consists of."""
+    """A Ray as the engine starts it; its value is what listened before, as other tests may."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(home))
         before = os.environ.keys() - {"PYTEST_CURRENT_TEST"}
+        already = listening()
         with ray_actors._local(2):
-            yield psutil.Process().children(recursive=True)
+            yield already
         assert os.environ.keys() - {"PYTEST_CURRENT_TEST"} == before
     assert not list(home.iterdir()), "Ray has left a token in the home folder"
 
@@ -62,14 +74,7 @@ def test_a_state_is_made_once_a_worker_and_tasks_are_taken_when_needed(on_ray, t
 
 
 def test_only_this_machine_can_reach_a_ray_that_was_started_here(on_ray):
-    listening = {
-        one.laddr.ip.removeprefix("::ffff:")
-        for process in [psutil.Process(), *on_ray]
-        if process.is_running()
-        for one in process.net_connections(kind="inet")
-        if one.status == psutil.CONN_LISTEN
-    }
-    assert listening == {"127.0.0.1"}
+    assert {address for _, address, _ in listening() - on_ray} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("engine", [Engine(workers=2), Engine(name="ray")], ids=ENGINES)
