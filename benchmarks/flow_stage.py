@@ -28,6 +28,7 @@ from scipy.sparse.csgraph import maximum_flow
 import flowtracer_plugin as ft
 from benchmarks.graphs import Attention, Mask, ends, random_attention
 from benchmarks.harness import Target, Ways
+from benchmarks.models import device
 
 OURS = "flow"
 CASES = [{"tokens": tokens} for tokens in (128, 512, 2048, 8192)]
@@ -44,7 +45,9 @@ Throughput = Float[np.ndarray, " token"]
 
 def ways(*, tokens: int) -> Ways:
     attention, (question, answer) = random_attention(tokens), ends(tokens)
-    tensor, *masks = (torch.from_numpy(array) for array in (attention, question, answer))
+    tensor, *masks = (
+        torch.from_numpy(array).to(device()) for array in (attention, question, answer)
+    )
     found: dict[str, object] = {
         "flow": lambda: ft.solve_flow(tensor, *masks).throughput,
         "flow_numpy": lambda: ft.solve_flow(attention, question, answer).throughput,

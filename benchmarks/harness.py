@@ -252,10 +252,10 @@ def peak_of(way: Callable[[], object]) -> float:
     """MiB by which the second run rises above what the process held before it."""
     if isinstance(way, Elsewhere):
         return way.peak()
-    device = _device_rise(way)
+    device = peak_on_device(way)
     gc.collect()
     if device:
-        return _device_rise(way)
+        return peak_on_device(way)
     ctypes.CDLL(None).malloc_trim(0)
     before = _reset_peak()
     way()
@@ -268,7 +268,7 @@ def _reset_peak() -> int:
     return _resident("VmRSS")
 
 
-def _device_rise(way: Callable[[], object]) -> float:
+def peak_on_device(way: Callable[[], object]) -> float:
     """Run it; MiB by which the GPU's memory rises, 0 if it uses no GPU."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():

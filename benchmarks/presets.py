@@ -16,7 +16,7 @@ import torch
 
 import flowtracer_plugin as ft
 from benchmarks.harness import Target, Ways
-from benchmarks.models import SMALL, build, forward, number_tokenizer
+from benchmarks.models import SMALL, build, device, forward, number_tokenizer
 
 OURS = "sharp"
 CASES = [
@@ -31,9 +31,9 @@ TARGETS = [
 
 
 def ways(*, tokens: int, mode: str) -> Ways:
-    model, tokenizer = build(SMALL), number_tokenizer()
-    ids = torch.randint(3, SMALL.vocab_size, (1, tokens))
-    start, seen = tokens // 4, torch.ones(1, tokens, dtype=torch.long)
+    model, tokenizer = build(SMALL).to(device()), number_tokenizer()
+    ids = torch.randint(3, SMALL.vocab_size, (1, tokens), device=device())
+    start, seen = tokens // 4, torch.ones_like(ids)
     rollout = ids[:, :start], ids[:, start:], seen[:, :start], seen[:, start:]
 
     def traced(preset: str) -> Callable[[], object]:

@@ -12,7 +12,7 @@ import torch
 import flowtracer_plugin as ft
 from benchmarks.graphs import ends
 from benchmarks.harness import Target, Ways
-from benchmarks.models import SMALL, build, forward
+from benchmarks.models import SMALL, build, device, forward
 
 OURS = "trace"
 CASES = [{"tokens": tokens} for tokens in (512, 2048, 4096)]
@@ -26,9 +26,9 @@ TARGETS = [
 
 
 def ways(*, tokens: int) -> Ways:
-    ids = torch.randint(0, SMALL.vocab_size, (1, tokens))
-    masks = [torch.from_numpy(mask)[None] for mask in ends(tokens)]
-    model, eager = build(SMALL), build(SMALL, "eager")
+    ids = torch.randint(0, SMALL.vocab_size, (1, tokens), device=device())
+    masks = [torch.from_numpy(mask)[None].to(device()) for mask in ends(tokens)]
+    model, eager = build(SMALL).to(device()), build(SMALL, "eager").to(device())
     tracer = ft.wrap(model, preset="paper")
     return {
         "trace": lambda: ft.solve_flow(tracer.attention(ids), *masks),

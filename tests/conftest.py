@@ -25,7 +25,7 @@ def _folder(variable: str) -> bool:
 
 
 MISSING = {
-    "gpu": None if torch.cuda.is_available() else "no CUDA device",
+    "cuda": None if torch.cuda.is_available() else "no CUDA device",
     "real_model": None if _folder("FLOWTRACER_MODELS") else "FLOWTRACER_MODELS names no folder",
     "compiler": None if shutil.which("g++") else "no g++, with which torch compiles",
     "deepspeed": None if _folder("FLOWTRACER_DEEPSPEED") else "no FLOWTRACER_DEEPSPEED",

@@ -20,6 +20,7 @@ from flowtracer_plugin.credit.rhythm import Rhythm, coupled_boost, read_rhythm
 from flowtracer_plugin.credit.scorers import SCORERS, Rollouts, credit_weights, find_scorer, lowest
 from tests.attention.reference_attention import loop_head_mean
 from tests.credit import reference_scorers as slow
+from tests.device.gpu import GPU, on_gpu
 
 FRACTIONS = st.sampled_from([0.0, 0.2, 0.4, 0.5, 1.0])
 INPUTS = {
@@ -712,15 +713,16 @@ def test_cuda_chooses_the_same_tokens(name):
         answer=torch.arange(74)[None] == 70,
     )
     tensors = {
-        field.name: value.cuda()
+        field.name: value
         for field in fields(Rollouts)
         if isinstance(value := getattr(batch, field.name), torch.Tensor)
     }
-    weights = batch.calls[0].weights.cuda()
-    moved = replace(batch, **tensors, calls=[AttentionWeights(weights=weights)])
-    found = SCORERS[name].boost(moved, 0.4)
-    assert found.device.type == "cuda"
-    torch.testing.assert_close(found.cpu(), SCORERS[name].boost(batch, 0.4))
+    wanted = SCORERS[name].boost(batch, 0.4)
+    with on_gpu() as place:
+        calls = [AttentionWeights(weights=place(batch.calls[0].weights))]
+        found = SCORERS[name].boost(replace(batch, **place(tensors), calls=calls), 0.4)
+        assert found.device == GPU
+        torch.testing.assert_close(found.cpu(), wanted)
 
 
 def test_docstring_examples():

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 import flowtracer_plugin.credit.weights as credit_module
 from flowtracer_plugin.credit.weights import credit_weights, token_credit, top_tokens
+from tests.device.gpu import GPU, on_gpu
 
 FRACTIONS = st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0])
 GAMMAS = st.sampled_from([0.0, 0.5, 1.0, 1.5, 3.0])
@@ -213,9 +214,11 @@ def test_a_row_without_flow_is_not_reweighted():
 def test_cuda_agrees_and_stays_on_the_device():
     throughput = torch.rand(4, 300)
     mask = torch.rand(4, 300) > 0.2
-    found = token_credit(throughput.cuda(), mask.cuda(), normalize="mean_one")
-    assert found.device.type == "cuda"
-    torch.testing.assert_close(found.cpu(), token_credit(throughput, mask, normalize="mean_one"))
+    wanted = token_credit(throughput, mask, normalize="mean_one")
+    with on_gpu() as place:
+        found = token_credit(*place([throughput, mask]), normalize="mean_one")
+        assert found.device == GPU
+        torch.testing.assert_close(found.cpu(), wanted)
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,11 @@ def _run(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         there = here if device is None else _names_device(device)
     inside = {**kwargs, "device": "cpu"} if there and device is not None else dict(kwargs)
     inside.pop("pin_memory", None)
-    found = operation(*tree_map(_unwrapped, tuple(args)), **tree_map(_unwrapped, inside))
+    held = tree_map(_unwrapped, tuple(args))
+    if operation is aten.histc.default and not held[0].is_floating_point():
+        found = operation(held[0].float(), *held[1:]).to(held[0].dtype)  # only CUDA counts integers
+    else:
+        found = operation(*held, **tree_map(_unwrapped, inside))
     if not there or found is None:
         return found
     found = tree_map(_wrapped, found)

@@ -13,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 from flowtracer_plugin.flow import graph, solve as flow, substitution, torch_arrays
 from flowtracer_plugin.flow.graph import FlowGraph
 from flowtracer_plugin.flow.solve import BOUNDARIES, QUESTION_WEIGHTS, solve_flow, solve_graph
+from tests.device.gpu import GPU, on_gpu
 from tests.flow import reference
 from tests.flow.strategies import (
     DENSE,
@@ -642,11 +643,11 @@ def test_torch_csr_with_narrow_indices():
 @settings(laws, max_examples=20)
 @given(problem=problems(max_tokens=40), chosen=options)
 def test_cuda_agrees_and_stays_on_the_device(kind, dtype, problem, chosen):
-    parts = [part.to("cuda") for part in given_as(kind, problem, dtype)]
-    found = solve_flow(*parts, **chosen)
-    for values in (found.reach, found.throughput, found.edge_flow(), found.sink_flow()):
-        assert values.device == parts[0].device
-    agree(found, reference.flow(*problem.parts, **chosen), dtype)
+    with on_gpu() as place:
+        found = solve_flow(*place(list(given_as(kind, problem, dtype))), **chosen)
+        for values in (found.reach, found.throughput, found.edge_flow(), found.sink_flow()):
+            assert values.device == GPU
+        agree(found, reference.flow(*problem.parts, **chosen), dtype)
 
 
 @pytest.mark.gpu
@@ -655,13 +656,13 @@ def test_cuda_batches_and_pruning():
     question, answer = torch.arange(600) < 50, torch.arange(600) > 590
     masks = question.expand(3, 600), answer.expand(3, 600)
     here = FlowGraph.from_attention(attention, *masks).prune(mass=0.8)
-    there = FlowGraph.from_attention(*(part.cuda() for part in (attention, *masks)))
-    there = there.prune(mass=0.8)
-    torch.testing.assert_close(there.dropped.cpu(), here.dropped)
-    for remote in (there, there.to_sparse()):
-        found = solve_graph(remote).throughput
-        assert found.is_cuda
-        torch.testing.assert_close(found.cpu(), solve_graph(here).throughput)
+    with on_gpu() as place:
+        there = FlowGraph.from_attention(*place([attention, *masks])).prune(mass=0.8)
+        torch.testing.assert_close(there.dropped.cpu(), here.dropped)
+        for remote in (there, there.to_sparse()):
+            found = solve_graph(remote).throughput
+            assert found.device == GPU
+            torch.testing.assert_close(found.cpu(), solve_graph(here).throughput)
 
 
 def test_a_question_that_does_not_reach_the_answer_is_refused():

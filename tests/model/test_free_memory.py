@@ -68,7 +68,7 @@ def test_this_machine_has_some_memory():
     assert 10**6 < free_memory(torch.device("cpu")) < 10**14
 
 
-@pytest.mark.gpu
+@pytest.mark.cuda
 def test_a_gpu_counts_what_torch_holds_in_reserve():
     device = torch.device("cuda")
     block = torch.zeros(2**28, device=device)

@@ -132,7 +132,7 @@ def test_masks_that_flash_attention_keeps_to_itself_are_rebuilt(family, padding,
     assert_close(reader.read(*prompt(padding), SOME_LAYERS), wanted(family, padding))
 
 
-@pytest.mark.gpu
+@pytest.mark.cuda
 def test_flash_attention_on_a_gpu(backend):
     pytest.importorskip("flash_attn", reason="the package flash_attn is not installed")
     model = tiny_model("mistral").to(torch.bfloat16).cuda()

@@ -22,6 +22,7 @@ from flowtracer_plugin.attention.head_mean import add_head_mean
 from flowtracer_plugin.reading.reader import AttentionReader
 from flowtracer_plugin.reading.runner import BACKENDS
 from tests.attention.reference_attention import eager_attentions, eager_head_mean
+from tests.device.gpu import GPU, on_gpu
 from tests.families import FAMILIES, WINDOW, redrawn, tiny_model
 from tests.reading.comparison import (
     MASK_KINDS,
@@ -211,15 +212,16 @@ def test_masks_that_an_implementation_keeps_to_itself_are_refused():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_read_on_cuda_gives_the_numbers_of_the_cpu(family):
     ids, mask = prompt("left")
-    reader = AttentionReader(tiny_model(family).cuda())
-    reader.verify()
-    found = reader.read(ids.cuda(), mask.cuda(), SOME_LAYERS)
-    assert found.is_cuda
     wanted = AttentionReader(tiny_model(family)).read(ids, mask, SOME_LAYERS)
-    assert_close(found.cpu(), wanted, atol=1e-3)
+    with on_gpu() as place:
+        reader = AttentionReader(place(tiny_model(family)))
+        reader.verify()
+        found = reader.read(*place([ids, mask]), SOME_LAYERS)
+        assert found.device == GPU
+        assert_close(found.cpu(), wanted, atol=1e-3)
 
 
-@pytest.mark.gpu
+@pytest.mark.cuda
 def test_the_head_mean_never_waits_for_the_device():
     # Mask building in transformers waits for the device itself, so waiting is no error here;
     # the head mean, which is ours, must not wait at all.

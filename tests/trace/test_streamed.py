@@ -25,6 +25,7 @@ from flowtracer_plugin.flow.backbone import Outline
 from flowtracer_plugin.flow.streamed import stream_batch, stream_flow
 from flowtracer_plugin.reading.rows import AttentionRows, KeptCalls, check_causal
 from tests.attention.test_head_mean import calls
+from tests.device.gpu import on_gpu
 from tests.families import FAMILIES, tiny_model
 from tests.flow import reference
 from tests.flow.strategies import batches, problems
@@ -182,8 +183,9 @@ def test_a_gpu_streams_what_the_host_reads(dtype):
     model = tiny_llama().to(dtype)
     close = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.02}
     wanted = both(model)[0]
-    dense, streamed = both(model.cuda())
-    assert_same(dense, streamed, rtol=1e-4, atol=1e-5)  # products of other shapes round otherwise
+    with on_gpu() as place:
+        dense, streamed = both(place(model))
+        assert_same(dense, streamed, rtol=1e-4, atol=1e-5)  # other shapes round otherwise
     np.testing.assert_allclose(streamed.throughput, wanted.throughput, **close)
 
 

@@ -347,7 +347,7 @@ def test_a_reward_renders_the_prompt_with_the_trainers_template_options():
     assert scores[0] != scores[1]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_a_batch_copies_ids_and_masks_to_the_host_and_no_map(tokenizer, monkeypatch, device):
     tracer = ft.wrap(tiny_llama().to(device), tokenizer, preset="paper")
     prompt = tokenizer([PROMPT] * 2, return_tensors="pt").to(device)
