@@ -61,7 +61,6 @@ class Size:
         lengths: Tokens of the texts whose traces are measured.
         cases: For each benchmark, the cases that are measured; by default all.
         rounds: Runs of each, of which the median is taken.
-        training_steps: Of the demo.
         tests: What pytest runs.
     """
 
@@ -72,7 +71,6 @@ class Size:
         default_factory=lambda: {name: tuple(module_of(name).CASES) for name in QUESTIONS}
     )
     rounds: int = 3
-    training_steps: int = 40
     tests: tuple[str, ...] = ("-m", "gpu or cuda")
 
 
@@ -83,7 +81,6 @@ REHEARSAL = Size(
     lengths=(64, 128),
     cases={"trace_against_forward": ({"tokens": 24},)},
     rounds=1,
-    training_steps=1,
     tests=("-m", "gpu or cuda", "tests/credit/test_weights.py"),
 )
 
@@ -199,10 +196,10 @@ def _question(name: str, case: Case, rounds: int, _left: Left) -> Mapping[str, A
     return {"said": said, "row": row}
 
 
-def training(size: Size) -> Mapping[str, Step]:
+def training(_size: Size) -> Mapping[str, Step]:
     """GRPO with credit: the demo, which trains the small reasoner."""
-    demo = [sys.executable, "examples/demo.py", "--steps", str(size.training_steps)]
-    return {"demo": partial(_command, [*demo, "--out", "build/first_gpu_demo"], {})}
+    demo = [sys.executable, "examples/demo.py", "--out", "build/first_gpu_demo"]
+    return {"demo": partial(_command, demo, {})}
 
 
 def tests(size: Size) -> Mapping[str, Step]:
