@@ -14,6 +14,7 @@ _COLUMNS = (
     "row",
     "id",
     "prompt",
+    "question",
     "answer",
     "correct",
     "response_tokens",
@@ -44,6 +45,7 @@ def _lines(results: Results) -> Iterator[RolloutLine]:
     for batch in results.batches(ANSWERS, _COLUMNS):
         for row in batch.to_pylist():
             name = f"{row['row']:08}"
+            row["prompt"] = row.pop("question") or row["prompt"]
             yield RolloutLine(**row, page=f"pages/{name}.html" if name in pages else None)
 
 

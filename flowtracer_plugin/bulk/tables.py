@@ -38,6 +38,7 @@ _ANSWER_TYPES = {
     "row": pyarrow.int64(),
     "digest": pyarrow.string(),
     "prompt": pyarrow.string(),
+    "question": pyarrow.string(),
     "response": pyarrow.string(),
     "generated": pyarrow.bool_(),
     "answer": pyarrow.string(),
@@ -126,6 +127,7 @@ def answer_record(result: TracedRow, kinds: Mapping[str, str]) -> dict[str, Any]
         return record
     length = trace.spans.prompt_length
     return record | {
+        "question": _whole(trace.question_text),
         "answer": _whole(trace.spans.answer_text),
         "rule": _whole(trace.spans.rule),
         "prompt_tokens": length,

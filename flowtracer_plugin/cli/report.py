@@ -114,11 +114,10 @@ def _line(number: int, name: str, trace: FlowTrace, page: str) -> RolloutLine:
     from flowtracer_plugin.bulk.traced_row import TracedRow
     from flowtracer_plugin.report.pages.rollout_index import RolloutLine
 
-    asked = zip(trace.tokens, trace.spans.question, strict=True)
     return RolloutLine(
         row=number,
         id=name,
-        prompt="".join(text for text, is_asked in asked if is_asked),
+        prompt=trace.question_text,
         answer=trace.spans.answer_text,
         response_tokens=len(trace.tokens) - trace.spans.prompt_length,
         reasoning_share=trace.reasoning_share,

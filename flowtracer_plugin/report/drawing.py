@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from flowtracer_plugin.flow.backbone import Step, strongest_flows
 from flowtracer_plugin.flow.river import River
 from flowtracer_plugin.report.display import ShownTrace, Unit
+from flowtracer_plugin.result.standouts import is_mark
 from flowtracer_plugin.text.visible import visible
 
 MAX_BARS = 1200
@@ -160,12 +161,15 @@ def draw_steps(shown: ShownTrace) -> StepDrawing:
 
 def step_row(shown: ShownTrace, index: int) -> StepRow:
     """The step with this index, as a line of a list."""
-    step = shown.steps.steps[index]
+    step, first = shown.steps.steps[index], shown.trace.tokens[0]
+    said = step.text
+    if step.start == 0 and step.stop > 1 and is_mark(first):  # such as <bos>
+        said = said.removeprefix(first)
     answers = "answer" in shown.regions[step.start : step.stop]
     return StepRow(
         number=index + 1,
         step=step,
-        text=visible(" ".join(step.text.split())) or "⏎",
+        text=visible(" ".join(said.split())) or "⏎",
         region="answer" if answers else step.region,
         first=shown.unit_of(step.start).index,
         last=shown.unit_of(step.stop - 1).index,

@@ -30,10 +30,15 @@ def of_kinds(
     for place, (text, region) in enumerate(zip(tokens, spans.regions, strict=True)):
         found[place] = (
             ("blank" in kinds and text.isspace())
-            or ("template" in kinds and (region == "prompt" or _is(_MARK, text)))
+            or ("template" in kinds and (region == "prompt" or is_mark(text)))
             or ("format" in kinds and _is(_FORMAT, text))
         )
     return found
+
+
+def is_mark(text: str) -> bool:
+    """Whether a token is a mark such as `<s>` or `<|im_end|>`."""
+    return _is(_MARK, text)
 
 
 def _is(mark: re.Pattern[str], text: str) -> bool:

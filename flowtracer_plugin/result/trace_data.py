@@ -16,7 +16,7 @@ from flowtracer_plugin.flow.solve import Flow, solve_flow
 from flowtracer_plugin.flow.streamed import stream_stored
 from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.result.attention_map import AttentionMap, OnDemand, where_it_is
-from flowtracer_plugin.result.standouts import AUTO, standing_out
+from flowtracer_plugin.result.standouts import AUTO, is_mark, standing_out
 from flowtracer_plugin.text.spans import Region, Spans
 from flowtracer_plugin.text.visible import shown_on_stdout
 
@@ -84,6 +84,18 @@ class TraceData:
     def text(self) -> str:
         """The text of prompt and response."""
         return "".join(self.tokens)
+
+    @property
+    def question_text(self) -> str:
+        """The text of the question, each of its parts on lines of its own.
+
+        Flow is not injected at a first token, where attention sinks, but its word is shown.
+        """
+        asked = self.spans.question.copy()
+        asked[:1] |= asked[1:2] & (not is_mark(self.tokens[0]))
+        edges = np.flatnonzero(np.diff(asked, prepend=False, append=False))
+        parts = ("".join(self.tokens[first:stop]) for first, stop in edges.reshape(-1, 2))
+        return "\n".join(part.strip() for part in parts)
 
     @cached_property
     def flow(self) -> Flow:

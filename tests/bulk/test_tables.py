@@ -68,6 +68,7 @@ def test_every_answer_is_in_its_table(tiny, written):
         assert (row["answer"], row["rule"]) == (one.trace.spans.answer_text, one.trace.spans.rule)
         assert row["digest"] == one.digest
         assert row["prompt"] + row["response"] == one.trace.text
+        assert row["question"] == one.trace.question_text == row["prompt"].strip()
         assert row["prompt_tokens"] + row["response_tokens"] == len(one.trace.tokens)
         assert row["reasoning_share"] == pytest.approx(one.trace.reasoning_share, rel=1e-5)
         assert row["question_reached"] == one.trace.backbone.question_reached

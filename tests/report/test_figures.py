@@ -80,7 +80,7 @@ def test_the_labels_of_steps_are_text_in_svg(trace, tmp_path):
         label = " ".join(trace.steps().steps[step].text.split())
         assert label in texts
         assert str(step + 1) in texts
-    assert "<s>What is 3 < 4 & more?" in texts
+    assert "What is 3 < 4 & more?" in texts
     assert "It is $7$ \\frac{" in texts
 
 

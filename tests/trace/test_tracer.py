@@ -70,6 +70,16 @@ def named_span(text):
     return 4, 7
 
 
+def test_the_question_is_shown_without_template_and_with_its_first_word(tracer, model, chat):
+    plain = tracer.trace(PROMPT, RESPONSE)
+    assert not plain.spans.question[0]
+    assert plain.question_text == PROMPT.strip()
+    told = [*MESSAGES, {"role": "assistant", "content": "Hm."}, {"role": "user", "content": "So?"}]
+    asked = [one["content"] for one in told if one["role"] == "user"]
+    trace = ft.wrap(model, chat, preset="paper").trace(told, RESPONSE)
+    assert trace.question_text.split("\n") == asked
+
+
 @pytest.mark.parametrize(
     ("options", "layers", "asked", "ends"),
     [

@@ -30,7 +30,7 @@ class RolloutLine:
     Attributes:
         row: Its number in the data.
         id: Its name in the data, or its number.
-        prompt: The prompt.
+        prompt: The prompt, or what counts as the question in it.
         answer: The answer that was found.
         correct: Whether it is right, if that is known.
         response_tokens: The length of the response.
