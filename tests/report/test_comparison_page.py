@@ -409,6 +409,7 @@ def test_keys_win_over_a_pointer_that_rests_on_the_text(visits):
     assert page.evaluate("document.querySelector('.shown') === document.activeElement")
 
 
+@pytest.mark.browser
 def test_the_table_is_sorted_by_its_headings(visits):
     html = render_comparison(GROUP, right=TRUTHS)
     page, rows = visits.open(html), word_table(html)[1]
