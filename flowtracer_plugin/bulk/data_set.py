@@ -33,9 +33,6 @@ logger = logging.getLogger(__name__)
 PAGES_OF = ("first", "different")
 """Which rows can get pages."""
 
-SHARD_SIZE = 100
-"""Rows in a shard."""
-
 
 def trace_dataset(
     tracer: FlowTracer | MakeTracer,
@@ -47,7 +44,7 @@ def trace_dataset(
     dataset_config: str | None = None,
     limit: int | None = None,
     shard: tuple[int, int] = (1, 1),
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | None = None,
     scores: Sequence[str | Measure] = (),
     max_new_tokens: int = 256,
     batch_size: int = BATCH,
@@ -79,7 +76,7 @@ def trace_dataset(
         limit: How many rows are read; by default all.
         shard: Which part of the shards is traced, as `(3, 8)` for the third of eight. Several
             processes or machines may share the folder.
-        shard_size: Rows that are written together.
+        shard_size: Rows that are written together; by default a twentieth of all, from 8 to 100.
         scores: Scores of the tokens, as columns of `tokens/`: names, or functions of your own that
             stand at the top of a module.
         max_new_tokens: The model answers rows without a response, with so many tokens at most.
@@ -115,6 +112,7 @@ def trace_dataset(
             "pickled, or workers=1 without another engine"
         )
     held = open_rows(rows, split=split, config=dataset_config, limit=limit)
+    shard_size = shard_size or default_shard_size(len(held))
     found = survey(held, columns or Columns())
     _check_pages(found, pages, pages_of)
     options = RowOptions(
@@ -152,6 +150,14 @@ def trace_dataset(
             remove_parts(work.folder / kind, older=0.0 if shard == (1, 1) else 3600.0)
     write_data_index(results)
     return results
+
+
+def default_shard_size(rows: int) -> int:
+    """A twentieth of all rows, from 8 to 100.
+
+    So little is lost where a run breaks off, and large data do not become thousands of files.
+    """
+    return min(100, max(8, -(-rows // 20)))
 
 
 def _part(
@@ -217,7 +223,7 @@ def _work(
     )
 
 
-def check_numbers(shard: tuple[int, int], shard_size: int, pages: int) -> None:
+def check_numbers(shard: tuple[int, int], shard_size: int | None, pages: int) -> None:
     """Refuse numbers that are out of range.
 
     Raises:
@@ -226,7 +232,7 @@ def check_numbers(shard: tuple[int, int], shard_size: int, pages: int) -> None:
     if not 1 <= shard[0] <= shard[1]:
         raise ValueError(f"shard must be such as (3, 8), the third of eight, got {shard!r}")
     for name, value, least in (("shard_size", shard_size, 1), ("pages", pages, 0)):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value!r}")
 
 
@@ -245,6 +251,9 @@ def _run(
     done = sum(len(part) for number, part in shards if work.file(ANSWERS, number).exists())
     began, fresh, left = time.monotonic(), 0, total - done
     index = FreshIndex(Results(work.folder))
+    say = say or logger.info
+    if done:
+        say(f"{done} of {total} rows have been traced before, and are kept")
     with (
         tqdm(total=total, initial=done, desc="tracing", unit="row", disable=not progress) as bar,
         # Closed here, so that workers end before an error is shown.
@@ -255,10 +264,7 @@ def _run(
             index.shard_done()
             if not engine.here:
                 bar.update(one.rows)
-            line = _line(one, fresh, left, time.monotonic() - began, len(shards))
-            logger.info(line)
-            if say is not None:
-                say(line)
+            say(_line(one, fresh, left, time.monotonic() - began, len(shards)))
 
 
 def _line(one: ShardDone, fresh: int, left: int, seconds: float, shards: int) -> str:

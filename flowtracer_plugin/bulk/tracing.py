@@ -224,7 +224,7 @@ def _answers(tracer: FlowTracer, options: RowOptions, texts: list[_Text]) -> lis
 
 def _traced(tracer: FlowTracer, texts: list[_Text], options: RowOptions) -> Iterator[TracedRow]:
     """The results of texts that share a forward pass."""
-    waiting: list[tuple[TracedRow, FoundText]] = []
+    waiting: list[tuple[_Text, FoundText]] = []
     for text in texts:
         try:
             found = tracer.find(
@@ -236,12 +236,23 @@ def _traced(tracer: FlowTracer, texts: list[_Text], options: RowOptions) -> Iter
         except EVERY_ROW:
             raise
         except ONE_ROW as error:
-            yield replace(text.result, error=in_words(error))
+            yield _failed(tracer, text, error)
         else:
-            waiting.append((text.result, found))
+            waiting.append((text, found))
     traces = _together(tracer.trace_found, [found for _, found in waiting])
-    for (result, _), trace in zip(waiting, traces, strict=True):
-        yield _finished(tracer, result, trace, options)
+    for (text, _), trace in zip(waiting, traces, strict=True):
+        if isinstance(trace, Exception):
+            yield _failed(tracer, text, trace)
+        else:
+            yield _finished(tracer, text.result, trace, options)
+
+
+def _failed(tracer: FlowTracer, text: _Text, error: Exception) -> TracedRow:
+    """The result of a text that cannot be traced; a generated response is kept."""
+    said = text.result.response
+    if said is None and text.response_ids:
+        said = tracer.require_tokenizer().decode(text.response_ids)
+    return replace(text.result, response=said, error=in_words(error))
 
 
 def _together(
@@ -261,10 +272,8 @@ def _together(
 
 
 def _finished(
-    tracer: FlowTracer, result: TracedRow, trace: FlowTrace | Exception, options: RowOptions
+    tracer: FlowTracer, result: TracedRow, trace: FlowTrace, options: RowOptions
 ) -> TracedRow:
-    if isinstance(trace, Exception):
-        return replace(result, error=in_words(trace))
     start, right = trace.spans.prompt_length, result.right_answer
     result = replace(
         result,

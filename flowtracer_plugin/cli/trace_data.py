@@ -22,7 +22,7 @@ from flowtracer_plugin.cli.options import (
     TracingOptions,
     flattened,
 )
-from flowtracer_plugin.cli.outputs import print_document
+from flowtracer_plugin.cli.outputs import print_document, saying_what_is_kept
 from flowtracer_plugin.cli.questions import DataOptions
 from flowtracer_plugin.cli.workers import WorkerOptions, chosen_engine
 
@@ -92,7 +92,13 @@ class WorkOptions(WorkerOptions):
             help="Trace the K-th of N parts; parts may share a folder.",
         ),
     ] = "1/1"
-    shard_size: Annotated[int, _work(min=1, help="Rows that are written together.")] = 100
+    shard_size: Annotated[
+        int | None,
+        _work(
+            min=1,
+            help="Rows that are written together; by default a twentieth of all, from 8 to 100.",
+        ),
+    ] = None
     batch_size: Annotated[
         int, _work(min=1, help="Texts in one forward pass, if they fit in the free memory.")
     ] = 8
@@ -137,23 +143,24 @@ def trace_data(
         chat=data.chat and tokenizer.chat_template is not None,
     )
     shown = sys.stderr.isatty()
-    results = trace_dataset(
-        partial(_make, model, loading, tracing),
-        data.data,
-        folder.output,
-        columns=columns,
-        split=data.split,
-        dataset_config=data.dataset_config,
-        limit=rollouts.limit,
-        scores=folder.score_names,
-        max_new_tokens=rollouts.max_new_tokens,
-        save_traces=folder.save_traces,
-        pages=folder.pages,
-        pages_of=folder.pages_of,
-        progress=shown,
-        say=None if shown else partial(typer.echo, err=True),
-        **vars(work),
-    )
+    with saying_what_is_kept(folder.output, partial(_kept, folder.output)):
+        results = trace_dataset(
+            partial(_make, model, loading, tracing),
+            data.data,
+            folder.output,
+            columns=columns,
+            split=data.split,
+            dataset_config=data.dataset_config,
+            limit=rollouts.limit,
+            scores=folder.score_names,
+            max_new_tokens=rollouts.max_new_tokens,
+            save_traces=folder.save_traces,
+            pages=folder.pages,
+            pages_of=folder.pages_of,
+            progress=shown,
+            say=None if shown else partial(typer.echo, err=True),
+            **vars(work),
+        )
     if folder.pages and not any((results.folder / "pages").glob("*.html")):
         typer.echo(
             "note: there are no pages yet; the most different rollouts get theirs once all parts "
@@ -166,6 +173,14 @@ def trace_data(
 def _make(model: str, loading: ReadingOptions, tracing: TracingOptions) -> FlowTracer:
     """The tracer, in this process or in a worker."""
     return load_tracer(model, loading, None, **asdict(tracing))
+
+
+def _kept(folder: Path) -> str:
+    """How many rows are in the tables, in words."""
+    from flowtracer_plugin.bulk.tables import ANSWERS, Results
+
+    rows = sum(len(part) for part in Results(folder).batches(ANSWERS, ["row"]))
+    return f"{rows} rows are"
 
 
 def _deliver(results: Results, *, as_json: bool) -> None:

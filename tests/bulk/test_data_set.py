@@ -11,7 +11,14 @@ import torch
 
 import flowtracer_plugin as ft
 from flowtracer_plugin import trace_dataset, wrap
-from flowtracer_plugin.bulk import chosen_pages, fingerprint as fingerprints, index, shards, tracing
+from flowtracer_plugin.bulk import (
+    chosen_pages,
+    data_set,
+    fingerprint as fingerprints,
+    index,
+    shards,
+    tracing,
+)
 from flowtracer_plugin.bulk.chosen_pages import different_rows
 from flowtracer_plugin.bulk.examples import Columns
 from tests.bulk.stories import stories
@@ -104,6 +111,11 @@ def test_parts_make_up_the_whole_and_may_come_in_any_order(tiny, whole, tmp_path
     for part in (3, 1, 2):
         found = run(tiny, tmp_path / "out", shard=(part, 3), **OPTIONS)
     assert_same(found, whole)
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(3, 8), (160, 8), (161, 9), (10**6, 100)])
+def test_shards_are_small_where_data_are_few(rows, wanted):
+    assert data_set.default_shard_size(rows) == wanted
 
 
 def test_several_workers_give_the_same_tables(plain_model, tmp_path):

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,18 @@ def test_a_bad_row_has_an_error_and_costs_no_other(tiny):
     for one, wanted in zip(found, said, strict=True):
         assert (one.trace is None) == (wanted is not None)
         assert (one.error is None) if wanted is None else (wanted in one.error), one.error
+
+
+def test_a_generated_response_without_an_answer_is_kept(tiny):
+    tracer = ft.wrap(tiny.model, tiny.tokenizer, answer=re.compile("(never said)"), preset="paper")
+    (one,) = trace_many(tracer, [{"prompt": PROMPT}], max_new_tokens=5)
+    assert "no answer found" in one.error
+    (found,) = trace_many(
+        ft.wrap(tiny.model, tiny.tokenizer, answer=re.compile("(?s)(.+)"), preset="paper"),
+        [{"prompt": PROMPT}],
+        max_new_tokens=5,
+    )
+    assert one.response == found.response
 
 
 def test_in_chat_messages_the_question_is_what_the_user_said(tiny):

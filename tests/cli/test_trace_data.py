@@ -42,6 +42,30 @@ def test_a_data_set_is_traced_and_continued(flowtracer, plain_model, data, tmp_p
     assert len(list((tmp_path / "out" / "pages").iterdir())) == 1
 
 
+def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(
+    flowtracer, plain_model, data, tmp_path, monkeypatch
+):
+    from flowtracer_plugin.bulk import shards
+
+    real, done = shards.do_shard, []
+
+    def stopped(*arguments):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(*arguments)
+
+    call = ("trace-data", plain_model, data, "--output", tmp_path / "out", *PAPER)
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "do_shard", stopped)
+        ran = flowtracer(*call)
+    assert (ran.code, ran.out) == (130, "")
+    assert f"stopped: 2 rows are kept in {tmp_path / 'out'}; the same command goes on" in ran.said
+    ran = flowtracer(*call)
+    assert ran.code == 0
+    assert "2 of 5 rows have been traced before, and are kept\n" in ran.err
+
+
 def test_the_most_different_rollouts_get_pages(flowtracer, plain_model, data, tmp_path):
     call = ("trace-data", plain_model, data, "--output", tmp_path / "out", *PAPER)
     call += ("--pages", 2, "--pages-of", "different")
