@@ -46,8 +46,8 @@ def sentence(error: BaseException) -> str:
     if type(error).__name__ == "AnswerNotFoundError":
         found, _, _ = said.rpartition("; say how to find it")
         return (
-            f"{found}; --answer says how to find it, such as last_word or re:PATTERN, and "
-            "--max-new-tokens lets a model say more"
+            f"{found}; --answer says how to find it, such as last_word, text:ANSWER for the answer "
+            "itself, or re:PATTERN; where the model breaks off, --max-new-tokens lets it say more"
         )
     if isinstance(error, KeyError):
         return f"there is no {said}"

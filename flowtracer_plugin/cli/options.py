@@ -98,8 +98,8 @@ AnswerRule = Annotated[
         parser=parsing.answer_rule,
         metavar="RULE",
         help="How to find the answer in a response: auto, boxed, answer_tag, json, hash, phrase, "
-        "after_think, conclusion, formula, first_sentence, last_number, last_word, or re:PATTERN "
-        "with one group.",
+        "after_think, conclusion, formula, first_sentence, last_number, last_word, text:ANSWER for "
+        "the answer itself, or re:PATTERN with one group.",
         autocompletion=_starting_with(parsing.answer_rules),
     ),
 ]

@@ -28,14 +28,18 @@ def wrong_usage(option: str) -> Iterator[None]:
 
 
 def answer_rule(text: str) -> str | re.Pattern[str]:
-    """The name of an answer finder, or the pattern after `re:`."""
-    from flowtracer_plugin.text.answers import check_finder
+    """The name of an answer finder, the answer after `text:`, or the pattern after `re:`."""
+    from flowtracer_plugin.text.answers import LITERAL, check_finder
 
     names = answer_rules()
-    if text in names:
+    if text in names or text.removeprefix(LITERAL).strip() not in ("", text.strip()):
         return text
     if not text.startswith("re:"):
-        raise typer.BadParameter(f"wanted {', '.join(names)} or re:PATTERN, found {text!r}")
+        itself = LITERAL + (text.removeprefix(LITERAL).strip() or "ANSWER")
+        raise typer.BadParameter(
+            f"wanted {', '.join(names)}, re:PATTERN, or {itself} for the answer itself, found "
+            f"{text!r}"
+        )
     try:
         pattern = re.compile(text.removeprefix("re:"))
         check_finder(pattern)

@@ -23,12 +23,16 @@ __all__ = [
 
 AnswerFinder = str | re.Pattern[str] | Finder
 
+LITERAL = "text:"
+"""Stands before an answer that is named itself."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundAnswer:
     """The place of the answer: characters `[start, end)` of the response text, never empty.
 
-    `rule` names the finder that matched: a key of `FINDERS`, "regex", or the name of a callable.
+    `rule` names the finder that matched: a key of `FINDERS`, "text", "regex", or the name of a
+    callable.
     """
 
     start: int
@@ -46,9 +50,10 @@ def find_answer(
 
     Args:
         text: The model's response.
-        finder: A key of `FINDERS`; "auto" for the first finder that matches; a compiled regex
-            whose only group is the answer (the last match counts); or a function from the text to
-            the answer's span `(start, end)` or None.
+        finder: A key of `FINDERS`; "auto" for the first finder that matches; "text:" before the
+            answer itself, whose last place counts, such as "text:Paris"; a compiled regex whose
+            only group is the answer (the last match counts); or a function from the text to the
+            answer's span `(start, end)` or None.
         in_thinking: Whether the response begins inside thinking that its prompt has opened.
 
     Raises:
@@ -66,14 +71,20 @@ def find_answer(
 
 
 def _matches(text: str, finder: AnswerFinder, in_thinking: bool) -> Iterator[tuple[str, Span]]:
-    if isinstance(finder, str):
+    literal = _literal(finder)
+    if literal:
+        finder, rule = _pattern_of(literal), "text"
+    elif isinstance(finder, str):
         yield from found_in_parts(text, finder, in_thinking=in_thinking)
-    elif isinstance(finder, re.Pattern):
+        return
+    else:
+        rule = "regex"
+    if isinstance(finder, re.Pattern):
         parts = visible_parts(text, in_thinking=in_thinking)
         groups = [m.span(1) for m in finder.finditer(text) if m.end(1) > m.start(1)]
         for start, end in reversed(groups):
             if any(part.start <= start and end <= part.end for part in parts):
-                yield "regex", (start, end)
+                yield rule, (start, end)
     else:
         name = getattr(finder, "__name__", type(finder).__name__)
         span = _checked_span(text, finder(text), name)
@@ -118,6 +129,19 @@ def finder_name(finder: AnswerFinder) -> str:
     return finder if isinstance(finder, str) else getattr(finder, "__name__", repr(finder))
 
 
+def _literal(finder: AnswerFinder) -> str | None:
+    """The answer itself, if the finder names it."""
+    is_text = isinstance(finder, str) and finder.startswith(LITERAL)
+    return finder.removeprefix(LITERAL).strip() if is_text else None
+
+
+def _pattern_of(literal: str) -> re.Pattern[str]:
+    """The literal, not as a part of a longer word or number."""
+    before = r"(?<!\w)" if re.match(r"\w", literal) else ""
+    after = r"(?!\w)" if re.search(r"\w\Z", literal) else ""
+    return re.compile(f"{before}({re.escape(literal)}){after}")
+
+
 def _checked_span(text: str, span: object, name: str) -> Span | None:
     if span is None:
         return None
@@ -139,7 +163,8 @@ def check_finder(finder: AnswerFinder) -> None:
     """Raise for an unknown finder at once, and not only after a long generation.
 
     Raises:
-        ValueError: No finder has that name, or the regex does not have exactly one group.
+        ValueError: No finder has that name, there is nothing behind "text:", or the regex does not
+            have exactly one group.
     """
     if isinstance(finder, re.Pattern) and finder.groups != 1:
         raise ValueError(
@@ -147,7 +172,10 @@ def check_finder(finder: AnswerFinder) -> None:
             f"{finder.pattern!r}; write (...) around the answer, (?:...) around anything else"
         )
     if isinstance(finder, str) and finder != "auto" and finder not in FINDERS:
+        if _literal(finder):
+            return
         raise ValueError(
             f"wanted the name of an answer finder, one of {['auto', *FINDERS]}, found {finder!r}; "
-            "for a regex pass re.compile(...)"
+            f"for the answer itself write {LITERAL + (finder.strip() or 'Paris')!r}, for a regex "
+            "pass re.compile(...)"
         )

@@ -286,7 +286,7 @@ def test_a_narrow_table_says_once_what_all_rows_repeat(monkeypatch):
     [
         (["--answer", "re:("], "missing ), unterminated subpattern at position 0"),
         (["--answer", "re:2"], "write (...) around the answer"),
-        (["--answer", "last"], "last_number, last_word or re:PATTERN, found 'last'"),
+        (["--answer", "last"], "last_word, re:PATTERN, or text:last for the answer itself"),
         (["--device", "nowhere"], "no 'nowhere' on this machine; cpu is always there"),
         (["--dtype", "float31"], "'float31' is not one of 'auto', 'float32'"),
         (["--target", "end"], "'end' is not one of 'answer', 'decision'"),

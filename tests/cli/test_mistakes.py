@@ -326,7 +326,7 @@ def test_a_missing_answer_can_be_found_with_an_option(flowtracer, plain_model):
         ran,
         1,
         "no answer found by 'auto' in the response 'I do not know.'; --answer says how to find it, "
-        "such as last_word or re:PATTERN, and --max-new-tokens lets a model say more",
+        "such as last_word, text:ANSWER for the answer itself, or re:PATTERN",
     )
     for remedy in ("last_word", "re:not (.+)"):
         assert flowtracer(*given, "--answer", remedy).code == 0

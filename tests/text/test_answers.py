@@ -293,6 +293,29 @@ def test_auto_names_the_first_finder_that_matches(text, rule, answer):
     assert (found.rule, text[found.start : found.end]) == (rule, answer)
 
 
+@pytest.mark.parametrize(
+    ("text", "literal", "span"),
+    [
+        ("Lyon is in France, so she is in France.", "France", (32, 38)),
+        ("12 and 2 and 21", "2", (7, 8)),
+        ("It costs $5.", "$5", (9, 11)),
+        ("<think>Paris or Rome</think>Rome", "Paris", None),
+        ("a (b) c", "(b)", (2, 5)),
+        ("Frances", "France", None),
+    ],
+)
+def test_an_answer_that_is_named_itself(text, literal, span):
+    found = find_answer(text, f"text:{literal}")
+    assert (found and (found.start, found.end, found.rule)) == (span and (*span, "text"))
+
+
+def test_an_answer_that_is_named_without_a_mark_is_refused():
+    with pytest.raises(ValueError, match="for the answer itself write 'text:France'"):
+        find_answer("in France", "France")
+    with pytest.raises(ValueError, match="found 'text: '"):
+        find_answer("in France", "text: ")
+
+
 @given(st.text("\\boxed{}<answer>/# theis:$*.,0123-\n", max_size=60))
 def test_found_spans_are_not_empty_and_auto_agrees_with_its_rule(text):
     for name in FINDERS:
