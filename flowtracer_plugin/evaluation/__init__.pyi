@@ -3,6 +3,7 @@ from .knockout import (
     KnockOut as KnockOut,
     cut_edges as cut_edges,
     knock_out as knock_out,
+    set_drops as set_drops,
     token_drops as token_drops,
 )
 from .lines_and_edges import (

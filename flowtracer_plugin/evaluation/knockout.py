@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -125,15 +125,43 @@ def token_drops(
         KnockOutError, TypeError: As for `knock_out`.
         ValueError: As for `knock_out`, or the trace has no such token.
     """
-    answer = torch.from_numpy(trace.spans.answer)
-    asked = list(range(int(answer.int().argmax())) if tokens is None else tokens)
-    unknown = [token for token in asked if not 0 <= token < len(answer)]
+    first = int(trace.spans.answer.argmax())
+    asked = list(range(first) if tokens is None else tokens)
+    found = set_drops(model, trace, [[token] for token in asked], batch_size=batch_size)
+    return dict(zip(asked, found, strict=True))
+
+
+def set_drops(
+    model: nn.Module,
+    trace: TraceData,
+    sets: Sequence[Sequence[int]],
+    *,
+    batch_size: int | None = None,
+) -> list[float]:
+    """How far the answer's log-probability falls if a set of tokens is knocked out, in nats.
+
+    An answer that stands in a text several times hardly needs any one of its places, but it needs
+    them together.
+
+    Args:
+        model: The model of the trace.
+        trace: The trace whose answer counts.
+        sets: Numbers of tokens; those of a set are knocked out together.
+        batch_size: Sets in one forward pass; as many as memory allows by default.
+
+    Raises:
+        KnockOutError, TypeError: As for `knock_out`.
+        ValueError: As for `knock_out`, or the trace has no such token.
+    """
+    size = len(trace.token_ids)
+    unknown = sorted({token for one in sets for token in one if not 0 <= token < size})
     if unknown:
-        raise ValueError(f"wanted tokens 0 to {len(answer) - 1}, found {unknown}")
-    alone = torch.eye(len(answer), dtype=torch.bool)[asked]
-    ids = torch.from_numpy(trace.token_ids)
-    found = knock_out(model, ids, answer, alone, batch_size=batch_size)
-    return dict(zip(asked, found.drop.tolist(), strict=True))
+        raise ValueError(f"wanted tokens 0 to {size - 1}, found {unknown}")
+    hidden = torch.zeros(len(sets), size, dtype=torch.bool)
+    for row, one in zip(hidden, sets, strict=True):
+        row[list(one)] = True
+    ids, answer = torch.from_numpy(trace.token_ids), torch.from_numpy(trace.spans.answer)
+    return knock_out(model, ids, answer, hidden, batch_size=batch_size).drop.tolist()
 
 
 def cut_edges(
@@ -257,7 +285,7 @@ class Baseline(ReadText):
         if tokens.ndim != 2 or tokens.shape[1] != size or tokens.dtype != torch.bool:
             raise ValueError(
                 f"tokens must be boolean sets [cut, {size}], got {tokens.dtype} of shape "
-                f"{tuple(tokens.shape)}"
+                f"{tuple(tokens.shape)}; set_drops takes numbers of tokens"
             )
         hidden = tokens.to(self.ids.device)
         first = hidden.int().argmax(-1).where(hidden.any(-1), size - 1) + 1

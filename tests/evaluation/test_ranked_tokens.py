@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, read_text
-from flowtracer_plugin.evaluation.knockout import knock_out, token_drops
+from flowtracer_plugin.evaluation.knockout import knock_out, set_drops, token_drops
 from flowtracer_plugin.evaluation.ranked_tokens import (
     KnockOutOptions,
     chosen_sets,
@@ -66,6 +66,14 @@ def test_single_knock_outs_find_the_two_tokens_and_no_other(planted, seed):
     assert [*before.values()] == pytest.approx(future.drop[:-1].tolist(), abs=1e-5)
     with pytest.raises(ValueError, match=f"wanted tokens 0 to {len(ids) - 1}, found \\[-1\\]"):
         token_drops(planted.model, trace, [3, -1])
+    sets = [[0, true["near"]], [], [*true.values()]]
+    masks = torch.zeros(3, len(ids), dtype=torch.bool)
+    masks[0, [0, true["near"]]] = masks[2, [*true.values()]] = True
+    wanted = knock_out(planted.model, ids, answer, masks).drop.tolist()
+    assert set_drops(planted.model, trace, sets) == pytest.approx(wanted, abs=1e-5)
+    assert (wanted[0] > 1, wanted[1]) == (True, 0)
+    with pytest.raises(ValueError, match=f"wanted tokens 0 to {len(ids) - 1}, found \\[-1, 99\\]"):
+        set_drops(planted.model, trace, [[0, 99], [-1]])
     # The row that chooses the answer looks at one of them alone.
     direct = knock_out(planted.model, ids, answer, one_each, rows="answer")
     assert set(np.flatnonzero(direct.drop > 1)) == {true["near"]}
