@@ -28,6 +28,8 @@ class TracedRow:
         right_answer: The right answer, if the data have it.
         columns: The other columns of the data.
         generated: Whether the model gave the response.
+        truncated: Whether a generated response breaks off at the limit of tokens; None for given
+            ones.
         trace: The trace; None if the row could not be traced.
         scores: The scores that were asked for, by name.
         correct: Whether the answer is the right one; None without a trace or a right answer.
@@ -42,6 +44,7 @@ class TracedRow:
     right_answer: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     generated: bool = False
+    truncated: bool | None = None
     trace: FlowTrace | None = None
     scores: Mapping[str, Float[np.ndarray, " token"]] = field(default_factory=dict)
     correct: bool | None = None

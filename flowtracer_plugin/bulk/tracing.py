@@ -19,7 +19,7 @@ from flowtracer_plugin.bulk.rows import Row, chosen_columns, open_rows, windows
 from flowtracer_plugin.bulk.traced_row import TracedRow
 from flowtracer_plugin.credit.own_scorers import Measure, scorer_name
 from flowtracer_plugin.credit.token_scores import score_text, token_score
-from flowtracer_plugin.model.generation import generate_many
+from flowtracer_plugin.model.generation import breaks_off, generate_many
 from flowtracer_plugin.text.answers import same_answer
 from flowtracer_plugin.text.encoding import encode_prompt, encode_response, user_text
 from flowtracer_plugin.text.spans import turns_mask
@@ -160,7 +160,8 @@ def trace_rows(
             if isinstance(answer, Exception):
                 yield replace(text.result, error=in_words(answer))
             else:
-                ready.append(replace(text, response_ids=answer))
+                result = replace(text.result, truncated=breaks_off(tracer.model, answer))
+                ready.append(replace(text, response_ids=answer, result=result))
         yield from _traced(tracer, ready, options)
 
 
@@ -248,11 +249,10 @@ def _traced(tracer: FlowTracer, texts: list[_Text], options: RowOptions) -> Iter
 
 
 def _failed(tracer: FlowTracer, text: _Text, error: Exception) -> TracedRow:
-    """The result of a text that cannot be traced; a generated response is kept."""
-    said = text.result.response
-    if said is None and text.response_ids:
-        said = tracer.require_tokenizer().decode(text.response_ids)
-    return replace(text.result, response=said, error=in_words(error))
+    """The result of a text that cannot be traced, with its texts as the model got or gave them."""
+    read = tracer.require_tokenizer().decode
+    given = {"prompt": read(text.prompt_ids), "response": read(text.response_ids or ())}
+    return replace(text.result, **given, error=in_words(error))
 
 
 def _together(

@@ -185,19 +185,22 @@ def _kept(folder: Path) -> str:
 
 def _deliver(results: Results, *, as_json: bool) -> None:
     """Say what is in the tables now; rows of other parts count too."""
-    rows = results.read("answers", ["row", "answer", "correct", "error"])
+    rows = results.read("answers", ["row", "answer", "correct", "truncated", "error"])
     traced = rows.filter(rows["answer"].is_valid())
     known = traced["correct"].drop_null()
     right = known.to_numpy().sum().item()
     failed = rows.filter(rows["error"].is_valid())
+    broken = rows["truncated"].drop_null().to_numpy().sum().item()
     typer.echo(f"wrote answers, tokens and index.html in {results.folder}", err=True)
     if as_json:
         counts = {"rows": len(rows), "traced": len(traced), "errors": len(failed)}
-        counts |= {"known": len(known), "right": right}
+        counts |= {"known": len(known), "right": right, "truncated": broken}
         print_document({"output": str(results.folder), **counts})
     else:
         judged = f"; {right} of {len(known)} answers are right" if len(known) else ""
         typer.echo(f"{len(traced)} of {len(rows)} rows are traced{judged}")
+        if broken:
+            typer.echo(f"{broken} responses break off at --max-new-tokens")
         for row in failed.slice(0, 1).to_pylist():
             typer.echo(f"{len(failed)} have an error; the first, row {row['row']}: {row['error']}")
     if not len(traced):

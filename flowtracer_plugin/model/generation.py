@@ -126,9 +126,22 @@ def generate_many(
         ]
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, **_GREEDY}
     answers = _continued(model, prompts, tokenizer, settings)
-    ends = getattr(own, "eos_token_id", None)
-    known = {ends} if isinstance(ends, int) else set(ends or ())
-    return [_ended(answer, known) for answer in answers]
+    return [_ended(answer, _end_tokens(model)) for answer in answers]
+
+
+def breaks_off(model: nn.Module, answer: Sequence[int]) -> bool:
+    """Whether a generated answer stops at the limit of tokens, and not at its end.
+
+    Where the model's generation config names stop strings, nobody can tell, and the value is False.
+    """
+    own = getattr(model, "generation_config", None)
+    stops = getattr(own, "stop_strings", None) is not None
+    return not stops and (not answer or answer[-1] not in _end_tokens(model))
+
+
+def _end_tokens(model: nn.Module) -> set[int]:
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {ends} if isinstance(ends, int) else set(ends or ())
 
 
 def _continued(

@@ -68,6 +68,10 @@ def test_a_generated_response_without_an_answer_is_kept(tiny):
         max_new_tokens=5,
     )
     assert one.response == found.response
+    assert one.prompt == found.prompt
+    assert one.truncated is found.truncated is True
+    (given,) = trace_many(tracer, [{"prompt": PROMPT, "response": RESPONSE}])
+    assert given.truncated is None
 
 
 def test_in_chat_messages_the_question_is_what_the_user_said(tiny):

@@ -34,6 +34,7 @@ def test_a_data_set_is_traced_and_continued(flowtracer, plain_model, data, tmp_p
         "errors": 0,
         "known": 5,
         "right": 2,
+        "truncated": 0,
     }
     found = ft.read_results(tmp_path / "out")
     assert found.answers["row"].to_pylist() == [0, 1, 2, 3, 4]

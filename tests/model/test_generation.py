@@ -3,7 +3,7 @@
 import pytest
 
 from flowtracer_plugin.model import generation
-from flowtracer_plugin.model.generation import generate_ids, generate_many
+from flowtracer_plugin.model.generation import breaks_off, generate_ids, generate_many
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 PROMPTS = [[1, 7, 9, 4, 8], [5, 11], [3], [6, 3, 12, 10, 14, 9, 5]]
@@ -53,6 +53,7 @@ def test_a_batch_gives_the_answers_of_one_by_one(tokenizer, several, monkeypatch
     assert generate_many(model, PROMPTS, **settings) == wanted
     assert sizes == [4]
     assert generate_many(model, PROMPTS[1:2], **settings) == wanted[1:2]
+    assert [breaks_off(model, one) for one in wanted] == [len(one) == 12 for one in wanted]
 
 
 def test_what_cannot_share_a_pass_is_asked_one_by_one(tokenizer, monkeypatch):
@@ -67,7 +68,7 @@ def test_what_cannot_share_a_pass_is_asked_one_by_one(tokenizer, monkeypatch):
         generate_many(model, [[1] * 16, [2]], **settings)
     sizes.clear()
     model.generation_config.stop_strings = ["apples"]
-    generate_many(model, PROMPTS[:2], **settings)
+    assert not any(breaks_off(model, one) for one in generate_many(model, PROMPTS[:2], **settings))
     model.generation_config.stop_strings = None
     monkeypatch.setattr(generation, "accepted_inputs", lambda model: {"input_ids"})
     generate_many(model, PROMPTS[:2], **settings)
