@@ -64,7 +64,11 @@ class ModelFirst(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Move the value of `--model` to the front, and say where surplus texts belong."""
         ctx.allow_extra_args = True
-        left: list[str] = super().parse_args(ctx, _model_first(args))
+        try:
+            left: list[str] = super().parse_args(ctx, _model_first(args))
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # typer's, from pydantic
+            raise
         if left and not ctx.resilient_parsing:
             raise typer.BadParameter(
                 f"found {left[0]!r:.80} where no further text is wanted; a text goes after its "

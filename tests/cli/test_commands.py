@@ -289,7 +289,7 @@ def test_a_narrow_table_says_once_what_all_rows_repeat(monkeypatch):
         (["--answer", "last"], "last_word, re:PATTERN, or text:last for the answer itself"),
         (["--device", "nowhere"], "no 'nowhere' on this machine; cpu is always there"),
         (["--dtype", "float31"], "'float31' is not one of 'auto', 'float32'"),
-        (["--target", "end"], "'end' is not one of 'answer', 'decision'"),
+        (["--target", "end"], "'--target': 'end' is not one of 'answer', 'decision'"),
         (["--question", "mask"], "'mask' is not one of 'auto', 'turns', 'user', 'prompt'"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--layers", "center"], "layers must be one of all, early, middle, late"),
