@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 REASONER = ROOT / "examples" / "reasoner" / "model"
 
+_ANSI_C = re.compile(r"\$'([^']*)'")
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -57,9 +58,14 @@ def commands(document: Path, program: str = "flowtracer") -> Iterator[list[str]]
     shell = "\n".join(block.text for block in blocks(document) if block.language == "bash")
     inline = re.findall(rf"`({program} [^`]+)`", _BLOCK.sub("", text))
     for line in [*shell.replace("\\\n", " ").splitlines(), *inline]:
-        words = shlex.split(line, comments=True)
+        words = shlex.split(_ANSI_C.sub(_unescaped, line), comments=True)
         if words[:1] == [program]:
             yield words[1:]
+
+
+def _unescaped(quoted: re.Match[str]) -> str:
+    """The same argument without the quoting of bash that shlex does not know."""
+    return shlex.quote(quoted[1].replace("\\n", "\n"))
 
 
 def load_reasoner() -> tuple[Any, Any]:
