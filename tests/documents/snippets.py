@@ -81,7 +81,6 @@ def names_at_hand(model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
 
     import flowtracer_plugin as ft
     from examples.demo import accuracy_reward
-    from flowtracer_adapters import InterfaceAdapter
     from flowtracer_plugin.grpo import FlowGRPOConfig
 
     prompt, response = "Ann has 4 apples. How many apples?\n", r"The answer is \boxed{4}"
@@ -106,5 +105,4 @@ def names_at_hand(model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
         "data": data,
         "GRPOTrainer": lambda *args, **named: GRPOTrainer(*args, args=config, **named),
         "your_trainer": GRPOTrainer(model, accuracy_reward, args=config, train_dataset=data),
-        "MyAdapter": InterfaceAdapter,
     }
