@@ -6,6 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def install(extra: str) -> str:
+    """The commands that install an extra, without and with the tested versions of a clone."""
+    tested = "constraints-app.txt" if extra == "app" else "constraints.txt"
+    return (
+        f"pip install 'flowtracer-plugin[{extra}]', or in a clone: "
+        f"pip install -c {tested} '.[{extra}]'"
+    )
+
+
 @contextmanager
 def comes_with(extra: str, wish: str) -> Iterator[None]:
     """A context whose ModuleNotFoundError names the extra that installs the missing package.
@@ -16,6 +25,5 @@ def comes_with(extra: str, wish: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{wish} needs {error.name}; run: pip install 'flowtracer-plugin[{extra}]'",
-            name=error.name,
+            f"{wish} needs {error.name}; run: {install(extra)}", name=error.name
         ) from error

@@ -259,7 +259,7 @@ def check(fox, environment, monkeypatch) -> Callable[..., Result]:
             'function="forgetting_attention"',
             'function="attend"',
             "not found",
-            "forgetting_attention_0",
+            "forgetting_attention, ",
         ),
         ("layer=layer,", "layer=layer, visit=1,", "not found", "does not run so often"),
         ("layer=layer,", "layer=layer, visit=layer % 2,", "not found", "lists visit 1 of blocks.1"),

@@ -34,7 +34,7 @@ class JsonLines(Sequence[Mapping[str, Any]]):
 
     def __init__(self, path: Path, limit: int | None = None) -> None:
         if not path.is_file():
-            raise ValueError(f"there is no file {str(path)!r}; wanted one of JSON lines")
+            raise ValueError(f"there is no file {str(path)!r}; wanted a JSON Lines file")
         self._path, self._places, self._lines = path, array("q"), array("q")
         place = 0
         with path.open("rb") as file:

@@ -21,7 +21,7 @@ from flowtracer_plugin.credit.own_scorers import Measure, scorer_name
 from flowtracer_plugin.credit.token_scores import score_text, token_score
 from flowtracer_plugin.model.generation import breaks_off, generate_many
 from flowtracer_plugin.text.answers import same_answer
-from flowtracer_plugin.text.encoding import encode_prompt, encode_response, user_text
+from flowtracer_plugin.text.encoding import check_turn, encode_prompt, encode_response, user_text
 from flowtracer_plugin.text.spans import turns_mask
 from flowtracer_plugin.trace.flow_trace import FlowTrace
 from flowtracer_plugin.trace.found_text import FoundText
@@ -210,6 +210,7 @@ def _ids(
     asked, text = encode_prompt(tokenizer, example.prompt)
     if example.response is None:
         return asked, None
+    check_turn(example.prompt)
     return asked, encode_response(tokenizer, text, example.response)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from flowtracer_plugin.extras import install
+
 MISTAKES = (ValueError, LookupError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 """Errors that a user can cause. Any other is a bug of this package, and shows its traceback."""
 
@@ -35,8 +37,7 @@ def sentence(error: BaseException) -> str:
     said = " ".join(str(error).split()) or type(error).__name__
     missing = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and missing in EXTRAS and "pip install" not in said:
-        extra = EXTRAS[missing]
-        return f"this needs {missing}; run: pip install 'flowtracer-plugin[{extra}]'"
+        return f"this needs {missing}; run: {install(EXTRAS[missing])}"
     if _is_out_of_memory(error):
         return (
             "the memory is used up; trace a shorter text or fewer layers (--layers middle:2), with "

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from flowtracer_plugin.cli import parsing
+from flowtracer_plugin.extras import install
 
 _loading = partial(typer.Option, rich_help_panel="Loading the model")
 _generating = partial(typer.Option, rich_help_panel="The model's answer")
@@ -346,9 +347,7 @@ class OutputOptions:
         parsing.check_separate(self.files)
         for option, package in _DRAWN_BY.items():
             if vars(self)[option] is not None and find_spec(package) is None:
-                raise typer.BadParameter(
-                    f"--{option} needs {package}; run: pip install 'flowtracer-plugin[viz]'"
-                )
+                raise typer.BadParameter(f"--{option} needs {package}; run: {install('viz')}")
         if self.figure is None and self.figure_kind != "ribbon":
             raise typer.BadParameter("--figure-kind is for --figure: name its file too")
 

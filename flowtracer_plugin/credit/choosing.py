@@ -25,10 +25,9 @@ LATE = frozenset({"entropy", "surprisal"})
 class InvalidScoreError(ValueError):
     """A score is negative or not a finite number at some tokens."""
 
-    @classmethod
-    def of(cls, name: str, value: float) -> InvalidScoreError:
-        """The error of the scorer of this name, with one of its invalid scores."""
-        return cls(f"the scores of {name!r} must be finite and not negative, got {value}")
+
+class InvalidOwnScoreError(InvalidScoreError):
+    """The invalid score is of an own scorer, which will give more of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,8 +99,12 @@ class Scorer:
 
     def invalid(self, features: Features, rollouts: Rollouts) -> InvalidScoreError:
         """The error of scores of which some are invalid."""
-        value = float(features[_wrong(features, rollouts)][0])
-        return InvalidScoreError.of(self.name, value)
+        return self.invalid_score(float(features[_wrong(features, rollouts)][0]))
+
+    def invalid_score(self, value: float) -> InvalidScoreError:
+        """The error of one invalid score."""
+        kind = InvalidOwnScoreError if self.code else InvalidScoreError
+        return kind(f"the scores of {self.name!r} must be finite and not negative, got {value}")
 
     @property
     def parts(self) -> tuple[Scorer, ...]:

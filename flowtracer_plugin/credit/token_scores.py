@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowtracer_plugin.credit.choosing import InvalidScoreError
 from flowtracer_plugin.credit.controls import permute_within, role_and_position
 from flowtracer_plugin.credit.own_scorers import Measure, own_sources, path_of
 from flowtracer_plugin.credit.read_rollouts import Graph, Late, ReadRollouts, oracle_mask
@@ -130,7 +129,7 @@ class ScorerScore:
         values = _values(self.scorer, text.rollouts(self.scorer, self.oracle))
         invalid = values[~(np.isfinite(values) & (values >= 0))]
         if invalid.size:
-            raise InvalidScoreError.of(self.scorer.name, float(invalid[0]))
+            raise self.scorer.invalid_score(float(invalid[0]))
         return values
 
 

@@ -20,6 +20,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "not_computed": "the answer is not computed, or appears before it is computed",
         "not_predicted": "the model itself would have given another answer",
         "few_tokens": "too few tokens before the answer",
+        "invalid_score": "a score is invalid",
         "not_traced": "the text cannot be traced",
     }
 )

@@ -16,7 +16,7 @@ from typing import Any
 
 from flowtracer_plugin.bulk.examples import Example
 from flowtracer_plugin.bulk.row_errors import EVERY_ROW, NUMBERS, ONE_ROW, in_words
-from flowtracer_plugin.credit.choosing import InvalidScoreError
+from flowtracer_plugin.credit.choosing import InvalidOwnScoreError, InvalidScoreError
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, TokenScore, own_codes
 from flowtracer_plugin.evaluation.outcomes import REASONS, Outcome
 from flowtracer_plugin.evaluation.progress import Progress, Say
@@ -93,6 +93,7 @@ def evaluate_example(tracer: FlowTracer, example: Example, settings: EvaluationS
 
     Raises:
         KnockOutError: The model's attention cannot be cut.
+        InvalidOwnScoreError, ScorerError: An own scorer fails, or gives what is no score.
         NoAttentionError, UnsupportedArchitectureError: The tracer cannot read the model.
     """
     outcome = Outcome(row=example.row, digest=example.digest)
@@ -125,7 +126,11 @@ def evaluate_example(tracer: FlowTracer, example: Example, settings: EvaluationS
         return replace(outcome, measured=measure_example(scored, settings))
     except TooFewTokensError as error:
         return replace(outcome, left_out="few_tokens", detail=str(error))
-    except (FinderError, InvalidScoreError, *NUMBERS) as error:
+    except InvalidOwnScoreError:
+        raise
+    except InvalidScoreError as error:
+        return replace(outcome, left_out="invalid_score", detail=str(error))
+    except (FinderError, *NUMBERS) as error:
         return replace(outcome, left_out="not_traced", detail=in_words(error))
 
 

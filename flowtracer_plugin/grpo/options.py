@@ -130,5 +130,6 @@ def documented(doc: str | None, name: str, default: Any) -> Any:
     """
     text = inspect.cleandoc(doc or "").partition(f"    {name} (")[2].partition("):\n")[2]
     text = re.split(r"\n {4}\w+ \(", text)[0]
+    text = re.sub(r"\[`~?([\w.]+)`\]", r"\1", text)  # a link of TRL's documentation
     words = " ".join(text.translate({ord(mark): None for mark in '`"'}).split())
     return field(default=default, metadata={"help": words})

@@ -18,13 +18,14 @@ _BEFORE = "### Framework versions"
 def credit_settings(options: CreditOptions) -> dict[str, Any]:
     """The options of the credit as plain values, with two more entries before them.
 
-    `method` is the score in symbols or words, `paper` where it was published. Functions and
-    sequences are given as text.
+    `method` is the score in symbols or words, `paper` where it was published; for an own scorer
+    `source` is the path of its function. Functions and sequences are given as text.
     """
     scorer = options.chosen_scorer
     others = [one.name for one in fields(options) if one.name not in _TOLD]
     given = {name.rstrip("_"): _plain(getattr(options, name)) for name in (*_TOLD, *others)}
-    return {"method": scorer.formula, "paper": scorer.source, **given}
+    where = "source" if scorer.code else "paper"
+    return {"method": scorer.formula, where: scorer.source, **given}
 
 
 def settings_line(settings: Mapping[str, Any]) -> str:
@@ -33,7 +34,8 @@ def settings_line(settings: Mapping[str, Any]) -> str:
     _, _, *names = usual
     told = [name for name in names if name in _TOLD or settings[name] != usual[name]]
     chosen = ", ".join(f"{name}={settings[name]}" for name in told)
-    return f"{chosen}; {settings['method']} ({settings['paper']})"
+    source = settings["source"] if "source" in settings else settings["paper"]
+    return f"{chosen}; {settings['method']} ({source})"
 
 
 def with_credit(card: str, settings: Mapping[str, Any]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from flowtracer_plugin.extras import install
 from flowtracer_plugin.versions import fits
 
 WANTED = ">=1.16,<1.17"
-INSTALL = "run: pip install 'flowtracer-plugin[trl]'"
+INSTALL = f"run: {install('trl')}"
 
 
 def check_trl() -> None:

@@ -7,6 +7,7 @@ decorator and without `no_grad` around a read.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -170,7 +171,7 @@ class NnsightBackend(Backend):
         if not -len(wanted) <= occurrence < len(wanted):
             raise AdapterMismatchError(
                 f"the adapter {self._adapter.name!r} looks for a call of {site.function!r} in "
-                f"{site.module}, which makes these: {', '.join(op.name for op in source)}"
+                f"{site.module}, which makes these: {', '.join(_calls(source))}"
             )
         return wanted[occurrence]
 
@@ -183,3 +184,19 @@ class NnsightBackend(Backend):
             state = vars(self._model.get_submodule(site.module)).get("__nnsight__")
             if state is not None:
                 state.body, state.sourced, state.compiled = state.original, False, None
+
+
+def _calls(source: Any) -> list[str]:
+    """The names before the parentheses in a function's source, as an adapter writes them.
+
+    nnsight's labels have underscores for dots, a counter, and an entry for each assignment.
+    """
+    found = []
+    for operation in source:
+        called = re.findall(r"([\w.]+)\(", operation.text)
+        names = {name.strip(".").replace(".", "_"): name.strip(".") for name in called}
+        found.append(names.get(operation.name.rpartition("_")[0]))
+    return [
+        name if times == 1 else f"{name} ({times} times)"
+        for name, times in Counter(filter(None, found)).items()
+    ]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 # First, since it starts a process that gets ready while this one imports PyTorch.
+from flowtracer_plugin.extras import install
 from flowtracer_plugin.rewards.referee import RefusedError, verdict
 
 # isort: split
@@ -52,7 +53,7 @@ def math_answer(
         )
     if importlib.util.find_spec("latex2sympy2_extended") is None:
         raise ModuleNotFoundError(
-            "math_answer needs latex2sympy2_extended; run: pip install 'flowtracer-plugin[math]'",
+            f"math_answer needs latex2sympy2_extended; run: {install('math')}",
             name="latex2sympy2_extended",
         )
     prompts = columns.get("prompts") or [None] * len(completions)

@@ -84,7 +84,7 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
         ValueError: There is no such file, or a line is not an object; the message names the line.
     """
     if not path.is_file():
-        raise ValueError(f"there is no file {str(path)!r}; wanted one of JSON lines")
+        raise ValueError(f"there is no file {str(path)!r}; wanted a JSON Lines file")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():

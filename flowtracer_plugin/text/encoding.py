@@ -205,6 +205,23 @@ def _message(given: Any) -> dict[str, Any]:
     return message
 
 
+def check_turn(prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None) -> None:
+    """Refuse chat messages after which a response would be a second turn of the assistant.
+
+    Raises:
+        ValueError: They end with the assistant's message, and the chat template does not leave it
+            open (`continue_final_message`).
+    """
+    if isinstance(prompt, str) or (template_kwargs or {}).get("continue_final_message"):
+        return
+    if prompt and isinstance(prompt[-1], Mapping) and prompt[-1].get("role") == "assistant":
+        raise ValueError(
+            "the messages end with one of the assistant, and there is a response besides; leave "
+            "out that message, or, if the response goes on with it, pass template_kwargs="
+            "{'continue_final_message': True, 'add_generation_prompt': False}"
+        )
+
+
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:
     """The token ids of a response that continues the prompt.
 

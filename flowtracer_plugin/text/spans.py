@@ -402,7 +402,7 @@ class AnswerNotFoundError(ValueError):
     """The answer finder finds no answer in the response."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Spans:
     """The parts of a text. All masks cover prompt and response.
 
@@ -421,6 +421,13 @@ class Spans:
     target: Bool[np.ndarray, " token"]
     rule: str
     answer_text: str
+
+    def __repr__(self) -> str:
+        asked, said = self.question.sum(), len(self.answer) - self.prompt_length
+        return (
+            f"Spans({asked} of {self.prompt_length} prompt tokens ask, {self.answer.sum()} of "
+            f"{said} response tokens answer: {self.answer_text!r} by {self.rule!r})"
+        )
 
     @property
     def response(self) -> Bool[np.ndarray, " token"]:

@@ -36,6 +36,7 @@ from flowtracer_plugin.text.answers import AnswerFinder, check_finder, finder_na
 from flowtracer_plugin.text.encoding import (
     Prompt,
     TokenIds,
+    check_turn,
     encode_prompt,
     encode_response,
     token_ids,
@@ -316,11 +317,12 @@ class FlowTracer:
             AnswerNotFoundError: The response has no answer.
             TooLittleMemoryError: The trace would not fit in the free memory.
             TypeError: The prompt is no text and no chat, or the response no text.
-            ValueError: Prompt or response is empty or too long, or no question token reaches the
-                answer.
+            ValueError: Prompt or response is empty or too long, the messages end with another one
+                of the assistant, or no question token reaches the answer.
         """
         guesses.check_prompt(prompt)
         said = guesses.checked_response(prompt, response)
+        check_turn(prompt, template_kwargs)
         tokenizer = self.require_tokenizer()
         prompt_ids, text = encode_prompt(tokenizer, prompt, template_kwargs)
         ids = encode_response(tokenizer, text, said)

@@ -75,7 +75,8 @@ def test_the_extra_is_named_if_gradio_is_missing(flowtracer, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "flowtracer_plugin.app.blocks", raising=False)
     ran = flowtracer("app", "no/such/model")
-    assert_failed(ran, 1, "this needs gradio; run: pip install 'flowtracer-plugin[app]'")
+    wanted = "this needs gradio; run: pip install 'flowtracer-plugin[app]', or in a clone: pip "
+    assert_failed(ran, 1, f"{wanted}install -c constraints-app.txt '.[app]'")
 
 
 # the Space

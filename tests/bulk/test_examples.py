@@ -73,7 +73,7 @@ def test_a_byte_order_mark_is_skipped_and_another_encoding_named(tmp_path):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(ValueError, match=r"there is no file 'nothing\.jsonl'"):
+    with pytest.raises(ValueError, match=r"there is no file 'nothing\.jsonl'; wanted a JSON L"):
         load_examples("nothing.jsonl")
 
 

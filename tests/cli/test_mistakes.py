@@ -362,7 +362,8 @@ def test_bugs_show_their_traceback(flowtracer, monkeypatch, saved):
         (KeyError("hidden_size"), "there is no 'hidden_size'"),
         (
             ModuleNotFoundError("No module named 'trl'", name="trl"),
-            "this needs trl; run: pip install 'flowtracer-plugin[trl]'",
+            "this needs trl; run: pip install 'flowtracer-plugin[trl]', or in a clone: pip install "
+            "-c constraints.txt '.[trl]'",
         ),
         (ModuleNotFoundError("No module named 'mine'", name="mine"), "No module named 'mine'"),
         (ModuleNotFoundError("x needs trl; run: pip install y", name="trl"), None),

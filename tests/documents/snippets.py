@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 REASONER = ROOT / "examples" / "reasoner" / "model"
 
+_ANSI_C = re.compile(r"\$'([^']*)'")
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -57,9 +58,14 @@ def commands(document: Path, program: str = "flowtracer") -> Iterator[list[str]]
     shell = "\n".join(block.text for block in blocks(document) if block.language == "bash")
     inline = re.findall(rf"`({program} [^`]+)`", _BLOCK.sub("", text))
     for line in [*shell.replace("\\\n", " ").splitlines(), *inline]:
-        words = shlex.split(line, comments=True)
+        words = shlex.split(_ANSI_C.sub(_unescaped, line), comments=True)
         if words[:1] == [program]:
             yield words[1:]
+
+
+def _unescaped(quoted: re.Match[str]) -> str:
+    """The same argument without the quoting of bash that shlex does not know."""
+    return shlex.quote(quoted[1].replace("\\n", "\n"))
 
 
 def load_reasoner() -> tuple[Any, Any]:
@@ -75,7 +81,6 @@ def names_at_hand(model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
 
     import flowtracer_plugin as ft
     from examples.demo import accuracy_reward
-    from flowtracer_adapters import InterfaceAdapter
     from flowtracer_plugin.grpo import FlowGRPOConfig
 
     prompt, response = "Ann has 4 apples. How many apples?\n", r"The answer is \boxed{4}"
@@ -100,5 +105,4 @@ def names_at_hand(model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
         "data": data,
         "GRPOTrainer": lambda *args, **named: GRPOTrainer(*args, args=config, **named),
         "your_trainer": GRPOTrainer(model, accuracy_reward, args=config, train_dataset=data),
-        "MyAdapter": InterfaceAdapter,
     }

@@ -37,7 +37,7 @@ def test_the_later_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = names_at_hand(*load_reasoner(), tmp_path)
     snippets = [block for block in BLOCKS if block.language == "python"][1:]
-    assert len(snippets) == 3
+    assert len(snippets) == 2
     for snippet in snippets:
         run(snippet, names, "README.md")
 
@@ -73,7 +73,7 @@ def test_the_options_that_the_readme_shows_for_the_command_exist():
 
     from flowtracer_plugin.cli.commands import app
 
-    names = ("generate", "trace", "audit", "train")
+    names = ("generate", "trace", "trace-data", "audit", "train")
     commands = ([name, "--help"] for name in names)
     described = "".join(CliRunner().invoke(app, c, terminal_width=200).output for c in commands)
     inline = re.findall(r"`(flowtracer [^`]+)`", README)

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from flowtracer_plugin import wrap
 from flowtracer_plugin.bulk.examples import Example
-from flowtracer_plugin.credit.token_scores import TOKEN_SCORES
+from flowtracer_plugin.credit.choosing import InvalidScoreError
+from flowtracer_plugin.credit.token_scores import TOKEN_SCORES, token_score
 from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions, measure_knock_outs
 from flowtracer_plugin.evaluation.run import (
     FORMAT,
@@ -138,8 +140,20 @@ def test_a_score_that_is_not_finite_costs_its_example(planted):
 
     scores = {"flow": TOKEN_SCORES["flow"], "odd": score}
     found = list(evaluate(planted, examples("good", "good"), FEW, scores=scores))
-    assert [one.left_out for one in found] == ["not_traced", None]
-    assert found[0].detail == "InvalidScoreError: the score 'odd' is not finite at some tokens"
+    assert [one.left_out for one in found] == ["invalid_score", None]
+    assert found[0].detail == "the score 'odd' is not finite at some tokens"
+
+
+def below(rollouts):
+    """An own scorer with negative scores."""
+    return -torch.ones(rollouts.competing.shape)
+
+
+def test_an_invalid_score_of_an_own_scorer_ends_the_run(planted):
+    scores = {"flow": TOKEN_SCORES["flow"], "below": token_score(below)}
+    wanted = r"scores of '.*:below' must be finite and not negative, got -1.0"
+    with pytest.raises(InvalidScoreError, match=wanted):
+        next(evaluate(planted, examples("good"), FEW, scores=scores))
 
 
 # --- the file ---

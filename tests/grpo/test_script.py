@@ -470,3 +470,5 @@ def test_help_is_found_in_a_docstring_without_its_indentation():
         found = documented(doc, "flow_gamma", 1.5)
         assert found.metadata["help"].startswith("Factor on the advantage of these tokens.")
         assert "flow_layers" not in found.metadata["help"]
+    linked = documented(FlowGRPOConfig.__doc__, "flow_answer", "auto").metadata["help"]
+    assert "Pass a pattern or a function to attach_flow_credit instead." in linked

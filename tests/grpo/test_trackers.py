@@ -144,6 +144,17 @@ def test_functions_and_lists_are_named_and_the_default_is_not_repeated():
     )
 
 
+def ones(rollouts):
+    """One for each token."""
+
+
+def test_an_own_scorer_is_named_by_its_function():
+    settings = credit_settings(CreditOptions(scorer=ones))
+    assert settings["source"] == f"{__name__}:ones"
+    assert "paper" not in settings
+    assert settings_line(settings).endswith(f"One for each token. ({__name__}:ones)")
+
+
 def test_a_pattern_cannot_break_the_table_of_the_card():
     settings = credit_settings(CreditOptions(scorer="oracle", oracle=r"a|<b>\d*"))
     card = with_credit("# Card\n", settings)

@@ -24,7 +24,13 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import AttentionInterface
 
 import flowtracer_plugin as ft
-from flowtracer_plugin.attention import UnsupportedArchitectureError
+from flowtracer_plugin.attention import (
+    AdapterMismatchError,
+    AttentionAdapter,
+    AttentionCall,
+    AttentionSite,
+    UnsupportedArchitectureError,
+)
 from flowtracer_plugin.reading.runner import BACKENDS
 from tests.attention.reference_attention import eager_head_mean
 from tests.families import quiet_transformers, redrawn, tiny_model
@@ -199,6 +205,34 @@ def test_a_model_that_takes_ids_only_is_read_one_text_at_a_time(kind):
     two, masks = ids.repeat(2, 1), torch.cat([mask, torch.ones_like(mask)])
     with pytest.raises(ValueError, match=r"takes no attention_mask.* one text at a time"):
         tracer.attention(two, masks)
+
+
+class MatmulAdapter(AttentionAdapter):
+    """Looks for another product than that of `OwnAttention`."""
+
+    name = "matmul"
+
+    def matches(self, model: nn.Module) -> bool:
+        return True
+
+    def sites(self, model: nn.Module) -> tuple[AttentionSite, ...]:
+        return (AttentionSite(layer=0, module="layers.0", function="torch.bmm"),)
+
+    def read(self, module: nn.Module, args: Any, kwargs: Any) -> AttentionCall:
+        raise NotImplementedError
+
+
+def test_a_call_that_is_not_made_is_answered_with_the_names_to_write():
+    model = PlainForCausalLM(PlainConfig(), [OwnAttention]).eval()
+    with pytest.raises(AdapterMismatchError) as caught:
+        ft.wrap(model, adapter=MatmulAdapter(), preset="paper").attention(torch.arange(3, 20)[None])
+    said = str(caught.value)
+    assert said.startswith("the adapter 'matmul' looks for a call of 'torch.bmm' in layers.0")
+    assert "self.project, " in said
+    assert "torch.softmax, torch.matmul, " in said
+    assert "_0" not in said
+    assert " mixed," not in said  # an assignment
+    assert "masked_fill, " in said
 
 
 def test_two_ways_of_attending_in_one_model_are_named():

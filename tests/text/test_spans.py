@@ -20,6 +20,7 @@ from flowtracer_plugin.text.spans import (
     DecodedTokens,
     answer_mask,
     decode_tokens,
+    find_spans,
     question_mask,
     tokens_in_span,
     turns_mask,
@@ -585,6 +586,21 @@ def test_a_prompt_of_few_or_special_tokens_has_a_question(ids, wanted):
 def test_a_question_mask_that_cannot_be_read_is_refused(mask, error, message):
     with pytest.raises(error, match=message):
         question_mask(BYTE_LEVEL, PROMPT, mask)
+
+
+def test_spans_show_counts_and_the_answer_in_one_line():
+    found = find_spans(
+        BYTE_LEVEL,
+        BYTE_LEVEL.encode("3 + 4?"),
+        BYTE_LEVEL.encode("It is 7."),
+        finder="auto",
+        question="prompt",
+        user_text=None,
+        target="answer",
+    )
+    assert repr(found) == (
+        "Spans(5 of 6 prompt tokens ask, 1 of 8 response tokens answer: '7' by 'last_number')"
+    )
 
 
 def test_docstring_examples():

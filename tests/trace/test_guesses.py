@@ -98,6 +98,17 @@ def test_a_response_of_another_kind_is_answered(tracer, prompt, response, messag
         tracer.trace(prompt, response)
 
 
+def test_a_response_after_the_assistants_own_message_is_refused_unless_it_goes_on_with_it(tracer):
+    begun = [*MESSAGES, {"role": "assistant", "content": "Tom has 3"}]
+    with pytest.raises(ValueError, match="end with one of the assistant, and there is a response"):
+        tracer.trace(begun, RESPONSE)
+    (row,) = ft.trace_many(tracer, [{"messages": begun, "response": RESPONSE}])
+    assert row.error.startswith("the messages end with one of the assistant")
+    kept = {"continue_final_message": True, "add_generation_prompt": False}
+    trace = tracer.trace(begun, RESPONSE, template_kwargs=kept)
+    assert "".join(trace.tokens).endswith(f"<|assistant|>\nTom has 3{RESPONSE}")
+
+
 def test_many_texts_are_traced_as_the_sentence_says(tracer):
     rows = [{"prompt": PROMPT, "response": RESPONSE}] * 2
     assert [one.error for one in ft.trace_many(tracer, rows)] == [None, None]

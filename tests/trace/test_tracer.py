@@ -188,7 +188,7 @@ def test_all_turns_of_the_user_are_the_question_unless_one_asks_for_the_last(mod
     assert asked_in(tracer.trace(talk, RESPONSE)) == "".join(turns)
     last = tracer.trace(talk, RESPONSE, question="user")
     assert (asked_in(last), last.options.question) == (turns[1], "user")
-    unsaid = tracer.trace([{"role": "assistant", "content": "apples"}], RESPONSE)
+    unsaid = tracer.trace([{"role": "system", "content": "apples"}], RESPONSE)
     assert unsaid.options.question == "prompt"
     generated = tracer.generate(talk, max_new_tokens=1, answer=lambda text: (0, len(text)))
     assert asked_in(generated) == "".join(turns)
