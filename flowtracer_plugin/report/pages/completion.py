@@ -143,7 +143,7 @@ class CreditPiece(Piece):
         """Its CSS classes."""
         marks = {"more": self.weighted, "answer": self.answer, "tool": self.tool}
         names = [level_class(self.level), *(name for name, marked in marks.items() if marked)]
-        return " ".join(filter(None, names))
+        return " ".join(filter(None, [*names, self.glue if self.answer else ""]))
 
 
 def cut_pieces(view: CompletionView, largest: float) -> tuple[CreditPiece, ...]:
