@@ -20,7 +20,12 @@ from flowtracer_plugin.report import (
     write_comparison,
 )
 from flowtracer_plugin.report.pages import comparison_page
-from flowtracer_plugin.report.pages.two_sides import MOST_WORDS, difference_levels, difference_scale, largest_shade
+from flowtracer_plugin.report.pages.two_sides import (
+    MOST_WORDS,
+    difference_levels,
+    difference_scale,
+    largest_shade,
+)
 from flowtracer_plugin.text.visible import visible
 from tests.comparison.compared import GROUP, PROMPT_TOKENS, RIGHT, TRUTHS, WRONG, make_trace
 from tests.pages import HOSTILE, Page, assert_loads_nothing, assert_only_text
