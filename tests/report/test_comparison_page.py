@@ -474,7 +474,7 @@ def test_the_page_of_a_group_answers_in_both_texts(visits):
     page = visits.open(show_group(make_view(RIGHT, 1.0), make_view(WRONG, -1.0)))
     page.locator(".shared > span").first.click()
     assert page.locator("#where").text_content() == "in all texts · token 0"
-    assert page.locator("#numbers dt").all_text_contents() == ["right", "wrong", "difference"]
+    assert page.locator("#numbers dt").all_text_contents() == ["above", "below", "difference"]
     page.locator("article .text > span").nth(1).click()
     assert page.locator("#where").text_content() == "completion 1 · token 1"
     assert page.locator("#numbers dt").first.text_content() == "weight"
