@@ -200,7 +200,7 @@ def said(trace: TraceData, found: KnockedOut, numbers: Iterable[int] = ()) -> st
     choice = "now choose other tokens" if found.flipped else "still choose the same tokens"
     return (
         f"Without {named}, the probability of <b>{words}</b> is <b>{percent(found.after)}</b> "
-        f"instead of {percent(found.before)} ({nats(found.drop)} nats a token). "
+        f"instead of {percent(found.before)} ({nats(found.drop)} nats lost a token). "
         f"The model would {choice}."
     )
 

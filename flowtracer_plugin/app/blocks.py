@@ -32,7 +32,7 @@ _POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 _SESSIONS = 20  # whose traces are kept
 _TROUBLES = (ValueError, LookupError, RuntimeError, MemoryError)
 _HEAD = """<h1>FlowTracer</h1>
-<p>Which tokens carried an answer? Let the model <b>{model}</b> answer, or paste a response.</p>
+<p>Which tokens carried an answer of <b>{model}</b>? Let the model answer, or paste a response.</p>
 <style>
 .lines .wrap {{ max-height: 40em; overflow-y: auto; }}
 .lines label {{ width: 100%; }}
@@ -79,10 +79,24 @@ def build(tracer: FlowTracer, *, prompt: str = "") -> gr.Blocks:
             with gr.Column(scale=3, min_width=600):
                 page, state = gr.HTML(elem_id="page"), gr.State()
         how, shown = [preset, finder, words, chat], [state, status, lines, effect, page]
-        alone: dict[str, Any] = {"concurrency_id": "model", "api_visibility": "private"}
-        answer.click(_answering(tracer), [asked, length, *how], [response, *shown], **alone)
-        trace.click(_tracing(tracer), [asked, response, *how], shown, **alone)
-        lines.input(_hiding(tracer), [state, lines], effect, **alone)
+        alone: dict[str, Any] = {"concurrency_id": "model"}
+        answer.click(
+            _answering(tracer),
+            [asked, length, *how],
+            [response, *shown],
+            api_name="answer",
+            **alone,
+        )
+        trace.click(_tracing(tracer), [asked, response, *how], shown, api_name="trace", **alone)
+        # The last of several quick ticks must not be lost while the first is computed.
+        lines.input(
+            _hiding(tracer),
+            [state, lines],
+            effect,
+            api_name="hide",
+            trigger_mode="always_last",
+            **alone,
+        )
     return blocks
 
 
@@ -160,14 +174,16 @@ def _tracing(tracer: FlowTracer) -> Callable[..., Shown]:
 def _answering(tracer: FlowTracer) -> Callable[..., Iterator[tuple[str, *Shown]]]:
     traced = _tracing(tracer)
 
-    def run(prompt: str, length: int, *how: Any) -> Iterator[tuple[str, *Shown]]:
+    def run(
+        prompt: str, length: float, preset: str, finder: str, words: str, chat: bool
+    ) -> Iterator[tuple[str, *Shown]]:
         try:
-            answer = actions.answer(tracer, prompt, chat=how[-1], max_new_tokens=int(length))
+            answer = actions.answer(tracer, prompt, chat=chat, max_new_tokens=int(length))
         except _TROUBLES as error:
             yield "", *_nothing(actions.trouble(error))
             return
         yield answer.text, *_nothing("Tracing …")
-        yield answer.text, *traced(prompt, answer, *how)
+        yield answer.text, *traced(prompt, answer, preset, finder, words, chat)
 
     return run
 

@@ -251,9 +251,11 @@ def _traced(tracer: FlowTracer, texts: list[_Text], options: RowOptions) -> Iter
 
 def _failed(tracer: FlowTracer, text: _Text, error: Exception) -> TracedRow:
     """The result of a text that cannot be traced, with its texts as the model got or gave them."""
-    read = tracer.require_tokenizer().decode
-    given = {"prompt": read(text.prompt_ids), "response": read(text.response_ids or ())}
-    return replace(text.result, **given, error=in_words(error))
+    tokenizer = tracer.require_tokenizer()
+    prompt, response = (
+        str(tokenizer.decode(ids)) for ids in (text.prompt_ids, text.response_ids or [])
+    )
+    return replace(text.result, prompt=prompt, response=response, error=in_words(error))
 
 
 def _together(

@@ -170,7 +170,8 @@ def evaluate(
                 f"without flow:derivation, which this model cannot have: {without}", err=True
             )
         outcomes = _run(pool, examples, plain, output, whole=every == 1)
-    evaluation = Evaluation(settings=plain, examples=examples, outcomes=outcomes)
+    asked = () if chosen.scores is None else tuple(names(chosen.scores))
+    evaluation = Evaluation(settings=plain, examples=examples, outcomes=outcomes, asked=asked)
     _deliver(evaluation, html, as_json=results.json)
 
 

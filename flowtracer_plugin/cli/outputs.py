@@ -120,13 +120,16 @@ def print_results(
     *,
     numbers: Literal["left", "right"] = "left",
 ) -> None:
-    """Print a table with a title, a first column of names, and columns of numbers."""
+    """Print a table with a title, a first column of names, and columns of numbers.
+
+    What is too long for the terminal is folded, never cut.
+    """
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for place, head in enumerate(heads):
-        table.add_column(head, justify=numbers if place else "left")
+        table.add_column(head, justify=numbers if place else "left", overflow="fold")
     for row in rows:
         table.add_row(*row, style="dim" if row[0] == "uniform" else None)
     console = Console(width=None if sys.stdout.isatty() else 200)

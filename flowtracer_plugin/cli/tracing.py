@@ -44,6 +44,9 @@ DEMO_QUESTION = (
     "Ann has 4 apples. Ann buys 1. Ann gets 3. Ann sees 6. Ann buys 6. How many apples?\n"
 )
 
+EXAMPLE_QUESTION = "Tom has 5 apples and buys 3 more. How many apples does Tom have now?"
+"""What the app asks a model at first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NewTraceOptions(OutputOptions):
@@ -217,7 +220,7 @@ def app(
     _check_port(HOST, port)  # and the model, before anything is served
     tracer = load_tracer(str(model or demo_model()), loading, None)
     serve(
-        build(tracer, prompt=DEMO_QUESTION if model is None else ""),
+        build(tracer, prompt=DEMO_QUESTION if model is None else EXAMPLE_QUESTION),
         port,
         lambda address: typer.echo(f"the app is at {address} on this machine; Ctrl-C ends it"),
     )

@@ -10,7 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 from flowtracer_plugin.bulk.examples import Example
-from flowtracer_plugin.evaluation.summary import EvaluationSummary, Measured, summarise_all
+from flowtracer_plugin.evaluation.summary import (
+    BASELINES,
+    EvaluationSummary,
+    Measured,
+    summarise_all,
+)
 
 __all__ = ["REASONS", "Evaluation", "Example", "Outcome", "document"]
 
@@ -56,11 +61,19 @@ class Evaluation:
         settings: All that the results depend on, as plain values.
         examples: The examples of the data.
         outcomes: The outcome of each example, in the order of the examples.
+        asked: The scores that were asked for by name; none if the usual ones are compared.
     """
 
     settings: Mapping[str, Any]
     examples: Sequence[Example]
     outcomes: Sequence[Outcome]
+    asked: Sequence[str] = ()
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """The scores that are there for comparison only: the flow and one hop of attention."""
+        unasked = set(self.settings["scores"]) - {*self.asked} if self.asked else set()
+        return tuple(name for name in ("flow", BASELINES["one_hop"]) if name in unasked)
 
     @cached_property
     def measured(self) -> tuple[Measured, ...]:

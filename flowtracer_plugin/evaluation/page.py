@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from flowtracer_plugin.bulk.examples import Example
 from flowtracer_plugin.evaluation.outcomes import Evaluation
 from flowtracer_plugin.evaluation.summary import BASELINES, Interval, ScoreSummary
 from flowtracer_plugin.evaluation.tables import (
+    added,
     bottom_of,
     cell,
     counts,
@@ -18,7 +20,7 @@ from flowtracer_plugin.evaluation.tables import (
     spread,
     tables,
 )
-from flowtracer_plugin.report.display import number, shorten
+from flowtracer_plugin.report.display import model_label, number, shorten
 from flowtracer_plugin.report.pages.assets import render, write_html
 from flowtracer_plugin.report.pages.charts import round_step
 from flowtracer_plugin.text.visible import visible
@@ -35,6 +37,12 @@ TICKS = 4
 LINED = {"flow": "flow", BASELINES["one_hop"]: "hop", BASELINES["chance"]: "chance"}
 """Scores with a color and a label of their own."""
 
+HUES = 4
+"""The colors of the scores that were asked for; more scores share them."""
+
+LABEL_HEIGHT = 14
+"""The least distance between the labels at the ends of lines."""
+
 
 def write_evaluation(evaluation: Evaluation, path: str | Path) -> Path:
     """The path of the page from `render_evaluation`, which is written completely or not at all.
@@ -49,17 +57,21 @@ def render_evaluation(evaluation: Evaluation) -> str:
     """The page as HTML; the same evaluation always gives the same page."""
     gaps = evaluation.settings["options"]["gaps"]
     fairest = max(gaps)
+    model = model_label(evaluation.settings["model"])
     return render(
         "evaluation.html.j2",
         styles=("two_sides.css", "evaluation.css"),
         script=("tables.js",),
-        title=f"{shorten(visible(evaluation.settings['model']))}: what do its answers depend on?",
+        title=f"{shorten(visible(model))}: what do its answers depend on?",
+        model=visible(model),
         settings=evaluation.settings,
         measured=len(evaluation.measured),
         outcomes=evaluation.outcomes,
         right=evaluation.right,
         known=evaluation.known,
         left_out=list(counts(evaluation))[1:],
+        added=added(evaluation),
+        listed=_listed(evaluation),
         gap=fairest,
         bars=_bars(evaluation, fairest),
         shares=_shares(evaluation, fairest),
@@ -86,7 +98,7 @@ def _bars(evaluation: Evaluation, gap: int) -> list[dict[str, Any]]:
     return [
         {
             "score": one.score,
-            "kind": LINED.get(one.score, "other"),
+            "kind": _kind(evaluation, one.score),
             "top": at(one.aopc.mean),
             "low": at(_low(one.aopc)),
             "high": at(_high(one.aopc)),
@@ -125,19 +137,48 @@ def _shares(evaluation: Evaluation, gap: int) -> dict[str, Any] | None:
         points = [f"{x} {up(interval.mean)}" for x, interval in zip(across, one.drop, strict=True)]
         return {
             "score": one.score,
-            "kind": LINED.get(one.score, "other"),
+            "kind": _kind(evaluation, one.score),
             "path": f"M{'L'.join(points)}",
             "end": up(one.drop[-1].mean),
         }
 
     # Lines with a label are drawn last, above the others.
     lines = sorted(map(line, found), key=lambda one: one["kind"] != "other")
+    named = [one for one in lines if one["kind"] != "other"]
+    for one, place in zip(named, _apart([one["end"] for one in named], float(height)), strict=True):
+        one["label"] = place
     upward = [(up(at * step), number(at * step)) for at in range(steps + 1)]
     return {"lines": lines, "across": list(zip(across, percents, strict=True)), "upward": upward}
 
 
+def _kind(evaluation: Evaluation, score: str) -> str:
+    """The CSS classes of a score: those that were asked for stand out before all others."""
+    if score in evaluation.added:
+        return f"added {LINED[score]}"
+    if score not in evaluation.asked or score in LINED:
+        return LINED.get(score, "other")
+    own = [name for name in evaluation.asked if name not in LINED]
+    return f"asked hue{own.index(score) % HUES}"
+
+
+def _apart(ends: Sequence[float], height: float) -> list[float]:
+    """Places for labels near the ends of their lines, at least a label's height apart."""
+    places, lowest = [0.0] * len(ends), height + LABEL_HEIGHT
+    for at in sorted(range(len(ends)), key=lambda one: -ends[one]):
+        places[at] = lowest = min(ends[at], lowest - LABEL_HEIGHT)
+    return places
+
+
+def _listed(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """The heading and the name of each score in the table of examples."""
+    heads = {BASELINES["one_hop"]: "one hop"}
+    names = dict.fromkeys([*evaluation.asked, *LINED])
+    return [(heads.get(name, name), name) for name in names]
+
+
 def _rows(evaluation: Evaluation, gap: int) -> list[dict[str, Any]]:
     """Rows of the table of examples; drops are means over the shares, in nats per token."""
+    names = {name for _, name in _listed(evaluation)}
     return [
         {
             "outcome": outcome,
@@ -146,7 +187,7 @@ def _rows(evaluation: Evaluation, gap: int) -> list[dict[str, Any]]:
             "drops": {
                 effect["score"]: sum(effect["drop"]) / len(effect["drop"])
                 for effect in outcome.measured["knock_out"]["effects"]
-                if effect["gap"] == gap and effect["side"] == "top" and effect["score"] in LINED
+                if effect["gap"] == gap and effect["side"] == "top" and effect["score"] in names
             },
         }
         for example, outcome in zip(evaluation.examples, evaluation.outcomes, strict=True)

@@ -152,10 +152,18 @@ def spread(value: Interval) -> str:
     return f"({fixed(value.low)}…{fixed(value.high)})"
 
 
+def added(evaluation: Evaluation) -> str:
+    """Which scores were added to those that were asked for, in words; empty if none was."""
+    names = evaluation.added
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} added" if names else ""
+
+
 def counts(evaluation: Evaluation) -> Iterator[str]:
     """Lines that say how many examples count, and why others do not."""
     size, settings = len(evaluation.measured), evaluation.settings
     yield f"{size} of {len(evaluation.outcomes)} examples measured, {settings['model']}"
+    if evaluation.added:
+        yield f"{added(evaluation)} for comparison"
     for words, count, first in evaluation.left_out:
         yield f"{count} left out: {words}, as in row {first.row}: {first.detail}"
     if evaluation.right is not None:

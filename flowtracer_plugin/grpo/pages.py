@@ -15,8 +15,14 @@ from torch import Tensor
 from flowtracer_plugin.grpo.checks import find_tokenizer
 from flowtracer_plugin.grpo.options import CreditOptions
 from flowtracer_plugin.grpo.scoring import Scored
+from flowtracer_plugin.grpo.settings import credit_settings
 from flowtracer_plugin.grpo.trackers import send_page
-from flowtracer_plugin.report.pages.group_page import CompletionView, write_group_page, write_index
+from flowtracer_plugin.report.pages.group_page import (
+    CompletionView,
+    GroupCredit,
+    write_group_page,
+    write_index,
+)
 from flowtracer_plugin.text.spans import decode_tokens
 from flowtracer_plugin.trace.troubles import Troubles
 
@@ -130,7 +136,13 @@ class GroupPages:
         name = self._trainer.args.run_name or Path(self._trainer.args.output_dir).name
         page = self.folder / f"step_{step:06d}.html"
         write_group_page(
-            page, self._prompt, views, title=str(name), step=step, question=self._question
+            page,
+            self._prompt,
+            views,
+            title=str(name),
+            step=step,
+            question=self._question,
+            credit=_credit(self._options, step),
         )
         self._drop_oldest(page)
         write_index(self.folder)
@@ -145,6 +157,15 @@ class GroupPages:
             size += page.stat().st_size
             if size > self._options.page_limit_mb * 1e6:
                 page.unlink()
+
+
+def _credit(options: CreditOptions, step: int) -> GroupCredit:
+    name = str(credit_settings(options)["scorer"])
+    return GroupCredit(
+        scorer=name if options.side == "top" else f"{name}, lowest first",
+        gamma=options.gamma_at(step),
+        share=options.top_fraction,
+    )
 
 
 def rows_each(trainer: Any) -> int:

@@ -2,7 +2,7 @@ from .pages.comparison_page import (
     render_comparison as render_comparison,
     write_comparison as write_comparison,
 )
-from .pages.completion import CompletionView as CompletionView
+from .pages.completion import CompletionView as CompletionView, GroupCredit as GroupCredit
 from .pages.group_index import write_index as write_index
 from .pages.group_page import group_page as group_page, write_group_page as write_group_page
 from .pages.groups_page import (

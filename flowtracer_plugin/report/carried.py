@@ -1,4 +1,4 @@
-"""What carried an answer, in a sentence each: the tokens and the steps with the most flow."""
+"""What carried an answer, in a sentence each: what it hangs on, and where most flow passes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from flowtracer_plugin.report.drawing import StepRow, step_row
 
 MOST_TOKENS, MOST_STEPS = 5, 3
 
+LEAST_DROP = 0.05
+"""The least drop, in nats, of a token that an answer hangs on."""
+
+FIRST_TOKEN = "first token, where attention often only rests"
+"""The note beside a path that begins at the first token."""
+
 _TOLD = ("question", "response")
 """The parts of a text that people read; the rest is the chat template and the answer itself."""
+
+_ROUNDING = 1e-6
+"""What is left of a step's inflow, by rounding alone, if all of it begins at the first token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +35,39 @@ class Carrier:
 
     unit: Unit
     drop: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MostMissed:
+    """The token without which the answer loses most, of those that were knocked out one by one.
+
+    Attributes:
+        unit: The token, or the tokens that spell one character.
+        drop: The fall of the answer's log-probability without it, in nats.
+        measured: How many tokens were knocked out.
+    """
+
+    unit: Unit
+    drop: float
+    measured: int
+
+    @property
+    def among(self) -> str:
+        """The tokens that were knocked out, in words."""
+        return f"the {self.measured} token{'s' * (self.measured > 1)} measured"
+
+    @property
+    def matters(self) -> bool:
+        """Whether the answer hangs on it."""
+        return self.drop >= LEAST_DROP
+
+
+def most_missed(shown: ShownTrace, drops: Mapping[int, float] | None) -> MostMissed | None:
+    """The token that the answer hangs on most; None if none was knocked out."""
+    if not drops:
+        return None
+    token = max(sorted(drops), key=lambda one: drops[one])
+    return MostMissed(unit=shown.unit_of(token), drop=drops[token], measured=len(drops))
 
 
 def carriers(shown: ShownTrace, drops: Mapping[int, float] | None = None) -> tuple[Carrier, ...]:
@@ -58,19 +100,42 @@ def drop_of(unit: Unit, drops: Mapping[int, float] | None) -> float | None:
     return max((measured[token] for token in tokens if token in measured), default=None)
 
 
-def leading_steps(shown: ShownTrace) -> tuple[StepRow, ...]:
-    """The steps that most flow enters, but for the chat template and those that hold its end."""
-    rows = [step_row(shown, index) for index in range(len(shown.steps.steps))]
+@dataclass(frozen=True, kw_only=True)
+class LeadingStep:
+    """A step that much flow enters.
+
+    Attributes:
+        row: The step.
+        inflow: The flow that enters it, without what begins at the first token of the text.
+        without_first: Whether some flow begins at the first token, in this step.
+    """
+
+    row: StepRow
+    inflow: float
+    without_first: bool
+
+
+def leading_steps(shown: ShownTrace) -> tuple[LeadingStep, ...]:
+    """The steps that most flow enters, but for the chat template and those that hold its end.
+
+    What begins at the first token does not count: attention often only rests there.
+    """
+    steps = [_leading(shown, step_row(shown, index)) for index in range(len(shown.steps.steps))]
     ends = shown.trace.spans.target | shown.trace.spans.answer
     told = [
-        row
-        for row in rows
-        if row.region in _TOLD
-        and row.step.inflow > 0
-        and not ends[row.step.start : row.step.stop].any()
-        and not is_template(shown, row)
+        one
+        for one in steps
+        if one.row.region in _TOLD
+        and one.inflow > _ROUNDING
+        and not ends[one.row.step.start : one.row.step.stop].any()
+        and not is_template(shown, one.row)
     ]
-    return tuple(sorted(told, key=lambda row: (-row.step.inflow, row.number))[:MOST_STEPS])
+    return tuple(sorted(told, key=lambda one: (-one.inflow, one.row.number))[:MOST_STEPS])
+
+
+def _leading(shown: ShownTrace, row: StepRow) -> LeadingStep:
+    first = float(shown.trace.backbone.source[0]) if row.step.start == 0 else 0.0
+    return LeadingStep(row=row, inflow=row.step.inflow - first, without_first=first > 0)
 
 
 def is_template(shown: ShownTrace, row: StepRow) -> bool:
@@ -80,5 +145,5 @@ def is_template(shown: ShownTrace, row: StepRow) -> bool:
 
 
 def nats(drop: float) -> str:
-    """By how many nats an answer becomes likelier (+) or less likely (−), with two decimals."""
-    return f"{-drop:+.2f}".replace("-", "−").replace("−0.00", "0.00").replace("+0.00", "0.00")
+    """How many nats an answer loses, with two decimals; below zero if it becomes likelier."""
+    return f"{drop:z.2f}".replace("-", "−")

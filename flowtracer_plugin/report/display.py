@@ -28,6 +28,9 @@ _BLANKS = {ord(" "): "␣", ord("\t"): "⇥"}
 _MOST_LINES, _LINE = 14, 90
 """The lines that a page shows without folding a text, and about how many letters a line holds."""
 
+_SHORT = 24
+"""The most letters of a token in which no line begins."""
+
 HEAT_SHARES = (0.40, 0.25, 0.15, 0.08, 0.03)
 """A token's heat, from 0 to 5, is the number of these top shares that it belongs to. The widest is
 the share of tokens to which the paper gives more credit."""
@@ -72,9 +75,21 @@ class Piece:
         return self.text.replace("\n", "⏎")
 
     @property
+    def label(self) -> str:
+        """The text on one line, or signs for blanks alone."""
+        return self.inline if self.inline.strip() else self.inline.translate(_BLANKS)
+
+    @property
+    def glue(self) -> str:
+        """The CSS class that keeps an answer's first blank and its first word on one line."""
+        if "\n" in self.text or not self.text[:1].isspace():
+            return ""
+        return "blank" if self.text.isspace() else "word" if len(self.text) <= _SHORT else ""
+
+    @property
     def word(self) -> str:
         """The text on one line without blanks around it, or the blanks alone as signs."""
-        return self.inline.strip() or self.inline.translate(_BLANKS)
+        return self.inline.strip() or self.label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +114,8 @@ class Unit(Piece):
     def classes(self) -> str:
         """Its CSS classes on a page."""
         heat = f"h{self.heat}" if self.heat else None
-        return " ".join(filter(None, (heat, REGION_CLASSES.get(self.region))))
+        glue = self.glue if self.region == "answer" else None
+        return " ".join(filter(None, (heat, REGION_CLASSES.get(self.region), glue)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,7 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from flowtracer_plugin.options import preset_of
-from flowtracer_plugin.report.carried import carriers, leading_steps, nats
+from flowtracer_plugin.report.carried import (
+    FIRST_TOKEN,
+    LEAST_DROP,
+    carriers,
+    leading_steps,
+    most_missed,
+    nats,
+)
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
     QUESTION,
@@ -121,25 +128,43 @@ def _title(shown: ShownTrace) -> Text:
 
 
 def _carried(shown: ShownTrace, drops: Mapping[int, float] | None) -> Iterator[Text]:
-    """The tokens and the steps with the most flow, in a sentence each."""
+    """What the answer hangs on, and the tokens and steps with the most flow, in a sentence each."""
+    yield from _missed(shown, drops)
     tokens = [
         f"⟨{one.unit.word}⟩ {percent(one.unit.throughput)}"
-        + ("" if one.drop is None else f" ({nats(one.drop)} nats)")
+        + ("" if one.drop is None else f" ({nats(one.drop)} nats lost)")
         for one in carriers(shown, drops)
     ]
     if tokens:
         yield Text(f"most flow passes through {', '.join(tokens)}")
     steps = [
-        f"step {row.number} ‘{shorten(row.text, 40)}’ {percent(row.step.inflow)}"
-        for row in leading_steps(shown)
+        f"step {one.row.number} ‘{shorten(one.row.text, 40)}’ {percent(one.inflow)}"
+        + (" without what begins at the first token" if one.without_first else "")
+        for one in leading_steps(shown)
     ]
     if steps:
         yield Text(f"it enters {'; '.join(steps)}")
     if drops:
         yield Text(
-            "nats: how the answer's log-probability changes if no later token can attend to this "
-            "one",
+            "nats lost: how far the answer's log-probability falls if no later token can attend to "
+            "this one; below zero it rises",
             style="dim",
+        )
+
+
+def _missed(shown: ShownTrace, drops: Mapping[int, float] | None) -> Iterator[Text]:
+    missed = most_missed(shown, drops)
+    if missed is None:
+        return
+    if missed.matters:
+        yield Text(
+            f"of {missed.among}, the answer hangs most on "
+            f"⟨{missed.unit.word}⟩: {nats(missed.drop)} nats are lost without it"
+        )
+    else:
+        yield Text(
+            f"none of {missed.among} matters alone: less than {LEAST_DROP} nats are lost "
+            "without any one of them"
         )
 
 
@@ -225,15 +250,16 @@ def _table(
 def _paths(shown: ShownTrace) -> RenderableType:
     lines = [Text.assemble(("likeliest paths", "bold"), "  flow spreads over very many paths")]
     for path in shown.trace.paths(_PATHS):
-        tokens = " → ".join(f"⟨{unit.inline}⟩" for unit in shown.units_of(path.tokens))
-        lines.append(Text(f"{percent(path.probability):>9}  {tokens}"))
+        tokens = " → ".join(f"⟨{unit.label}⟩" for unit in shown.units_of(path.tokens))
+        line = Text(f"{percent(path.probability):>9}  {tokens}")
+        lines.append(line.append(f"  {FIRST_TOKEN}", "dim") if path.tokens[0] == 0 else line)
     return Group(*lines)
 
 
 def _heads(found: HeadMap) -> RenderableType:
-    title = f"heads that pay the edges into ⟨{found.unit.inline}⟩, token {found.heads.token}"
+    title = f"heads that pay the edges into ⟨{found.unit.label}⟩, token {found.heads.token}"
     lines = [Text(title, style="bold")]
     for one, source in found.listed:
-        most = f"most from ⟨{source.inline}⟩ {percent(one.source_share)}"
+        most = f"most from ⟨{source.label}⟩ {percent(one.source_share)}"
         lines.append(Text(f"{percent(one.share):>9}  layer {one.layer}, head {one.head}, {most}"))
     return Group(*lines)

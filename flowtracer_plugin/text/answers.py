@@ -131,8 +131,9 @@ def finder_name(finder: AnswerFinder) -> str:
 
 def _literal(finder: AnswerFinder) -> str | None:
     """The answer itself, if the finder names it."""
-    is_text = isinstance(finder, str) and finder.startswith(LITERAL)
-    return finder.removeprefix(LITERAL).strip() if is_text else None
+    if isinstance(finder, str) and finder.startswith(LITERAL):
+        return finder.removeprefix(LITERAL).strip()
+    return None
 
 
 def _pattern_of(literal: str) -> re.Pattern[str]:

@@ -178,7 +178,8 @@ def test_what_happened_is_said_in_a_sentence(trace):
     moved = actions.KnockedOut(before=0.98, after=0.02, drop=3.89, flipped=True)
     assert actions.said(trace, moved, [5, 2]) == (
         "Without lines 2, 5, the probability of <b>5</b> is <b>2.00\N{NO-BREAK SPACE}%</b> instead "
-        "of 98.0\N{NO-BREAK SPACE}% (−3.89 nats a token). The model would now choose other tokens."
+        "of 98.0\N{NO-BREAK SPACE}% (3.89 nats lost a token). The model would now choose other "
+        "tokens."
     )
     stays = actions.KnockedOut(before=0.98, after=0.9, drop=0.09, flipped=False)
     assert "Without line 2, " in actions.said(trace, stays, [2])

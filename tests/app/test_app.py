@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tests.documents.snippets import ROOT
+from tests.documents.snippets import ROOT, blocks
 from tests.tiny import PROMPT, RESPONSE
 
 pytestmark = [pytest.mark.app, pytest.mark.browser]
@@ -93,6 +93,21 @@ def test_the_model_answers_by_the_chosen_options(page):
     page.get_by_role("button", name="Let the model answer").click()
     page.locator("#status").get_by_text("found by the rule “last_word”").wait_for()
     assert page.get_by_label("Response").input_value()
+
+
+def test_a_program_asks_the_app_as_the_documentation_says(address):
+    (code,) = [one.text for one in blocks(ROOT / "docs/app.md") if one.language == "python"]
+    assert "http://127.0.0.1:7860/" in code
+    ran = subprocess.run(
+        [os.environ["FLOWTRACER_APP"], "-c", code.replace("http://127.0.0.1:7860/", address)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "The answer is <b>4</b>, found by the rule “phrase”" in ran.stdout
+    assert "Without line 2, the probability of <b>4</b> is" in ran.stdout
 
 
 def test_texts_stay_texts_and_mistakes_are_answered(page):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from flowtracer_plugin.cli.tracing import DEMO_QUESTION
+from flowtracer_plugin.cli.tracing import DEMO_QUESTION, EXAMPLE_QUESTION
 from tests.cli.command_line import assert_failed
 from tests.documents.snippets import REASONER, ROOT
 
@@ -49,7 +49,7 @@ def test_the_app_serves_a_model(flowtracer, served, taken, words):
         0,
         "the app is at http://127.0.0.1/ on this machine; Ctrl-C ends it\n",
     )
-    assert served == [(str(REASONER), ""), ("blocks", 7999)]
+    assert served == [(str(REASONER), EXAMPLE_QUESTION), ("blocks", 7999)]
 
 
 def test_without_a_model_it_serves_that_of_the_demo(flowtracer, served):

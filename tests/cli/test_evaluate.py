@@ -2,7 +2,9 @@ import json
 import re
 
 import pytest
+import rich.console
 
+from flowtracer_plugin.cli.outputs import print_results
 from flowtracer_plugin.credit.token_scores import TOKEN_SCORES
 from tests.cli.command_line import in_a_process
 from tests.evaluation.planted import planted_model, planted_story, planted_text, planted_tokenizer
@@ -248,3 +250,13 @@ def test_mistakes_end_in_a_sentence(flowtracer, model, data, arguments, code, sa
 def test_help_names_every_score(flowtracer):
     shown = flowtracer("evaluate", "--help").out
     assert all(name in shown for name in TOKEN_SCORES)
+
+
+def test_names_that_are_too_long_for_the_terminal_are_folded(monkeypatch, capsys):
+    narrow = rich.console.Console(width=40)
+    monkeypatch.setattr(rich.console, "Console", lambda width: narrow)
+    heads = ("score", "1 %", "mean", "bottom")
+    cells = ("my_scorers:digits_only", *["10.07 (7.32…11.89)"] * 3)
+    print_results("drops", heads, [cells])
+    shown = "".join(capsys.readouterr().out.split())
+    assert sorted(shown) == sorted("".join(("drops", *heads, *cells)).replace(" ", ""))

@@ -72,7 +72,8 @@ def test_a_check_says_what_the_answer_loses_without_the_tokens_with_the_most_flo
     given = ["trace", plain_model, "--prompt", PROMPT, "--response", RESPONSE]
     ran = flowtracer(*given, "--check", "--html", tmp_path / "page.html")
     shown = " ".join(ran.out.split())
-    assert shown.count(" nats)") == (tmp_path / "page.html").read_text("utf-8").count(" nats)") == 5
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert shown.count(" nats lost)") == page.count(" nats lost)") == 5
     assert "nats" not in flowtracer(*given).out
     assert_failed(flowtracer(*given, "--check", "--json"), 2, "add --html FILE")
 

@@ -24,6 +24,7 @@ SETTINGS = {
     "layers": [1, 2],
     "answer": "auto",
     "setting": "given",
+    "scores": list(SCORES[:-1]),
     "options": {"rows": "future", "percents": [5, 20], "gaps": [0, 5], "draws": 2, "seed": 0},
 }
 
@@ -52,14 +53,15 @@ def outcome(row, rng, shares=2, **changes):
     return Outcome(row=row, digest=str(row), measured=measured, correct=row % 2 == 0, **changes)
 
 
-def evaluation(prompt="How many apples?", detail="none", count=6, shares=2, **changes):
+def evaluation(prompt="How many apples?", detail="none", count=6, shares=2, asked=(), **changes):
     rng = np.random.default_rng(7)
     outcomes = [outcome(row, rng, shares) for row in range(count)]
     outcomes.append(
         Outcome(row=count, digest="x", left_out="no_answer", detail=detail, measured=None)
     )
     prompts = [Example(row=row, prompt=prompt) for row in range(count + 1)]
-    return Evaluation(settings={**SETTINGS, **changes}, examples=prompts, outcomes=outcomes)
+    settings = {**SETTINGS, **changes}
+    return Evaluation(settings=settings, examples=prompts, outcomes=outcomes, asked=asked)
 
 
 def test_hostile_text_becomes_text_and_nothing_else():
@@ -126,6 +128,42 @@ def test_the_page_says_how_many_examples_count_and_why_others_do_not():
     html = render_evaluation(made)
     assert "6 of 7" in html
     assert "1 left out: no answer was found" in html
+
+
+def test_the_scores_that_were_asked_for_stand_out():
+    made = evaluation(asked=("entropy",))
+    assert made.added == ("flow", HOP)
+    assert "flow and attention:decision are added for comparison" in list(counts(made))
+    html = render_evaluation(made)
+    kinds = re.findall(r'<li class="(.*?)">\s*<span class="name">(.*?)</span>', html)
+    assert dict(map(reversed, kinds)) == {
+        "entropy": "asked hue0",
+        "flow": "added flow",
+        HOP: "added hop",
+        "random": "chance",
+    }
+    assert "Flow and attention:decision are added to those that were asked for" in html
+    heads = re.findall(r'<th scope="col"[^>]*><button type="button">(.*?)</button>', html)
+    assert heads[-4:] == ["entropy", "flow", "one hop", "random"]
+    asked = evaluation(asked=("flow", "entropy"))
+    assert asked.added == (HOP,)
+    assert "attention:decision is added for comparison" in list(counts(asked))
+    assert evaluation().added == ()
+
+
+def test_labels_at_the_ends_of_lines_are_apart():
+    html = render_evaluation(evaluation(asked=("entropy",)))
+    places = [float(one) for one in re.findall(r'<text class="[^"]*" x="728" y="(.*?)"', html)]
+    assert len(places) == 4
+    assert np.diff(sorted(places)).min() >= 14 - 1e-9
+    assert max(places) <= 304
+
+
+def test_a_folder_is_named_by_its_last_part():
+    html = render_evaluation(evaluation(model="/some/where/Qwen3", data="/far/away/rows.jsonl"))
+    assert "Qwen3: what do its answers depend on?" in html
+    assert "/some/where" not in html.partition("<body>")[2].partition('id="reading"')[0]
+    assert "/far/away" not in html
 
 
 def test_an_evaluation_of_nothing_has_a_page_too():

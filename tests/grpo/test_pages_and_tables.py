@@ -65,6 +65,9 @@ def test_a_page_shows_the_group_of_the_first_prompt(policy, tmp_path, options):
     assert names[0] == "step_000000.html"
     assert len(names) == 2
     assert (folder / "index.html").exists()
+    page = (folder / names[0]).read_text("utf-8")
+    assert "<dt>Scorer</dt>" in page
+    assert "gamma 1.5; 40.0\N{NO-BREAK SPACE}% of a completion’s tokens are chosen" in page
 
 
 def test_pages_can_be_left_out_and_limited(policy, tmp_path):

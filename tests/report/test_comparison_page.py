@@ -20,7 +20,12 @@ from flowtracer_plugin.report import (
     write_comparison,
 )
 from flowtracer_plugin.report.pages import comparison_page
-from flowtracer_plugin.report.pages.two_sides import MOST_WORDS, difference_levels, difference_scale
+from flowtracer_plugin.report.pages.two_sides import (
+    MOST_WORDS,
+    difference_levels,
+    difference_scale,
+    largest_shade,
+)
 from flowtracer_plugin.text.visible import visible
 from tests.comparison.compared import GROUP, PROMPT_TOKENS, RIGHT, TRUTHS, WRONG, make_trace
 from tests.pages import HOSTILE, Page, assert_loads_nothing, assert_only_text
@@ -132,7 +137,7 @@ def test_the_shared_beginning_is_shown_once_and_coloured_by_the_difference():
         )
         for one in spans
     ]
-    assert levels == difference_levels(differences, np.abs(differences).max()).tolist()
+    assert levels == difference_levels(differences, largest_shade(differences)).tolist()
     assert spans[0] == "outside"
     numbers = [one["numbers"] for one in data_of(html)["differences"]["shared"]]
     for shown, known in zip(numbers, comparison.beginning.contrast.columns(), strict=True):
@@ -289,35 +294,46 @@ def show_group(*views):
     return group_page("?", views, title="a run", step=1)
 
 
+def test_small_differences_get_no_full_colours():
+    small = np.array([0.0, 0.0001, -0.003])
+    assert largest_shade(small) == 0.02
+    assert difference_levels(small, largest_shade(small)).tolist() == [0, 0, -2]
+    assert largest_shade(np.array([0.1, -0.2])) == 0.2
+    assert largest_shade(np.zeros(3)) == largest_shade(np.zeros(0)) == 0
+
+
 def test_a_group_says_what_right_completions_do_differently():
     views = [
         make_view(trace, 1.0 if right else -1.0) for trace, right in zip(GROUP, TRUTHS, strict=True)
     ]
     html = show_group(*views)
-    assert "<h2>Right against wrong</h2>" in html
-    assert "2 right against 2 wrong" in html
-    assert word_table(html) == word_table(render_comparison(GROUP, right=TRUTHS))
+    assert "<h2>Advantage above 0 against below 0</h2>" in html
+    assert "2 above against 2 below" in html
+    assert "✓" not in html
+    (heads, rows), (_, same) = map(word_table, (html, render_comparison(GROUP, right=TRUTHS)))
+    assert rows == same
+    assert heads[1:3] == ["above", "below"]
     shared = data_of(html)["differences"]["shared"]
     assert [one["text"] for one in shared] == ["3", " +"]
     # The numbers are the places on the page, where the best come first.
-    assert re.findall(r'href="#completion-(\d)" class="plus">✓&nbsp;\1</a>', html) == [
+    assert re.findall(r'href="#completion-(\d)" class="plus">▲&nbsp;\1</a>', html) == [
         "1",
         "2",
         "3",
     ]
-    assert re.findall(r'href="#completion-(\d)" class="minus">✗&nbsp;\1</a>', html) == ["4", "5"]
+    assert re.findall(r'href="#completion-(\d)" class="minus">▼&nbsp;\1</a>', html) == ["4", "5"]
 
 
 @pytest.mark.parametrize("advantages", [(1.0, 1.0), (0.0, 0.0), (1.0, 0.0), (-1.0, -0.5)])
 def test_a_group_of_one_side_compares_nothing(advantages):
     html = show_group(*map(make_view, (RIGHT, WRONG), advantages))
-    assert "Right against wrong" not in html
+    assert "against below 0" not in html
     assert "differences" not in data_of(html)
 
 
 def test_completions_without_flow_are_not_compared():
     untraced = make_view(WRONG, -1.0, throughput=np.zeros(9))
-    assert "Right against wrong" not in show_group(make_view(RIGHT, 1.0), untraced)
+    assert "against below 0" not in show_group(make_view(RIGHT, 1.0), untraced)
     html = show_group(make_view(RIGHT, 1.0), untraced, make_view(GROUP[3], -1.0))
     assert "One text against one" in html
 
@@ -458,7 +474,7 @@ def test_the_page_of_a_group_answers_in_both_texts(visits):
     page = visits.open(show_group(make_view(RIGHT, 1.0), make_view(WRONG, -1.0)))
     page.locator(".shared > span").first.click()
     assert page.locator("#where").text_content() == "in all texts · token 0"
-    assert page.locator("#numbers dt").all_text_contents() == ["right", "wrong", "difference"]
+    assert page.locator("#numbers dt").all_text_contents() == ["above", "below", "difference"]
     page.locator("article .text > span").nth(1).click()
     assert page.locator("#where").text_content() == "completion 1 · token 1"
     assert page.locator("#numbers dt").first.text_content() == "weight"

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given, strategies as st
 
 from flowtracer_plugin.credit.weights import token_credit
-from flowtracer_plugin.report import CompletionView, group_page, write_group_page, write_index
+from flowtracer_plugin.report import (
+    CompletionView,
+    GroupCredit,
+    group_page,
+    write_group_page,
+    write_index,
+)
 from flowtracer_plugin.report.display import number, percent, signed
 from flowtracer_plugin.report.pages.completion import LEVELS, credit_levels, draw_credit
 from flowtracer_plugin.report.pages.group_index import LONG_QUESTION, MOST_ASKED
@@ -73,6 +79,45 @@ def spans(column):
         re.DOTALL,
     )
     return [(frozenset(classes.split()), int(hub or 0), text) for classes, hub, text in found]
+
+
+def test_the_head_says_how_credit_was_given(group):
+    assert "<dt>Scorer</dt>" not in show(*group)
+    flow = show(*group, credit=GroupCredit(scorer="flow:sharp", gamma=1.25, share=0.4))
+    assert '<b class="value">flow:sharp</b>' in flow
+    assert "gamma 1.25; 40.0\N{NO-BREAK SPACE}% of a completion’s tokens are chosen" in flow
+    assert "not what gives credit" not in flow
+    other = show(*group, credit=GroupCredit(scorer="<entropy>", gamma=1.5, share=0.2))
+    assert "not what gives credit here: the scorer is &lt;entropy&gt;." in other
+
+
+@pytest.mark.parametrize(
+    ("scorer", "by_flow"),
+    [("flow", True), ("flow:sharp", True), ("flow*entropy", False), ("flowers", False)],
+)
+def test_a_scorer_is_the_flow_alone_or_not(scorer, by_flow):
+    assert GroupCredit(scorer=scorer, gamma=1.5, share=0.4).by_flow == by_flow
+
+
+def test_a_page_without_flow_says_so():
+    silent = make_view(throughput=np.zeros(len(WORDS)), hubs=())
+    html = show(silent, credit=GroupCredit(scorer="entropy", gamma=1.5, share=0.4))
+    assert "No flow was traced, since the scorer is entropy: all heights are equal." in html
+    assert "No flow was traced: all heights are equal." in show(silent)
+
+
+def test_a_line_beneath_the_ribbon_marks_weights_above_one():
+    weights = np.array([1, 1.5, 1, 1.5, 1, 1, 1, 1, 1, 1])
+    ribbon = draw_credit(make_view(weights=weights), 1.5, len(WORDS))
+    assert re.findall(r"M(\d+) 101", ribbon.weighted) == ["1", "3"]
+    assert f'<path class="weighted" d="{ribbon.weighted}"/>' in show(make_view(weights=weights))
+    assert 'class="weighted"' not in show(make_view(weights=np.ones(len(WORDS))))
+
+
+def test_numbers_are_not_called_hubs(group):
+    html = show(*group).partition("<main")[2].partition('id="data"')[0]
+    assert "the tokens with the most flow, 1 the most" in html
+    assert not re.search(r"\bhubs?\b(?!=)", re.sub(r"<[^>]*>", " ", html))
 
 
 # Safety
@@ -546,7 +591,7 @@ def test_browser_page_answers_pointer_and_keyboard(visits, width, fitting):
     page.keyboard.press("ArrowRight")
     assert said() == ('" 3"', "completion 1 · token 2")
     page.keyboard.press("j")
-    assert said()[1] == "completion 1 · token 5 · hub 1"
+    assert said()[1] == "completion 1 · token 5 · number 1 by flow"
     page.keyboard.press("Escape")
     assert tip.is_hidden()
     units.nth(11).click()

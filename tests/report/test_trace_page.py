@@ -238,8 +238,30 @@ def test_drops_must_name_tokens_of_the_trace(trace):
     with pytest.raises(ValueError, match=r"wanted drops of tokens 0 to 48, found \[49\]"):
         render_page(trace, {49: 0.5})
     html = render_page(trace, {40: -0.123456})
-    assert "knock-out drop" in html
-    assert "−0.123" in html
+    assert "nats lost</button>" in html
+    assert ">−0.12</td>" in html
+
+
+def test_no_line_begins_between_the_blank_before_an_answer_and_the_answer():
+    def of(*tokens):
+        answer = tuple(range(2, 2 + len(tokens)))
+        units = show(make_trace(("a", "b", *tokens, "."), prompt=2, answer=answer)).units
+        return [set(unit.classes.split()) & {"blank", "word"} for unit in units[2:-1]]
+
+    assert of(" 7") == [{"word"}]
+    assert of(" ", "7", " apples") == [{"blank"}, set(), {"word"}]
+    assert of("7", "\n", f" {'7' * 40}") == [set(), set(), set()]
+
+
+def test_only_prompt_text_outside_the_question_is_grey(html):
+    assert ".prompt .line { color" in html
+    assert ".question .line" not in html
+
+
+def test_blanks_are_shown_by_signs_in_lists():
+    trace = make_trace(("<s>", "a", " ", "7"), prompt=3)
+    page = render_page(trace, heads=None)
+    assert '">␣</button>' in page
 
 
 def test_characters_that_cannot_be_seen_are_spelled_out():

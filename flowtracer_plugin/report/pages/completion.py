@@ -99,6 +99,26 @@ class CompletionView:
         return shorten(visible(text.replace("\n", "⏎")), 40)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupCredit:
+    """How a group's tokens got their credit, for the head of its page.
+
+    Attributes:
+        scorer: The name of the score by which tokens are chosen.
+        gamma: The factor of the chosen tokens' advantage, at the step of the page.
+        share: The share of a completion's tokens that is chosen.
+    """
+
+    scorer: str
+    gamma: float
+    share: float
+
+    @property
+    def by_flow(self) -> bool:
+        """Whether the throughput that a page shows is the score, but for the preset."""
+        return self.scorer.partition(":")[0] == "flow" and "*" not in self.scorer
+
+
 def credit_levels(credit: Float[np.ndarray, " token"], largest: float) -> Int[np.ndarray, " token"]:
     """The shade of each credit, from `-LEVELS` to `LEVELS`; 0 means no credit.
 
@@ -127,7 +147,7 @@ class CreditPiece(Piece):
         weighted: Whether it has more than plain credit.
         answer: Whether it is part of the answer.
         tool: Whether a tool wrote it.
-        hub: Its number among the hubs; 0 if it is not a hub.
+        hub: Its number among the tokens with the most flow; 0 if it has none.
     """
 
     level: int
@@ -143,7 +163,7 @@ class CreditPiece(Piece):
         """Its CSS classes."""
         marks = {"more": self.weighted, "answer": self.answer, "tool": self.tool}
         names = [level_class(self.level), *(name for name, marked in marks.items() if marked)]
-        return " ".join(filter(None, names))
+        return " ".join(filter(None, [*names, self.glue if self.answer else ""]))
 
 
 def cut_pieces(view: CompletionView, largest: float) -> tuple[CreditPiece, ...]:
@@ -248,12 +268,14 @@ class CreditRibbon:
     Attributes:
         width: The width of the drawing.
         bars: An SVG path for each shade, by its CSS class; the empty class is no credit.
+        weighted: An SVG path beneath the tokens with more than plain credit.
         answer: An SVG path beneath the answer.
-        hubs: The position of each hub.
+        hubs: The position of each token that has a number.
     """
 
     width: int
     bars: dict[str, str]
+    weighted: str
     answer: str
     hubs: tuple[float, ...]
 
@@ -276,6 +298,7 @@ def draw_credit(view: CompletionView, largest: float, longest: int) -> CreditRib
             level_class(level): bars_path(_heights(view, best), levels == level)
             for level in np.unique(levels).tolist()
         },
+        weighted=weighted_path(view.weighted[best]),
         answer=answer_path(answer),
         hubs=tuple(round((hub + 0.5) * count / length, 2) for hub in view.hubs),
     )
@@ -285,6 +308,12 @@ def bar_starts(length: int, longest: int) -> Int[np.ndarray, " bar"]:
     """The first token of each bar of a text, if a text of `longest` tokens fills the width."""
     count = min(length, math.ceil(length * min(longest, MAX_BARS) / max(longest, 1)))
     return np.arange(count) * length // max(count, 1)
+
+
+def weighted_path(bars: Bool[np.ndarray, " bar"]) -> str:
+    """An SVG path beneath bars with more than plain credit, above that of the answer."""
+    edges = np.flatnonzero(np.diff(bars.astype(int), prepend=0, append=0)).reshape(-1, 2).tolist()
+    return "".join(f"M{start} 101h{stop - start}v3H{start}z" for start, stop in edges)
 
 
 def answer_path(bars: Bool[np.ndarray, " bar"]) -> str:

@@ -16,7 +16,7 @@
       where: [
         `completion ${number + 1}`,
         `token ${tokens.range(column.first?.[place] ?? place, column.last?.[place] ?? place)}`,
-        unit.dataset.hub && `hub ${unit.dataset.hub}`,
+        unit.dataset.hub && `number ${unit.dataset.hub} by flow`,
         unit.classList.contains("answer") && "answer",
         isTool && "a tool wrote it: no credit",
       ],

@@ -21,6 +21,7 @@ from flowtracer_plugin.report.pages.completion import (
     CreditPiece,
     CreditRibbon,
     Excerpt,
+    GroupCredit,
     cut_pieces,
     draw_credit,
     ends_of,
@@ -30,9 +31,12 @@ from flowtracer_plugin.report.pages.group_index import MOST_ASKED, GroupSummary,
 from flowtracer_plugin.report.pages.two_sides import Differences, Reference, show_differences
 from flowtracer_plugin.text.visible import visible
 
-__all__ = ["CompletionView", "group_page", "write_group_page", "write_index"]
+__all__ = ["CompletionView", "GroupCredit", "group_page", "write_group_page", "write_index"]
 
-_SIDES = ("right", "wrong")
+_SIDES = ("above", "below")
+"""The completions with an advantage above 0 and below 0: rewards may be graded."""
+
+_MARKS = ("▲", "▼")
 
 _MAX_PROMPT = 20_000
 
@@ -46,6 +50,7 @@ def write_group_page(
     step: int,
     max_tokens: int = 4_000,
     question: str | None = None,
+    credit: GroupCredit | None = None,
 ) -> Path:
     """Write the page of `group_page` to `path`, whole or not at all, and return `path`.
 
@@ -54,7 +59,13 @@ def write_group_page(
         IsADirectoryError: `path` is a directory.
     """
     page = group_page(
-        prompt, completions, title=title, step=step, max_tokens=max_tokens, question=question
+        prompt,
+        completions,
+        title=title,
+        step=step,
+        max_tokens=max_tokens,
+        question=question,
+        credit=credit,
     )
     return write_html(path, page)
 
@@ -67,12 +78,14 @@ def group_page(
     step: int,
     max_tokens: int = 4_000,
     question: str | None = None,
+    credit: GroupCredit | None = None,
 ) -> str:
     """The page of a prompt's completions as HTML, the highest reward first.
 
     The background of a token is its advantage times its weight, in shades relative to the largest
     on the page. The text of a completion with more than `max_tokens` lacks its middle; its ribbon
-    is whole. The list of a run's groups shows the `question`, by default the whole prompt.
+    is whole. The list of a run's groups shows the `question`, by default the whole prompt, and the
+    head of the page how the `credit` was given.
 
     Raises:
         ValueError: There are no completions, or `max_tokens` is less than 1.
@@ -99,6 +112,8 @@ def group_page(
         columns=columns,
         scale=_scale(largest),
         facts=_facts(completions),
+        credit=credit,
+        scorer=None if credit is None else visible(credit.scorer),
         shown=_differences([column.view for column in columns], max_tokens),
         data=embed([_column_data(column) for column in columns]),
     )
@@ -151,6 +166,7 @@ def _differences(columns: Sequence[CompletionView], most: int) -> Differences | 
         compare_words(texts, flows, [~view.answer for view in views], sides),
         sides,
         names=_SIDES,
+        marks=_MARKS,
         references=[
             Reference(label=f"{at + 1}", link=f"completion-{at + 1}", right=truth)
             for at, truth in zip(places, truths, strict=True)
@@ -206,6 +222,7 @@ def _facts(completions: Sequence[CompletionView]) -> dict[str, Any]:
         "lengths": (min(lengths), max(lengths)),
         "total": sum(lengths),
         "weighted": sum(int(view.weighted.sum()) for view in completions),
+        "flow": any(view.throughput.any() for view in completions),
         "tools": any(not view.competing.all() for view in completions),
     }
 

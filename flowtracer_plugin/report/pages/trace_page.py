@@ -14,7 +14,13 @@ from markupsafe import escape
 from flowtracer_plugin.flow.arrays import check_readable
 from flowtracer_plugin.options import preset_of
 from flowtracer_plugin.report import drawing
-from flowtracer_plugin.report.carried import carriers, leading_steps
+from flowtracer_plugin.report.carried import (
+    FIRST_TOKEN,
+    LEAST_DROP,
+    carriers,
+    leading_steps,
+    most_missed,
+)
 from flowtracer_plugin.report.display import (
     HEAT_SHARES,
     QUESTION,
@@ -94,6 +100,8 @@ def render_page(
         styles=("trace_page.css",),
         script=_SCRIPTS,
         **_shared(shown, marked),
+        missed=most_missed(shown, drops),
+        least_drop=LEAST_DROP,
         carriers=carriers(shown, drops),
         leading=leading_steps(shown),
         token_rows=rows,
@@ -103,7 +111,11 @@ def render_page(
         heads=None if heads is None else head_map(shown, heads),
         measured=bool(drops),
         scores=list(scores or ()),
-        paths=[(shown.units_of(path.tokens), path.probability) for path in trace.paths(_PATHS)],
+        paths=[
+            (shown.units_of(path.tokens), path.probability, path.tokens[0] == 0)
+            for path in trace.paths(_PATHS)
+        ],
+        first_token=FIRST_TOKEN,
         steps=steps,
         river=river,
         data=embed(page_data(shown, steps, river, scores or {}, {"some": marked, "all": every})),

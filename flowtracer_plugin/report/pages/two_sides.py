@@ -18,6 +18,10 @@ from flowtracer_plugin.report.pages.completion import LEVELS, Excerpt, ends_of, 
 
 MOST_WORDS = 200
 
+LEAST_TOP = 0.02
+"""The least difference, as a share of the flow, at the top of the strongest shade: differences of a
+fraction of a percentage point must not look like large ones."""
+
 _STEP = 3.0
 """The factor between shades. Few tokens differ much, so linear steps would leave most blank."""
 
@@ -57,6 +61,7 @@ class Differences:
 
     Attributes:
         names: The names of the sides.
+        marks: The marks of right and wrong texts, or of those above and below.
         sides: The texts on each side; None if the highest and the lowest values are compared.
         references: How the page refers to each text.
         beginning: The beginning that all texts share.
@@ -69,6 +74,7 @@ class Differences:
     """
 
     names: tuple[str, str]
+    marks: tuple[str, str]
     sides: Sides | None
     references: Sequence[Reference]
     beginning: Beginning
@@ -115,6 +121,7 @@ def show_differences(
     names: tuple[str, str],
     references: Sequence[Reference],
     most: int,
+    marks: tuple[str, str] = ("✓", "✗"),
 ) -> Differences:
     """The differences in `beginning` and `words`, as pages show them.
 
@@ -128,12 +135,14 @@ def show_differences(
         names: The names of the sides.
         references: How the page refers to each text.
         most: The most tokens of a part that are shown; a longer part lacks its middle.
+        marks: The marks of the texts that are right and of those that are not.
     """
     differences = beginning.contrast.difference
-    largest = float(np.abs(differences).max(initial=0.0))
+    largest = largest_shade(differences)
     levels = difference_levels(differences, largest)
     return Differences(
         names=names,
+        marks=marks,
         sides=sides,
         references=references,
         beginning=beginning,
@@ -155,6 +164,12 @@ def show_differences(
 def with_flow(words: tuple[Word, ...]) -> tuple[Word, ...]:
     """The words through which flow passes on at least one side."""
     return tuple(word for word in words if word.first or word.second)
+
+
+def largest_shade(differences: Float[np.ndarray, " thing"]) -> float:
+    """The difference at the top of the strongest shade; 0 if there are no differences."""
+    largest = float(np.abs(differences).max(initial=0.0))
+    return max(largest, LEAST_TOP) if largest else 0.0
 
 
 def difference_levels(
