@@ -62,7 +62,7 @@ last: list[FlowTrace] = []
 
 
 def ways(*, model: str, tokens: int) -> Ways:
-    network = _smollm2(tokens) if model == SMOLLM2 else build(CONFIG).to(device())
+    network = smollm2(tokens) if model == SMOLLM2 else build(CONFIG).to(device())
     tokenizer = number_tokenizer()
     first = len(tokenizer.all_special_ids)
     ids = torch.randint(first, CONFIG.vocab_size, (tokens,), generator=torch.Generator())
@@ -86,7 +86,8 @@ def ways(*, model: str, tokens: int) -> Ways:
     return found
 
 
-def _smollm2(tokens: int) -> torch.nn.Module:
+def smollm2(tokens: int) -> torch.nn.Module:
+    """SmolLM2-135M-Instruct, made to accept so many positions."""
     model, _ = load(pretrained(SMOLLM2))
     model.config.max_position_embeddings = tokens
     return model.to(device())

@@ -60,9 +60,13 @@ Profiles (torch's and Python's, one thread) of the benchmarks above, and what th
 - flow stage, 8,192 tokens: nearly all time went into copies of the matrix (lower triangle,
   negation, masks of the checks). Now only squares of 256 tokens are copied; 22 of 37 ms go into
   one look at every number.
-- `streamed`, 8,192 tokens: forward pass 39 %, attention rows (computed twice) 35 %, edges 13 %,
-  paths 12 %, text 1 %. Block sizes from 64 to 512 make no difference, so memory decides: 64 rows of
-  attention at a time, 256 rows of the flow.
+- `streamed`, 8,192 tokens of SmolLM2-135M-Instruct: forward pass 65 %, attention rows twice 33 %,
+  edges 1 %, paths 1 %. Half of the rows' time was the second time. Now those that fit below the
+  peak of the forward pass are kept, and all do here: forward pass 76 %, rows 21 %. Of what a row
+  takes, two thirds are products of queries and keys. From 16,384 tokens on, 64 rows at a time took
+  twice as long as 16, because the C library returns tensors of this size to the system, which has
+  to clear them again ([before and after](results/streamed_profile.json); the table of
+  `long_sequences` is from before).
 - credit in a step of the reasoner: half was decoding token by token to find answers; now most texts
   are joined from the tokens' names at once. The other half is the head mean, with padding masks.
 - a batch of rollouts: 76 % linear layers, which take the same time in any batch. Our part is 6 %.

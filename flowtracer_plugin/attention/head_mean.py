@@ -17,6 +17,10 @@ from torch import Tensor
 
 from flowtracer_plugin.attention.adapter import AttentionCall, AttentionWeights
 
+SCORES = 2**24
+"""Bytes of scores that the host computes at a time, so that they stay in its cache. For tensors of
+more than 32 MB, the C library would ask the system for new memory each time."""
+
 
 def add_head_mean(
     call: AttentionCall | AttentionWeights,
@@ -67,8 +71,26 @@ def _row_blocks(
 ) -> Iterator[slice]:
     # Some models pad the text at its end.
     queries = min(query_tensor(call).shape[2], total.shape[1])
+    block = rows_at_once(call, block)
     for start in range(0, queries, block):
         yield slice(start, min(start + block, queries))
+
+
+def rows_at_once(call: AttentionCall | AttentionWeights, block: int) -> int:
+    """How many query rows of the call are computed at a time: `block`, or on the host fewer."""
+    queries = query_tensor(call)
+    if queries.device.type != "cpu":
+        return block
+    batch, heads = queries.shape[:2]
+    return rows_on_host(4 * batch * heads * tokens_of(call), block)
+
+
+def rows_on_host(row: int, block: int) -> int:
+    """The most rows, up to `block`, with `row` bytes of scores each that do not exceed `SCORES`.
+
+    For fewer than 16, reading all keys would take longer than the product.
+    """
+    return min(block, max(16, SCORES // row))
 
 
 def _add_rows(
@@ -120,8 +142,7 @@ def weighed_mean_of_rows(
     call = _normalized(call)
     with torch.autocast(query_tensor(call).device.type, enabled=False):
         probabilities = row_probabilities(call, rows, heads, keys)
-        sums = reduce(probabilities, "batch head query key -> batch query", "sum")
-        sums /= probabilities.shape[1]
+        sums = reduce(probabilities.sum(-1), "batch head query -> batch query", "mean")
         return _to_tokens(call, _weighed(probabilities, rows, lengths, heads, sizes)), sums
 
 
@@ -347,7 +368,7 @@ def _softmax(
     scores: Float[Tensor, "batch head rows seen"],
     sinks: Float[Tensor, "#batch #head #rows 1"] | None,
 ) -> Float[Tensor, "batch head rows seen"]:
-    if sinks is None:
-        return scores.softmax(-1)
+    if sinks is None:  # in place: a second tensor of this size takes longer than its numbers
+        return torch.softmax(scores, -1, out=scores)
     column = sinks.expand(*scores.shape[:3], 1)
     return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]

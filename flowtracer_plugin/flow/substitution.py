@@ -29,6 +29,25 @@ def stored(matrix: Float[Any, "*batch token token"]) -> Rows:
     return lambda start, stop: matrix[..., start:stop, :stop]
 
 
+def kept_between(rows: Rows, room: int) -> Rows:
+    """The same rows for two passes, of which those that fit in `room` bytes are computed once.
+
+    Each block is kept until it is asked for again, or until later ones need its room. So after a
+    pass from the end, the blocks at the beginning are kept, for the pass that starts there.
+    """
+    kept: dict[tuple[int, int], Any] = {}
+
+    def ask(start: int, stop: int) -> Any:
+        if (start, stop) in kept:
+            return kept.pop((start, stop))
+        part = kept[start, stop] = rows(start, stop)
+        while sum(one.nbytes for one in kept.values()) > room:
+            del kept[next(iter(kept))]
+        return part
+
+    return ask
+
+
 def substitute(
     rows: Rows,
     rhs: Float[Any, "*batch token"],

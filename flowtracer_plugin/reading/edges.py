@@ -106,16 +106,19 @@ def deciding_rows(
     return attention.gather(1, before).masked_fill_(~response[:, :, None], 0.0)
 
 
-def deciding_blocks(rows: Rows, response: Bool[Tensor, "batch token"]) -> Rows:
-    """`deciding_rows`, by blocks of rows of texts with all padding behind them."""
+def deciding_blocks(rows: Rows, response: Bool[Tensor, "batch token"], prompt: int) -> Rows:
+    """`deciding_rows`, by blocks of rows of texts with all padding behind them.
+
+    No response begins before the token `prompt`, so blocks that end there are not computed.
+    """
 
     def shifted(start: int, stop: int) -> Float[Tensor, "batch row key"]:
-        first = max(start - 1, 0)
-        block = rows(first, max(stop - 1, 1))
-        found = block.new_zeros(len(block), stop - start, stop)
-        if stop > 1:
-            found[:, start == 0 :, : block.shape[2]] = block[:, : stop - 1 - first]
-        return found * response[:, start:stop, None]
+        found = torch.zeros(len(response), stop - start, stop, device=response.device)
+        if stop > max(prompt, 1):
+            first = max(start - 1, 0)
+            block = rows(first, stop - 1)
+            found[:, start == 0 :, : block.shape[2]] = block
+        return found.mul_(response[:, start:stop, None])
 
     return shifted
 

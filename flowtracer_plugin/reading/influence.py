@@ -38,6 +38,7 @@ def influences(
     ids: Int[Tensor, "batch token"],
     visible: Bool[Tensor, "batch token"],
     decided: Bool[Tensor, "batch token"],
+    around: Callable[[Callable[[], Tensor]], Tensor] = lambda run: run(),
 ) -> tuple[Influence, ...]:
     """`‖∂ Σ λ / ∂ o‖` of every head and row of each layer, float32, 0 at padding.
 
@@ -51,6 +52,7 @@ def influences(
         ids: The texts.
         visible: False on padding, wherever it is.
         decided: The sampled tokens whose log-odds are summed.
+        around: Calls its argument, which makes the forward pass, and returns what that returns.
 
     Raises:
         UnsupportedArchitectureError: The model cannot make a backward pass of its own.
@@ -60,7 +62,7 @@ def influences(
     ordered = sent(ordered, ids.device)
     asked = in_front(decided, visible, ordered)
     with _own_pass(model, projections) as outputs:
-        total = _total_log_odds(model, ordered_ids, ordered, asked)
+        total = around(lambda: _total_log_odds(model, ordered_ids, ordered, asked))
         gradients = torch.autograd.grad(total, _reached(model, outputs))
     return tuple(
         moved_back(_lengths(gradient, count, ordered), visible).transpose(1, 2)

@@ -151,14 +151,16 @@ class AttentionReader(ModelRunner):
         edges = "attention" if choice is None else choice.edges
         visible = sent(attention_mask, input_ids.device)
         choice = None if choice is None else choice.behind(seen, visible)
-        sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
-        if choice is not None and choice.edges == "influence":  # while no calls are kept
-            sizes = self.influences(input_ids, attention_mask, choice.response, layers)
         kept = KeptCalls(
             self.model, self.adapter, maps=maps, projections=self._projections_for(edges)
         )
-        inputs = self._inputs(input_ids, attention_mask, {})
-        self._run(inputs, self._chosen(layers), kept.receive, progress)
+        sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
+        if choice is not None and choice.edges == "influence":
+            asked = choice.response
+            sizes = self.influences(input_ids, attention_mask, asked, layers, receive=kept.receive)
+        else:
+            inputs = self._inputs(input_ids, attention_mask, {})
+            self._run(inputs, self._chosen(layers), kept.receive, progress)
         calls = kept.calls()
         check_causal(calls)
         return self.rows_of(calls, layers, kept.lengths, visible, choice, sizes), visible
@@ -216,21 +218,28 @@ class AttentionReader(ModelRunner):
         layers: Sequence[int],
         *,
         batch_size: int | None = None,
+        receive: Receive | None = None,
     ) -> tuple[Float[Tensor, "batch _ _"], ...]:
         """The influence of every head and row of these layers on the tokens that were `decided`.
 
-        It takes a forward and a backward pass, of `batch_size` texts at a time.
+        It takes a forward and a backward pass, of `batch_size` texts at a time. Each forward pass
+        hands its calls to `receive`.
 
         Raises:
             UnsupportedArchitectureError: As `influence.influences`, or as `projections`.
         """
         check_backward(self.model)
-        chosen = [self.projections[site] for site in self._chosen(layers)]
-        heads = [self._known_heads[site] for site in self._chosen(layers)]
+        sites = self._chosen(layers)
+        chosen = [self.projections[site] for site in sites]
+        heads = [self._known_heads[site] for site in sites]
         size = batch_size or len(ids)
+
+        def read(run: Callable[[], Tensor]) -> Tensor:
+            return run() if receive is None else self.backend.listen(run, sites, receive, runs=1)
+
         with self.turn():
             parts = [
-                influences(self.model, chosen, heads, ids[rows], visible[rows], decided[rows])
+                influences(self.model, chosen, heads, ids[rows], visible[rows], decided[rows], read)
                 for rows in (slice(start, start + size) for start in range(0, len(ids), size))
             ]
         return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))

@@ -27,6 +27,7 @@ from flowtracer_plugin.attention.head_mean import (
     mean_of_rows,
     one_text,
     query_tensor,
+    rows_at_once,
     weighed_mean_of_rows,
 )
 from flowtracer_plugin.attention.value_lengths import Projections, value_lengths
@@ -129,7 +130,7 @@ class AttentionRows:
         lengths: Sequence[Float[Tensor, "batch _ _"]] = (),
         sizes: Sequence[Float[Tensor, "batch _ _"]] = (),
     ) -> None:
-        self._model, self._block, self.heads = model, block, heads
+        self._model, self.heads = model, heads
         # On an accelerator, the host would have to wait to know that there is no padding.
         plain = visible.device.type == "cpu" and bool(visible.all())
         self._hidden = None if plain else ~visible
@@ -138,6 +139,7 @@ class AttentionRows:
         parts = zip(calls, lengths or nothing, sizes or nothing, strict=True)
         every = tuple(_Part(call, None, length, size) for call, length, size in parts)
         self._calls = every
+        self._block = min((rows_at_once(call, block) for call in calls), default=block)
         self._parts = [(slice(None), every)]
         if heads is not None:
             self._parts = [

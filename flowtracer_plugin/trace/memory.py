@@ -13,6 +13,7 @@ from flowtracer_plugin.attention.adapter import (
     AttentionWeights,
     UnsupportedArchitectureError,
 )
+from flowtracer_plugin.attention.head_mean import rows_on_host
 from flowtracer_plugin.flow.backbone import MAX_STEPS
 from flowtracer_plugin.flow.substitution import BLOCK
 from flowtracer_plugin.model.causal_lm import input_device, language_model, vocabulary_size
@@ -48,8 +49,8 @@ class MemoryEstimate:
         tokens: Number of tokens of each text, prompt and response together.
         batch: Number of texts that are traced at once.
         dense: Peak with the attention between all pairs of tokens: quadratic in the tokens.
-        streamed: Peak with queries and keys, from which attention is computed twice, by blocks:
-            linear in the tokens. None if the model does not give access to them.
+        streamed: Peak with queries and keys, from which attention is computed by blocks: linear
+            in the tokens. None if the model does not give access to them.
         free: Free memory on the model's device now.
     """
 
@@ -114,6 +115,7 @@ class Footprint:
         masks: Bytes per pair of tokens of their masks and biases, which are kept, too.
         heads: Largest number of query heads in a layer.
         block: Number of query rows that are computed at a time.
+        host: Whether the model is on the host, where fewer rows of long texts are computed.
         copies: Maps of all pairs that are made of the map, beside it.
         keeps: Whether dense traces also keep queries and keys, to choose among heads.
         graph: What the graph of a backward pass takes; None if there is no such pass.
@@ -126,6 +128,7 @@ class Footprint:
     masks: int
     heads: int
     block: int
+    host: bool
     copies: int
     keeps: bool = False
     graph: Graph | None = None
@@ -133,7 +136,7 @@ class Footprint:
     def dense(self, tokens: int, batch: int) -> int:
         """The peak of a dense trace: the map, and the forward pass or the copies of the map."""
         maps = batch * tokens**2 * FLOAT
-        rows = batch * 3 * self.heads * min(self.block, tokens) * tokens * FLOAT
+        rows = self._rows(tokens, batch)
         kept = batch * (self.kept or 0) * tokens if self.keeps else 0
         read = maps + kept + max(self._forward(tokens, batch) + rows, self.copies * maps)
         return max(read, self._graph(tokens, batch))
@@ -142,15 +145,16 @@ class Footprint:
         """The peak of a streamed trace: queries and keys, and the forward pass or one block."""
         if self.kept is None:
             return None
-        rows = 3 * self.heads * min(self.block, tokens) * tokens * FLOAT
-        block = _BLOCK_COPIES * min(BLOCK, tokens) * tokens * FLOAT
-        steps = min(tokens // _TOKENS_A_STEP, MAX_STEPS) ** 2 * FLOAT
-        read = steps + batch * (
-            self.kept * tokens
-            + self.masks * tokens**2
-            + max(self._forward(tokens, 1), rows + block + _TOKEN_BYTES * tokens)
-        )
-        return max(read, self._graph(tokens, batch))
+        read = self._passes(tokens, batch) + self._held(tokens, batch)
+        run = self._forward(tokens, batch) + self._held(tokens, batch)
+        return max(read, run, self._graph(tokens, batch))
+
+    def room(self, tokens: int, batch: int) -> int:
+        """What the two passes of a streamed trace may keep of their rows below its peak."""
+        peak = self.streamed(tokens, batch)
+        if peak is None:
+            return 0
+        return peak - self._passes(tokens, batch) - self._held(tokens, batch)
 
     def padded(self) -> Footprint:
         """The footprint for texts of different lengths, for which transformers makes a mask."""
@@ -159,6 +163,21 @@ class Footprint:
     def only(self, sites: int) -> Footprint:
         """The footprint if only so many attention calls were read."""
         return replace(self, sites=sites, kept=-(-(self.kept or 0) * sites // self.sites))
+
+    def _passes(self, tokens: int, batch: int) -> int:
+        """What the passes over the rows take: a few blocks, and numbers of each token."""
+        block = _BLOCK_COPIES * min(BLOCK, tokens) * tokens * FLOAT
+        return self._rows(tokens, batch) + batch * (block + _TOKEN_BYTES * tokens)
+
+    def _rows(self, tokens: int, batch: int) -> int:
+        """What the rows take that are computed at a time, before their heads are averaged."""
+        row, block = batch * self.heads * tokens * FLOAT, min(self.block, tokens)
+        return 3 * row * (rows_on_host(row, block) if self.host else block)
+
+    def _held(self, tokens: int, batch: int) -> int:
+        """What a streamed trace holds from its forward pass to its end."""
+        steps = min(tokens // _TOKENS_A_STEP, MAX_STEPS) ** 2 * FLOAT
+        return steps + batch * ((self.kept or 0) * tokens + self.masks * tokens**2)
 
     def _forward(self, tokens: int, batch: int) -> int:
         return batch * (self.forward * tokens + self.pairs * tokens**2)
@@ -220,6 +239,7 @@ def footprint(
         masks=max(0 if window is None else 1, _masks(calls)),
         heads=heads,
         block=block,
+        host=input_device(model).type == "cpu",
         copies=copies,
         keeps=keeps,
         graph=None
@@ -314,6 +334,10 @@ class Budget:
             streamed=parts.streamed(tokens, batch),
             free=smallest(model, free_memory(input_device(model))),
         )
+
+    def room(self, tokens: int, batch: int, *, padded: bool) -> int:
+        """Bytes of rows that a streamed trace may keep without a higher peak; see `Footprint`."""
+        return self._parts(padded).room(tokens, batch)
 
     def prepare(self) -> None:
         """Run the model on the short text now, when all processes do so."""

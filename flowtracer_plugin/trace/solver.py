@@ -13,7 +13,7 @@ from tqdm import tqdm
 from flowtracer_plugin.flow.backbone import outline
 from flowtracer_plugin.flow.solve import solve_flow
 from flowtracer_plugin.flow.streamed import stream_flow
-from flowtracer_plugin.flow.substitution import Rows
+from flowtracer_plugin.flow.substitution import Rows, kept_between
 from flowtracer_plugin.flow.torch_arrays import sent
 from flowtracer_plugin.model.causal_lm import check_input, check_packing, input_device
 from flowtracer_plugin.model.padding import in_front
@@ -170,7 +170,8 @@ class Solver:
             if self.options.edges == CAUSAL:
                 found["chosen"] = self._chosen(ids, mask, spans)
             return found
-        rows, _, heads = self._rows(ids, mask, response, choice, progress=progress)
+        prompt = spans.prompt_length
+        rows, _, heads = self._rows(ids, mask, response, prompt, choice, progress=progress)
         twice = 2 * (int(spans.target.nonzero()[0].max()) + 1)
         with tqdm(total=twice, desc="streaming", unit="row", disable=not progress) as bar:
 
@@ -199,7 +200,8 @@ class Solver:
         if self._ready(*host) == "dense":
             attention, _ = self._edges(ids, mask, response, choice, masks.answer)
             return solve_rollouts(attention, masks, prompt_length, self.options)
-        rows, ordered, _ = self._rows(ids, mask, response, choice)
+        prompt = int(mask[:, :prompt_length].sum(1).min())
+        rows, ordered, _ = self._rows(ids, mask, response, prompt, choice)
         visible = sent(mask, ordered.device)
         return stream_rollouts(rows, ordered, visible, masks, prompt_length, self.options)
 
@@ -270,11 +272,15 @@ class Solver:
         ids: Ids,
         mask: Mask,
         response: Mask,
+        prompt: int,
         choice: EdgeChoice | None,
         *,
         progress: bool = False,
     ) -> tuple[Rows, Bool[Tensor, "batch most"], HeadPairs]:
-        """The edges by rows with padding behind the text, their mask, and the chosen heads."""
+        """The edges by rows with padding behind the text, their mask, and the chosen heads.
+
+        `prompt` is the length of the shortest prompt.
+        """
         rows, ordered = self.reader.read_rows(
             ids, mask, self.layers, choice=choice, progress=progress
         )
@@ -283,12 +289,14 @@ class Solver:
             kept = self.options.first_token == "keep"
             block = rows(start, stop)
             block = block if kept else drop_first_token(block, ordered[:, :stop])
-            return block * self.options.damping
+            return block.mul_(self.options.damping)
 
+        batch, tokens = mask.shape
+        room = self.budget.room(tokens, batch, padded=not bool(mask.all()))
+        found = kept_between(edges, room)
         if self.options.rows == "decision":
-            said = in_front(response, mask, ordered)
-            return deciding_blocks(edges, said), ordered, self._pairs(rows)
-        return edges, ordered, self._pairs(rows)
+            found = deciding_blocks(found, in_front(response, mask, ordered), prompt)
+        return found, ordered, self._pairs(rows)
 
     def _pairs(self, rows: AttentionRows) -> HeadPairs:
         """Layer and number of each head chosen for the first text; empty if all heads count."""

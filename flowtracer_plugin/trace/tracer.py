@@ -115,10 +115,11 @@ def wrap(
         backend: `"nnsight"` reads any model. `"interface"` reads models that use transformers'
             attention interface, also with tensor parallelism, in several threads, or without
             source code.
-        block: Number of query rows that are computed at a time; more rows take more memory.
-        mode: `"dense"` holds the attention of all pairs of tokens; `"streamed"` computes it twice,
-            in blocks and linear memory; `"auto"` is dense if that takes at most half of the free
-            memory.
+        block: Number of query rows that are computed at a time; more rows take more memory. Of
+            long texts, a CPU computes fewer.
+        mode: `"dense"` holds the attention of all pairs of tokens; `"streamed"` computes it in
+            blocks and linear memory, in part twice; `"auto"` is dense if that takes at most half of
+            the free memory.
         verify: Check that the tokenizer belongs to the model, and that the attention that is read
             is the attention that the model computes.
 

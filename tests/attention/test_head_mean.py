@@ -10,13 +10,17 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
+import flowtracer_plugin.attention.head_mean as head_mean_module
 from flowtracer_plugin.attention import AttentionCall, AttentionWeights
 from flowtracer_plugin.attention.head_mean import (
     add_head_mean,
     row_probabilities,
+    rows_at_once,
     token_probabilities,
 )
+from flowtracer_plugin.reading.rows import AttentionRows
 from tests.attention.reference_attention import loop_head_mean
+from tests.tiny import tiny_llama
 
 MASKS = ("causal", "everything", "bool", "per head", "minimum", "infinite", "numbers")
 
@@ -67,6 +71,27 @@ def head_mean(
     chosen = None if heads is None else torch.tensor(heads)
     add_head_mean(call, total, heads=chosen, block=block, weight=weight)
     return total
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(1, 16), (20 * 4 * 2 * 4 * 40, 20), (2**24, 32)])
+def test_the_host_holds_few_scores_at_a_time(monkeypatch, limit, rows):
+    call = AttentionCall(query=torch.rand(2, 4, 40, 3), key=torch.rand(2, 2, 40, 3), scaling=1.0)
+    seen, compute = [], head_mean_module.row_probabilities
+
+    def watched(one, asked, *rest):
+        seen.append(asked.stop - asked.start)
+        return compute(one, asked, *rest)
+
+    wanted = loop_head_mean(call)
+    monkeypatch.setattr(head_mean_module, "SCORES", limit)
+    monkeypatch.setattr(head_mean_module, "row_probabilities", watched)
+    np.testing.assert_allclose(head_mean(call, block=32), wanted, atol=2e-6)
+    streamed = AttentionRows(tiny_llama(), [call], torch.ones(2, 40).bool(), block=32)
+    np.testing.assert_allclose(streamed(0, 40), wanted, atol=2e-6)
+    each = [rows] * (40 // rows) + ([40 % rows] if 40 % rows else [])
+    assert seen == each * 2
+    # On a device, more calls would take longer.
+    assert rows_at_once(replace(call, query=call.query.to("meta")), 32) == 32
 
 
 @given(call=calls(), block=st.sampled_from([1, 2, 5, 64]))

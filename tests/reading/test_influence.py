@@ -283,14 +283,20 @@ def test_padding_and_batching_change_nothing():
             assert not other[..., :4].any()
 
 
-def test_streamed_traces_are_equal_to_dense_ones():
+@pytest.mark.parametrize("backend", ["nnsight", "interface"])
+def test_streamed_traces_are_equal_to_dense_ones(backend):
     model = tiny_llama(vocab_size=len(tiny_tokenizer())), tiny_tokenizer()
-    ids = texts(1)[0].tolist()
+    ids, passes = texts(1)[0].tolist(), []
     options = {"preset": "derivation", "first_token": "drop", "answer": "last_word"}
-    dense, streamed = (
-        ft.wrap(*model, mode=mode, block=5, **options).trace_tokens(ids[:START], ids[START:])
+    tracers = [
+        ft.wrap(*model, mode=mode, block=5, backend=backend, **options)
         for mode in ("dense", "streamed")
-    )
+    ]
+    tracers[1].trace_tokens(ids[:START], ids[START:])  # the first trace also checks the model
+    model[0].model.layers[0].register_forward_pre_hook(lambda *_: passes.append(len(passes)))
+    streamed = tracers[1].trace_tokens(ids[:START], ids[START:])
+    assert len(passes) == 1  # queries and keys are those of the pass whose gradients are taken
+    dense = tracers[0].trace_tokens(ids[:START], ids[START:])
     np.testing.assert_allclose(streamed.throughput, dense.throughput, atol=1e-5)
     np.testing.assert_allclose(streamed.reach, dense.reach, atol=1e-5)
 

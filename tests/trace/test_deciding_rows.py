@@ -51,12 +51,21 @@ def test_rows_are_those_of_the_token_before(drawn):
 @given(rollouts(), st.integers(1, 4))
 def test_blocks_of_rows_are_parts_of_the_whole(drawn, size):
     attention, visible, response = (torch.from_numpy(part) for part in drawn)
+    attention, tokens, asked = attention.float(), attention.shape[1], []
     visible[:] = True
     whole = deciding_rows(attention, visible, response)
-    rows = deciding_blocks(lambda start, stop: attention[:, start:stop, :stop], response)
-    for start in range(0, attention.shape[1], size):
-        stop = min(start + size, attention.shape[1])
+    prompt = int(torch.cat([response.any(0), torch.ones(1).bool()]).int().argmax())
+
+    def plain(start, stop):
+        asked.append(stop)
+        return attention[:, start:stop, :stop]
+
+    rows = deciding_blocks(plain, response, prompt)
+    for start in range(0, tokens, size):
+        stop = min(start + size, tokens)
         assert torch.equal(rows(start, stop), whole[:, start:stop, :stop])
+    blocks = [min(start + size, tokens) for start in range(0, tokens, size)]
+    assert asked == [stop - 1 for stop in blocks if stop > max(prompt, 1)]  # none of the prompt
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +104,9 @@ def test_streamed_traces_are_equal_to_dense_ones(model, edges, first_token):
 
 
 @pytest.mark.parametrize("mode", ["dense", "streamed"])
-def test_padding_and_batching_change_nothing(model, mode):
-    traced = tracer(model, preset="decided", mode=mode)
+@pytest.mark.parametrize("preset", ["decided", "derivation"])
+def test_padding_and_batching_change_nothing(model, preset, mode):
+    traced = tracer(model, preset=preset, mode=mode)
     texts = [(PROMPT, SAID), (PROMPT[:3], SAID[2:]), (PROMPT, [*SAID[:4], 9])]
     width = len(SAID)
     prompts, said = torch.zeros(3, 5, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)

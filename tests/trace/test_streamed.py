@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,7 +25,9 @@ from flowtracer_plugin.attention import (
 from flowtracer_plugin.attention.head_mean import add_head_mean
 from flowtracer_plugin.flow.backbone import Outline
 from flowtracer_plugin.flow.streamed import stream_batch, stream_flow
+from flowtracer_plugin.flow.substitution import kept_between
 from flowtracer_plugin.reading.rows import AttentionRows, KeptCalls, check_causal
+from flowtracer_plugin.trace import memory, solver
 from tests.attention.test_head_mean import calls
 from tests.device.gpu import on_gpu
 from tests.families import FAMILIES, tiny_model
@@ -100,6 +104,49 @@ def test_each_block_is_asked_for_twice_and_none_after_the_answer(problem, block,
     ends = int(target.nonzero().max()) + 1
     once = [(start, min(start + block, ends)) for start in range(0, ends, block)]
     assert asked == once[::-1] + once
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 4000))
+def test_rows_that_fit_are_computed_once(length, block, room):
+    matrix, asked = torch.rand(1, length, length), []
+
+    def rows(start, stop):
+        asked.append((start, stop))
+        return matrix[:, start:stop, :stop]
+
+    kept = kept_between(rows, room)
+    blocks = [(start, min(start + block, length)) for start in range(0, length, block)]
+    for start, stop in blocks[::-1] + blocks:
+        assert torch.equal(kept(start, stop), matrix[:, start:stop, :stop])
+    # Blocks from the beginning are computed once, as many as fit; all others are computed twice.
+    sizes = np.cumsum([4 * (stop - start) * stop for start, stop in blocks])
+    once = int((sizes <= room).sum())
+    assert [asked.count(one) for one in blocks] == [1] * once + [2] * (len(blocks) - once)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("share", [0, 0.3, 1])
+def test_a_trace_is_the_same_whatever_it_keeps_of_its_rows(monkeypatch, options, share):
+    length = len(tiny_tokenizer()(PROMPT * 3 + RESPONSE * 2)["input_ids"])
+    asked = []
+    whole = AttentionRows.__call__
+
+    def counted(self, start, stop):
+        asked.append((start, stop))
+        return whole(self, start, stop)
+
+    monkeypatch.setattr(AttentionRows, "__call__", counted)
+    monkeypatch.setattr(memory.Footprint, "room", lambda *_: int(share * 4 * length**2))
+    monkeypatch.setattr(solver, "stream_flow", partial(stream_flow, block=16))
+    dense, streamed = both(tiny_llama(), **options)
+    assert_same(dense, streamed)
+    often = Counter(asked)
+    if share == 1:
+        assert set(often.values()) == {1}
+    elif share == 0:
+        assert set(often.values()) == {2}
+    else:
+        assert set(often.values()) == {1, 2}
 
 
 @settings(deadline=None, max_examples=40)
