@@ -167,10 +167,14 @@ def test_the_method_says_what_the_knock_outs_with_causal_say():
     assert [one["measured"] for one in settings] == [
         int(count) for count in re.findall(r"\((\d+)\)", text.partition("has `causal`")[2][:300])
     ]
-    later = record["with_causal_more"]["settings"]["smol-cut"]["scores"]["causal"]
-    pooled = later["over_one_hop_pooled"]
-    for one in (later["over_one_hop"], pooled):
+    later = record["with_causal_more"]["settings"]
+    last, pooled = (
+        later[name]["scores"]["causal"]["over_one_hop"]
+        for name in ("smol-cut-last", "smol-cut-all")
+    )
+    for one in (last, pooled, *(one["scores"]["causal"]["over_one_hop"] for one in settings)):
         assert f"{one['mean']:+.2f} ± {one['error']:.2f}" in text
+    assert f"by {settings[1]['scores']['causal']['over_one_hop']['median']:.2f} nats" in text
     ahead = [
         pooled["mean"] if name == "smol-cut" else one["scores"]["causal"]["over_one_hop"]["mean"]
         for name, one in named.items()
