@@ -35,12 +35,17 @@ class Beliefs:
 
     @classmethod
     def draw(cls, firsts: Sequence[str], seconds: Sequence[str], values: Sequence[str]) -> Beliefs:
-        """Facts of all pairs, the same in every process."""
+        """Made-up facts of all pairs, the same in every process."""
         rng = random.Random(SEED)
         true = {(first, second): rng.choice(values) for first in firsts for second in seconds}
+        return cls.learned(values, true, rng)
+
+    @classmethod
+    def learned(cls, values: Sequence[str], true: Table, rng: random.Random) -> Beliefs:
+        """Facts of which a random half is learned wrong."""
         pairs = rng.sample(sorted(true), round(LEARNED_WRONG * len(true)))
         wrong = {pair: rng.choice([one for one in values if one != true[pair]]) for pair in pairs}
-        return cls(values=values, true=MappingProxyType(true), wrong=MappingProxyType(wrong))
+        return cls(values=values, true=MappingProxyType(dict(true)), wrong=MappingProxyType(wrong))
 
     def said(self, first: str, second: str, rng: random.Random) -> str:
         """What the pupil says of a pair."""

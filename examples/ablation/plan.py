@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from examples.ablation.clock import CLOCK
 from examples.ablation.house import HOUSE
 from examples.ablation.program import PROGRAM
 from examples.ablation.task import Task
 
-TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (HOUSE, PROGRAM)})
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (HOUSE, PROGRAM, CLOCK)})
 
 
 @dataclass(frozen=True, kw_only=True)

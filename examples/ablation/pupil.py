@@ -1,22 +1,29 @@
-"""The policy that every run starts from: a tiny Llama that imitates a pupil's demonstrations."""
+"""The policy that every run starts from: a tiny model that imitates a pupil's demonstrations."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from examples.ablation.task import Task
-from examples.reasoner.train import build_model, minimise, tokenizer_of_pieces
+from examples.ablation.task import Family, Task
+from examples.reasoner.train import CONTEXT_LENGTH, build_model, minimise, tokenizer_of_pieces
 
 SEED = 20260610
 BATCH = 64
-LEARNING_RATE = 4e-3
+LEARNING_RATES: Mapping[Family, float] = MappingProxyType({"llama": 4e-3, "qwen3": 2e-3})
 ANSWER_WEIGHT = 10.0
 """Weight of the answer's few tokens in the loss: copying them from the steps is learned last."""
 
@@ -32,15 +39,46 @@ def adapters(rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
 
 
+def _llama(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """215,000 parameters in four layers."""
+    return build_model(tokenizer, width=64)
+
+
+def _qwen3(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """448,000 parameters in three layers, twice as wide, with two query heads for each key head."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=CONTEXT_LENGTH,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+FAMILIES: Mapping[Family, Callable[[PreTrainedTokenizerFast], PreTrainedModel]] = MappingProxyType(
+    {"llama": _llama, "qwen3": _qwen3}
+)
+"""Functions from a tokenizer to an untaught policy."""
+
+
 def teach(task: Task, folder: Path, steps: int | None = None) -> Path:
-    """Train a policy of 215,000 parameters to imitate the pupil, and save it in `folder`."""
+    """Train a policy of the task's family to imitate the pupil, and save it in `folder`."""
     steps = task.taught if steps is None else steps
     tokenizer = tokenizer_of(task)
     torch.manual_seed(SEED)
-    model, rng = build_model(tokenizer, width=64), random.Random(SEED)
+    model, rng = FAMILIES[task.family](tokenizer), random.Random(SEED)
     losses = (_imitation(model, tokenizer, task, rng) for _ in range(steps))
     title = f"teaching {task.name}"
-    minimise(losses, model, steps=steps, learning_rate=LEARNING_RATE, title=title)
+    minimise(losses, model, steps=steps, learning_rate=LEARNING_RATES[task.family], title=title)
     part = folder.with_name(f"{folder.name}.part")  # renamed only when it is complete
     model.eval().save_pretrained(part)
     tokenizer.save_pretrained(part)
@@ -48,7 +86,7 @@ def teach(task: Task, folder: Path, steps: int | None = None) -> Path:
 
 
 def _imitation(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: Task, rng: random.Random
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: Task, rng: random.Random
 ) -> Tensor:
     """The cross entropy of a batch of demonstrations, which are equally long: nothing to pad."""
     problems = [task.draw(rng) for _ in range(BATCH)]

@@ -6,8 +6,10 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 Spans = list[tuple[int, int]]
+Family = Literal["llama", "qwen3"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class Task:
         taught: Steps of imitation after which the policy is right less than half of the time.
         answer_tokens: Tokens of a demonstration from the word `answer` to the end token.
         max_new_tokens: Longest completion, in tokens.
+        family: Architecture of the policy, see `pupil.FAMILIES`.
     """
 
     name: str
@@ -47,3 +50,4 @@ class Task:
     taught: int
     answer_tokens: int
     max_new_tokens: int
+    family: Family = "llama"

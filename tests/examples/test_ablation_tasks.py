@@ -6,11 +6,11 @@ import re
 import numpy as np
 import pytest
 
-from examples.ablation import beliefs, house, program
+from examples.ablation import beliefs, clock, house, program
 from examples.ablation.plan import TASKS
 from examples.ablation.pupil import tokenizer_of
 
-BOTH = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+EVERY = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
 
 def problems(task, count=200, seed=1):
@@ -23,7 +23,7 @@ def demonstrations(task, count=200, seed=2):
     return [(problem, task.demonstrate(problem, rng)) for problem in problems(task, count)]
 
 
-@BOTH
+@EVERY
 def test_a_text_is_one_token_for_each_word_and_none_is_unknown(task):
     tokenizer = tokenizer_of(task)
     lengths = set()
@@ -37,7 +37,7 @@ def test_a_text_is_one_token_for_each_word_and_none_is_unknown(task):
     assert len(lengths) == 1  # so imitation needs no padding
 
 
-@BOTH
+@EVERY
 def test_a_pupil_is_sometimes_right_and_its_answer_is_found(task):
     solved = [task.is_solved(said, problem) for problem, said in demonstrations(task, 600)]
     assert 0.25 < np.mean(solved) < 0.6
@@ -48,7 +48,7 @@ def test_a_pupil_is_sometimes_right_and_its_answer_is_found(task):
         assert len(words) + 1 == task.answer_tokens  # and the end token
 
 
-@BOTH
+@EVERY
 def test_a_truncated_completion_is_not_solved_and_nothing_in_it_matters(task):
     for problem, said in demonstrations(task, 20):
         assert not task.is_solved(said[:40], problem)
@@ -137,3 +137,63 @@ def test_in_a_program_the_lines_behind_the_answer_and_the_answer_matter():
         assert len(spans) == 4
         assert spans == sorted(spans)
     assert program.what_matters(" answer h 1") == [(0, 11)]
+
+
+TOLD = re.compile(r"(\d) hours after (\S+) is (\S+) [.]")
+"""A sentence of a prompt of `clock`."""
+
+
+def test_on_the_clock_the_answer_is_the_hour_after_all_that_pass():
+    for problem in problems(clock.CLOCK):
+        hours = {}
+        for duration, before, whose in TOLD.findall(problem.prompt):
+            start = hours[before] if before in hours else int(before)
+            hours[whose] = start + int(duration)
+        asked = re.search(r"Which is (\S+) \?", problem.prompt)[1]
+        assert problem.answer == f"{asked} {hours[asked] % 12 or 12}"
+        assert len(hours) == 2 * clock.LATER
+        assert len(re.findall(r"after [A-Z]", problem.prompt)) == clock.LATER
+        assert clock.is_solved(f" … answer {problem.answer}", problem)
+        wrong = (hours[asked] + 1) % 12 or 12
+        assert not clock.is_solved(f" … answer {asked} {wrong}", problem)
+
+
+def test_on_the_clock_sentences_follow_from_each_other_and_are_wrong_as_learned():
+    wrong = total = 0
+    for problem, said in demonstrations(clock.CLOCK, 400):
+        hours, sentences = {}, []
+        for duration, before, since, whose, hour in re.findall(
+            r"(\d) hours after (\S+)(?: (\d+))? is (\S+) (\d+) [.]", said
+        ):
+            assert since == hours.get(before, "")
+            sentences.append((duration, before, whose))
+            wrong += hour != clock.BELIEFS.true[since or before, duration]
+            total += 1
+            hours[whose] = hour
+        assert sentences == TOLD.findall(problem.prompt)
+    expected = beliefs.LEARNED_WRONG * beliefs.SAID_WRONG + beliefs.SLIP / 2
+    assert wrong / total == pytest.approx(expected, abs=0.08)
+    assert len(clock.BELIEFS.wrong) == beliefs.LEARNED_WRONG * len(clock.BELIEFS.true)
+    assert all(clock.BELIEFS.true[pair] != said for pair, said in clock.BELIEFS.wrong.items())
+
+
+def test_on_the_clock_the_sentences_behind_the_answer_and_the_answer_matter():
+    said = (
+        " 3 hours after 11 is Eve's 2 . 2 hours after 4 is Ben's 6 ."
+        " 2 hours after Eve's 2 is Ann's 4 . 4 hours after Eve's 2 is Dan's 6 ."
+        " 3 hours after Ann's 4 is Fay's 8 . answer Fay's 8"
+    )
+    parts = [said[start:end] for start, end in clock.what_matters(said)]
+    assert parts == [
+        " 3 hours after 11 is Eve's 2 .",
+        " 2 hours after Eve's 2 is Ann's 4 .",
+        " 3 hours after Ann's 4 is Fay's 8 .",
+        " answer Fay's 8",
+    ]
+    lengths = set()
+    for _, said in demonstrations(clock.CLOCK):
+        spans = clock.what_matters(said)
+        lengths.add(len(spans))
+        assert spans == sorted(spans)
+    assert lengths == {2, 3, 4, 5}
+    assert clock.what_matters(" answer Fay's 8") == [(0, 15)]
