@@ -62,7 +62,10 @@ def main() -> None:
     out = arguments.out or (OUT.with_stem("rehearsal") if arguments.rehearse else OUT)
     size = REHEARSAL if arguments.rehearse else FULL
     steps = {name: PARTS[name](size) for name in arguments.parts or PARTS}
-    found = run(steps, out, 60 * arguments.minutes, again=arguments.again)
+    try:
+        found = run(steps, out, 60 * arguments.minutes, again=arguments.again)
+    except ValueError as error:
+        parser.error(str(error))
     print(table(found, steps))
     print(f"\n{'A rehearsal:' if arguments.rehearse else 'Please send'} {out}")
 

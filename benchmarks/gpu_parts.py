@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -147,6 +148,8 @@ def waits(_size: Size) -> Mapping[str, Step]:
 
 
 def _waits(preset: str, _left: Left) -> Mapping[str, Any]:
+    if not torch.cuda.is_available():
+        return {"said": "refused: only CUDA counts them"}
     tracer, prompt, response = _traced(preset, 256)
     tracer.trace_tokens(prompt, response)
     with warnings.catch_warnings(record=True) as caught:
@@ -232,7 +235,8 @@ def _command(command: list[str], environment: Mapping[str, str], left: Left) -> 
 
 def _traced(preset: str, tokens: int) -> tuple[ft.FlowTracer, list[int], list[int]]:
     """A tracer of a random model, and the ids of a prompt and a response."""
-    config = SMALL.__class__(**{**SMALL.to_dict(), "max_position_embeddings": max(FULL.lengths)})
+    config = deepcopy(SMALL)
+    config.max_position_embeddings = max(FULL.lengths)
     model = build(config).to(device(), torch.bfloat16)
     ids = torch.randint(3, SMALL.vocab_size, (tokens,)).tolist()
     tracer = ft.wrap(

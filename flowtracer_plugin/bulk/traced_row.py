@@ -23,8 +23,8 @@ class TracedRow:
         row: Its number in the data.
         id: Its `id` in the data, else its number, as text.
         digest: A hash of its texts; empty if the row cannot be read.
-        prompt: The prompt as the model got it; without a trace, as it is in the data.
-        response: The response in the same way.
+        prompt: The prompt as the model got it; as it is in the data if it cannot be read.
+        response: The response in the same way; None if the model should give one and cannot.
         right_answer: The right answer, if the data have it.
         columns: The other columns of the data.
         generated: Whether the model gave the response.

@@ -158,7 +158,7 @@ def trace_rows(
         ready: list[_Text] = []
         for text, answer in zip(batch, answered, strict=True):
             if isinstance(answer, Exception):
-                yield replace(text.result, error=in_words(answer))
+                yield _failed(tracer, text, answer)
             else:
                 result = replace(text.result, truncated=breaks_off(tracer.model, answer))
                 ready.append(replace(text, response_ids=answer, result=result))
@@ -251,11 +251,13 @@ def _traced(tracer: FlowTracer, texts: list[_Text], options: RowOptions) -> Iter
 
 def _failed(tracer: FlowTracer, text: _Text, error: Exception) -> TracedRow:
     """The result of a text that cannot be traced, with its texts as the model got or gave them."""
-    tokenizer = tracer.require_tokenizer()
-    prompt, response = (
-        str(tokenizer.decode(ids)) for ids in (text.prompt_ids, text.response_ids or [])
+    decode, said = tracer.require_tokenizer().decode, text.response_ids
+    return replace(
+        text.result,
+        prompt=str(decode(text.prompt_ids)),
+        response=None if said is None else str(decode(said)),
+        error=in_words(error),
     )
-    return replace(text.result, prompt=prompt, response=response, error=in_words(error))
 
 
 def _together(

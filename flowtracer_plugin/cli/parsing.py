@@ -29,16 +29,15 @@ def wrong_usage(option: str) -> Iterator[None]:
 
 def answer_rule(text: str) -> str | re.Pattern[str]:
     """The name of an answer finder, the answer after `text:`, or the pattern after `re:`."""
-    from flowtracer_plugin.text.answers import LITERAL, check_finder
+    from flowtracer_plugin.text.answers import check_finder, itself, named_answer
 
     names = answer_rules()
-    if text in names or text.removeprefix(LITERAL).strip() not in ("", text.strip()):
+    if text in names or named_answer(text):
         return text
     if not text.startswith("re:"):
-        itself = LITERAL + (text.removeprefix(LITERAL).strip() or "ANSWER")
         raise typer.BadParameter(
-            f"wanted {', '.join(names)}, re:PATTERN, or {itself} for the answer itself, found "
-            f"{text!r}"
+            f"wanted {', '.join(names)}, re:PATTERN, or {itself(text)} for the answer itself, "
+            f"found {text!r}"
         )
     try:
         pattern = re.compile(text.removeprefix("re:"))

@@ -71,20 +71,16 @@ def find_answer(
 
 
 def _matches(text: str, finder: AnswerFinder, in_thinking: bool) -> Iterator[tuple[str, Span]]:
-    literal = _literal(finder)
-    if literal:
-        finder, rule = _pattern_of(literal), "text"
-    elif isinstance(finder, str):
+    literal = named_answer(finder)
+    if isinstance(finder, str) and not literal:
         yield from found_in_parts(text, finder, in_thinking=in_thinking)
-        return
-    else:
-        rule = "regex"
-    if isinstance(finder, re.Pattern):
+    elif isinstance(finder, str | re.Pattern):
+        pattern = _pattern_of(literal) if isinstance(finder, str) else finder
         parts = visible_parts(text, in_thinking=in_thinking)
-        groups = [m.span(1) for m in finder.finditer(text) if m.end(1) > m.start(1)]
+        groups = [m.span(1) for m in pattern.finditer(text) if m.end(1) > m.start(1)]
         for start, end in reversed(groups):
             if any(part.start <= start and end <= part.end for part in parts):
-                yield rule, (start, end)
+                yield "text" if literal else "regex", (start, end)
     else:
         name = getattr(finder, "__name__", type(finder).__name__)
         span = _checked_span(text, finder(text), name)
@@ -129,11 +125,16 @@ def finder_name(finder: AnswerFinder) -> str:
     return finder if isinstance(finder, str) else getattr(finder, "__name__", repr(finder))
 
 
-def _literal(finder: AnswerFinder) -> str | None:
-    """The answer itself, if the finder names it."""
+def named_answer(finder: AnswerFinder) -> str:
+    """The answer behind "text:"; empty if the finder is another one."""
     if isinstance(finder, str) and finder.startswith(LITERAL):
         return finder.removeprefix(LITERAL).strip()
-    return None
+    return ""
+
+
+def itself(text: str) -> str:
+    """How to name an answer itself, where a text was no finder."""
+    return LITERAL + (text.removeprefix(LITERAL).strip() or "Paris")
 
 
 def _pattern_of(literal: str) -> re.Pattern[str]:
@@ -173,10 +174,10 @@ def check_finder(finder: AnswerFinder) -> None:
             f"{finder.pattern!r}; write (...) around the answer, (?:...) around anything else"
         )
     if isinstance(finder, str) and finder != "auto" and finder not in FINDERS:
-        if _literal(finder):
+        if named_answer(finder):
             return
         raise ValueError(
             f"wanted the name of an answer finder, one of {['auto', *FINDERS]}, found {finder!r}; "
-            f"for the answer itself write {LITERAL + (finder.strip() or 'Paris')!r}, for a regex "
+            f"for the answer itself write {itself(finder)!r}, for a regex "
             "pass re.compile(...)"
         )
