@@ -312,7 +312,7 @@ def test_an_answer_that_is_named_itself(text, literal, span):
 def test_an_answer_that_is_named_without_a_mark_is_refused():
     with pytest.raises(ValueError, match="for the answer itself write 'text:France'"):
         find_answer("in France", "France")
-    with pytest.raises(ValueError, match="found 'text: '; for .* write 'text:Paris'"):
+    with pytest.raises(ValueError, match=r"found 'text: '; for .* write 'text:Paris'"):
         find_answer("in France", "text: ")
 
 
