@@ -37,7 +37,7 @@ class RefusedError(Exception):
 
 
 def verdict(gold: str, said: str) -> bool | None:
-    """As `equal_answers`, within a second, in any thread and in any fork of the process.
+    """As `equal_answers`, within 0.3 s of computing, in any thread and any fork of the process.
 
     Raises:
         RefusedError: The judgement would have taken longer; with `gold` against any other answer

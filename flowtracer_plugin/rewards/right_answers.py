@@ -33,10 +33,10 @@ def math_answer(
     `####` or in `\boxed{}` counts. The reward is None, which TRL leaves out, if the reference
     cannot be read.
 
-    Every judgement comes back within a second, in any thread and in any fork: what needs algebra
-    is judged by another process, which starts when this module is imported and is ready a second
-    or two later. What takes longer is refused: it earns 0, a warning says how many were refused,
-    and TRL logs their share as `math_answer/refused`.
+    Every judgement ends after at most 0.3 s of computing, in any thread and in any fork: what
+    needs algebra is judged by another process, which starts when this module is imported and is
+    ready a second or two later. What takes longer is refused: it earns 0, a warning says how many
+    were refused, and TRL logs their share as `math_answer/refused`.
 
     Raises:
         ValueError: The data have no column `answer`.

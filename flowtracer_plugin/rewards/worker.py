@@ -24,7 +24,7 @@ from flowtracer_plugin.rewards.algebra import TooHugeError
 from flowtracer_plugin.rewards.judge import equal_answers
 
 SECONDS = 0.3
-"""How long one judgement may compute."""
+"""How long one judgement may compute: of a core where the system can fork, else on the clock."""
 MEMORY = 2**30
 """Bytes of address space that a judging process may use."""
 FORKS = hasattr(os, "fork")
@@ -36,8 +36,13 @@ _WARM_UP = ("x^{2} + \\frac{\\sqrt{3}}{2}", "\\sin(2 x) + e^{x} - 3.5 \\pi"), ("
 
 
 def patience(seconds: float) -> float:
-    """How long to wait for a judgement that may compute so long, on a busy machine."""
-    return 1.25 * seconds + 0.1
+    """How many seconds on the clock a judgement may take that may compute `seconds`.
+
+    A fork counts the time of its core and ends itself, so this wait is for one that stands still,
+    and is long: on a busy machine an easy judgement must not be refused. What cannot fork has no
+    other limit than this one.
+    """
+    return 5.0 * seconds + 2.0 if FORKS else 1.25 * seconds + 0.1
 
 
 def judged(request: bytes) -> bytes:

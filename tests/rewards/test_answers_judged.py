@@ -4,11 +4,12 @@ import doctest
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 
 import pytest
 
@@ -27,6 +28,7 @@ from flowtracer_plugin.rewards.judge import equal_answers
 
 TABLE = tomllib.loads((Path(__file__).parent / "answer_pairs.toml").read_text(encoding="utf-8"))
 ROOT = Path(__file__).parents[2]
+CHILDREN = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
 
 # Each of these would take minutes, gigabytes or for ever.
 ENDLESS = [
@@ -159,6 +161,22 @@ def test_no_judgement_is_endless_in_any_thread(gold):
         assert set(map(str, outcomes[:-1])) <= {"refused", "False"}
         assert outcomes[-1:] == right
     assert len(found) == 4
+
+
+@pytest.mark.skipif(not CHILDREN.exists(), reason="this system does not list a process's children")
+def test_a_judgement_that_a_busy_machine_holds_up_is_awaited(pool):
+    assert outcome("2x", "x+x") is True
+    (serving,) = children(pool._parent._process.pid)
+    (judging,) = children(serving)
+    os.kill(judging, signal.SIGSTOP)
+    resume = Timer(1.0, os.kill, (judging, signal.SIGCONT))
+    resume.start()
+    assert outcome("2x", "x+x") is True
+    assert not resume.is_alive()
+
+
+def children(process):
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def outcome(gold, said):
