@@ -176,7 +176,8 @@ def test_a_judgement_that_a_busy_machine_holds_up_is_awaited(pool):
 
 
 def children(process):
-    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    listed = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(pid) for pid in listed.split()]
 
 
 def outcome(gold, said):
