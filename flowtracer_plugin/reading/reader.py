@@ -75,22 +75,19 @@ class AttentionReader(ModelRunner):
         Raises:
             UnsupportedArchitectureError: The edges of `choice` cannot be weighed.
         """
+        if choice is not None and choice.edges == "influence":  # one forward pass serves both
+            return self.read_edges(input_ids, attention_mask, layers, choice)[0]
         seen = attention_mask
         # Other inputs of the model would have to move with the tokens.
         same = bool(model_inputs) or is_in_front(seen)
         if not same:
             input_ids, attention_mask = text_first(input_ids, attention_mask)
-        sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
-        if choice is not None and choice.edges == "influence":
-            said = choice.behind(seen, sent(attention_mask, input_ids.device)).response
-            sizes = self.influences(input_ids, attention_mask, said, layers)
         found = self.read_in_place(
             input_ids,
             attention_mask,
             layers,
             model_inputs=model_inputs,
             edges="attention" if choice is None else choice.edges,
-            sizes=sizes,
             progress=progress,
         ).mean
         return found if same else put_back(found, seen)

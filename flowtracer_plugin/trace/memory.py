@@ -118,7 +118,8 @@ class Footprint:
         host: Whether the model is on the host, where fewer rows of long texts are computed.
         copies: Maps of all pairs that are made of the map, beside it.
         keeps: Whether dense traces also keep queries and keys, to choose among heads.
-        graph: What the graph of a backward pass takes; None if there is no such pass.
+        graph: What the graph of a backward pass takes; None if there is no such pass. With it,
+            queries and keys are kept, too, until the influence of their heads is known.
     """
 
     forward: int
@@ -137,7 +138,8 @@ class Footprint:
         """The peak of a dense trace: the map, and the forward pass or the copies of the map."""
         maps = batch * tokens**2 * FLOAT
         rows = self._rows(tokens, batch)
-        kept = batch * (self.kept or 0) * tokens if self.keeps else 0
+        keeps = self.keeps or self.graph is not None
+        kept = batch * (self.kept or 0) * tokens if keeps else 0
         read = maps + kept + max(self._forward(tokens, batch) + rows, self.copies * maps)
         return max(read, self._graph(tokens, batch))
 
