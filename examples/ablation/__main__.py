@@ -24,7 +24,7 @@ from typing import Any
 from examples.ablation.audits import known
 from examples.ablation.gate import best_rate, gate_of
 from examples.ablation.grid import Run, Stage, quiet, run_all, start_of
-from examples.ablation.plan import ARMS, PLAIN, PLAN, TASKS, TUNED, Plan, settled
+from examples.ablation.plan import ARMS, PLAIN, PLAN, TASKS, TUNED, Plan, plan_of, settled
 from examples.ablation.pupil import teach
 from examples.ablation.report import found_in, write_report
 from flowtracer_plugin.files import write_atomically
@@ -100,9 +100,11 @@ def main() -> None:
     if arguments.report:
         write_report(*found_in(arguments.report), arguments.report)
         return
-    first = PLAN.seeds[0]
-    plan = replace(PLAN, seeds=tuple(range(first, first + arguments.seeds)))
     for task in arguments.tasks:
+        plan = plan_of(task)
+        if arguments.seeds is not None:
+            first = plan.seeds[0]
+            plan = replace(plan, seeds=tuple(range(first, first + arguments.seeds)))
         ablate(task, plan, arguments.out, arguments.workers)
         write_report(*found_in(arguments.out), arguments.out)
     print(f"tables and plots: {arguments.out / 'README.md'}")
@@ -116,7 +118,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("build/ablation"), help="for the records")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=len(PLAN.seeds), help="in the comparison")
+    parser.add_argument("--seeds", type=int, help="in the comparison; by default those planned")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes")
     parser.add_argument(
         "--report",
@@ -126,7 +128,7 @@ def _arguments() -> argparse.Namespace:
     )
     arguments = parser.parse_args()
     most = min(PLAN.tuning_seeds) - PLAN.seeds[0]
-    if not 2 <= arguments.seeds <= most:
+    if arguments.seeds is not None and not 2 <= arguments.seeds <= most:
         parser.error(f"--seeds: wanted 2 to {most}, found {arguments.seeds}")
     return arguments
 

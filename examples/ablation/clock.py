@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 
 from examples.ablation.beliefs import SEED, Beliefs
 from examples.ablation.task import Problem, Spans, Task
@@ -97,3 +98,6 @@ CLOCK = Task(
     answer_tokens=4,
     max_new_tokens=8 * LATER + 9 * LATER + 5,
 )
+
+CLOCK_1100 = replace(CLOCK, name="clock_1100", taught=1100)
+"""The same task, with a policy that was taught longer and copies hours more surely."""

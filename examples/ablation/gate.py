@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import sem, ttest_1samp
 
-from examples.ablation.plan import ARMS, CHANCE, LEAST_ERRORS, LEAST_GAIN, PLAIN, PLAN, TUNED
+from examples.ablation.plan import ARMS, CHANCE, LEAST_ERRORS, LEAST_GAIN, PLAIN, TUNED, plan_of
 
 Record = Mapping[str, Any]
 Curves = Mapping[str, Float[np.ndarray, "seed step"]]
@@ -95,8 +95,9 @@ def best_rate(records: Sequence[Record], task: str) -> float:
 def finished(records: Sequence[Record], task: str) -> bool:
     """Whether all runs of the tuning and the gate exist."""
     stages = [one["stage"] for one in records if one["task"] == task]
-    tuning = len(PLAN.tuning_seeds) * len(PLAN.learning_rates) * len(TUNED)
-    return stages.count("tune") == tuning and stages.count("gate") == 2 * len(PLAN.gate_seeds)
+    plan = plan_of(task)
+    tuning = len(plan.tuning_seeds) * len(plan.learning_rates) * len(TUNED)
+    return stages.count("tune") == tuning and stages.count("gate") == 2 * len(plan.gate_seeds)
 
 
 @dataclass(frozen=True, kw_only=True)

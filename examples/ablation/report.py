@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from benchmarks.plots import linear_panels, write
 from examples.ablation.gate import Record, best_rate, compared, finished, gate_of, paired
-from examples.ablation.plan import ARMS, FASTER, LEAST_ERRORS, LEAST_GAIN, PLAIN, PLAN, TUNED
+from examples.ablation.plan import ARMS, FASTER, LEAST_ERRORS, LEAST_GAIN, PLAIN, TUNED, plan_of
 from flowtracer_plugin.audit.summary import holm
 from flowtracer_plugin.files import write_atomically
 
@@ -78,7 +78,7 @@ def document(records: Sequence[Record], tasks: Tasks) -> str:
         seeds = _seeds(records, task)
         if seeds > 1:
             parts += [
-                f"## {task.capitalize()}: {seeds} of {len(PLAN.seeds)} planned seeds",
+                f"## {task.capitalize()}: {seeds} of {len(plan_of(task).seeds)} planned seeds",
                 table(records, task, known["audit"]),
                 f"![Differences from plain GRPO, and rewards by step]({task}.svg)",
             ]
