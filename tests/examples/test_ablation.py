@@ -12,7 +12,7 @@ import torch
 
 from examples.ablation import __main__ as command, audits, gate, grid, house, report
 from examples.ablation.grid import Run, make, run_all, start_of
-from examples.ablation.plan import ARMS, PLAN, TUNED
+from examples.ablation.plan import ARMS, PLAN, TASKS, TUNED, plan_of
 from examples.ablation.pupil import teach
 from examples.ablation.runs import credit_of, rewards_of
 from tests.examples.records import oracle_gains, record
@@ -31,8 +31,10 @@ def test_arms_differ_from_the_papers_credit_in_their_options_and_share_alone():
     }  # fmt: skip
 
 
-def test_no_seed_is_used_for_two_things():
-    every = [*PLAN.seeds, *PLAN.tuning_seeds, *PLAN.gate_seeds]
+@pytest.mark.parametrize("task", TASKS)
+def test_no_seed_is_used_for_two_things(task):
+    plan = plan_of(task)
+    every = [*plan.seeds, *plan.tuning_seeds, *plan.gate_seeds]
     assert len(set(every)) == len(every)
 
 

@@ -11,7 +11,7 @@ from scipy.stats import t as student
 
 from examples.ablation import gate, report
 from examples.ablation.grid import Run
-from examples.ablation.plan import ARMS, PLAN, TASKS, TUNED, settled
+from examples.ablation.plan import ARMS, PLAN, TASKS, TUNED, plan_of, settled
 from tests.examples.records import oracle_gains, record
 
 RESULTS = Path(report.__file__).parent / "results"
@@ -139,26 +139,27 @@ def test_tables_and_plots_in_the_repository_match_its_records(tmp_path):
 def test_records_in_the_repository_match_its_plan():
     records, tasks = report.found_in(RESULTS)
     assert set(tasks) == set(TASKS)
-    plan = json.loads(json.dumps(settled(PLAN)))
     for task, known in tasks.items():
-        assert {name: known["recipe"][name] for name in plan} == plan
+        plan = plan_of(task)
+        wanted = json.loads(json.dumps(settled(plan)))
+        assert {name: known["recipe"][name] for name in wanted} == wanted
         assert 0.2 <= round(known["greedy"], 2) <= 0.5
         runs = [one for one in records if one["task"] == task]
-        assert {len(one["rewards"]) for one in runs} == {PLAN.steps}
+        assert {len(one["rewards"]) for one in runs} == {plan.steps}
         tuned = {
             (one["arm"], one["seed"], one["learning_rate"])
             for one in runs
             if one["stage"] == "tune"
         }
         arms = [arm.name for arm in TUNED]
-        assert tuned == set(product(arms, PLAN.tuning_seeds, PLAN.learning_rates))
+        assert tuned == set(product(arms, plan.tuning_seeds, plan.learning_rates))
         rate = gate.best_rate(records, task)
         rest = [one for one in runs if one["stage"] != "tune"]
         assert {one["learning_rate"] for one in rest} == {rate}
         gates = {(one["arm"], one["seed"]) for one in rest if one["stage"] == "gate"}
-        assert gates == set(product(("uniform", "oracle"), PLAN.gate_seeds))
+        assert gates == set(product(("uniform", "oracle"), plan.gate_seeds))
         found = {(one["arm"], one["seed"]) for one in rest if one["stage"] == "compare"}
-        every = set(product((arm.name for arm in ARMS), PLAN.seeds))
+        every = set(product((arm.name for arm in ARMS), plan.seeds))
         assert found == (every if gate.gate_of(records, task, known["audit"]).passed else set())
 
 
