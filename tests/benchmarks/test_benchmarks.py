@@ -183,6 +183,15 @@ def test_the_method_says_what_the_knock_outs_with_causal_say():
     assert said in (root / "README.md").read_text(encoding="utf-8")
 
 
+def test_readme_says_what_a_trace_costs_next_to_a_forward_pass():
+    text = (Path(harness.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    seconds = [one["seconds"] for one in tables.read("presets")["rows"]]
+    ratios = [one["derivation"] / one["forward"] for one in seconds]
+    assert f"takes {min(ratios):.1f} to {max(ratios):.1f} times as long as a plain" in text
+    early = [one["paper"] / one["forward"] for one in seconds]
+    assert f"which reads no late layers, {min(early):.1f} to {max(early):.1f} times" in text
+
+
 # The protocol
 
 
