@@ -37,7 +37,7 @@ from flowtracer_plugin.reading.influence import (
 )
 from flowtracer_plugin.reading.one_pass import Reading, ReadingSum, Wanted
 from flowtracer_plugin.reading.rows import AttentionRows, KeptCalls, check_causal
-from flowtracer_plugin.reading.runner import ModelRunner
+from flowtracer_plugin.reading.runner import ModelRunner, counted
 from flowtracer_plugin.reading.self_check import SiteReport, check_report, report_site, worst
 from flowtracer_plugin.reading.site_check import check_runs, counted_runs
 
@@ -76,7 +76,7 @@ class AttentionReader(ModelRunner):
             UnsupportedArchitectureError: The edges of `choice` cannot be weighed.
         """
         if choice is not None and choice.edges == "influence":  # one forward pass serves both
-            return self.read_edges(input_ids, attention_mask, layers, choice)[0]
+            return self.read_edges(input_ids, attention_mask, layers, choice, progress=progress)[0]
         seen = attention_mask
         # Other inputs of the model would have to move with the tokens.
         same = bool(model_inputs) or is_in_front(seen)
@@ -151,13 +151,16 @@ class AttentionReader(ModelRunner):
         kept = KeptCalls(
             self.model, self.adapter, maps=maps, projections=self._projections_for(edges)
         )
+        sites = self._chosen(layers)
         sizes: Sequence[Float[Tensor, "batch _ _"]] = ()
         if choice is not None and choice.edges == "influence":
-            asked = choice.response
-            sizes = self.influences(input_ids, attention_mask, asked, layers, receive=kept.receive)
+            with counted(kept.receive, sites, progress) as receive:
+                sizes = self.influences(
+                    input_ids, attention_mask, choice.response, layers, receive=receive
+                )
         else:
             inputs = self._inputs(input_ids, attention_mask, {})
-            self._run(inputs, self._chosen(layers), kept.receive, progress)
+            self._run(inputs, sites, kept.receive, progress)
         calls = kept.calls()
         check_causal(calls)
         return self.rows_of(calls, layers, kept.lengths, visible, choice, sizes), visible

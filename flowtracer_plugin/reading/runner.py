@@ -128,22 +128,9 @@ class ModelRunner:
         return inputs
 
     def _run(self, inputs: Inputs, sites: Sites, receive: Receive, progress: bool) -> None:
-        """Run the model to the last of the sites; a progress bar appears after one second."""
-        bar = tqdm(
-            total=len(sites),
-            desc="reading",
-            unit="layer",
-            delay=1,
-            leave=None,
-            disable=not progress,
-        )
-
-        def counted(*call: Any) -> None:
-            receive(*call)
-            bar.update()
-
-        with bar, self._running():
-            self.backend.run(inputs, sites, counted, whole=not may_stop(self.model))
+        """Run the model to the last of the sites."""
+        with counted(receive, sites, progress) as counting, self._running():
+            self.backend.run(inputs, sites, counting, whole=not may_stop(self.model))
 
     def _chosen(self, layers: Sequence[int]) -> list[AttentionSite]:
         return [site for site in self.sites if site.layer in set(layers)]
@@ -163,3 +150,23 @@ class ModelRunner:
         length = min(CHECK_TOKENS, context_length(self.model))
         token = torch.arange(length, device=input_device(self.model))[None]
         return token % vocabulary_size(self.model), token >= padding
+
+
+@contextmanager
+def counted(receive: Receive, sites: Sites, progress: bool) -> Iterator[Receive]:
+    """`receive`, and with `progress` a bar of the layers read, which appears after one second."""
+    bar = tqdm(
+        total=len(sites),
+        desc="reading",
+        unit="layer",
+        delay=1,
+        leave=None,
+        disable=not progress,
+    )
+
+    def counting(*call: Any) -> None:
+        receive(*call)
+        bar.update()
+
+    with bar:
+        yield counting

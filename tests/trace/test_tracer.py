@@ -664,8 +664,11 @@ def test_an_adapter_may_refuse_the_model(model):
 
 
 @pytest.mark.parametrize("mode", ["dense", "streamed"])
-@pytest.mark.parametrize("backend", ["nnsight", "interface"])
-def test_progress_counts_the_layers_that_are_read(mode, backend, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "preset"),
+    [("nnsight", "paper"), ("interface", "paper"), ("nnsight", "derivation")],
+)
+def test_progress_counts_the_layers_that_are_read(mode, backend, preset, monkeypatch):
     from flowtracer_plugin.reading import runner as running
 
     bars = []
@@ -676,7 +679,7 @@ def test_progress_counts_the_layers_that_are_read(mode, backend, monkeypatch):
 
     tqdm = running.tqdm
     monkeypatch.setattr(running, "tqdm", bar)
-    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode=mode, backend=backend, preset="paper")
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(), mode=mode, backend=backend, preset=preset)
     tracer.trace(PROMPT, RESPONSE, progress=True)
     assert all(disabled for _, disabled in bars[:-1])
     last, disabled = bars[-1]
