@@ -23,7 +23,7 @@ from flowtracer_plugin.credit.saliency import answer_saliency, check_whole
 from flowtracer_plugin.credit.scorers import LATE, Scorer
 from flowtracer_plugin.model.layers import select_layers
 from flowtracer_plugin.options import FlowOptions, preset_over
-from flowtracer_plugin.reading.edges import completions, edge_choice
+from flowtracer_plugin.reading.edges import completions, edge_choice, up_to_answer
 from flowtracer_plugin.reading.one_pass import Reading
 from flowtracer_plugin.reading.removal import (
     EDGES as CAUSAL,
@@ -355,16 +355,18 @@ class ReadRollouts:
         return edge_losses(reader, texts, layers)
 
     def influence(self, layers: Sequence[int]) -> Sequence[Float[Tensor, "batch _ _"]]:
-        """The influence of the heads and rows of these layers on the sampled tokens."""
+        """The influence of the heads and rows of these layers on the `decided` tokens."""
         if self.sizes:
             return self.sizes
         return self.tracer.reader.influences(
-            self.ids,
-            self.visible,
-            completions(self.visible, self.prompt_length),
-            layers,
-            batch_size=self.batch_size,
+            self.ids, self.visible, self.decided, layers, batch_size=self.batch_size
         )
+
+    @property
+    def decided(self) -> Bool[Tensor, "batch token"]:
+        """The sampled tokens on which influence counts: those up to the answer's end."""
+        said = completions(self.visible, self.prompt_length)
+        return up_to_answer(said, self.masks.answer)
 
     def _lengths(
         self, calls: Sequence[AttentionCall | AttentionWeights], layers: Sequence[int], edges: str

@@ -176,7 +176,7 @@ class RolloutScorer:
         started = perf_counter()
         # Checkpoints or frozen layers may hide some output from the graph; then there are none, and
         # `ReadRollouts.influence` makes a pass of its own.
-        batch = replace(batch, sizes=outputs.influences(chances(), visible) or ())
+        batch = replace(batch, sizes=outputs.influences(chances(), visible, batch.decided) or ())
         parts = [self._measured(batch.part(*part)) for part in readings]
         scored = self._scored(batch, replaced, parts, late)
         return replace(scored, seconds=before + perf_counter() - started)

@@ -32,14 +32,14 @@ class EdgeChoice:
         edges: As in `FlowOptions`.
         target: The rows of the answer, or the rows that decide it.
         reasoning: The tokens of the response before the answer, as `reasoning_mask` finds them.
-        response: The sampled tokens, on which heads and rows may have influence.
+        decided: The sampled tokens on which the influence of heads and rows counts.
     """
 
     heads: Heads
     edges: str
     target: Bool[Tensor, "batch token"]
     reasoning: Bool[Tensor, "batch token"]
-    response: Bool[Tensor, "batch token"]
+    decided: Bool[Tensor, "batch token"]
 
     def behind(
         self, mask: Bool[Tensor, "batch token"], ordered: Bool[Tensor, "batch most"]
@@ -49,7 +49,7 @@ class EdgeChoice:
             self,
             target=in_front(self.target, mask, ordered),
             reasoning=in_front(self.reasoning, mask, ordered),
-            response=in_front(self.response, mask, ordered),
+            decided=in_front(self.decided, mask, ordered),
         )
 
 
@@ -69,7 +69,7 @@ def edge_choice(
         edges=options.edges,
         target=target,
         reasoning=reasoning_mask(response, answer),
-        response=response,
+        decided=up_to_answer(response, answer),
     )
 
 
@@ -80,6 +80,17 @@ def reasoning_mask(
     place = torch.arange(answer.shape[1], device=answer.device)
     first = answer.int().argmax(-1, keepdim=True)
     return response & (place < first - BEFORE_ANSWER) & answer.any(-1, keepdim=True)
+
+
+def up_to_answer(
+    response: Bool[Tensor, "batch token"], answer: Bool[Tensor, "batch token"]
+) -> Bool[Tensor, "batch token"]:
+    """Response tokens up to the end of the answer, with which no later one has to do.
+
+    In texts without an answer, all response tokens.
+    """
+    left = answer.int().flip(-1).cumsum(-1).flip(-1)  # answer tokens from each place on
+    return response & ((left > 0) | ~answer.any(-1, keepdim=True))
 
 
 def completions(

@@ -102,17 +102,18 @@ class Outputs:
         self,
         chances: Float[Tensor, "batch completion"],
         visible: Bool[Tensor, "batch token"],
+        decided: Bool[Tensor, "batch token"],
     ) -> tuple[Influence, ...] | None:
         """`‖∂ Σ λ / ∂ o‖` of the tokens whose log-probabilities, with their graph, are `chances`.
 
-        The sum is over the visible ones, the last of each text. `∂λ / ∂ log p` is `1 / (1 − p)`, at
-        most `1 / LEAST`. The graph stays as it is, and no gradient of a parameter changes. None if
+        The sum is over those that were `decided`. `∂λ / ∂ log p` is `1 / (1 − p)`, at most
+        `1 / LEAST`. The graph stays as it is, and no gradient of a parameter changes. None if
         the graph does not hold the output of every layer.
         """
         edges = [edge for layer in self._edges for edge in layer if edge is not None]
         if not chances.requires_grad or len(edges) < sum(max(1, len(row)) for row in self._edges):
             return None
-        said = visible[:, visible.shape[1] - chances.shape[1] :]
+        said = decided[:, decided.shape[1] - chances.shape[1] :]
         others = -torch.expm1(chances.detach().float())
         factors = torch.where(said, 1 / others.clamp_min(LEAST), 0.0).to(chances.dtype)
         found = torch.autograd.grad(chances, edges, factors, retain_graph=True)

@@ -156,7 +156,7 @@ class AttentionReader(ModelRunner):
         if choice is not None and choice.edges == "influence":
             with counted(kept.receive, sites, progress) as receive:
                 sizes = self.influences(
-                    input_ids, attention_mask, choice.response, layers, receive=receive
+                    input_ids, attention_mask, choice.decided, layers, receive=receive
                 )
         else:
             inputs = self._inputs(input_ids, attention_mask, {})

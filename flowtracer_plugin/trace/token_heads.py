@@ -10,7 +10,7 @@ from torch import Tensor
 from flowtracer_plugin.flow.solve import passing_tokens
 from flowtracer_plugin.model.causal_lm import check_input, input_device, model_name
 from flowtracer_plugin.options import FlowOptions
-from flowtracer_plugin.reading.edges import EdgeChoice
+from flowtracer_plugin.reading.edges import EdgeChoice, up_to_answer
 from flowtracer_plugin.reading.reader import AttentionReader
 from flowtracer_plugin.result.token_heads import TokenHeads
 from flowtracer_plugin.result.trace_data import TraceData
@@ -38,16 +38,16 @@ def token_heads(reader: AttentionReader, trace: TraceData, token: int) -> TokenH
     Budget(reader, trace.layers, copies=0, keeps=True, gradients=gradients).choose(
         "auto", ids.shape[1]
     )
-    target, response = (
+    target, response, answer = (
         torch.from_numpy(mask)[None].to(ids.device)
-        for mask in (trace.spans.target, trace.spans.response)
+        for mask in (trace.spans.target, trace.spans.response, trace.spans.answer)
     )
     choice = EdgeChoice(
         heads=trace.heads or "all",
         edges=options.edges,
         target=target,
         reasoning=torch.zeros_like(response),
-        response=response,
+        decided=up_to_answer(response, answer),
     )
     rows, _ = reader.read_rows(ids, visible, trace.layers, choice=choice, maps=True)
     paid = rows.by_head(token - 1 if options.rows == "decision" else token)

@@ -77,7 +77,7 @@ def choice(batch, heads, *, by_value=True, tokens=21):
     target, reasoning = (torch.tensor(part).expand(batch, -1) for part in parts(tokens))
     edges, response = "value" if by_value else "attention", torch.ones_like(target)
     return EdgeChoice(
-        heads=heads, edges=edges, target=target, reasoning=reasoning, response=response
+        heads=heads, edges=edges, target=target, reasoning=reasoning, decided=response
     )
 
 

@@ -131,7 +131,7 @@ def heard(model, ids, mask, temperature=1.0):
     with outputs.listening():
         each = zip(ids[:, None], mask[:, None], strict=True)
         chances = torch.cat([chances_of(model, *text, temperature) for text in each])
-    return outputs.influences(chances, mask), chances
+    return outputs.influences(chances, mask, mask), chances
 
 
 def test_the_graph_of_another_pass_gives_influence_and_stays_as_it_is():

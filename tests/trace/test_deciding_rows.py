@@ -2,6 +2,7 @@
 
 import doctest
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -101,6 +102,20 @@ def test_streamed_traces_are_equal_to_dense_ones(model, edges, first_token):
     )
     np.testing.assert_allclose(streamed.throughput, dense.throughput, atol=1e-5)
     np.testing.assert_allclose(streamed.reach, dense.reach, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["dense", "streamed"])
+def test_tokens_after_the_answer_change_nothing(model, mode):
+    """The answer does not depend on them, and influence on them does not count."""
+    made = ft.wrap(*model, preset="derivation", mode=mode, answer=re.compile("%(!)"))
+    alone = made.trace_tokens(PROMPT, SAID)
+    seen = len(PROMPT) + len(SAID)
+    for tail in ([6], [8, 12, 7, 11, 13]):
+        longer = made.trace_tokens(PROMPT, SAID + tail)
+        assert longer.spans.answer.nonzero()[0].tolist() == [seen - 2]
+        np.testing.assert_allclose(longer.throughput[:seen], alone.throughput, atol=1e-5)
+        np.testing.assert_allclose(longer.reach[:seen], alone.reach, atol=1e-5)
+        assert not longer.throughput[seen:].any()
 
 
 @pytest.mark.parametrize("mode", ["dense", "streamed"])
