@@ -250,7 +250,9 @@ def test_edges_are_those_of_the_slow_definition():
         ids, torch.ones_like(ids, dtype=torch.bool), LAYERS, keep=True
     ).calls
     maps = eager(input_ids=ids, output_attentions=True).attentions
-    gradients = gradients_by_hand(model, ids, decided_tokens(ids))
+    end = int(trace.spans.answer.nonzero()[0][-1]) + 1
+    before = decided_tokens(ids) & (torch.arange(ids.shape[1]) < end)
+    gradients = gradients_by_hand(model, ids, before)
     tokens, total = ids.shape[1], np.zeros((ids.shape[1],) * 2)
     for layer, call, gradient in zip(LAYERS, calls, gradients, strict=True):
         heads = maps[layer].shape[1]

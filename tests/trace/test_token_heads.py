@@ -40,8 +40,8 @@ def attention_by_hand(model, ids):
     return np.stack([one[0].double().numpy() for one in maps]), values
 
 
-def influence_by_hand(model, ids, prompt_length):
-    """`‖∂ Σ λ / ∂ o‖` by layer, head and row."""
+def influence_by_hand(model, ids, prompt_length, end):
+    """`‖∂ Σ λ / ∂ o‖` by layer, head and row, of the response tokens before `end`."""
     outputs = []
 
     def keep(_, given):
@@ -50,7 +50,7 @@ def influence_by_hand(model, ids, prompt_length):
 
     hooks = [layer.self_attn.o_proj.register_forward_pre_hook(keep) for layer in model.model.layers]
     chances = model(torch.tensor(ids)[None]).logits[0, :-1].double().log_softmax(-1)
-    said = chances.gather(-1, torch.tensor(ids[1:])[:, None])[prompt_length - 1 :, 0]
+    said = chances.gather(-1, torch.tensor(ids[1:])[:, None])[prompt_length - 1 : end - 1, 0]
     (said - torch.log1p(-said.exp())).sum().backward()
     model.zero_grad()
     for hook in hooks:
@@ -95,7 +95,8 @@ def test_each_head_pays_its_attention_by_values_and_influence(model):
     tracer, trace = traced(model, preset="derivation")
     ids, length = trace.token_ids.tolist(), trace.spans.prompt_length
     maps, values = attention_by_hand(model, ids)
-    sizes = influence_by_hand(model, ids, length)
+    end = int(trace.spans.answer.nonzero()[0][-1]) + 1
+    sizes = influence_by_hand(model, ids, length, end)
     row, wanted = 19, np.zeros((LAYERS, HEADS, 20))
     for layer, head in np.ndindex(LAYERS, HEADS):
         groups = values[layer].unflatten(-1, (model.config.num_key_value_heads, -1))
