@@ -67,8 +67,9 @@ Profiles (torch's and Python's, one thread) of the benchmarks above, and what th
   twice as long as 16, because the C library returns tensors of this size to the system, which has
   to clear them again ([before and after](results/streamed_profile.json); the table of
   `long_sequences` is from before). Beside the forward pass a trace takes 0.53 of before at 4,096
-  tokens, 0.57 at 8,192 and 0.73 at 16,384, so a half is not reached for longer texts: their rows do
-  not fit, and 40 % of them, at 32,768 tokens two thirds, are computed twice (0.81 of a forward pass).
+  tokens, 0.57 at 8,192 and 0.73 at 16,384. A half is not reached for longer texts: their rows do
+  not fit, and 40 % of them, at 32,768 tokens two thirds, are computed twice. There it takes 0.81 of
+  a forward pass.
 - credit in a step of the reasoner: half was decoding token by token to find answers; now most texts
   are joined from the tokens' names at once. The other half is the head mean, with padding masks.
 - a batch of rollouts: 76 % linear layers, which take the same time in any batch. Our part is 6 %.
