@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from benchmarks.plots import linear_panels, write
-from examples.ablation.gate import Record, best_rate, compared, finished, gate_of, paired
+from examples.ablation.gate import Paired, Record, best_rate, compared, finished, gate_of, paired
 from examples.ablation.plan import ARMS, FASTER, LEAST_ERRORS, LEAST_GAIN, PLAIN, TUNED, plan_of
 from flowtracer_plugin.audit.summary import holm
 from flowtracer_plugin.files import write_atomically
@@ -24,6 +24,8 @@ WEIGHED = "oar"
 """The arm that chooses no tokens, but weighs all."""
 SHOWN = {"uniform": "0.55", "faster": "C1", "flow": "C0", "reach_derivation": "C3", "oracle": "C2"}
 """The arms with a curve, and its colour."""
+ASKED = "reach_derivation"
+"""The arm that the comparison is about."""
 SMOOTH = 7
 """Width of the moving average of curves, in steps."""
 
@@ -82,7 +84,32 @@ def document(records: Sequence[Record], tasks: Tasks) -> str:
                 table(records, task, known["audit"]),
                 f"![Differences from plain GRPO, and rewards by step]({task}.svg)",
             ]
+    used = [task for task in tasks if _seeds(records, task) > 1]
+    if len(used) > 1:
+        parts += [
+            f"## All of {', '.join(used)}",
+            "The differences of all seeds together, each from the run of its own task and seed. No "
+            "plan asked for this, and nothing is corrected for the number of comparisons.",
+            pooled_table(records, used),
+        ]
     return "\n\n".join(parts) + "\n"
+
+
+def pooled(records: Sequence[Record], tasks: Sequence[str], arm: str, other: str) -> Paired:
+    """One arm minus another one, over the seeds of several tasks."""
+    curves = [compared(records, task) for task in tasks]
+    ours, others = (np.concatenate([one[name].mean(1) for one in curves]) for name in (arm, other))
+    return paired(ours, others)
+
+
+def pooled_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
+    """Each arm minus plain GRPO, and `ASKED` minus each arm, over all seeds of the tasks."""
+    rows = [f"| credit | − plain GRPO | {SAYS[ASKED]} − it |", "|---|---|---|"]
+    for arm in [one.name for one in ARMS if one.name != PLAIN]:
+        over = pooled(records, tasks, arm, PLAIN)
+        left = "" if arm == ASKED else str(pooled(records, tasks, ASKED, arm))
+        rows.append(f"| {SAYS[arm]} | {over} | {left} |")
+    return "\n".join(rows)
 
 
 def gate_table(records: Sequence[Record], tasks: Tasks) -> str:

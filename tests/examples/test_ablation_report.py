@@ -170,6 +170,14 @@ def shown(value):
 SURE = {
     "house": {"faster", "reach_decided", "reach_derivation", "oracle"},
     "program": {"faster", "reach_derivation", "oracle"},
+    "clock_1100": {
+        "faster",
+        "reach_decided",
+        "reach_derivation",
+        "grad_x_input",
+        "oar",
+        "oracle",
+    },
 }
 """The arms with p < 0.05 before the correction."""
 
@@ -179,8 +187,15 @@ SURE = {
     [
         ("README.md", "house", ("reach_derivation", "oracle")),
         ("README.md", "program", ("reach_derivation", "oracle")),
-        ("docs/ablation.md", "house", ("flow", "reach_derivation", "reach_decided", "oracle")),
-        ("docs/ablation.md", "program", ("flow", "reach_derivation", "reach_decided", "oracle")),
+        ("README.md", "clock_1100", ("reach_derivation", "oracle")),
+        *(
+            (
+                "docs/ablation.md",
+                task,
+                ("flow", "reach_derivation", "reach_decided", "oracle", "shuffled", "faster"),
+            )
+            for task in SURE
+        ),
     ],
 )
 def test_the_documents_say_what_the_records_say(document, task, arms):
@@ -210,6 +225,13 @@ def test_the_page_says_of_gate_and_spread_what_the_records_say():
     pairs = gate.curves_of(records, "clock", "gate", ("uniform", "oracle"))
     spread = (pairs["oracle"].mean(1) - pairs["uniform"].mean(1)).std(ddof=1)
     assert f"its eight pairs scattered by {spread:.3f}" in text
+    asked, used = "reach_derivation", list(SURE)
+    pairs = [(asked, other) for other in ("flow", "flow_20", "one_hop", "shuffled", "faster")]
+    pairs += [(asked, "oracle"), (asked, "grad_x_input")]
+    pairs += [(arm, "uniform") for arm in (asked, "reach_decided", "oracle", "flow", "faster")]
+    for one in (report.pooled(records, used, *pair) for pair in pairs):
+        assert f"({shown(one.low)} to {shown(one.high)})" in text.replace(", ", " (")
+        assert shown(one.mean)[1:] in text
     curves = gate.compared(records, "house")
     spread = (curves["flow"].mean(1) - curves["uniform"].mean(1)).std(ddof=1)
     assert f"the spread was {spread:.3f}" in text
