@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from inspect import signature
 from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -77,7 +80,8 @@ def encode_prompt(
 
     Raises:
         ValueError: The prompt is empty or cannot be written as UTF-8, a message has no role, or
-            neither content nor calls of tools, or the tokenizer has no chat template for messages.
+            neither content nor calls of tools, the tokenizer has no chat template for messages, or
+            its template does not read one of the arguments.
     """
     if not prompt:
         raise ValueError("the prompt is empty, so there is no question to trace from")
@@ -91,6 +95,7 @@ def encode_prompt(
             "chat messages need a tokenizer with a chat template, and this one has none; "
             "pass the prompt as a string"
         )
+    _check_arguments(tokenizer, template_kwargs or {})
     text = _rendered(tokenizer, [_message(message) for message in prompt], template_kwargs)
     return _ids(tokenizer, text, add_special_tokens=False), text
 
@@ -115,6 +120,42 @@ def _rendered(
             f"the tokenizer's chat template cannot take these messages ({error}); pass texts as "
             "their content, or the whole prompt as a string"
         ) from error
+
+
+def _check_arguments(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse arguments that the tokenizer's chat template does not read, and so would ignore."""
+    apply = PreTrainedTokenizerBase.apply_chat_template
+    if not template_kwargs or type(tokenizer).apply_chat_template is not apply:
+        return  # a tokenizer with a way of its own may read more
+    passed = {name for name in signature(apply).parameters if not name.startswith("return_")}
+    own = tokenizer.chat_template, template_kwargs.get("chat_template", "")
+    texts = [text for one in own for text in (one.values() if isinstance(one, Mapping) else [one])]
+    try:
+        read = (passed - _FORM).union(*(_variables(str(text)) for text in texts))
+    except TemplateSyntaxError:
+        return  # transformers says so when it fills the template
+    for name in template_kwargs.keys() - read:
+        meant = get_close_matches(name, read, n=1)
+        wish = f"did you mean {meant[0]!r}?" if meant else "leave it out"
+        raise ValueError(f"this model's chat template reads no argument {name!r}; {wish}")
+
+
+def _variables(template: str) -> set[str]:
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    parsed = environment.parse(_GENERATION.sub("", template))
+    return find_undeclared_variables(parsed) - _NO_ARGUMENTS
+
+
+_FORM = {"conversation", "tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length"}
+"""Arguments of `apply_chat_template` that do not shape the text; nor do any `return_…`."""
+
+_NO_ARGUMENTS = {"messages", "raise_exception", "strftime_now"}
+"""Names in templates whose values transformers itself gives."""
+
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+"""Tags of transformers that only it can parse."""
 
 
 class UserTurns(NamedTuple):

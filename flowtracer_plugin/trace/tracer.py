@@ -284,8 +284,9 @@ class FlowTracer:
 
         Raises:
             TypeError: Ids or mask are no tensors of whole numbers.
-            ValueError: Shapes differ, a token is outside the vocabulary, the input is longer than
-                the model's context, or packed texts come with a mask.
+            ValueError: Shapes differ, a further input is misspelt, a token is outside the
+                vocabulary, the input is longer than the model's context, or packed texts come with
+                a mask.
             AdapterMismatchError: On first use, if the attention that is read is not the model's.
         """
         return self._solver.attention(input_ids, attention_mask, dict(model_inputs or {}))
@@ -310,8 +311,8 @@ class FlowTracer:
             response: The model's response, which must be given; `generate` lets the model answer.
             answer: An answer finder to use instead of the tracer's.
             question: A mask over the prompt's tokens, or a rule to use instead of the tracer's.
-            template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`
-                or `tools`.
+            template_kwargs: Arguments that the chat template reads, such as
+                `{"enable_thinking": False}` or `tools`.
             progress: Show a progress bar.
 
         Raises:
@@ -321,7 +322,7 @@ class FlowTracer:
             ValueError: Prompt or response is empty or too long, the messages end with another one
                 of the assistant, or no question token reaches the answer.
         """
-        guesses.check_prompt(prompt)
+        guesses.check_prompt(prompt, template_kwargs)
         said = guesses.checked_response(prompt, response)
         check_turn(prompt, template_kwargs)
         tokenizer = self.require_tokenizer()
@@ -427,7 +428,7 @@ class FlowTracer:
             ValueError: The prompt is empty or too long, or `temperature` or `top_p` come without
                 `do_sample`.
         """
-        guesses.check_prompt(prompt)
+        guesses.check_prompt(prompt, template_kwargs)
         started = perf_counter()
         tokenizer = self.require_tokenizer()
         prompt_ids, _ = encode_prompt(tokenizer, prompt, template_kwargs)

@@ -1,6 +1,7 @@
 """What new users pass by a natural mistake works, or one sentence says what to do instead."""
 
 import inspect
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -138,6 +139,31 @@ def test_ids_that_are_not_one_text_are_answered(tracer, given, kind, message):
 def test_a_tracer_is_not_called(tracer):
     with pytest.raises(TypeError, match=r"a tracer is not called: tracer.generate\(prompt\) lets"):
         tracer(PROMPT, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given", "kind", "message"),
+    [
+        (PROMPT, {"tools": []}, ValueError, "are for the chat template, and a text is traced with"),
+        (MESSAGES, "tools=[]", TypeError, r"must be a mapping such as \{.*, got 'tools=\[\]'"),
+        (MESSAGES, {"tool": []}, ValueError, r"reads no argument 'tool'; did you mean 'tools'\?"),
+    ],
+)
+def test_arguments_that_no_template_reads_are_answered(tracer, prompt, given, kind, message):
+    for call in (
+        lambda **kw: tracer.trace(prompt, RESPONSE, **kw),
+        partial(tracer.generate, prompt),
+    ):
+        with pytest.raises(kind, match=message):
+            call(template_kwargs=given)
+
+
+def test_a_misspelt_input_of_the_model_is_named(tracer, ids):
+    tokens = torch.tensor([ids[0]])
+    places = torch.arange(tokens.shape[1])[None]
+    assert torch.is_tensor(tracer.attention(tokens, model_inputs={"position_ids": places}))
+    with pytest.raises(ValueError, match="no input 'position_id'; did you mean 'position_ids'"):
+        tracer.attention(tokens, model_inputs={"position_id": places})
 
 
 @pytest.mark.parametrize("option", [{"top_p": 0.9}, {"temperature": 0.7}])
