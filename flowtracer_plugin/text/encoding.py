@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from inspect import signature
 from itertools import count
 from typing import Any, NamedTuple
@@ -76,7 +77,8 @@ def encode_prompt(
 ) -> tuple[list[int], str]:
     """The token ids of a prompt, and the text that they encode.
 
-    `template_kwargs`, such as `tools` or `enable_thinking`, are passed to the chat template.
+    `template_kwargs`, such as `tools` or `enable_thinking`, are passed to the chat template. By
+    default it begins the assistant's turn, unless `continue_final_message` leaves the last open.
 
     Raises:
         ValueError: The prompt is empty or cannot be written as UTF-8, a message has no role, or
@@ -105,7 +107,9 @@ def _rendered(
     messages: list[dict[str, Any]],
     template_kwargs: Mapping[str, Any] | None,
 ) -> str:
-    options = {"tokenize": False, "add_generation_prompt": True, **(template_kwargs or {})}
+    given = dict(template_kwargs or {})
+    begins = not given.get("continue_final_message")
+    options = {"tokenize": False, "add_generation_prompt": begins, **given}
     try:
         try:
             return str(tokenizer.apply_chat_template(messages, **options))
@@ -142,10 +146,11 @@ def _check_arguments(
         raise ValueError(f"this model's chat template reads no argument {name!r}; {wish}")
 
 
-def _variables(template: str) -> set[str]:
+@lru_cache(maxsize=16)
+def _variables(template: str) -> frozenset[str]:
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     parsed = environment.parse(_GENERATION.sub("", template))
-    return find_undeclared_variables(parsed) - _NO_ARGUMENTS
+    return frozenset(find_undeclared_variables(parsed) - _NO_ARGUMENTS)
 
 
 _FORM = {"conversation", "tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length"}
@@ -257,9 +262,9 @@ def check_turn(prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None)
         return
     if prompt and isinstance(prompt[-1], Mapping) and prompt[-1].get("role") == "assistant":
         raise ValueError(
-            "the messages end with one of the assistant, and there is a response besides; leave "
-            "out that message, or, if the response goes on with it, pass template_kwargs="
-            "{'continue_final_message': True, 'add_generation_prompt': False}"
+            "the messages end with one of the assistant, so a response would be its second turn; "
+            "leave out that message, or, if the response goes on with it, pass template_kwargs="
+            "{'continue_final_message': True} (--template-arg continue_final_message=true)"
         )
 
 

@@ -384,7 +384,8 @@ class FlowTracer:
         The response ends at the model's end token, at a stop string of its generation config, after
         `max_new_tokens`, or at the end of the context. Sampling uses this config, unless
         `temperature` or `top_p` is given. Beams, several answers and token healing, which would
-        change the prompt, are not used. The chat template gets `template_kwargs`, as in `trace`.
+        change the prompt, are not used. The chat template gets `template_kwargs`, as in `trace`;
+        with `{"continue_final_message": True}` the model goes on with the last message.
 
         Raises:
             AnswerNotFoundError: The response has no answer; the message quotes it.
@@ -425,10 +426,11 @@ class FlowTracer:
 
         Raises:
             TypeError: The prompt is no text and no chat.
-            ValueError: The prompt is empty or too long, or `temperature` or `top_p` come without
-                `do_sample`.
+            ValueError: The prompt is empty or too long, the messages end with one of the assistant,
+                or `temperature` or `top_p` come without `do_sample`.
         """
         guesses.check_prompt(prompt, template_kwargs)
+        check_turn(prompt, template_kwargs)
         started = perf_counter()
         tokenizer = self.require_tokenizer()
         prompt_ids, _ = encode_prompt(tokenizer, prompt, template_kwargs)

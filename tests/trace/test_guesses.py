@@ -99,15 +99,28 @@ def test_a_response_of_another_kind_is_answered(tracer, prompt, response, messag
         tracer.trace(prompt, response)
 
 
-def test_a_response_after_the_assistants_own_message_is_refused_unless_it_goes_on_with_it(tracer):
-    begun = [*MESSAGES, {"role": "assistant", "content": "Tom has 3"}]
-    with pytest.raises(ValueError, match="end with one of the assistant, and there is a response"):
-        tracer.trace(begun, RESPONSE)
-    (row,) = ft.trace_many(tracer, [{"messages": begun, "response": RESPONSE}])
-    assert row.error.startswith("the messages end with one of the assistant")
-    kept = {"continue_final_message": True, "add_generation_prompt": False}
-    trace = tracer.trace(begun, RESPONSE, template_kwargs=kept)
+BEGUN = [*MESSAGES, {"role": "assistant", "content": "Tom has 3"}]
+
+
+def test_a_response_after_the_assistants_own_message_is_refused(tracer):
+    for call in (lambda: tracer.trace(BEGUN, RESPONSE), lambda: tracer.generate(BEGUN)):
+        with pytest.raises(ValueError, match="end with one of the assistant, so a response would"):
+            call()
+    silent = [*MESSAGES, {"role": "assistant", "content": ""}]
+    for messages, response in ((BEGUN, RESPONSE), (silent, None)):
+        (row,) = ft.trace_many(tracer, [{"messages": messages, "response": response}])
+        assert row.error.startswith("the messages end with one of the assistant")
+
+
+@pytest.mark.parametrize("more", [{}, {"add_generation_prompt": False}])
+def test_a_response_may_go_on_with_the_assistants_own_message(tracer, more):
+    kept = {"continue_final_message": True, **more}
+    trace = tracer.trace(BEGUN, RESPONSE, template_kwargs=kept)
     assert "".join(trace.tokens).endswith(f"<|assistant|>\nTom has 3{RESPONSE}")
+    made = tracer.generate(
+        BEGUN, max_new_tokens=3, answer=lambda text: (0, len(text)), template_kwargs=kept
+    )
+    assert made.tokens[: made.spans.prompt_length] == trace.tokens[: trace.spans.prompt_length]
 
 
 def test_many_texts_are_traced_as_the_sentence_says(tracer):
