@@ -207,10 +207,10 @@ def _ids(
 ) -> tuple[list[int], list[int] | None]:
     if example.prompt_ids is not None and example.completion_ids is not None:
         return list(example.prompt_ids), list(example.completion_ids)
+    check_turn(example.prompt)
     asked, text = encode_prompt(tokenizer, example.prompt)
     if example.response is None:
         return asked, None
-    check_turn(example.prompt)
     return asked, encode_response(tokenizer, text, example.response)
 
 

@@ -257,8 +257,10 @@ def _groups(
     """The rollouts of every prompt; those that the file lacks are sampled and added to it."""
     from flowtracer_plugin.bulk.engines import Engine, open_pool
     from flowtracer_plugin.evaluation.progress import Progress
-    from flowtracer_plugin.text.encoding import encode_prompt
+    from flowtracer_plugin.text.encoding import check_turn, encode_prompt
 
+    for one in examples:
+        check_turn(one.prompt)
     prompts = [(one, tuple(encode_prompt(tokenizer, one.prompt)[0])) for one in examples]
     left = [(one, ids) for one, ids in prompts if not file.has_group(one.row, ids)]
     known = len(prompts) - len(left)

@@ -165,7 +165,8 @@ def _conversation(path: Path, template_kwargs: Mapping[str, Any]) -> Question:
             f"{str(path)!r} must hold a list of chat messages such as "
             '[{"role": "user", "content": "How many?"}], got ' + f"{messages!r:.80}"
         )
-    last = messages[-1] if len(messages) > 1 else {}
+    open_turn = template_kwargs.get("continue_final_message")  # the response goes on with the last
+    last = messages[-1] if len(messages) > 1 and not open_turn else {}
     response = last.get("content") if last.get("role") == "assistant" else None
     if isinstance(response, str):
         messages = messages[:-1]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from threading import Lock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -77,6 +78,19 @@ def accepted_inputs(model: nn.Module) -> frozenset[str]:
         if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
             break
     return frozenset(parameters)
+
+
+def check_inputs(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse misspelt names of inputs, which many models ignore, as they pass any on to others.
+
+    Raises:
+        ValueError: No module of the model takes one of these names, and the model one like it.
+    """
+    for name in names:
+        meant = get_close_matches(name, accepted_inputs(model), n=1, cutoff=0.8)
+        takers = (inspect.signature(module.forward).parameters for module in model.modules())
+        if meant and not any(name in parameters for parameters in takers):
+            raise ValueError(f"the model takes no input {name!r}; did you mean {meant[0]!r}?")
 
 
 def text_inputs(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+from inspect import signature
 from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -73,11 +77,13 @@ def encode_prompt(
 ) -> tuple[list[int], str]:
     """The token ids of a prompt, and the text that they encode.
 
-    `template_kwargs`, such as `tools` or `enable_thinking`, are passed to the chat template.
+    `template_kwargs`, such as `tools` or `enable_thinking`, are passed to the chat template. By
+    default it begins the assistant's turn, unless `continue_final_message` leaves the last open.
 
     Raises:
         ValueError: The prompt is empty or cannot be written as UTF-8, a message has no role, or
-            neither content nor calls of tools, or the tokenizer has no chat template for messages.
+            neither content nor calls of tools, the tokenizer has no chat template for messages, or
+            its template does not read one of the arguments.
     """
     if not prompt:
         raise ValueError("the prompt is empty, so there is no question to trace from")
@@ -91,6 +97,7 @@ def encode_prompt(
             "chat messages need a tokenizer with a chat template, and this one has none; "
             "pass the prompt as a string"
         )
+    _check_arguments(tokenizer, template_kwargs or {})
     text = _rendered(tokenizer, [_message(message) for message in prompt], template_kwargs)
     return _ids(tokenizer, text, add_special_tokens=False), text
 
@@ -100,7 +107,9 @@ def _rendered(
     messages: list[dict[str, Any]],
     template_kwargs: Mapping[str, Any] | None,
 ) -> str:
-    options = {"tokenize": False, "add_generation_prompt": True, **(template_kwargs or {})}
+    given = dict(template_kwargs or {})
+    begins = not given.get("continue_final_message")
+    options = {"tokenize": False, "add_generation_prompt": begins, **given}
     try:
         try:
             return str(tokenizer.apply_chat_template(messages, **options))
@@ -115,6 +124,43 @@ def _rendered(
             f"the tokenizer's chat template cannot take these messages ({error}); pass texts as "
             "their content, or the whole prompt as a string"
         ) from error
+
+
+def _check_arguments(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse arguments that the tokenizer's chat template does not read, and so would ignore."""
+    apply = PreTrainedTokenizerBase.apply_chat_template
+    if not template_kwargs or type(tokenizer).apply_chat_template is not apply:
+        return  # a tokenizer with a way of its own may read more
+    passed = {name for name in signature(apply).parameters if not name.startswith("return_")}
+    own = tokenizer.chat_template, template_kwargs.get("chat_template", "")
+    texts = [text for one in own for text in (one.values() if isinstance(one, Mapping) else [one])]
+    try:
+        read = (passed - _FORM).union(*(_variables(str(text)) for text in texts))
+    except TemplateSyntaxError:
+        return  # transformers says so when it fills the template
+    for name in template_kwargs.keys() - read:
+        meant = get_close_matches(name, read, n=1)
+        wish = f"did you mean {meant[0]!r}?" if meant else "leave it out"
+        raise ValueError(f"this model's chat template reads no argument {name!r}; {wish}")
+
+
+@lru_cache(maxsize=16)
+def _variables(template: str) -> frozenset[str]:
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    parsed = environment.parse(_GENERATION.sub("", template))
+    return frozenset(find_undeclared_variables(parsed) - _NO_ARGUMENTS)
+
+
+_FORM = {"conversation", "tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length"}
+"""Arguments of `apply_chat_template` that do not shape the text; nor do any `return_…`."""
+
+_NO_ARGUMENTS = {"messages", "raise_exception", "strftime_now"}
+"""Names in templates whose values transformers itself gives."""
+
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+"""Tags of transformers that only it can parse."""
 
 
 class UserTurns(NamedTuple):
@@ -216,9 +262,9 @@ def check_turn(prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None)
         return
     if prompt and isinstance(prompt[-1], Mapping) and prompt[-1].get("role") == "assistant":
         raise ValueError(
-            "the messages end with one of the assistant, and there is a response besides; leave "
-            "out that message, or, if the response goes on with it, pass template_kwargs="
-            "{'continue_final_message': True, 'add_generation_prompt': False}"
+            "the messages end with one of the assistant, so a response would be its second turn; "
+            "leave out that message, or, if the response goes on with it, pass template_kwargs="
+            "{'continue_final_message': True} (--template-arg continue_final_message=true)"
         )
 
 

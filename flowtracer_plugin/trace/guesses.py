@@ -46,13 +46,25 @@ def check_wrapped(model: Any, tokenizer: Any) -> None:
         )
 
 
-def check_prompt(prompt: Any) -> None:
-    """Refuse what is no text and no chat.
+def check_prompt(prompt: Any, template_kwargs: Any = None) -> None:
+    """Refuse what is no text and no chat, and arguments of the chat template where none is used.
 
     Raises:
-        TypeError: The prompt is something else; the message says what takes it.
+        TypeError: The prompt is something else; the message says what takes it. Or the arguments
+            are no mapping.
+        ValueError: A text, which no template shapes, comes with arguments of the template.
     """
+    if not isinstance(template_kwargs, Mapping | None):
+        raise TypeError(
+            "template_kwargs must be a mapping such as {'enable_thinking': False}, got "
+            f"{template_kwargs!r:.80}"
+        )
     if isinstance(prompt, str):
+        if template_kwargs:
+            raise ValueError(
+                "template_kwargs are for the chat template, and a text is traced without it; pass "
+                "chat messages, such as [{'role': 'user', 'content': text}]"
+            )
         return
     known = _kind(prompt)
     if known is None:

@@ -15,7 +15,12 @@ from flowtracer_plugin.flow.solve import solve_flow
 from flowtracer_plugin.flow.streamed import stream_flow
 from flowtracer_plugin.flow.substitution import Rows, kept_between
 from flowtracer_plugin.flow.torch_arrays import sent
-from flowtracer_plugin.model.causal_lm import check_input, check_packing, input_device
+from flowtracer_plugin.model.causal_lm import (
+    check_input,
+    check_inputs,
+    check_packing,
+    input_device,
+)
 from flowtracer_plugin.model.padding import in_front
 from flowtracer_plugin.options import FlowOptions
 from flowtracer_plugin.reading.edges import (
@@ -98,6 +103,7 @@ class Solver:
                 "attention() returns the attention between all pairs of tokens, which "
                 "mode='streamed' avoids; wrap(..., mode='dense')"
             )
+        check_inputs(self.reader.model, others)
         cache = others.get("past_key_values")
         cached = 0 if cache is None else int(cache.get_seq_length())
         mask = check_input(self.reader.model, input_ids, attention_mask, cached=cached)

@@ -284,8 +284,9 @@ class FlowTracer:
 
         Raises:
             TypeError: Ids or mask are no tensors of whole numbers.
-            ValueError: Shapes differ, a token is outside the vocabulary, the input is longer than
-                the model's context, or packed texts come with a mask.
+            ValueError: Shapes differ, a further input is misspelt, a token is outside the
+                vocabulary, the input is longer than the model's context, or packed texts come with
+                a mask.
             AdapterMismatchError: On first use, if the attention that is read is not the model's.
         """
         return self._solver.attention(input_ids, attention_mask, dict(model_inputs or {}))
@@ -310,8 +311,8 @@ class FlowTracer:
             response: The model's response, which must be given; `generate` lets the model answer.
             answer: An answer finder to use instead of the tracer's.
             question: A mask over the prompt's tokens, or a rule to use instead of the tracer's.
-            template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`
-                or `tools`.
+            template_kwargs: Arguments that the chat template reads, such as
+                `{"enable_thinking": False}` or `tools`.
             progress: Show a progress bar.
 
         Raises:
@@ -321,7 +322,7 @@ class FlowTracer:
             ValueError: Prompt or response is empty or too long, the messages end with another one
                 of the assistant, or no question token reaches the answer.
         """
-        guesses.check_prompt(prompt)
+        guesses.check_prompt(prompt, template_kwargs)
         said = guesses.checked_response(prompt, response)
         check_turn(prompt, template_kwargs)
         tokenizer = self.require_tokenizer()
@@ -383,7 +384,8 @@ class FlowTracer:
         The response ends at the model's end token, at a stop string of its generation config, after
         `max_new_tokens`, or at the end of the context. Sampling uses this config, unless
         `temperature` or `top_p` is given. Beams, several answers and token healing, which would
-        change the prompt, are not used. The chat template gets `template_kwargs`, as in `trace`.
+        change the prompt, are not used. The chat template gets `template_kwargs`, as in `trace`;
+        with `{"continue_final_message": True}` the model goes on with the last message.
 
         Raises:
             AnswerNotFoundError: The response has no answer; the message quotes it.
@@ -424,10 +426,11 @@ class FlowTracer:
 
         Raises:
             TypeError: The prompt is no text and no chat.
-            ValueError: The prompt is empty or too long, or `temperature` or `top_p` come without
-                `do_sample`.
+            ValueError: The prompt is empty or too long, the messages end with one of the assistant,
+                or `temperature` or `top_p` come without `do_sample`.
         """
-        guesses.check_prompt(prompt)
+        guesses.check_prompt(prompt, template_kwargs)
+        check_turn(prompt, template_kwargs)
         started = perf_counter()
         tokenizer = self.require_tokenizer()
         prompt_ids, _ = encode_prompt(tokenizer, prompt, template_kwargs)

@@ -6,7 +6,7 @@ import pytest
 from examples.reasoner.problems import make_problems
 from flowtracer_plugin.cli.audit import SCORERS
 from flowtracer_plugin.credit.scorers import find_scorer
-from tests.cli.command_line import in_a_process
+from tests.cli.command_line import assert_failed, in_a_process
 from tests.documents.snippets import REASONER, ROOT
 
 STORIES = ROOT / "examples" / "stories.jsonl"
@@ -183,3 +183,14 @@ def test_data_that_the_model_never_solves_are_refused(flowtracer, tmp_path):
     ran = flowtracer("audit", REASONER, data, *FEW)
     assert ran.code == 1
     assert "among 8 prompts, none in one half got completions with different rewards" in ran.said
+
+
+def test_prompts_end_before_the_assistants_turn(flowtracer, chat_model, tmp_path):
+    data = tmp_path / "said.jsonl"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]
+    data.write_text(f"{json.dumps({'messages': turns, 'answer': '7'})}\n" * 8)
+    assert_failed(
+        flowtracer("audit", chat_model, data, *QUICK),
+        1,
+        "the messages end with one of the assistant",
+    )

@@ -45,6 +45,24 @@ def test_a_prompt_comes_from_the_shell_from_a_file_or_as_messages(flowtracer, ch
     )
 
 
+def test_messages_that_end_with_the_assistants_are_gone_on_with_where_asked(
+    flowtracer, chat_model, tmp_path
+):
+    said = tmp_path / "said.json"
+    said.write_text(json.dumps(messages(("user", PROMPT), ("assistant", "Tom has"))))
+    go_on = ["--messages", said, "--template-arg", "continue_final_message=true"]
+    text = traced(flowtracer, chat_model, *go_on, "--response", RESPONSE)
+    assert text.endswith(f"<|assistant|>\nTom has{RESPONSE}")
+    made = traced(flowtracer, chat_model, *go_on, "--answer", r"re:(?s)(.+)")
+    assert "<|assistant|>\nTom has" in made
+    said.write_text(json.dumps(messages(("assistant", "Tom has"))))
+    assert_failed(
+        flowtracer("generate", chat_model, "--messages", said),
+        1,
+        "the messages end with one of the assistant",
+    )
+
+
 def test_arguments_reach_the_chat_template(flowtracer, chat_model, monkeypatch):
     seen = []
     real = type(tiny_tokenizer(chat=True)).apply_chat_template

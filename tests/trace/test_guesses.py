@@ -1,6 +1,7 @@
 """What new users pass by a natural mistake works, or one sentence says what to do instead."""
 
 import inspect
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,15 +99,28 @@ def test_a_response_of_another_kind_is_answered(tracer, prompt, response, messag
         tracer.trace(prompt, response)
 
 
-def test_a_response_after_the_assistants_own_message_is_refused_unless_it_goes_on_with_it(tracer):
-    begun = [*MESSAGES, {"role": "assistant", "content": "Tom has 3"}]
-    with pytest.raises(ValueError, match="end with one of the assistant, and there is a response"):
-        tracer.trace(begun, RESPONSE)
-    (row,) = ft.trace_many(tracer, [{"messages": begun, "response": RESPONSE}])
-    assert row.error.startswith("the messages end with one of the assistant")
-    kept = {"continue_final_message": True, "add_generation_prompt": False}
-    trace = tracer.trace(begun, RESPONSE, template_kwargs=kept)
+BEGUN = [*MESSAGES, {"role": "assistant", "content": "Tom has 3"}]
+
+
+def test_a_response_after_the_assistants_own_message_is_refused(tracer):
+    for call in (lambda: tracer.trace(BEGUN, RESPONSE), lambda: tracer.generate(BEGUN)):
+        with pytest.raises(ValueError, match="end with one of the assistant, so a response would"):
+            call()
+    silent = [*MESSAGES, {"role": "assistant", "content": ""}]
+    for messages, response in ((BEGUN, RESPONSE), (silent, None)):
+        (row,) = ft.trace_many(tracer, [{"messages": messages, "response": response}])
+        assert row.error.startswith("the messages end with one of the assistant")
+
+
+@pytest.mark.parametrize("more", [{}, {"add_generation_prompt": False}])
+def test_a_response_may_go_on_with_the_assistants_own_message(tracer, more):
+    kept = {"continue_final_message": True, **more}
+    trace = tracer.trace(BEGUN, RESPONSE, template_kwargs=kept)
     assert "".join(trace.tokens).endswith(f"<|assistant|>\nTom has 3{RESPONSE}")
+    made = tracer.generate(
+        BEGUN, max_new_tokens=3, answer=lambda text: (0, len(text)), template_kwargs=kept
+    )
+    assert made.tokens[: made.spans.prompt_length] == trace.tokens[: trace.spans.prompt_length]
 
 
 def test_many_texts_are_traced_as_the_sentence_says(tracer):
@@ -138,6 +152,31 @@ def test_ids_that_are_not_one_text_are_answered(tracer, given, kind, message):
 def test_a_tracer_is_not_called(tracer):
     with pytest.raises(TypeError, match=r"a tracer is not called: tracer.generate\(prompt\) lets"):
         tracer(PROMPT, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given", "kind", "message"),
+    [
+        (PROMPT, {"tools": []}, ValueError, "are for the chat template, and a text is traced with"),
+        (MESSAGES, "tools=[]", TypeError, r"must be a mapping such as \{.*, got 'tools=\[\]'"),
+        (MESSAGES, {"tool": []}, ValueError, r"reads no argument 'tool'; did you mean 'tools'\?"),
+    ],
+)
+def test_arguments_that_no_template_reads_are_answered(tracer, prompt, given, kind, message):
+    for call in (
+        lambda **kw: tracer.trace(prompt, RESPONSE, **kw),
+        partial(tracer.generate, prompt),
+    ):
+        with pytest.raises(kind, match=message):
+            call(template_kwargs=given)
+
+
+def test_a_misspelt_input_of_the_model_is_named(tracer, ids):
+    tokens = torch.tensor([ids[0]])
+    places = torch.arange(tokens.shape[1])[None]
+    assert torch.is_tensor(tracer.attention(tokens, model_inputs={"position_ids": places}))
+    with pytest.raises(ValueError, match="no input 'position_id'; did you mean 'position_ids'"):
+        tracer.attention(tokens, model_inputs={"position_id": places})
 
 
 @pytest.mark.parametrize("option", [{"top_p": 0.9}, {"temperature": 0.7}])
