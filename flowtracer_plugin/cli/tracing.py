@@ -66,8 +66,8 @@ class NewTraceOptions(OutputOptions):
         bool,
         _output(
             "--check",
-            help="Knock out the tokens with the most flow, one after another, and show what the "
-            "answer loses; takes a forward pass for each.",
+            help="Knock out the tokens with the most flow and those that the score causal chooses, "
+            "one after another, and show what the answer loses; takes a forward pass for each.",
         ),
     ] = False
 
@@ -329,7 +329,10 @@ def _heads(tracer: FlowTracer, trace: FlowTrace, token: int | str) -> TokenHeads
 
 
 def _drops(tracer: FlowTracer, trace: FlowTrace) -> dict[int, float] | None:
-    """What the answer loses without each of the tokens with the most flow, one at a time."""
+    """What the answer loses without some tokens, one at a time.
+
+    They are those with the most flow, and those that `causal` finds that the answer hangs on.
+    """
     from flowtracer_plugin.evaluation.knockout import token_drops
     from flowtracer_plugin.model.cutting import KnockOutError
     from flowtracer_plugin.report.carried import carriers
@@ -339,7 +342,21 @@ def _drops(tracer: FlowTracer, trace: FlowTrace) -> dict[int, float] | None:
         token for one in carriers(show(trace)) for token in range(one.unit.first, one.unit.last + 1)
     ]
     try:
-        return token_drops(tracer.model, trace, named)
+        return token_drops(tracer.model, trace, sorted({*named, *_hung_on(tracer, trace)}))
     except KnockOutError as error:  # the trace itself must not be lost to it
         typer.echo(f"nothing is knocked out: {error}", err=True)
         return None
+
+
+def _hung_on(tracer: FlowTracer, trace: FlowTrace) -> list[int]:
+    """The response tokens that `causal` chooses first; none where the model does not allow it."""
+    from flowtracer_plugin.attention.adapter import UnsupportedArchitectureError
+    from flowtracer_plugin.credit.token_scores import score_text
+    from flowtracer_plugin.report.carried import MOST_TOKENS
+
+    try:
+        (score,) = score_text(tracer, trace, ["causal"]).values()
+    except (ValueError, MemoryError, UnsupportedArchitectureError):
+        return []
+    best = score.argsort(kind="stable")[::-1][:MOST_TOKENS]
+    return [token for token in best.tolist() if score[token] > 0]

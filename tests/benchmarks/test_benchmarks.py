@@ -162,7 +162,7 @@ def test_the_method_says_what_the_knock_outs_with_causal_say():
         differs = f", {over['mean']:+.2f} ± {over['error']:.2f}" if over else ""
         return f"{drop['mean']:.2f}{differs}".replace("-", "−")
 
-    for score in ("causal", "flow:causal", "reach:derivation", "flow"):
+    for score in ("causal", "flow:causal", "reach:derivation", "reach:decided", "flow"):
         assert f"| `{score}` | {' | '.join(cell(one, score) for one in settings)} |\n" in text
     assert [one["measured"] for one in settings] == [
         int(count) for count in re.findall(r"\((\d+)\)", text.partition("has `causal`")[2][:300])

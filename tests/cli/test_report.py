@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from flowtracer_plugin.cli import (
     report as cli_pages,
     tracing as cli_tracing,
 )
+from flowtracer_plugin.credit import token_scores
 from flowtracer_plugin.evaluation import knockout
 from flowtracer_plugin.model.cutting import KnockOutError
 from flowtracer_plugin.trace.flow_trace import FlowTrace
@@ -85,6 +87,32 @@ def test_a_check_says_what_the_answer_loses_without_the_tokens_with_the_most_flo
     assert ran.code == 0
     assert "nothing is knocked out: its attention cannot be cut" in ran.err
     assert "most flow passes through" in ran.out
+
+
+def test_a_check_also_knocks_out_what_causal_chooses(flowtracer, plain_model, monkeypatch):
+    asked, allowed = [], []
+
+    def causal(_tracer, trace, names):
+        assert names == ["causal"]
+        if not allowed:
+            raise ft.UnsupportedArchitectureError("there are no gradients here")
+        scores = np.zeros(len(trace.tokens))
+        scores[allowed] = 1.0
+        return {"causal": scores}
+
+    def drops(_model, _trace, tokens):
+        asked.append(set(tokens))
+        return dict.fromkeys(tokens, 1.0)
+
+    monkeypatch.setattr(token_scores, "score_text", causal)
+    monkeypatch.setattr(knockout, "token_drops", drops)
+    given = ["trace", plain_model, "--prompt", PROMPT, "--response", RESPONSE, "--check"]
+    assert flowtracer(*given).code == 0
+    (flow,) = asked
+    allowed.append(min(set(range(100)) - flow))
+    ran = flowtracer(*given)
+    assert asked[1] == flow | set(allowed)
+    assert f"of the {len(flow) + 1} tokens measured" in " ".join(ran.out.split())
 
 
 def test_the_heads_of_a_token_are_shown(flowtracer, plain_model, tmp_path, monkeypatch):
