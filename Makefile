@@ -33,10 +33,13 @@ bench: flashtrace
 	$(BIN)/python -m benchmarks $(ONLY)
 
 # On a machine with a GPU: what has not run on one yet, in an hour. A CUDA build of torch that is
-# installed is used as it is.
+# installed is used as it is, also one in a virtual environment that PYTHON belongs to.
 gpu:
 	$(PYTHON) -m venv --system-site-packages .venv-gpu
-	.venv-gpu/bin/python -m pip install --quiet --editable ".[all,dev]"
+	$(PYTHON) -c "import site; print(site.getsitepackages()[0])" \
+		> "$$(.venv-gpu/bin/python -c 'import site; print(site.getsitepackages()[0])')/flowtracer.pth"
+	.venv-gpu/bin/python -m benchmarks.found_torch > .venv-gpu/found.txt
+	.venv-gpu/bin/python -m pip install --quiet --constraint .venv-gpu/found.txt --editable ".[all,dev]"
 	.venv-gpu/bin/python -m benchmarks.first_gpu $(ARGS)
 
 # Takes a few hours of two cores; it goes on where it was broken off.

@@ -9,7 +9,8 @@ file after each, so that it can be stopped at any time; the next call goes on wi
     make gpu ARGS="models lengths"                # these parts
     python -m benchmarks.first_gpu --rehearse     # tiny sizes on this machine's CPU
 
-Without a CUDA device it says so, and runs nothing but a rehearsal.
+Without a CUDA device it says so, and runs nothing but a rehearsal. `make gpu` installs nothing if
+the CUDA build of torch that it finds is of a version that this package does not work with.
 """
 
 from __future__ import annotations

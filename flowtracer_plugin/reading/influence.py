@@ -63,7 +63,7 @@ def influences(
     asked = in_front(decided, visible, ordered)
     with _own_pass(model, projections) as outputs:
         total = around(lambda: _total_log_odds(model, ordered_ids, ordered, asked))
-        gradients = torch.autograd.grad(total, _reached(model, outputs))
+        gradients = gradients_of(model, total, _reached(model, outputs))
     return tuple(
         moved_back(_lengths(gradient, count, ordered), visible).transpose(1, 2)
         for gradient, count in zip(gradients, heads, strict=True)
@@ -111,7 +111,7 @@ class Outputs:
         the graph does not hold the output of every layer.
         """
         edges = [edge for layer in self._edges for edge in layer if edge is not None]
-        if not chances.requires_grad or len(edges) < sum(max(1, len(row)) for row in self._edges):
+        if len(edges) < sum(max(1, len(row)) for row in self._edges) or has_holes(chances):
             return None
         said = decided[:, decided.shape[1] - chances.shape[1] :]
         others = -torch.expm1(chances.detach().float())
@@ -142,7 +142,7 @@ def keeps_graph(
     with _own_pass(model, projections) as outputs:
         asked = torch.ones_like(visible)
         total, reached = _total_log_odds(model, ids, visible, asked), _reached(model, outputs)
-        first = torch.autograd.grad(total, reached, retain_graph=True)
+        first = gradients_of(model, total, reached, retain_graph=True)
         before = [gradient.float().clone() for gradient in first]
         again = torch.autograd.grad(total, reached)
     return all(
@@ -283,6 +283,50 @@ def without_gradients(model: nn.Module, edges: str = "influence") -> Unsupported
         f"{type(model).__name__} there is none: it is quantized without gradients, or was loaded "
         "in inference mode; use edges='value' (preset='decided')"
     )
+
+
+def gradients_of(
+    model: nn.Module,
+    total: Float[Tensor, ""],
+    reached: Sequence[Tensor],
+    edges: str = "influence",
+    *,
+    retain_graph: bool = False,
+) -> tuple[Tensor, ...]:
+    """The gradients of a number by tensors of the model's forward pass.
+
+    Raises:
+        UnsupportedArchitectureError: Some operation of the model passes no gradient on.
+    """
+    if has_holes(total):
+        raise without_gradients(model, edges)
+    found = torch.autograd.grad(total, reached, retain_graph=retain_graph, allow_unused=True)
+    if any(gradient is None for gradient in found):
+        raise without_gradients(model, edges)
+    return found
+
+
+def has_holes(found: Tensor) -> bool:
+    """Whether the graph of a tensor is missing, or lacks the gradient of an operation.
+
+    Kernels for quantized weights often come without one. PyTorch then warns and goes on without
+    what would flow through them, so that all gradients below are wrong, or there are none.
+    """
+    if found.grad_fn is None:
+        return True
+    waiting, seen = [found.grad_fn], {found.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if node.name().endswith(_NO_KERNEL):
+            return True
+        new = {before for before, _ in node.next_functions if before is not None} - seen
+        seen |= new
+        waiting += new
+    return False
+
+
+_NO_KERNEL = "NotImplemented"
+"""How PyTorch's name of an operation without a gradient ends."""
 
 
 def _lengths(

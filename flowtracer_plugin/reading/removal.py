@@ -32,6 +32,7 @@ from flowtracer_plugin.model.cutting import (
 from flowtracer_plugin.model.padding import in_front, put_back, text_first
 from flowtracer_plugin.reading.influence import (
     check_backward,
+    gradients_of,
     log_odds,
     own_graph,
     without_gradients,
@@ -216,7 +217,7 @@ def _felt(
         ]
         if not all(one.requires_grad for one in reached):
             raise without_gradients(model, EDGES)
-        gradients = torch.autograd.grad(total, reached)
+        gradients = gradients_of(model, total, reached, EDGES)
     felt = [
         FeltCall(call=call, output=_by_head(one, call), gradient=_by_head(gradient, call))
         for call, one, gradient in zip(readings[0].calls, reached, gradients, strict=True)

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks import first_gpu, gpu_parts
+from benchmarks import first_gpu, found_torch, gpu_parts
 from benchmarks.first_gpu import run, table
 from benchmarks.gpu_parts import FULL, PARTS, REHEARSAL
+from benchmarks.harness import ROOT
 from tests.conformance.test_dozen import DOZEN
 from tests.families import CONFIGS
 
@@ -88,6 +89,44 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
         first_gpu.main()
     assert ended.value.code == 1
     assert "wanted a CUDA device, found none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("found", "kept"),
+    [
+        ("2.6.0+cu124", True),
+        ("2.7.0a0+7c8ec84dab.nv25.03", True),  # NVIDIA's containers hold such builds
+        ("2.15.9", True),
+        ("2.5.1+cu121", False),
+        ("2.6.0a0+df5bbc09d1.nv24.12", False),
+        ("2.16.0", False),
+    ],
+)
+def test_a_cuda_torch_that_pip_would_replace_is_refused(found, kept):
+    refusal = found_torch.refused(found, "12.4", ">=2.6,<2.16")
+    assert (refusal is None) == kept
+    if not kept:
+        assert refusal.startswith(f"found torch {found} for CUDA 12.4, wanted torch>=2.6,<2.16, ")
+        assert "run `make gpu PYTHON=" in refusal
+
+
+def test_a_cuda_torch_is_looked_at_before_anything_is_installed(monkeypatch, capsys):
+    monkeypatch.setattr(found_torch, "installed", lambda: ("2.7.1+cu128", "12.8"))
+    found_torch.main()
+    assert capsys.readouterr().out == "torch==2.7.1+cu128\n"
+    monkeypatch.setattr(found_torch, "installed", lambda: ("1.13.1", "11.7"))
+    with pytest.raises(SystemExit, match=r"^found torch 1\.13\.1 for CUDA 11\.7, wanted torch[<>]"):
+        found_torch.main()
+    monkeypatch.setattr(found_torch, "installed", lambda: ("1.13.1+cpu", None))
+    found_torch.main()
+    assert not capsys.readouterr().out
+    steps = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\ngpu:")[2]
+    assert -1 < steps.find("benchmarks.found_torch") < steps.find("pip install")
+
+
+def test_the_torch_of_this_machine_is_found():
+    assert found_torch.installed() == (torch.__version__, torch.version.cuda)
+    assert found_torch.refused(torch.__version__, "any", found_torch.wanted()) is None
 
 
 def test_the_full_size_asks_everything():

@@ -17,7 +17,10 @@ import torch
 import flowtracer_plugin as ft
 from flowtracer_plugin.credit.read_rollouts import Late, ReadRollouts
 from flowtracer_plugin.credit.scorers import SCORERS
-from flowtracer_plugin.evaluation.knockout import knock_out
+from flowtracer_plugin.credit.token_scores import TOKEN_SCORES
+from flowtracer_plugin.evaluation.knockout import knock_out, set_drops, token_drops
+from flowtracer_plugin.evaluation.protocols import PROTOCOLS, EvaluationSettings, measure_example
+from flowtracer_plugin.evaluation.ranked_tokens import KnockOutOptions
 from flowtracer_plugin.grpo import CreditOptions
 from flowtracer_plugin.grpo.other_trainers import rollout_credit
 from flowtracer_plugin.options import flow_options
@@ -31,6 +34,9 @@ Path = Callable[[Place], Any]
 
 SAID = [RESPONSE, " He ate 1, so 2.", " no number"]
 """Completions of different lengths, one without an answer."""
+
+COUNTED = " He had 3.\nHe ate 1.\n3 - 1 = 2.\nThe answer is 5."
+"""A response of enough tokens and lines for each protocol of an evaluation."""
 
 
 @cache
@@ -142,6 +148,38 @@ def cut(rows: str, place: Place) -> Any:
     return [found.log_prob, found.drop, found.divergence]
 
 
+def dropped(place: Place) -> Any:
+    """The drops of tokens and of sets of tokens, each by a call of its own."""
+    made = tracer(place)
+    trace = made.trace(PROMPT, RESPONSE)
+    alone = token_drops(made.model, trace, [3, 9, 12])
+    return [*alone.values()], set_drops(made.model, trace, [[3], [4, 9], [12, 13]])
+
+
+def by_head(preset: str, place: Place) -> Any:
+    """What each head pays into a token of the response."""
+    made = tracer(place, preset)
+    trace = made.trace(PROMPT, RESPONSE)
+    found = made.heads(trace, trace.spans.prompt_length + 4)
+    return [found.edges, found.flow]
+
+
+def evaluated(place: Place) -> Any:
+    """What every protocol of an evaluation finds in a text; none may be skipped."""
+    made, names = tracer(place), ("flow", "flow:derivation", "grad_x_input", "surprisal")
+    settings = EvaluationSettings(
+        options=KnockOutOptions(percents=(20,), gaps=(0,), draws=1),
+        scores={name: TOKEN_SCORES[name] for name in names},
+        protocols=tuple(PROTOCOLS),
+        max_new_tokens=4,
+        batch_size=None,
+    )
+    example = settings.example(made, made.trace(PROMPT, COUNTED), right="5")
+    found = measure_example(example, settings)
+    assert not [name for name, one in found.items() if "skipped" in one]
+    return found
+
+
 def weighed(place: Place) -> Any:
     throughput = torch.rand(3, 40, generator=torch.Generator().manual_seed(1))
     mask = torch.arange(40).expand(3, -1) < 30
@@ -171,16 +209,13 @@ PATHS: Mapping[str, Path] = {
     "solve origins": partial(solved, "batched", question_weights="origins"),
     "solve absorbing": partial(solved, "dense", boundary="absorbing", question_weights="reach"),
     "token credit": weighed,
-    **{
-        f"trace {preset}": partial(traced, preset)
-        for preset in ("paper", "sharp", "decided", "derivation")
-    },
+    **{f"trace {preset}": partial(traced, preset) for preset in PRESETS},
     "trace with nnsight": partial(traced, "paper", backend="nnsight"),
     "trace without the first token": partial(traced, "paper", first_token="drop"),
     "traces at once": several,
     **{
         f"streamed {preset}": partial(traced, preset, mode="streamed")
-        for preset in ("paper", "derivation")
+        for preset in ("paper", "sharp", "decided", "derivation")
     },
     **{f"rollouts {preset}": partial(batch, preset) for preset in PRESETS},
     "rollouts streamed": partial(batch, "paper", mode="streamed"),
@@ -189,6 +224,9 @@ PATHS: Mapping[str, Path] = {
     **{f"credit by {name}": partial(credited, name) for name in ("flow", "flow:sharp*entropy")},
     "knock-out of future rows": partial(cut, "future"),
     "knock-out of the answer's rows": partial(cut, "answer"),
+    "drops of tokens and sets": dropped,
+    **{f"heads {preset}": partial(by_head, preset) for preset in ("paper", "sharp", "derivation")},
+    "evaluation": evaluated,
     "reward": rewarded,
     "generation": generated,
 }
@@ -196,6 +234,9 @@ PATHS: Mapping[str, Path] = {
 
 def same(found: Any, wanted: Any, close: float = 1e-4) -> None:
     """Compare two results of a path, number by number."""
+    if isinstance(wanted, dict):
+        assert list(found) == list(wanted)
+        found, wanted = list(found.values()), list(wanted.values())
     if isinstance(wanted, list | tuple):
         assert len(found) == len(wanted)
         for one, other in zip(found, wanted, strict=True):
@@ -203,5 +244,7 @@ def same(found: Any, wanted: Any, close: float = 1e-4) -> None:
     elif isinstance(wanted, torch.Tensor | np.ndarray):
         numbers = torch.as_tensor(found), torch.as_tensor(wanted)
         torch.testing.assert_close(*numbers, rtol=close, atol=close / 10)
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, rel=close, abs=close / 10)
     else:
-        assert found == (wanted if wanted is None else pytest.approx(wanted, rel=close))
+        assert found == wanted

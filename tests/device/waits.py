@@ -103,7 +103,7 @@ WORK: Mapping[str, tuple[Callable[[], Any], int]] = {
     "GRPO step, `flow:sharp`": (partial(training, flow_scorer="flow:sharp"), 5),
     "solve_flow": (solving, 1),
     "trace_ids, paper": (partial(batch, "paper"), 2),
-    "trace_ids, derivation": (partial(batch, "derivation"), 3),
+    "trace_ids, derivation": (partial(batch, "derivation"), 4),
     "trace, paper": (partial(tracing, "paper"), 2),
     "trace, sharp": (partial(tracing, "sharp"), 4),
     "trace, decided": (partial(tracing, "decided"), 2),

@@ -1,7 +1,9 @@
 """Edges weighed by the influence of heads and rows on what was sampled."""
 
+import warnings
 from copy import deepcopy
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -320,3 +322,73 @@ def test_a_model_without_gradients_is_refused():
         UnsupportedArchitectureError, match=r"use edges='value' \(preset='decided'\)"
     ):
         tracer.trace_tokens(ids[:START], ids[START:])
+
+
+def in_parts(model, folder):
+    outside = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), "cpu")
+    places = {"model.layers.0": "cpu", "model.layers.1": "disk", "lm_head": "cpu", **outside}
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder)
+
+
+def quantised(model, part):
+    """The linear maps with this in their name in int8; their kernel has no gradient."""
+    maps = {name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it names its successor, which needs a package more
+        chosen = {name for name in maps if part in name}
+        return torch.ao.quantization.quantize_dynamic(model, chosen, dtype=torch.qint8)
+
+
+OFFLOADED = {
+    "to memory": lambda model, _: accelerate.cpu_offload(model, torch.device("cpu")),
+    "to disk": lambda model, folder: accelerate.disk_offload(model, folder, torch.device("cpu")),
+    "in parts": in_parts,
+}
+QUANTISED = {
+    "everywhere": "",
+    "behind all attention": "lm_head",
+    "in attention": "v_proj",
+    "beside attention": "mlp",
+}
+
+
+def check_refused(model, preset, why):
+    """The preset is refused with a sentence, and what this advises works."""
+    ids = texts(1)[0].tolist()
+    tracer = ft.wrap(model, tiny_tokenizer(), preset=preset, answer="last_word")
+    advice = (
+        rf"^edges='{tracer.options.edges}' needs .*{why}.*; use edges='value' \(preset='decided'"
+    )
+    with pytest.raises(UnsupportedArchitectureError, match=advice):
+        tracer.trace_tokens(ids[:START], ids[START:])
+    advised = ft.wrap(model, tiny_tokenizer(), preset="decided", answer="last_word")
+    assert advised.trace_tokens(ids[:START], ids[START:]).throughput.any()
+    with pytest.warns(UserWarning, match=f"traced by preset='paper', since .*{why}"):
+        assert ft.wrap(model, tiny_tokenizer()).options.edges == "attention"
+
+
+@pytest.mark.filterwarnings("ignore:.*offloaded")
+@pytest.mark.parametrize("where", OFFLOADED)
+def test_an_offloaded_model_is_refused(where, tmp_path):
+    model = OFFLOADED[where](tiny_llama(num_hidden_layers=2), tmp_path)
+    check_refused(model, "derivation", "a sharded or offloaded model cannot make")
+
+
+@pytest.mark.filterwarnings("error:.*an autograd kernel was not registered")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.parametrize("where", QUANTISED)
+def test_a_model_that_is_quantised_without_gradients_is_refused(where):
+    model = quantised(tiny_llama(num_hidden_layers=2), QUANTISED[where])
+    check_refused(model, "derivation", "quantized without gradients")
+    if where == "behind all attention":
+        check_refused(model, "causal", "quantized without gradients")
+
+
+def test_a_graph_that_another_pass_has_made_is_not_used_if_it_lacks_a_gradient():
+    model, ids = quantised(tiny_llama(num_hidden_layers=2), "mlp"), texts(2)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    outputs = AttentionReader(model).outputs([0, 1])
+    with outputs.listening():
+        logits = model(input_ids=ids).logits[:, :-1]
+    chances = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    assert outputs.influences(chances, mask, mask) is None
