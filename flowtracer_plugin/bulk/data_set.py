@@ -204,6 +204,9 @@ def _work(
     pages: int,
 ) -> Work:
     """What is done with each shard; its settings tell whether a folder can be continued."""
+    chosen = asdict(options)
+    if not options.columns.template_kwargs:  # folders of versions without them can be continued
+        del chosen["columns"]["template_kwargs"]
     return Work(
         folder=folder,
         options=options,
@@ -217,7 +220,7 @@ def _work(
             "rows": rows,
             "shard_size": shard_size,
             "save_traces": save_traces,
-            **asdict(options),
+            **chosen,
             **own_codes({name: token_score(name) for name in options.scores}),
         },
     )

@@ -33,6 +33,7 @@ class Example:
         columns: The other columns of the data, for reward functions.
         prompt_ids: The token ids of the prompt, in place of its text.
         completion_ids: The token ids of the response, in place of its text.
+        template_kwargs: Arguments of the chat template, such as `enable_thinking`.
     """
 
     row: int
@@ -42,13 +43,16 @@ class Example:
     columns: Mapping[str, Any] = field(default_factory=dict)
     prompt_ids: tuple[int, ...] | None = None
     completion_ids: tuple[int, ...] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        """A hash of the texts, the same in every process."""
+        """A hash of the texts and the template's arguments, the same in every process."""
         held: list[Any] = [self.prompt, self.response, self.answer]
         if self.completion_ids is not None:
             held += [self.prompt_ids, self.completion_ids]
+        if self.template_kwargs:
+            held.append(dict(self.template_kwargs))
         return blake2b(json.dumps(held).encode(), digest_size=8).hexdigest()
 
     @property
@@ -75,6 +79,7 @@ class Columns:
         chat: Whether texts become user messages.
         ids: Whether the token ids in `prompt_ids` and `completion_ids` are used, if the data have
             both. They are what was sampled, which a text may not tell.
+        template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`.
     """
 
     prompt: str | None = None
@@ -84,12 +89,14 @@ class Columns:
     system: str | None = None
     chat: bool = False
     ids: bool = True
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the template and the system message.
+        """Check the template, the system message and the chat template's arguments.
 
         Raises:
-            ValueError: It has no place for the prompt, or a system message comes without `chat`.
+            ValueError: The template has no place for the prompt, or a system message or arguments
+                come without `chat`.
         """
         if self.template is not None and "{prompt}" not in self._template:
             raise ValueError(
@@ -100,6 +107,11 @@ class Columns:
             raise ValueError(
                 "a system prompt needs a chat template, and the model has none, or it is turned "
                 "off (chat=False, --no-chat); leave the system prompt out"
+            )
+        if self.template_kwargs and not self.chat:
+            raise ValueError(
+                "arguments of the chat template need one, and the model has none, or it is turned "
+                "off (chat=False, --no-chat); leave template_kwargs (--template-arg) out"
             )
 
     @property
@@ -152,7 +164,7 @@ class Columns:
             value, said = split
         template = None if self.template is None else self._template
         prompt = as_prompt(value, template, self.system, self.chat)
-        return replace(example, prompt=prompt, response=said)
+        return replace(example, prompt=prompt, response=said, template_kwargs=self.template_kwargs)
 
 
 def load_examples(
@@ -167,6 +179,7 @@ def load_examples(
     template: str | None = None,
     system: str | None = None,
     chat: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Example, ...]:
     """The examples of a `.jsonl` file, another file or a data set, in their order.
 
@@ -181,6 +194,7 @@ def load_examples(
         template: As `Columns.template`.
         system: As `Columns.system`.
         chat: As `Columns.chat`.
+        template_kwargs: As `Columns.template_kwargs`.
 
     Raises:
         ValueError: There is no such file, data set or column, no row, or a row is damaged.
@@ -194,6 +208,7 @@ def load_examples(
         system=system,
         chat=chat,
         ids=False,
+        template_kwargs=template_kwargs or {},
     )
     lines = Path(data).suffix.lower() == ".jsonl"
     found = json_lines(Path(data)) if lines else load_rows(data, split, config=dataset_config)

@@ -191,7 +191,9 @@ def _read(tracer: FlowTracer, number: int, row: Row, options: RowOptions) -> _Te
         tokenizer = tracer.require_tokenizer()
         asked, said = _ids(tokenizer, example)
         # Of token ids in the place of a text nobody knows whether they spell the messages.
-        turns = turns_mask(tokenizer, example.prompt, asked) if example.prompt_ids is None else None
+        turns = None
+        if example.prompt_ids is None:
+            turns = turns_mask(tokenizer, example.prompt, asked, example.template_kwargs)
     except EVERY_ROW:
         raise
     except ONE_ROW as error:
@@ -207,8 +209,8 @@ def _ids(
 ) -> tuple[list[int], list[int] | None]:
     if example.prompt_ids is not None and example.completion_ids is not None:
         return list(example.prompt_ids), list(example.completion_ids)
-    check_turn(example.prompt)
-    asked, text = encode_prompt(tokenizer, example.prompt)
+    check_turn(example.prompt, example.template_kwargs)
+    asked, text = encode_prompt(tokenizer, example.prompt, example.template_kwargs)
     if example.response is None:
         return asked, None
     return asked, encode_response(tokenizer, text, example.response)

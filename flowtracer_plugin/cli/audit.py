@@ -125,7 +125,7 @@ def audit(
     scorers = _scorers(credit)
     chosen = {
         "model": model,
-        "data": asdict(data),
+        "data": data.settings,
         **asdict(rollouts),
         **{name: of for name, of in vars(credit).items() if name not in _LATER},
         "scorers": [scorer.name for scorer in scorers],
@@ -260,8 +260,11 @@ def _groups(
     from flowtracer_plugin.text.encoding import check_turn, encode_prompt
 
     for one in examples:
-        check_turn(one.prompt)
-    prompts = [(one, tuple(encode_prompt(tokenizer, one.prompt)[0])) for one in examples]
+        check_turn(one.prompt, one.template_kwargs)
+    prompts = [
+        (one, tuple(encode_prompt(tokenizer, one.prompt, one.template_kwargs)[0]))
+        for one in examples
+    ]
     left = [(one, ids) for one, ids in prompts if not file.has_group(one.row, ids)]
     known = len(prompts) - len(left)
     with (

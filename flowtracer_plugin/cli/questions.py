@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flowtracer_plugin.cli import parsing
 from flowtracer_plugin.cli.options import PromptOptions
 
 if TYPE_CHECKING:
@@ -48,6 +49,25 @@ class DataOptions:
     chat: Annotated[
         bool, _data(help="Put prompts into the model's chat template, if it has one.")
     ] = True
+    template_arg: Annotated[
+        list[str] | None,
+        _data(
+            metavar="KEY=VALUE",
+            help="Argument of the chat template, such as enable_thinking=false; the value is JSON "
+            "or else a text. May be given several times.",
+        ),
+    ] = None
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """The arguments of the chat template."""
+        return dict(parsing.key_and_value(one) for one in self.template_arg or ())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What results depend on, without arguments of the template that were not given."""
+        held = asdict(self)
+        return {name: held[name] for name in held if name != "template_arg" or held[name]}
 
 
 def load_prompts(
@@ -66,6 +86,7 @@ def load_prompts(
         template=options.prompt_template,
         system=options.system_prompt,
         chat=options.chat and tokenizer.chat_template is not None,
+        template_kwargs=options.template_kwargs,
         **others,
     )
 

@@ -141,6 +141,7 @@ def trace_data(
         template=data.prompt_template,
         system=data.system_prompt,
         chat=data.chat and tokenizer.chat_template is not None,
+        template_kwargs=data.template_kwargs,
     )
     shown = sys.stderr.isatty()
     with saying_what_is_kept(folder.output, partial(_kept, folder.output)):

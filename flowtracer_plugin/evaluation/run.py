@@ -141,13 +141,15 @@ _TOO_LONG = (
 
 
 def _traced(tracer: FlowTracer, example: Example, settings: EvaluationSettings) -> FlowTrace:
+    arguments = example.template_kwargs or None
     if example.response is not None:
-        trace = tracer.trace(example.prompt, example.response)
+        trace = tracer.trace(example.prompt, example.response, template_kwargs=arguments)
     else:
         trace = tracer.generate(
             example.prompt,
             max_new_tokens=settings.max_new_tokens,
             progress=settings.progress,
+            template_kwargs=arguments,
         )
     if settings.setting == "given":
         return trace
@@ -155,7 +157,7 @@ def _traced(tracer: FlowTracer, example: Example, settings: EvaluationSettings) 
     if response is None:
         response = "".join(trace.tokens[trace.spans.prompt_length :])
     response = cut_at_result(response, trace.spans.answer_text)
-    return tracer.trace(example.prompt, response, answer=_LAST_NUMBER)
+    return tracer.trace(example.prompt, response, answer=_LAST_NUMBER, template_kwargs=arguments)
 
 
 # The number that ends a text; a search begins only where digits do, and so takes linear time.
@@ -263,8 +265,8 @@ def _of_these(
     for outcome in outcomes:
         if digests.get(outcome.row, outcome.digest) != outcome.digest:
             raise ValueError(
-                f"{str(path)!r} holds row {outcome.row} with other texts: the data have changed; "
-                "write to another file"
+                f"{str(path)!r} holds row {outcome.row} with other texts: the data have changed, "
+                "or how the model gets them; write to another file"
             )
         if outcome.row in digests:
             found[outcome.row] = outcome

@@ -91,7 +91,7 @@ def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> Ar
     """
     _check_config(sys.argv[1:] if arguments is None else arguments)
     kinds: Any = (FlowScriptArguments, FlowGRPOConfig, ModelConfig)
-    usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
+    usage = "%(prog)s [MODEL] [--config FILE.yaml] [--OPTION VALUE ...]"
     parser = _Parser(
         kinds, prog=prog, usage=usage, description=_EXAMPLE, formatter_class=_HelpFormatter
     )
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
 _EXAMPLE = """For example:
 
-%(prog)s --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --reward_funcs math_answer
+%(prog)s Qwen/Qwen3-0.6B --dataset_name data.jsonl --reward_funcs math_answer
 """
 
 

@@ -397,7 +397,8 @@ def test_an_adapter_of_peft_is_a_model_too(flowtracer, plain_model, tmp_path):
 def test_the_help_of_training_lists_the_options_of_trl_and_of_flow_credit(flowtracer):
     ran = flowtracer("train", "--help")
     assert ran.code == 0
-    assert ran.out.startswith("usage: flowtracer train [--config FILE.yaml] [--OPTION VALUE ...]")
+    usage = "usage: flowtracer train [MODEL] [--config FILE.yaml] [--OPTION VALUE ...]"
+    assert ran.out.startswith(usage)
     for option in ("--prompt_column", "--flow_gamma", "--num_generations", "--lora_r"):
         assert f"\n  {option} " in ran.out, option
 

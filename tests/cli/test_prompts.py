@@ -78,6 +78,45 @@ def test_arguments_reach_the_chat_template(flowtracer, chat_model, monkeypatch):
     assert all(one == {"enable_thinking": False, "effort": "low=er"} for one in seen)
 
 
+@pytest.mark.parametrize("command", ["trace-data", "evaluate", "audit"])
+def test_arguments_reach_the_chat_template_of_data(
+    flowtracer, chat_model, monkeypatch, tmp_path, command
+):
+    seen = []
+    real = type(tiny_tokenizer(chat=True)).apply_chat_template
+
+    def apply_chat_template(self, messages, **kwargs):
+        seen.append(kwargs.get("enable_thinking"))
+        return real(self, messages, **kwargs)
+
+    monkeypatch.setattr(type(tiny_tokenizer(chat=True)), "apply_chat_template", apply_chat_template)
+    data, output = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows = [json.dumps({"prompt": PROMPT, "response": RESPONSE, "answer": "7"})] * 8
+    data.write_text("\n".join(rows))
+    given = [command, chat_model, data, "--output", output, "--answer", "last_word"]
+    given += {
+        "trace-data": ["--limit", "1"],
+        "evaluate": ["--limit", "1", "--scores", "recency", "--draws", "1"],
+        "audit": [
+            "--prompts",
+            "8",
+            "--completions",
+            "2",
+            "--batches",
+            "4",
+            "--max-new-tokens",
+            "2",
+        ],
+    }[command]
+    flowtracer(*given, "--template-arg", "enable_thinking=false")
+    assert seen
+    assert set(seen) == {False}
+    assert output.exists()
+    again = flowtracer(*given, "--template-arg", "enable_thinking=true")
+    assert_failed(again, 1, "write to another" if command != "trace-data" else "other settings")
+    assert set(seen) == {False}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
