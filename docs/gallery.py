@@ -2,9 +2,11 @@
 
     python docs/gallery.py FOLDER                  # writes the pages
     python docs/gallery.py --chat MODEL            # traces the long chat again
+    python docs/gallery.py --figure                # draws the figure of exports.md again
 
 The repository's tiny reasoner makes three of the pages. The long chat takes a larger model, so its
 trace is kept in `long_chat.flow`: its numbers are those of that model, and its page is drawn anew.
+The figure is kept, too, so that the documentation shows it wherever it is read.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from flowtracer_plugin.grpo import FlowGRPOConfig, FlowGRPOTrainer
 from flowtracer_plugin.report import write_comparison
 
 LONG_CHAT = Path(__file__).with_name("long_chat.flow")
+FIGURE = Path(__file__).with_name("figure.svg")
 QUESTION = "Ann has 4 apples. Ann buys 1. Ann gets 3. Ann sees 6. Ann buys 6. How many apples?\n"
 CHAT = (
     "We are four friends and want to spend three days in Lisbon in May. I have never planned a "
@@ -73,6 +76,15 @@ def write_gallery(folder: Path) -> None:
     ft.load(LONG_CHAT).to_html(folder / "long_chat.html")
     write_right_against_wrong(tracer, folder / "right_against_wrong.html")
     write_training_group(model, tokenizer, folder / "training_group.html")
+
+
+def draw_figure(path: Path) -> None:
+    """Draw the overview of the short answer."""
+    _quiet()
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
+    tracer = ft.wrap(model, AutoTokenizer.from_pretrained(MODEL_DIR))
+    trace = tracer.generate(QUESTION, max_new_tokens=MAX_NEW_TOKENS)
+    _named(trace).to_figure(path, "overview")
 
 
 def write_right_against_wrong(tracer: ft.FlowTracer, path: Path) -> None:
@@ -151,7 +163,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", help="folder for the pages")
     parser.add_argument("--chat", metavar="MODEL", help="trace the long chat with this model")
+    parser.add_argument("--figure", action="store_true", help="draw the figure of exports.md")
     arguments = parser.parse_args()
+    if arguments.figure:
+        draw_figure(FIGURE)
     if arguments.chat:
         trace_chat(arguments.chat)
     if arguments.folder:

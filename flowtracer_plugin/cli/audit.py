@@ -181,7 +181,10 @@ def _print_verdict(summary: AuditSummary, groups: Sequence[Group]) -> None:
         typer.echo(line)
     heads, *rows = table(summary)
     title = "How each scorer changes that cosine (± standard error), and what it chooses"
-    print_results(title, heads, rows, numbers="right")
+    cells = [[(one, one.partition(" ±")[0]) if "±" in one else one for one in row] for row in rows]
+    best = heads[1], "− random", "− one hop"
+    spare = [head for head in reversed(heads[1:]) if head not in best]
+    print_results(title, heads, cells, numbers="right", spare=spare)
     typer.echo()
     for line in verdict(summary):
         typer.echo(line)

@@ -340,9 +340,10 @@ def _deliver(evaluation: Evaluation, html: Path | None, *, as_json: bool) -> Non
 
 
 def _print_tables(evaluation: Evaluation) -> None:
-    from flowtracer_plugin.evaluation.tables import cell, counts, tables
+    from flowtracer_plugin.evaluation.tables import cells, counts, tables
 
     for line in counts(evaluation):
         typer.echo(line)
     for found in tables(evaluation):
-        print_results(found.title, found.heads, (tuple(map(cell, row)) for row in found.rows))
+        rows = [tuple(map(cells, row)) for row in found.rows]
+        print_results(found.title, found.heads, rows, spare=found.spare)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
@@ -113,28 +115,101 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[str | None]]) -> N
         typer.echo(line.rstrip())
 
 
+Cell = str | tuple[str, str]
+"""The text of a cell, or a text with its uncertainty and one without."""
+
+
 def print_results(
     title: str,
     heads: Sequence[str],
-    rows: Iterable[Sequence[str]],
+    rows: Iterable[Sequence[Cell]],
     *,
     numbers: Literal["left", "right"] = "left",
+    spare: Sequence[str] = (),
 ) -> None:
     """Print a table with a title, a first column of names, and columns of numbers.
 
-    What is too long for the terminal is folded, never cut.
+    Of a table that is too wide for the terminal, the `spare` columns lose their uncertainty, then
+    names get a line for each of their parts, then the spare columns are left out, in their order.
+    A last line says so. What is still too long is folded, never cut.
     """
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for place, head in enumerate(heads):
-        table.add_column(head, justify=numbers if place else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row, style="dim" if row[0] == "uniform" else None)
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 10_000)
+    for view in _views(heads, [*rows], spare):
+        table = view.table(title, numbers)
+        if Console(width=10_000).measure(table).maximum <= console.width:
+            break
     console.print()
     console.print(table)
+    if view.lacks:
+        console.print(view.lacks, style="dim", highlight=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _View:
+    """A table of results, or what is left of it in a narrow terminal."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    lacks: str = ""
+
+    def table(self, title: str, numbers: Literal["left", "right"]) -> Table:
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for place, head in enumerate(self.heads):
+            table.add_column(head, justify=numbers if place else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*row, style="dim" if row[0] == "uniform" else None)
+        return table
+
+
+def _views(
+    heads: Sequence[str], rows: Sequence[Sequence[Cell]], spare: Sequence[str]
+) -> Iterator[_View]:
+    """The whole table, then less and less of it."""
+    spare = [head for head in spare if head in heads]
+    yield _view(heads, rows)
+    yield _view(heads, rows, short=spare)
+    for count in range(len(spare) + 1):
+        yield _view(heads, rows, short=spare, gone=spare[:count], folded=True)
+    yield _view(heads, rows, short=heads, gone=spare, folded=True)
+
+
+def _view(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[Cell]],
+    *,
+    short: Sequence[str] = (),
+    gone: Sequence[str] = (),
+    folded: bool = False,
+) -> _View:
+    def shown(head: str, cell: Cell) -> str:
+        return cell if isinstance(cell, str) else cell[head in short]
+
+    kept = [head not in gone for head in heads]
+    texts = [list(compress(map(shown, heads, row), kept)) for row in rows]
+    names = ["\n".join(_parts(name)) for name, *_ in texts]
+    widest = max((len(part) for name in names for part in name.splitlines()), default=0)
+    for row, name in zip(texts if folded else (), names, strict=False):
+        row[0] = name if len(row[0]) > widest else row[0]
+    places = [n for n, head in enumerate(heads) if head in short and head not in gone]
+    cut = [heads[n] for n in places if any(isinstance(row[n], tuple) for row in rows)]
+    lacks = [f"the columns {', '.join(gone)}"] if gone else []
+    lacks += [f"the uncertainty of {', '.join(cut)}"] if cut else []
+    return _View(
+        heads=list(compress(heads, kept)),
+        rows=texts,
+        lacks=f"a wider terminal and --json also show {' and '.join(lacks)}" if lacks else "",
+    )
+
+
+def _parts(name: str) -> Iterator[str]:
+    """The lines of a name: `package.module:` and `function`, none longer than 20 characters."""
+    module, colon, function = name.rpartition(":")
+    for part in (module + colon, function):
+        yield from wrap(part, 20)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

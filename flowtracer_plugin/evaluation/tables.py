@@ -21,12 +21,14 @@ class EvaluationTable:
         title: What it shows.
         heads: Headings of the columns; the first column names the rows.
         rows: Cells in the order of the heads.
+        spare: Heads of the columns that say least; where there is no room, they go in this order.
     """
 
     name: str
     title: str
     heads: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    spare: tuple[str, ...] = ()
 
 
 def tables(evaluation: Evaluation) -> tuple[EvaluationTable, ...]:
@@ -78,6 +80,7 @@ def _knock_outs(evaluation: Evaluation, gap: int) -> EvaluationTable:
         f"{whom}{spared}",
         heads=("score", *shares, "mean", "bottom", "flipped", "− random", "− one hop"),
         rows=tuple(row(one) for one in ranked(evaluation, gap)),
+        spare=(*shares, "flipped", "bottom"),
     )
 
 
@@ -93,6 +96,7 @@ def _curves(summary: EvaluationSummary) -> EvaluationTable:
             (one.score, one.deletion, one.insertion, one.gap, one.over_chance, one.over_one_hop)
             for one in ordered
         ),
+        spare=("deletion", "insertion"),
     )
 
 
@@ -103,6 +107,7 @@ def _lines(summary: EvaluationSummary) -> EvaluationTable:
         title="Lines: rank correlation of their scores with the effect of knocking each out",
         heads=("score", "summed", "largest", "− one hop"),
         rows=tuple((one.score, one.by_sum, one.by_max, one.over_one_hop) for one in ordered),
+        spare=("largest",),
     )
 
 
@@ -128,6 +133,7 @@ def _regeneration(summary: EvaluationSummary) -> EvaluationTable:
         rows=tuple(
             (one.score, one.side, one.changed, one.reversed, one.over_chance) for one in ordered
         ),
+        spare=("reversed",),
     )
 
 
@@ -138,6 +144,12 @@ def cell(value: Cell) -> str:
     if isinstance(value, str):
         return value
     return f"{fixed(value.mean)} {spread(value)}".rstrip()
+
+
+def cells(value: Cell) -> str | tuple[str, str]:
+    """The text of a cell, or with and without the interval if it has one."""
+    whole = cell(value)
+    return (whole, fixed(value.mean)) if isinstance(value, Interval) and spread(value) else whole
 
 
 def fixed(value: float) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from flowtracer_plugin.report.display import ShownTrace, Unit
 from flowtracer_plugin.report.drawing import StepRow, step_row
+from flowtracer_plugin.result.standouts import is_mark
 
 MOST_TOKENS, MOST_STEPS = 5, 3
 
@@ -118,6 +119,8 @@ class LeadingStep:
 def leading_steps(shown: ShownTrace) -> tuple[LeadingStep, ...]:
     """The steps that most flow enters, but for the chat template and those that hold its end.
 
+    In a chat, they may be the words of the system or of an earlier answer, outside the question.
+
     What begins at the first token does not count: attention often only rests there.
     """
     steps = [_leading(shown, step_row(shown, index)) for index in range(len(shown.steps.steps))]
@@ -125,10 +128,10 @@ def leading_steps(shown: ShownTrace) -> tuple[LeadingStep, ...]:
     told = [
         one
         for one in steps
-        if one.row.region in _TOLD
+        if (one.row.region in _TOLD or _is_said(shown, one.row))
         and one.inflow > _ROUNDING
         and not ends[one.row.step.start : one.row.step.stop].any()
-        and not is_template(shown, one.row)
+        and (one.row.region == "prompt" or not is_template(shown, one.row))
     ]
     return tuple(sorted(told, key=lambda one: (-one.inflow, one.row.number))[:MOST_STEPS])
 
@@ -142,6 +145,16 @@ def is_template(shown: ShownTrace, row: StepRow) -> bool:
     """Whether a step is a mark of the chat template and the name of a role."""
     units = shown.units[row.first : row.last + 1]
     return any(unit.region == "prompt" for unit in units) and sum(map(_is_told, units)) < 2
+
+
+def _is_said(shown: ShownTrace, row: StepRow) -> bool:
+    """Whether a step outside the question has words, as of the system or of an earlier answer.
+
+    Beside its marks, a chat template has the name of a role at most, which is one word.
+    """
+    units = shown.units[row.first : row.last + 1]
+    words = "".join(" " if is_mark(unit.text) else unit.text for unit in units).split()
+    return row.region == "prompt" and sum(any(map(str.isalnum, word)) for word in words) > 1
 
 
 def nats(drop: float) -> str:

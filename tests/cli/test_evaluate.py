@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 
 import pytest
 import rich.console
@@ -252,11 +253,58 @@ def test_help_names_every_score(flowtracer):
     assert all(name in shown for name in TOKEN_SCORES)
 
 
-def test_names_that_are_too_long_for_the_terminal_are_folded(monkeypatch, capsys):
-    narrow = rich.console.Console(width=40)
-    monkeypatch.setattr(rich.console, "Console", lambda width: narrow)
-    heads = ("score", "1 %", "mean", "bottom")
-    cells = ("my_scorers:digits_only", *["10.07 (7.32…11.89)"] * 3)
-    print_results("drops", heads, [cells])
-    shown = "".join(capsys.readouterr().out.split())
-    assert sorted(shown) == sorted("".join(("drops", *heads, *cells)).replace(" ", ""))
+HEADS = ("score", "1 %", "mean", "bottom", "− random")
+WIDE = ("-10.07 (-12.32…-11.89)", "-10.07")
+ROWS = (("my_scorers:digits_only", *[WIDE] * 4), ("flow", *["0.00"] * 4), ("uniform", *[""] * 4))
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """The lines of a table in a terminal of some width."""
+    real = rich.console.Console
+
+    def printed(columns, rows=ROWS, spare=("1 %", "bottom")):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                rich.console,
+                "Console",
+                lambda width: real(width=width or columns, force_terminal=False),
+            )
+            patch.setattr(sys.stdout, "isatty", lambda: True)
+            print_results("drops", HEADS, rows, spare=spare)
+        return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+
+    return printed
+
+
+def test_a_wide_terminal_shows_the_whole_table(printed):
+    _, title, heads, first, *_ = printed(124)
+    assert (title, heads.split("  ")[0]) == ("drops", "score")
+    assert first.split("  ") == ["my_scorers:digits_only", *[WIDE[0]] * 4]
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "said"),
+    [
+        (92, ["-10.07", WIDE[0], "-10.07", WIDE[0]], "the uncertainty of 1 %, bottom"),
+        (81, ["-10.07", WIDE[0], "-10.07", WIDE[0]], "the uncertainty of 1 %, bottom"),
+        (76, [WIDE[0], "-10.07", WIDE[0]], "the columns 1 % and the uncertainty of bottom"),
+        (64, [WIDE[0], WIDE[0]], "the columns 1 %, bottom"),
+        (40, ["-10.07", "-10.07"], "the columns 1 %, bottom and the uncertainty of mean, − random"),
+    ],
+)
+def test_a_narrow_terminal_shows_less_and_says_so_but_folds_no_number(printed, width, shown, said):
+    lines = printed(width)
+    assert max(map(len, lines)) <= width
+    assert lines[3].startswith("my_scorers:")
+    assert [one.strip() for one in re.split("  +", lines[3])][1:] == shown
+    assert (lines[4].strip() == "digits_only") == (width < 90)
+    end = lines.index(next(line for line in lines if line.startswith("uniform"))) + 1
+    assert " ".join(lines[end:]) == f"a wider terminal and --json also show {said}"
+
+
+def test_names_that_are_too_long_for_the_terminal_are_folded(printed):
+    name, cells = "my_own_package_of_scorers.module:digits_only", ["0.00"] * 4
+    lines = printed(30, rows=[(name, *cells)], spare=())
+    text = "".join("".join(lines).split())
+    assert sorted(text) == sorted("".join(("drops", *HEADS, name, *cells)).replace(" ", ""))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from rich.console import Console
 
 import flowtracer_plugin as ft
 from flowtracer_plugin.flow.backbone import FlowPath
+from flowtracer_plugin.report import carried
 from flowtracer_plugin.report.carried import (
     carriers,
     drop_of,
@@ -47,6 +49,22 @@ def test_steps_leave_out_the_template_and_the_answers_own(trace):
     for row in (one.row for one in steps):
         assert "user" not in row.text
         assert not trace.spans.answer[row.step.start : row.step.stop].any()
+
+
+def test_steps_of_a_chat_may_be_what_others_than_the_user_said(monkeypatch):
+    tracer = ft.wrap(tiny_llama(), tiny_tokenizer(chat=True))
+    talk = [
+        {"role": "system", "content": "Tom had 3."},
+        {"role": "user", "content": PROMPT},
+        {"role": "assistant", "content": "He ate one. How many?"},
+        {"role": "user", "content": "apples?"},
+    ]
+    monkeypatch.setattr(carried, "MOST_STEPS", 99)
+    shown = show(tracer.trace(talk, RESPONSE))
+    texts = [re.sub(r"<.*?>", "", one.row.text) for one in leading_steps(shown)]
+    assert {"Tom had 3.", "He ate one."} < set(texts)
+    assert any("<|assistant|>" in step.text for step in shown.steps.steps)
+    assert all(texts)
 
 
 def test_the_page_and_the_terminal_say_it(trace):
