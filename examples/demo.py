@@ -1,4 +1,4 @@
-"""In under four minutes: train a small reasoner with flow credit, and look at its answer.
+"""In under a minute on two cores: train a small reasoner with flow credit, and look at its answer.
 
 python examples/demo.py [--steps N] [--out FOLDER]
 """

@@ -104,7 +104,9 @@ def test_estimate_has_the_defaults_of_python_too():
 def test_evaluate_has_the_names_and_defaults_of_python_too():
     options = defaults("evaluate")
     python = keywords(evaluation.evaluate) | keywords(load_examples) | keywords(KnockOutOptions)
-    for ours, theirs in (("prompt_template", "template"), ("system_prompt", "system")):
+    renamed = {"prompt_template": "template", "system_prompt": "system"}
+    renamed["template_arg"] = "template_kwargs"
+    for ours, theirs in renamed.items():
         options[theirs] = options.pop(ours)
     # The command does not offer the first, uses the model's template by default, and compares all
     # scores.
