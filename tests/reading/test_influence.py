@@ -14,8 +14,10 @@ import flowtracer_plugin as ft
 from flowtracer_plugin.attention import UnsupportedArchitectureError
 from flowtracer_plugin.model.causal_lm import unwrapped
 from flowtracer_plugin.model.parallel import is_compiled
+from flowtracer_plugin.reading.edges import EdgeChoice
 from flowtracer_plugin.reading.influence import log_odds
 from flowtracer_plugin.reading.reader import AttentionReader
+from flowtracer_plugin.reading.runner import BACKENDS
 from tests.families import FAMILIES, tiny_model
 from tests.reading.test_edges import LAYERS, projection_by_name, texts
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -88,6 +90,17 @@ def test_influence_is_the_gradient_of_the_log_odds(family):
     for sizes, wanted in zip(found, influence_by_hand(twin, ids, mask), strict=True):
         assert_close(sizes, wanted, rtol=1e-4, atol=1e-6)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_backends_read_the_same_edges(family):
+    ids, mask = padded()
+    said, none = decided_tokens(ids, mask), torch.zeros_like(mask)
+    choice = EdgeChoice(heads="all", edges="influence", target=said, reasoning=none, decided=said)
+    readers = [AttentionReader(tiny_model(family), backend=one) for one in BACKENDS]
+    one, other = (reader.read(ids, mask, LAYERS, choice=choice) for reader in readers)
+    assert one.any()
+    assert_close(one, other)
 
 
 def adapted(model):
