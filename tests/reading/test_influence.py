@@ -7,6 +7,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
@@ -285,19 +286,21 @@ def test_edges_are_those_of_the_slow_definition():
     np.testing.assert_allclose(trace.attention, total, atol=1e-5)
 
 
-def test_padding_and_batching_change_nothing():
-    model, ids = tiny_model("qwen3"), texts(2)
+@given(st.integers(0, 6), st.integers(2, 3), st.sampled_from([None, 1, 2]), st.integers(1, 3))
+@settings(max_examples=8)
+def test_padding_and_batching_change_nothing(padding, batch, size, shorter):
+    model, ids = tiny_model("qwen3"), texts(batch)
     reader = AttentionReader(model)
-    said, every = decided_tokens(ids), torch.ones_like(ids, dtype=torch.bool)
-    alone = reader.influences(ids[:1], every[:1], said[:1], LAYERS)
-    left = torch.cat([torch.zeros(2, 4, dtype=torch.long), ids], 1)
-    mask = torch.cat([torch.zeros(2, 4, dtype=torch.bool), every], 1)
-    shifted = torch.cat([torch.zeros(2, 4, dtype=torch.bool), said], 1)
-    for size in (None, 1):
-        found = reader.influences(left, mask, shifted, LAYERS, batch_size=size)
-        for one, other in zip(alone, found, strict=True):
-            assert_close(other[:1, :, 4:], one, rtol=1e-4, atol=1e-6)
-            assert not other[..., :4].any()
+    left = torch.cat([torch.zeros(batch, padding, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(batch, padding), torch.ones_like(ids)], 1).bool()
+    mask[0, : padding + shorter] = False  # one text is shorter than the others
+    said = torch.cat([torch.zeros(batch, padding), decided_tokens(ids)], 1).bool()
+    found = reader.influences(left.where(mask, 0), mask, said, LAYERS, batch_size=size)
+    for text, seen in enumerate(mask):
+        parts = [part[text : text + 1, seen] for part in (left, mask, said)]
+        for one, other in zip(reader.influences(*parts, LAYERS), found, strict=True):
+            assert_close(other[text : text + 1][..., seen], one, rtol=1e-4, atol=1e-6)
+            assert not other[text][..., ~seen].any()
 
 
 @pytest.mark.parametrize("backend", ["nnsight", "interface"])
