@@ -91,9 +91,14 @@ def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> Ar
     """
     _check_config(sys.argv[1:] if arguments is None else arguments)
     kinds: Any = (FlowScriptArguments, FlowGRPOConfig, ModelConfig)
-    usage = "%(prog)s [MODEL] [--config FILE.yaml] [--OPTION VALUE ...]"
+    # Only the command takes the model first; a script of TRL's kind takes options alone.
+    place, name = ("[MODEL] ", "") if prog else ("", "--model_name_or_path ")
     parser = _Parser(
-        kinds, prog=prog, usage=usage, description=_EXAMPLE, formatter_class=_HelpFormatter
+        kinds,
+        prog=prog,
+        usage=f"%(prog)s {place}[--config FILE.yaml] [--OPTION VALUE ...]",
+        description=_EXAMPLE.format(name=name),
+        formatter_class=_HelpFormatter,
     )
     if not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True, bf16=False)  # TRL's defaults are for accelerators
@@ -213,7 +218,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
 _EXAMPLE = """For example:
 
-%(prog)s Qwen/Qwen3-0.6B --dataset_name data.jsonl --reward_funcs math_answer
+%(prog)s {name}Qwen/Qwen3-0.6B --dataset_name data.jsonl --reward_funcs math_answer
 """
 
 
