@@ -24,7 +24,7 @@ from flowtracer_plugin.report.pages.two_sides import (
     MOST_WORDS,
     difference_levels,
     difference_scale,
-    largest_shade,
+    shade_bounds,
 )
 from flowtracer_plugin.text.visible import visible
 from tests.comparison.compared import GROUP, PROMPT_TOKENS, RIGHT, TRUTHS, WRONG, make_trace
@@ -137,7 +137,7 @@ def test_the_shared_beginning_is_shown_once_and_coloured_by_the_difference():
         )
         for one in spans
     ]
-    assert levels == difference_levels(differences, largest_shade(differences)).tolist()
+    assert levels == difference_levels(differences, shade_bounds(differences)).tolist()
     assert spans[0] == "outside"
     numbers = [one["numbers"] for one in data_of(html)["differences"]["shared"]]
     for shown, known in zip(numbers, comparison.beginning.contrast.columns(), strict=True):
@@ -223,33 +223,42 @@ def test_the_table_of_words_has_a_limit():
 
 
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=8))
-def test_steps_of_colour_are_powers_of_three(differences):
+def test_the_strongest_shade_has_the_largest_difference_or_begins_at_a_point(differences):
+    bounds = shade_bounds(np.array(differences))
     largest = max(map(abs, differences))
+    assert len(bounds) == (3 if largest else 0)
     slow = [
-        0
-        if not largest or not value
-        else int(
-            math.copysign(
-                sum(abs(value) / largest > 3.0**-below * (1 + 1e-6) for below in (3, 2, 1)), value
-            )
-        )
+        int(math.copysign(sum(100 * abs(value) * (1 + 1e-6) >= one for one in bounds), value))
         for value in differences
     ]
-    assert difference_levels(np.array(differences), largest).tolist() == slow
+    assert difference_levels(np.array(differences), bounds).tolist() == slow
+    if largest >= 0.01:
+        assert max(map(abs, slow)) == 3
+        assert bounds[-1] * (1 - 1e-6) <= 100 * largest < 3.34 * bounds[-1]
+    elif largest:
+        assert bounds == (0.1, 0.3, 1)
+
+
+def test_a_difference_on_a_bound_has_the_shade_that_begins_there():
+    found = np.array([0.27, 0.1, 0.03, -0.01, 0.00999, 0.3 / 3, 0.0])
+    assert shade_bounds(found) == (1, 3, 10)
+    assert difference_levels(found, shade_bounds(found)).tolist() == [3, 3, 2, -1, 0, 3, 0]
 
 
 def test_the_scale_names_the_steps():
-    assert difference_scale(0.27, both=True) == [
-        ("n3", "9 to 27"),
-        ("n2", "3 to 9"),
+    assert difference_scale((1.0, 3.0, 10.0), both=True) == [
+        ("n3", "10 and more"),
+        ("n2", "3 to 10"),
         ("n1", "1 to 3"),
         ("", "below 1"),
         ("p1", "1 to 3"),
-        ("p2", "3 to 9"),
-        ("p3", "9 to 27"),
+        ("p2", "3 to 10"),
+        ("p3", "10 and more"),
     ]
-    assert [style for style, _ in difference_scale(0.27, both=False)] == ["", "p1", "p2", "p3"]
-    assert difference_scale(0.0, both=True) == []
+    one_side = difference_scale((0.1, 0.3, 1.0), both=False)
+    assert [style for style, _ in one_side] == ["", "p1", "p2", "p3"]
+    assert [text for _, text in one_side] == ["below 0.1", "0.1 to 0.3", "0.3 to 1", "1 and more"]
+    assert difference_scale((), both=True) == []
 
 
 # Size
@@ -296,10 +305,10 @@ def show_group(*views):
 
 def test_small_differences_get_no_full_colours():
     small = np.array([0.0, 0.0001, -0.003])
-    assert largest_shade(small) == 0.02
-    assert difference_levels(small, largest_shade(small)).tolist() == [0, 0, -2]
-    assert largest_shade(np.array([0.1, -0.2])) == 0.2
-    assert largest_shade(np.zeros(3)) == largest_shade(np.zeros(0)) == 0
+    assert shade_bounds(small) == (0.1, 0.3, 1)
+    assert difference_levels(small, shade_bounds(small)).tolist() == [0, 0, -2]
+    assert shade_bounds(np.array([1.0, -0.2])) == (10, 30, 100)
+    assert shade_bounds(np.zeros(3)) == shade_bounds(np.zeros(0)) == ()
 
 
 def test_a_group_says_what_right_completions_do_differently():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,12 +18,9 @@ from flowtracer_plugin.report.pages.completion import LEVELS, Excerpt, ends_of, 
 
 MOST_WORDS = 200
 
-LEAST_TOP = 0.02
-"""The least difference, as a share of the flow, at the top of the strongest shade: differences of a
-fraction of a percentage point must not look like large ones."""
-
-_STEP = 3.0
-"""The factor between shades. Few tokens differ much, so linear steps would leave most blank."""
+LEAST_TOP = 1.0
+"""The least percentage points at which the strongest shade begins: differences of a fraction of a
+point must not look like large ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +135,8 @@ def show_differences(
         marks: The marks of the texts that are right and of those that are not.
     """
     differences = beginning.contrast.difference
-    largest = largest_shade(differences)
-    levels = difference_levels(differences, largest)
+    bounds = shade_bounds(differences)
+    levels = difference_levels(differences, bounds)
     return Differences(
         names=names,
         marks=marks,
@@ -149,13 +146,13 @@ def show_differences(
         tokens=tokens,
         excerpts={
             name: Excerpt(
-                parts=ends_of(_pieces(tokens, bounds, differences, levels, styles), most),
-                stop=bounds[1],
+                parts=ends_of(_pieces(tokens, part, differences, levels, styles), most),
+                stop=part[1],
             )
-            for name, bounds in parts.items()
-            if bounds[1] > bounds[0]
+            for name, part in parts.items()
+            if part[1] > part[0]
         },
-        scale=difference_scale(largest, both=sides is not None),
+        scale=difference_scale(bounds, both=sides is not None),
         words=with_flow(words)[:MOST_WORDS],
         word_count=len(with_flow(words)),
     )
@@ -166,40 +163,47 @@ def with_flow(words: tuple[Word, ...]) -> tuple[Word, ...]:
     return tuple(word for word in words if word.first or word.second)
 
 
-def largest_shade(differences: Float[np.ndarray, " thing"]) -> float:
-    """The difference at the top of the strongest shade; 0 if there are no differences."""
-    largest = float(np.abs(differences).max(initial=0.0))
-    return max(largest, LEAST_TOP) if largest else 0.0
+def shade_bounds(differences: Float[np.ndarray, " thing"]) -> tuple[float, ...]:
+    """The percentage points from which each shade counts, the weakest first; none without any.
+
+    They are neighbours in …, 0.3, 1, 3, 10, …, since few tokens differ much, and linear steps would
+    leave most blank. The strongest shade has the largest difference, and begins at 1 or above.
+    """
+    largest = 100 * float(np.abs(differences).max(initial=0.0))
+    if not largest:
+        return ()
+    top = max(rung for rung in _RUNGS if rung <= max(largest * (1 + _ROUNDING), LEAST_TOP))
+    place = _RUNGS.index(top)
+    return _RUNGS[place - LEVELS + 1 : place + 1]
+
+
+_RUNGS = 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0
+_ROUNDING = 1e-6
+"""The shade of a difference on a bound must not depend on its last bit."""
 
 
 def difference_levels(
-    differences: Float[np.ndarray, " thing"], largest: float
+    differences: Float[np.ndarray, " thing"], bounds: Sequence[float]
 ) -> Int[np.ndarray, " thing"]:
-    """The shade of each difference, from `-LEVELS` to `LEVELS`.
-
-    `largest` is the absolute difference at the top of the strongest shade; each shade reaches down
-    to a third of its top.
-    """
-    if not largest:
-        return np.zeros(differences.shape, np.int64)
-    ratio = np.maximum(np.abs(differences) / largest, _STEP ** -(LEVELS + 1))
-    # Rounded, so that the shade of a difference on a bound does not depend on its last bit.
-    steps = LEVELS + np.ceil(np.round(np.log(ratio) / math.log(_STEP), 6))
-    return (np.sign(differences) * np.maximum(steps, 0)).astype(np.int64)
+    """The shade of each difference, from `-LEVELS` to `LEVELS`; `bounds` are of `shade_bounds`."""
+    points = 100 * np.abs(differences) * (1 + _ROUNDING)
+    levels = np.searchsorted(np.array(bounds), points, side="right")
+    return (np.sign(differences) * levels).astype(np.int64)
 
 
-def difference_scale(largest: float, *, both: bool) -> list[tuple[str, str]]:
+def difference_scale(bounds: Sequence[float], *, both: bool) -> list[tuple[str, str]]:
     """The CSS class, and the range in percentage points, of each shade, from the lowest up.
 
     The shades below zero are left out unless `both` sides can have more.
     """
-    if not largest:
+    if not bounds:
         return []
-    bounds = [number(100 * largest / _STEP**below) for below in reversed(range(LEVELS + 1))]
-    steps = [(level, f"{bounds[level - 1]} to {bounds[level]}") for level in range(1, LEVELS + 1)]
+    words = [number(bound) for bound in bounds]
+    ranges = [f"{low} to {high}" for low, high in pairwise(words)] + [f"{words[-1]} and more"]
+    steps = [*enumerate(ranges, 1)]
     return [
         *((level_class(-level), text) for level, text in reversed(steps) if both),
-        ("", f"below {bounds[0]}"),
+        ("", f"below {words[0]}"),
         *((level_class(level), text) for level, text in steps),
     ]
 
