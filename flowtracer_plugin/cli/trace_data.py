@@ -186,20 +186,26 @@ def _kept(folder: Path) -> str:
 
 def _deliver(results: Results, *, as_json: bool) -> None:
     """Say what is in the tables now; rows of other parts count too."""
-    rows = results.read("answers", ["row", "answer", "correct", "truncated", "error"])
+    columns = ["row", "answer", "correct", "generated", "truncated", "error"]
+    rows = results.read("answers", columns)
     traced = rows.filter(rows["answer"].is_valid())
     known = traced["correct"].drop_null()
     right = known.to_numpy().sum().item()
     failed = rows.filter(rows["error"].is_valid())
-    broken = rows["truncated"].drop_null().to_numpy().sum().item()
+    written, broken = (
+        rows[name].drop_null().to_numpy().sum().item() for name in ("generated", "truncated")
+    )
     typer.echo(f"wrote answers, tokens and index.html in {results.folder}", err=True)
     if as_json:
         counts = {"rows": len(rows), "traced": len(traced), "errors": len(failed)}
-        counts |= {"known": len(known), "right": right, "truncated": broken}
+        counts |= {"known": len(known), "right": right, "generated": written, "truncated": broken}
         print_document({"output": str(results.folder), **counts})
     else:
         judged = f"; {right} of {len(known)} answers are right" if len(known) else ""
         typer.echo(f"{len(traced)} of {len(rows)} rows are traced{judged}")
+        if written:
+            none = "the data give none" if written == len(rows) else "their rows give none"
+            typer.echo(f"{written} responses are the model's own, as {none} (--response-column)")
         if broken:
             typer.echo(f"{broken} responses break off at --max-new-tokens")
         for row in failed.slice(0, 1).to_pylist():

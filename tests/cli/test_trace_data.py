@@ -34,6 +34,7 @@ def test_a_data_set_is_traced_and_continued(flowtracer, plain_model, data, tmp_p
         "errors": 0,
         "known": 5,
         "right": 2,
+        "generated": 0,
         "truncated": 0,
     }
     found = ft.read_results(tmp_path / "out")
@@ -101,6 +102,20 @@ def test_bad_rows_are_counted_and_the_first_is_named(flowtracer, plain_model, da
         "5 of 6 rows are traced; 2 of 5 answers are right",
     )
     assert "1 have an error; the first, row 5: line 6 of" in ran.out
+
+
+def test_responses_of_the_model_are_counted_apart(flowtracer, plain_model, data, tmp_path):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    missing = [
+        {"respons" if name == "response" else name: row[name] for name in row} for row in rows
+    ]
+    for given, said in (
+        (missing, "5 responses are the model's own, as the data give none (--response-column)"),
+        ([*missing[:2], *rows[2:]], "2 responses are the model's own, as their rows give none"),
+    ):
+        data.write_text("".join(json.dumps(row) + "\n" for row in given))
+        call = ("trace-data", plain_model, data, "--output", tmp_path / str(len(said)), *PAPER)
+        assert said in flowtracer(*call, "--max-new-tokens", 3).out
 
 
 def test_a_run_that_traces_nothing_fails(flowtracer, plain_model, data, tmp_path):
