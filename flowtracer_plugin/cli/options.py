@@ -178,8 +178,7 @@ class PromptOptions:
         list[str] | None,
         _prompt(
             metavar="KEY=VALUE",
-            help="Argument of the chat template, such as enable_thinking=false; the value is JSON "
-            "or else a text. May be given several times.",
+            help=parsing.TEMPLATE_ARG,
         ),
     ] = None
 
@@ -207,7 +206,7 @@ class PromptOptions:
     @property
     def template_kwargs(self) -> dict[str, Any]:
         """The arguments of the chat template."""
-        return dict(parsing.key_and_value(one) for one in self.template_arg or ())
+        return parsing.keys_and_values(self.template_arg)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,6 +103,22 @@ def key_and_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
+TEMPLATE_ARG = (
+    "Argument of the chat template, such as enable_thinking=false; the value is JSON or else a "
+    "text. May be given several times."
+)
+"""What `--template-arg` says of itself."""
+
+
+def keys_and_values(given: Iterable[str] | None) -> dict[str, Any]:
+    """The arguments that are given as KEY=VALUE.
+
+    Raises:
+        typer.BadParameter: As `key_and_value`.
+    """
+    return dict(map(key_and_value, given or ()))
+
+
 def names(text: str) -> list[str]:
     """The names between commas."""
     return [name.strip() for name in text.split(",")]
