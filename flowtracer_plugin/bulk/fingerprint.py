@@ -28,7 +28,7 @@ from flowtracer_plugin.text.answers import AnswerFinder, finder_name
 from flowtracer_plugin.trace.tracer import FlowTracer
 
 FORMAT = "flowtracer.data_set"
-VERSION = 2
+VERSION = 3
 
 SETTINGS = "settings.json"
 """The file beside the tables that holds the fingerprint."""
